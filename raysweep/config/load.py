@@ -1,0 +1,213 @@
+"""Reading a search-space file: safe YAML, overrides, and errors that name file, line and mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raysweep.config.schema import SearchSpace
+from raysweep.errors import UserError
+
+LARGEST_FILE = 1_000_000
+DEEPEST_NESTING = 20
+
+Location = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses aliases (no search space needs them, and they can explode)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+def load_search_space(path: Path, overrides: Sequence[str] = ()) -> SearchSpace:
+    """The validated search space in `path`, with `dotted.key=value` overrides applied.
+
+    Raises UserError: one line with file, line number, culprit and mend.
+    """
+    text = _read(path)
+    values, lines = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a search space is a mapping that starts with 'study: NAME'")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return SearchSpace.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, path, values, lines)) from None
+
+
+def parse_yaml(text: str, source: str) -> tuple[Any, dict[Location, int]]:
+    """Plain values of a YAML text, and the 1-based line on which each of them stands."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            lines: dict[Location, int] = {}
+            _index(node, (), lines, source)
+            return (loader.construct_document(node) if node is not None else None), lines
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise UserError(f"{where}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{source}: not valid YAML: {reason}") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{path} is over {LARGEST_FILE} bytes: that is no search-space file")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
+        hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
+        raise UserError(f"search-space file {path} not found: {hint}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8 YAML") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot read {path}: {reason}") from None
+
+
+def _siblings(path: Path) -> list[Path]:
+    try:
+        return [*path.parent.glob("*.yaml"), *path.parent.glob("*.yml")]
+    except OSError:
+        return []
+
+
+def _index(node: Any, at: Location, lines: dict[Location, int], source: str) -> None:
+    """Record each value's line; refuse duplicate keys, which YAML would silently overwrite."""
+    if node is None:
+        return
+    if len(at) > DEEPEST_NESTING:
+        raise UserError(f"{source}:{node.start_mark.line + 1}: nested too deeply: flatten it")
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = (*at, str(key_node.value))
+            if key in lines:
+                raise UserError(
+                    f"{source}:{key_node.start_mark.line + 1}: {key[-1]!r} is given twice "
+                    f"(first on line {lines[key]}): remove one"
+                )
+            lines[key] = key_node.start_mark.line + 1
+            _index(value_node, key, lines, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _index(item, (*at, i), lines, source)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `dotted.key=value`, the value read as YAML; numbers index lists."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {override!r}: write it as key.subkey=value")
+    value, _ = parse_yaml(text, f"--set {dotted}")
+    target: Any = values
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(target, list):
+            if not key.isdigit() or int(key) >= len(target):
+                raise UserError(f"--set {dotted}: {key!r} is no index of {len(target)} entries")
+            index: Any = int(key)
+        elif isinstance(target, dict):
+            index = key
+        else:
+            raise UserError(f"--set {dotted}: {'.'.join(keys[:depth])} holds a single value")
+        if last:
+            target[index] = value
+        elif isinstance(target, list):
+            target = target[index]
+        else:
+            target = target.setdefault(index, {})
+            if target is None:
+                raise UserError(f"--set {dotted}: {'.'.join(keys[: depth + 1])} is empty")
+
+
+def _explain(error: ValidationError, path: Path, values: Any, lines: dict[Location, int]) -> str:
+    """The first error in one line; how many more there are."""
+    found: dict[Location, Any] = {}
+    for item in error.errors(include_url=False):
+        at = _locate(tuple(item["loc"]), values)
+        # A union reports once for each of its members: keep the most telling one a place.
+        root = next((k for k in found if at[: len(k)] == k or k[: len(at)] == at), None)
+        if root is None:
+            found[at] = item
+        elif _RANK.get(item["type"], 1) < _RANK.get(found[root]["type"], 1):
+            del found[root]
+            found[at] = item
+    (where, item), *others = found.items()
+    dotted = ".".join(str(part) for part in where)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        message = f"unknown key {dotted!r}: "
+        message += f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    elif item["type"] == "missing":
+        message = f"{dotted} is missing: add it"
+    else:
+        said = " ".join(item["msg"].removeprefix("Value error, ").split())
+        message = f"{dotted}: {said}" if dotted else said
+        given = item.get("input")
+        if item["type"] != "value_error" and isinstance(given, str | int | float | bool | None):
+            shown = repr(given)
+            message += f" (got {shown if len(shown) < 60 else shown[:57] + '...'})"
+    more = f" (and {len(others)} more)" if others else ""
+    line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), None)
+    return f"{path}:{line}: {message}{more}" if line else f"{path}: {message}{more}"
+
+
+_RANK = {"extra_forbidden": 0, "literal_error": 2, "model_type": 3}
+"""How little an error of a union says about what the user meant."""
+
+
+def _locate(location: Location, values: Any) -> Location:
+    """Pydantic's location without the parts it adds for the members of unions."""
+    kept: list[str | int] = []
+    for part in location:
+        inside = (isinstance(values, dict) and part in values) or (
+            isinstance(values, list) and isinstance(part, int) and part < len(values)
+        )
+        if inside:
+            values = values[part]
+            kept.append(part)
+        elif part in _known_keys(tuple(kept)):
+            kept.append(part)
+    return tuple(kept)
+
+
+def _known_keys(location: Location) -> list[str]:
+    """Keys that may stand at a place in the file."""
+    section: type[BaseModel] = SearchSpace
+    in_mapping = False
+    for part in location:
+        if isinstance(part, int) or in_mapping:  # an entry leads to what its container holds
+            in_mapping = False
+            continue
+        field = section.model_fields.get(part)
+        inner = _section_in(field.annotation) if field else None
+        if field is None or inner is None:
+            return []
+        section, in_mapping = inner, get_origin(field.annotation) is dict
+    return [] if in_mapping else list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

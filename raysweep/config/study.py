@@ -1,0 +1,266 @@
+"""A study: a search space expanded into cells, and the trials that run in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from raysweep.config.load import load_search_space
+from raysweep.config.schema import (
+    Architecture,
+    Data,
+    ModelSettings,
+    Recipe,
+    Resources,
+    ScaleEntry,
+    SearchSpace,
+)
+from raysweep.errors import UserError
+from raysweep.scale import (
+    Counts,
+    ModelShape,
+    count,
+    derive_width_depth,
+    feed_forward_width,
+    round_to,
+)
+
+BYTE_VOCABULARY = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One scale of one architecture at one horizon: where one optimum exists."""
+
+    name: str
+    architecture: str
+    settings: Architecture
+    scale: str
+    shape: ModelShape
+    tokens: int
+    """The horizon D."""
+    resources: Resources
+
+    @property
+    def counts(self) -> Counts:
+        return count(self.shape)
+
+    @property
+    def params_dense(self) -> int:
+        """Non-embedding parameters of the dense twin: the N that dense and MoE share."""
+        return count(self.shape.dense_twin()).params_active_non_embedding
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of one trial."""
+        return self.counts.flops_per_token * self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """One training run: everything that determines its result."""
+
+    study: str
+    cell: Cell
+    recipe: Recipe
+    model: ModelSettings
+    data_hash: str
+    learning_rate: float
+    batch_sequences: int
+    seed: int
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_sequences * self.cell.shape.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: the horizon in whole batches, at least one."""
+        return max(1, round(self.cell.tokens / self.batch_tokens))
+
+    @property
+    def key(self) -> str:
+        """A hash of what determines the result: the study's name and the resources do not."""
+        recipe = self.recipe.model_dump(exclude={"checkpoint_seconds", "compile", "noise_scale"})
+        settings = self.cell.settings.model_dump(include={"balance", "balance_loss", "router_z_loss"})
+        parts = {
+            "shape": asdict(self.cell.shape),
+            "rope_base": self.model.rope_base,
+            "tokens": self.cell.tokens,
+            "routing": settings if self.cell.shape.is_moe else None,
+            "recipe": recipe,
+            "data": self.data_hash,
+            "learning_rate": f"{self.learning_rate:.9e}",
+            "batch_sequences": self.batch_sequences,
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+class Study:
+    """A validated search space with its cells, smallest first."""
+
+    def __init__(self, space: SearchSpace, folder: Path) -> None:
+        self.space = space
+        self.folder = folder
+        """Where the file lies: relative data paths start here."""
+        self.cells: tuple[Cell, ...] = _expand(space, vocabulary_size(space.data, folder))
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Study:
+        """Read a search-space file; `overrides` are `dotted.key=value` strings.
+
+        Raises UserError with file, line, culprit and mend.
+        """
+        path = Path(path)
+        return cls(load_search_space(path, overrides), path.resolve().parent)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object], folder: str | Path = ".") -> Study:
+        """A study from plain values, as a notebook would give them."""
+        return cls(SearchSpace.model_validate(data), Path(folder).resolve())
+
+    @property
+    def name(self) -> str:
+        return self.space.study
+
+    def cell(self, name: str) -> Cell:
+        """The cell of that name; UserError with the known names."""
+        for cell in self.cells:
+            if cell.name == name:
+                return cell
+        known = ", ".join(c.name for c in self.cells)
+        raise UserError(f"unknown cell {name!r} in study {self.name}; known: {known}")
+
+    def trial(
+        self, cell: Cell, data_hash: str, learning_rate: float, batch_sequences: int, seed: int
+    ) -> TrialSpec:
+        """One trial of a cell under the study's recipe."""
+        return TrialSpec(
+            study=self.name,
+            cell=cell,
+            recipe=self.space.recipe,
+            model=self.space.model,
+            data_hash=data_hash,
+            learning_rate=float(learning_rate),
+            batch_sequences=int(batch_sequences),
+            seed=int(seed),
+        )
+
+
+def vocabulary_size(data: Data, folder: Path) -> int:
+    """Number of token ids: 256 for bytes, else the tokenizer's or what the file says."""
+    if data.source == "tokens":
+        assert data.vocab_size is not None
+        return data.vocab_size
+    if data.tokenizer == "bytes":
+        return BYTE_VOCABULARY
+    if data.tokenizer.train_vocab_size is not None:
+        return data.tokenizer.train_vocab_size
+    path = folder / (data.tokenizer.file or "")
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        ids = list(spec["model"]["vocab"].values()) + [t["id"] for t in spec["added_tokens"]]
+        return max(ids) + 1
+    except FileNotFoundError:
+        raise UserError(f"tokenizer file {path} not found: check data.tokenizer.file") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is no tokenizers JSON file: save one with Tokenizer.save(path)"
+        ) from None
+
+
+def build_shape(
+    entry: ScaleEntry, architecture: Architecture, model: ModelSettings, vocab_size: int
+) -> ModelShape:
+    """The decoder of one architecture at one scale."""
+    if entry.params is not None:
+        d_model, layers = derive_width_depth(
+            entry.params,
+            head_dim=model.head_dim,
+            aspect_ratio=model.aspect_ratio,
+            ffn_ratio=model.ffn_ratio,
+            ffn_multiple=model.ffn_multiple,
+        )
+        heads = d_model // model.head_dim
+    else:
+        assert entry.d_model and entry.layers and entry.heads
+        d_model, layers, heads = entry.d_model, entry.layers, entry.heads
+    d_ff = entry.d_ff or feed_forward_width(d_model, model.ffn_ratio, model.ffn_multiple)
+    expert_ff = 0
+    moe_layers: tuple[int, ...] = ()
+    if architecture.kind == "moe":
+        active = architecture.top_k + architecture.shared_experts
+        size = architecture.expert_size
+        width = d_ff / active if size == "matched" else d_ff * size
+        expert_ff = round_to(width, model.ffn_multiple)
+        moe_layers = tuple(i for i in range(layers) if (layers - 1 - i) % architecture.moe_every == 0)
+    return ModelShape(
+        d_model=d_model,
+        layers=layers,
+        heads=heads,
+        kv_heads=entry.kv_heads or heads,
+        d_ff=d_ff,
+        vocab_size=vocab_size,
+        sequence_length=model.sequence_length,
+        qk_norm=model.qk_norm,
+        tie_embeddings=model.tie_embeddings,
+        experts=architecture.experts,
+        top_k=architecture.top_k,
+        shared_experts=architecture.shared_experts,
+        expert_ff=expert_ff,
+        moe_layers=moe_layers,
+    )
+
+
+def short_number(value: float) -> str:
+    """A number for names: 20e6 -> 20M, 1500 -> 1.5k, 3e9 -> 3B."""
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
+    cells: dict[str, Cell] = {}
+    for index, entry in enumerate(space.scales):
+        for name, architecture in space.architectures.items():
+            if entry.architectures is not None and name not in entry.architectures:
+                continue
+            try:
+                shape = build_shape(entry, architecture, space.model, vocab_size)
+            except UserError as error:
+                raise UserError(f"scales.{index} as {name}: {error}") from None
+            params = count(shape.dense_twin()).params_active_non_embedding
+            scale = entry.name or (
+                short_number(entry.params) if entry.params else f"d{shape.d_model}x{shape.layers}"
+            )
+            for horizon in space.horizons:
+                if horizon.tokens_per_param is not None:
+                    tokens, label = horizon.tokens_per_param * params, f"{horizon.tokens_per_param:g}tpp"
+                else:
+                    assert horizon.tokens is not None
+                    tokens, label = horizon.tokens, f"{short_number(horizon.tokens)}tok"
+                if not shape.sequence_length <= tokens < 1e18:
+                    raise UserError(
+                        f"scales.{index}: a horizon of {tokens:.3g} tokens is out of range "
+                        f"({shape.sequence_length} to 1e18): change horizons"
+                    )
+                cell = Cell(
+                    name=f"{name}-{scale}-{label}",
+                    architecture=name,
+                    settings=architecture,
+                    scale=scale,
+                    shape=shape,
+                    tokens=round(tokens),
+                    resources=entry.resources or space.resources,
+                )
+                if cell.name in cells:
+                    raise UserError(
+                        f"two cells are called {cell.name}: give the scales different names"
+                    )
+                cells[cell.name] = cell
+    return tuple(sorted(cells.values(), key=lambda c: (c.flops, c.name)))

@@ -1,0 +1,1 @@
+"""The corpus: sources to token shards, and batches drawn from them."""

@@ -1,0 +1,1 @@
+"""Dense and mixture-of-experts decoders."""

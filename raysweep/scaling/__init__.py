@@ -1,0 +1,1 @@
+"""The laws: how optima and losses scale. Arrays in, frozen results with a status out."""

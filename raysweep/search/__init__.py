@@ -1,0 +1,1 @@
+"""The search: an Optuna study a cell, inside one Ray Tune experiment."""
