@@ -1,0 +1,36 @@
+# What a user types. Everything lands in .venv; versions come from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check fast clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "raysweep needs Python 3.11 or newer: make install PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/raysweep run search_spaces/laptop.yaml
+
+# ruff, pyright and import-linter, then every test that needs no GPU.
+test: check
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+# The tests without Ray or a browser: under three minutes.
+fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not ray and not browser"
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,157 @@
+"""Files at a URI, local or in an object store, written so that a reader sees all of one or none."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
+
+from raysweep.errors import UserError
+
+T = TypeVar("T")
+
+ATTEMPTS = 6
+"""Tries at a storage call; waits double from 0.1 s, so a passing fault of 3 s is ridden out."""
+
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder at a URI: `path/to`, `s3://bucket/prefix`, `gs://...`, or any fsspec URI."""
+
+    uri: str
+    filesystem: fs.FileSystem
+    root: str
+
+    @classmethod
+    def at(cls, uri: str | os.PathLike[str]) -> Storage:
+        """Resolve a URI. Raises UserError for one that names no filesystem."""
+        text = os.fspath(uri)
+        if not re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", text):
+            path = str(Path(text).expanduser().resolve())
+            return cls(path, fs.LocalFileSystem(), path)
+        try:
+            filesystem, root = fs.FileSystem.from_uri(text)
+        except (pa.ArrowInvalid, OSError):
+            filesystem, root = _through_fsspec(text)
+        return cls(text.rstrip("/"), filesystem, root.rstrip("/"))
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def path(self, *parts: str) -> str:
+        return "/".join((self.root, *parts))
+
+    def read(self, *parts: str) -> bytes | None:
+        """Contents of a file, or None where there is none."""
+
+        def attempt() -> bytes | None:
+            try:
+                with self.filesystem.open_input_file(self.path(*parts)) as stream:
+                    return stream.read()
+            except FileNotFoundError:
+                return None
+
+        return retry(attempt, f"read {'/'.join(parts)} in {self.uri}")
+
+    def write(self, data: bytes | pa.Buffer, *parts: str) -> None:
+        """Put a file in place whole: a reader, or a crash, never meets half of one."""
+        path = self.path(*parts)
+
+        def attempt() -> None:
+            if self.is_local:
+                _write_local(Path(path), data)
+            else:  # object stores make an object visible when its upload completes
+                with self.filesystem.open_output_stream(path) as stream:
+                    stream.write(data)
+
+        retry(attempt, f"write {'/'.join(parts)} in {self.uri}")
+
+    def delete(self, *parts: str) -> None:
+        """Remove a file; one that is gone already is no error."""
+
+        def attempt() -> None:
+            try:
+                self.filesystem.delete_file(self.path(*parts))
+            except FileNotFoundError:
+                return
+
+        retry(attempt, f"delete {'/'.join(parts)} in {self.uri}")
+
+    def list(self, *parts: str) -> list[fs.FileInfo]:
+        """Files right under a folder, hidden ones left out; none where there is no folder."""
+
+        def attempt() -> list[fs.FileInfo]:
+            selector = fs.FileSelector(self.path(*parts), allow_not_found=True)
+            infos = self.filesystem.get_file_info(selector)
+            return [i for i in infos if i.is_file and not i.base_name.startswith(".")]
+
+        return retry(attempt, f"list {'/'.join(parts)} in {self.uri}")
+
+    def exists(self) -> bool:
+        """Whether anything stands at the root (object stores have no empty folders)."""
+
+        def attempt() -> bool:
+            info = self.filesystem.get_file_info(self.root)
+            if info.type is fs.FileType.File:
+                raise UserError(f"{self.uri} is a file: name a folder")
+            if info.type is fs.FileType.NotFound:
+                return False
+            return bool(self.filesystem.get_file_info(fs.FileSelector(self.root)))
+
+        return retry(attempt, f"look at {self.uri}")
+
+
+def retry(action: Callable[[], T], what: str) -> T:
+    """Run a storage call; passing faults are tried again, lasting ones become one clear line."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(f"cannot {what}: no space left; free some, then run again") from error
+            if error.errno in _LASTING or attempt == ATTEMPTS - 1:
+                reason = " ".join(str(error).split())
+                raise UserError(f"cannot {what}: {reason}") from error
+            time.sleep(0.1 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
+    import fsspec
+
+    try:
+        filesystem, root = fsspec.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{uri}: no filesystem for this URI ({error}); use a folder, s3:// or gs://") from None
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root
+
+
+def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
