@@ -1,0 +1,162 @@
+"""The history that all cells of a study share: read from their Optuna studies and from imported rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from raysweep.errors import UserError
+from raysweep.scaling.surface import CellFeatures, Surface, SurfaceSettings, fit_surface
+
+LEARNING_RATE = "learning_rate"
+LOG2_BATCH = "log2_batch_sequences"
+
+
+@dataclass(frozen=True)
+class History:
+    """Trials of one cell as arrays of equal length; `diverged` ones have a loss of nan."""
+
+    learning_rate: np.ndarray
+    batch_tokens: np.ndarray
+    loss: np.ndarray
+    diverged: np.ndarray
+
+
+@dataclass
+class _Entry:
+    cell: CellFeatures
+    study: optuna.Study | None = None
+    sequence_length: int = 0
+    imported: list[History] = field(default_factory=list)
+
+
+class Ladder:
+    """What every cell of a study knows, for samplers that learn across cells.
+
+    Each cell is registered with its Optuna study; trials are read from the studies when asked for, so a
+    study rebuilt with `study.add_trial` teaches as a live one does. COMPLETE trials give their loss; FAIL
+    trials whose user attribute "status" is "diverged" tell that the loss there is high; any other failure
+    tells nothing; RUNNING ones are pending. A trial that ran elsewhere than it was asked to says so in the
+    user attribute "ran_at": (learning rate, log2 batch in sequences).
+    """
+
+    def __init__(self, settings: SurfaceSettings = SurfaceSettings()) -> None:
+        self.settings = settings
+        self._entries: dict[str, _Entry] = {}
+        self._cache: tuple[int, Surface] | None = None
+
+    def register(self, cell: CellFeatures, study: optuna.Study, *, sequence_length: int) -> None:
+        """Add a cell, or replace its study. `sequence_length` is in tokens."""
+        entry = self._entry(cell)
+        entry.study, entry.sequence_length = study, sequence_length
+
+    def add_history(
+        self,
+        cell: CellFeatures,
+        learning_rate: np.ndarray,
+        batch_tokens: np.ndarray,
+        loss: np.ndarray,
+        diverged: np.ndarray | None = None,
+    ) -> None:
+        """Add rows from elsewhere (imported sweeps). A loss that is not finite counts as diverged."""
+        loss = np.asarray(loss, dtype=float)
+        lost = ~np.isfinite(loss)
+        if diverged is not None:
+            lost = lost | np.asarray(diverged, dtype=bool)
+        rows = History(
+            np.asarray(learning_rate, dtype=float),
+            np.asarray(batch_tokens, dtype=float),
+            np.where(lost, np.nan, loss),
+            lost,
+        )
+        if not rows.learning_rate.shape == rows.batch_tokens.shape == loss.shape:
+            raise UserError(f"history of cell {cell.name!r}: columns differ in length")
+        self._entry(cell).imported.append(rows)
+
+    @property
+    def cells(self) -> tuple[CellFeatures, ...]:
+        """All cells, in the order they came."""
+        return tuple(entry.cell for entry in self._entries.values())
+
+    def history(self, name: str) -> History:
+        """Finished and diverged trials of one cell: imported rows, then the study's, by number."""
+        entry = self._known(name)
+        rows = []
+        for trial in _trials(entry.study):
+            lost = trial.state == TrialState.FAIL and trial.user_attrs.get("status") == "diverged"
+            if trial.state != TrialState.COMPLETE and not lost:
+                continue
+            place = where_run(trial)
+            if place is None:
+                continue
+            value = np.nan if lost or trial.value is None else trial.value
+            rows.append(
+                (place[0], 2.0 ** place[1] * entry.sequence_length, value, not np.isfinite(value))
+            )
+        own = np.array(rows, dtype=float).reshape(-1, 4)
+        live = History(own[:, 0], own[:, 1], own[:, 2], own[:, 3] > 0)
+        parts = [*entry.imported, live]
+        return History(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("learning_rate", "batch_tokens", "loss", "diverged")
+            )
+        )
+
+    def pending(self, name: str, besides: int | None = None) -> np.ndarray:
+        """(ln learning rate, ln batch tokens) of running trials of one cell, [n, 2]; one number left out."""
+        entry = self._known(name)
+        places = [
+            where_run(trial)
+            for trial in _trials(entry.study, TrialState.RUNNING)
+            if trial.number != besides
+        ]
+        points = [
+            (np.log(p[0]), p[1] * np.log(2) + np.log(entry.sequence_length))
+            for p in places
+            if p is not None
+        ]
+        return np.array(points, dtype=float).reshape(-1, 2)
+
+    def surface(self) -> Surface:
+        """The surface model fitted to everything known now; the last fit is kept while nothing is new."""
+        histories = [self.history(name) for name in self._entries]
+        index = np.repeat(np.arange(len(histories)), [len(h.loss) for h in histories])
+        arrays = [
+            np.concatenate([getattr(h, name) for h in histories])
+            for name in ("learning_rate", "batch_tokens", "loss", "diverged")
+        ]
+        key = hash((self.cells, index.tobytes(), *(a.tobytes() for a in arrays)))
+        if self._cache is None or self._cache[0] != key:
+            self._cache = key, fit_surface(self.cells, index, *arrays, settings=self.settings)
+        return self._cache[1]
+
+    def _entry(self, cell: CellFeatures) -> _Entry:
+        entry = self._entries.setdefault(cell.name, _Entry(cell))
+        if entry.cell != cell:
+            raise UserError(f"cell {cell.name!r} is already known with other sizes")
+        return entry
+
+    def _known(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise UserError(f"cell {name!r} is not registered in this ladder: call register first")
+        return self._entries[name]
+
+
+def where_run(trial: FrozenTrial) -> tuple[float, float] | None:
+    """(learning rate, log2 batch in sequences) of a trial; None while it has no parameters."""
+    if "ran_at" in trial.user_attrs:
+        learning_rate, log2_batch = trial.user_attrs["ran_at"]
+        return float(learning_rate), float(log2_batch)
+    if LEARNING_RATE not in trial.params or LOG2_BATCH not in trial.params:
+        return None
+    return float(trial.params[LEARNING_RATE]), float(trial.params[LOG2_BATCH])
+
+
+def _trials(study: optuna.Study | None, state: TrialState | None = None) -> list[FrozenTrial]:
+    if study is None:
+        return []
+    return study.get_trials(deepcopy=False, states=None if state is None else (state,))

@@ -1,0 +1,165 @@
+"""The ladder sampler: proposes a cell's next trial from what all cells have taught."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial
+
+from raysweep.scaling.surface import CellFeatures, Surface
+from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
+
+_DRAWS = 192
+_RATES = 33  # candidate learning rates across the range; 12 are refined around the posterior
+_LAW_WEIGHT = 0.5  # of the laws' expected gap beside the cell's own
+
+
+class LadderSampler(BaseSampler):
+    """Asks where a run is expected to lower this cell's loss gap, and the laws' uncertainty, the most.
+
+    Of each candidate point it adds, in units of relative loss: the expected improvement over the best
+    trial so far; the expected fall of the gap of what would be recommended for this cell; and that of what
+    the laws alone would recommend in every cell. All three come from joint posterior draws of the surface
+    model; running trials count as if their outcome were known but for its value. Draws depend on the seed,
+    the cell and the trial's number only.
+    """
+
+    def __init__(
+        self,
+        cell: CellFeatures,
+        ladder: Ladder,
+        space: dict[str, BaseDistribution],
+        sequence_length: int,
+        *,
+        trials: int,
+        seed: int,
+    ) -> None:
+        self._cell = cell
+        self._ladder = ladder
+        self._space = space
+        self._sequence_length = sequence_length
+        self._trials = trials
+        self._seed = seed
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The space given at construction."""
+        return self._space
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The candidate of the highest score."""
+        self._ladder.register(self._cell, study, sequence_length=self._sequence_length)
+        rng = np.random.default_rng(
+            [self._seed, zlib.crc32(self._cell.name.encode()), trial.number]
+        )
+        surface = self._ladder.surface()
+        candidates = self._candidates(surface)
+        pending = self._ladder.pending(self._cell.name, besides=trial.number)
+        history = self._ladder.history(self._cell.name)
+        tried = np.log(np.column_stack([history.learning_rate, history.batch_tokens]))
+        tried = tried[~history.diverged]
+        scores = acquisition(surface, self._cell, candidates, tried, pending, rng)
+        best = candidates[int(scores.argmax())]
+        rate, batch = self._space[LEARNING_RATE], self._space[LOG2_BATCH]
+        assert isinstance(rate, FloatDistribution)
+        learning_rate = float(np.clip(np.exp(best[0]), rate.low, rate.high))
+        log2_batch = (best[1] - np.log(self._sequence_length)) / np.log(2)
+        if isinstance(batch, IntDistribution):
+            return {LEARNING_RATE: learning_rate, LOG2_BATCH: int(round(log2_batch))}
+        assert isinstance(batch, FloatDistribution)
+        return {
+            LEARNING_RATE: learning_rate,
+            LOG2_BATCH: float(np.clip(log2_batch, batch.low, batch.high)),
+        }
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Any other parameter is drawn at random."""
+        return RandomSampler(seed=self._seed + trial.number).sample_independent(
+            study, trial, param_name, param_distribution
+        )
+
+    def _candidates(self, surface: Surface) -> np.ndarray:
+        """Points (ln learning rate, ln batch tokens) to choose from: a grid, finer about the optimum."""
+        rate, batch = self._space[LEARNING_RATE], self._space[LOG2_BATCH]
+        assert isinstance(rate, FloatDistribution)
+        assert isinstance(batch, FloatDistribution | IntDistribution)
+        optimum = surface.optimum(self._cell)
+        low, high = np.log([rate.low, rate.high])
+        near = optimum.mean[0] + np.linspace(-0.6, 0.6, 13)
+        rates = np.unique(
+            np.r_[np.linspace(low, high, _RATES), np.clip(near, low, high)]
+            .round(12)
+            .clip(low, high)
+        )
+        if isinstance(batch, IntDistribution):
+            log2 = np.arange(batch.low, batch.high + 1, dtype=float)
+        else:
+            centre = (optimum.mean[1] - np.log(self._sequence_length)) / np.log(2)
+            near = np.clip(centre + np.linspace(-0.8, 0.8, 9), batch.low, batch.high)
+            log2 = np.unique(np.r_[np.linspace(batch.low, batch.high, 13), near])
+        batches = log2 * np.log(2) + np.log(self._sequence_length)
+        grid = np.stack(np.meshgrid(rates, batches, indexing="ij"), -1).reshape(-1, 2)
+        return grid
+
+
+def acquisition(
+    surface: Surface,
+    cell: CellFeatures,
+    candidates: np.ndarray,
+    tried: np.ndarray,
+    pending: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """The score of each candidate, in expected relative loss. Points are [n, 2] logs."""
+    points = np.concatenate([candidates, tried, pending])
+    draws = surface.sample_cell(cell, points, _DRAWS, rng)
+    count = len(candidates)
+    gaps = np.minimum(draws.gaps, surface.settings.far)
+    # Expected improvement of the noise-free gap over the best trial, finished or running.
+    best = gaps[:, count:].min(1) if len(points) > count else np.full(_DRAWS, surface.settings.far)
+    improvement = np.maximum(best[:, None] - gaps[:, :count], 0).mean(0)
+    # What an outcome there would teach: regress targets on it across the draws.
+    targets = np.concatenate([draws.optima, draws.laws.reshape(_DRAWS, -1)], axis=1)
+    targets = targets - targets.mean(0)
+    outcome = draws.levels[:, None] + gaps
+    outcome = outcome - outcome.mean(0)
+    noise = surface.noise_variance(gaps.mean(0))
+    for row in range(count + len(tried), len(points)):
+        targets, outcome = _condition(targets, outcome, outcome[:, row].copy(), noise[row])
+    covariance = targets.T @ outcome[:, :count] / _DRAWS
+    variance = (outcome[:, :count] ** 2).mean(0) + noise[:count]
+    half = 0.5 * surface.optimum(cell).curvature
+    taught = np.einsum("in,ij,jn->n", covariance[:2], half, covariance[:2]) / variance
+    # The laws' expected gap, averaged over the cells of the ladder.
+    design = surface.covariates.matrix(surface.cells)
+    by_cell = np.einsum("ck,akn->can", design, covariance[2:].reshape(2, -1, count))
+    by_law = np.einsum("can,ab,cbn->n", by_cell, half, by_cell) / len(design) / variance
+    return improvement + taught + _LAW_WEIGHT * by_law
+
+
+def _condition(
+    targets: np.ndarray, outcome: np.ndarray, seen: np.ndarray, noise: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Remove from the draws what a noisy look at `seen` would tell (a linear update of their spread)."""
+    variance = float(seen @ seen) / len(seen)
+    total = variance + noise
+    # The square-root (ensemble) update, whose spread is that of the exact posterior: Whitaker & Hamill 2002.
+    gain = 1.0 / (total * (1.0 + np.sqrt(noise / total))) / len(seen)
+    return (
+        targets - np.outer(seen, (seen @ targets) * gain),
+        outcome - np.outer(seen, (seen @ outcome) * gain),
+    )
