@@ -38,6 +38,7 @@ SYMBOL_INPUTS = {
 }
 SATURATING = "Eh"
 
+Inputs = Mapping[str, np.ndarray] | Mapping[str, float] | Mapping[str, np.ndarray | float]
 Kind = Literal["amplitude", "log10", "exponent", "saturation"]
 
 
@@ -135,29 +136,33 @@ class Form:
         )
 
 
-def read_inputs(form: Form, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The log of every symbol as arrays of one common length [n].
+def input_columns(form: Form, inputs: Inputs) -> dict[str, np.ndarray]:
+    """The named inputs a form reads, checked, as arrays of one common length [n].
 
     Scalars are broadcast. `sparsity` may be left out where `experts` and `top_k` are given.
     Raises UserError for a missing column, a NaN, or a value outside its range."""
-    columns = dict(inputs)
-    if "1-S" in form.symbols and "sparsity" not in columns and {"experts", "top_k"} <= set(columns):
-        experts = np.asarray(columns["experts"], dtype=float)
-        columns["sparsity"] = 1.0 - np.asarray(columns["top_k"], dtype=float) / experts
+    given = dict(inputs)
+    if "1-S" in form.symbols and "sparsity" not in given and {"experts", "top_k"} <= set(given):
+        experts = np.asarray(given["experts"], dtype=float)
+        given["sparsity"] = 1.0 - np.asarray(given["top_k"], dtype=float) / experts
     needed = list(dict.fromkeys(SYMBOL_INPUTS[s] for s in form.symbols))
-    arrays = []
     for name in needed:
-        if name not in columns:
+        if name not in given:
             raise UserError(f"the law needs a column '{name}', which was not given")
-        arrays.append(checked(name, columns[name]))
+    arrays = [checked(name, given[name]) for name in needed]
     try:
-        arrays = [np.atleast_1d(a) for a in np.broadcast_arrays(*arrays)] if arrays else []
+        arrays = [np.atleast_1d(a) for a in np.broadcast_arrays(*arrays)]
     except ValueError:
         sizes = ", ".join(f"{n}: {a.size}" for n, a in zip(needed, arrays, strict=True))
         raise UserError(f"the columns differ in length ({sizes})") from None
-    by_name = dict(zip(needed, arrays, strict=True))
+    return dict(zip(needed, arrays, strict=True))
+
+
+def read_inputs(form: Form, inputs: Inputs) -> dict[str, np.ndarray]:
+    """The log of every symbol [n]; see `input_columns` for what it accepts."""
+    columns = input_columns(form, inputs)
     return {
-        s: np.log1p(-by_name["sparsity"]) if s == "1-S" else np.log(by_name[SYMBOL_INPUTS[s]])
+        s: np.log1p(-columns["sparsity"]) if s == "1-S" else np.log(columns[SYMBOL_INPUTS[s]])
         for s in form.symbols
     }
 
