@@ -139,6 +139,7 @@ class Surface:
     mode: Mode
     settings: SurfaceSettings
     trials: np.ndarray  # [cells]
+    observed: Observations
 
     @cached_property
     def _layout(self) -> Layout:
@@ -221,6 +222,27 @@ class Surface:
         loss = np.exp(mean)
         shape = learning_rate.shape
         return loss.reshape(shape), (loss * np.sqrt(variance)).reshape(shape)
+
+    def recommend(self, cell: CellFeatures | str) -> tuple[float, float]:
+        """(learning rate, batch tokens) to run: the optimum, or a trial that did better than it.
+
+        A trial's deviation from the surface is partly luck and partly the fine grain of that spot:
+        `roughness_share` of it is taken to recur. A trial is recommended where its loss, so shrunk,
+        lies below the expected loss at the optimum.
+        """
+        optimum = self.optimum(cell)
+        features, index = self._find(cell)
+        rows = np.flatnonzero(~self.observed.diverged & (self.observed.cell == index))
+        if index is None or not len(rows):
+            return optimum.learning_rate, optimum.batch_tokens
+        learning_rate, batch = np.exp(self.observed.point[rows]).T
+        expected = np.log(self.predict(features, learning_rate, batch)[0])
+        share = self.settings.roughness_share
+        shrunk = expected + share * (self.observed.log_loss[rows] - expected)
+        best = int(shrunk.argmin())
+        if shrunk[best] < optimum.log_loss:
+            return float(learning_rate[best]), float(batch[best])
+        return optimum.learning_rate, optimum.batch_tokens
 
     def edges(
         self,
@@ -383,4 +405,4 @@ def fit_surface(
     covariates = covariates_of(cells)
     mode = fit_mode(observed, covariates.matrix(cells), prior_optimum(cells), covariates, settings)
     trials = np.bincount(cell_index, minlength=len(cells))
-    return Surface(cells, covariates, mode, settings, trials)
+    return Surface(cells, covariates, mode, settings, trials, observed)

@@ -37,6 +37,8 @@ class SurfaceSettings:
     growth_guess: float = 0.2  # noise sd per unit of gap
     guess_weight: float = 2.0
     far: float = 0.1  # a gap beyond this carries no more than "at least this far"
+    roughness_length: float = 0.25  # runs closer than this, in ln units, share their luck
+    roughness_share: float = 0.5  # of a run's deviation: what would recur at the same point
     student: float = 6.0  # degrees of freedom of the noise: outliers weigh less
 
     def scaled(self, factor: float) -> SurfaceSettings:
@@ -216,6 +218,7 @@ def fit_mode(
     damping, converged = 1e-2, False
     covariance = np.empty(0)
     variance = np.empty(0)
+    repeats = _repeats(observed, settings.roughness_length)
     for _ in range(iterations):
         mean, sd = prior_of(layout, covariates, settings, hyper, level)
 
@@ -234,7 +237,7 @@ def fit_mode(
 
         residual, value, jacobian = residuals(theta)
         variance = hyper.noise**2 + (hyper.growth * np.where(far, settings.far, value)) ** 2
-        variance = variance + observed.variance
+        variance = repeats * (variance + observed.variance)
         weight = (settings.student + 1) / (settings.student + residual**2 / variance) / variance
 
         def objective(at: np.ndarray, residual: np.ndarray) -> float:
@@ -268,6 +271,16 @@ def fit_mode(
             converged = True
             break
     return Mode(theta, covariance, hyper, converged, variance)
+
+
+def _repeats(observed: Observations, length: float) -> np.ndarray:
+    """[n], how many runs of its cell each run shares its luck with, itself counted."""
+    repeats = np.ones(len(observed.cell))
+    for cell in np.unique(observed.cell):
+        rows = np.flatnonzero(observed.cell == cell)
+        square = ((observed.point[rows, None] - observed.point[rows]) ** 2).sum(-1)
+        repeats[rows] = np.exp(-0.5 * square / length**2).sum(1)
+    return repeats
 
 
 def _learn(

@@ -10,6 +10,7 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial
+from scipy.special import ndtr
 
 from raysweep.scaling.surface import CellFeatures, Surface
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
@@ -65,8 +66,9 @@ class LadderSampler(BaseSampler):
         pending = self._ladder.pending(self._cell.name, besides=trial.number)
         history = self._ladder.history(self._cell.name)
         tried = np.log(np.column_stack([history.learning_rate, history.batch_tokens]))
-        tried = tried[~history.diverged]
-        scores = acquisition(surface, self._cell, candidates, tried, pending, rng)
+        scores = acquisition(
+            surface, self._cell, candidates, tried, np.log(history.loss), pending, rng
+        )
         best = candidates[int(scores.argmax())]
         rate, batch = self._space[LEARNING_RATE], self._space[LOG2_BATCH]
         assert isinstance(rate, FloatDistribution)
@@ -121,27 +123,35 @@ def acquisition(
     cell: CellFeatures,
     candidates: np.ndarray,
     tried: np.ndarray,
+    log_loss: np.ndarray,
     pending: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The score of each candidate, in expected relative loss. Points are [n, 2] logs."""
+    """The score of each candidate, in expected relative loss. Points are [n, 2] logs.
+
+    `log_loss` [n] are the outcomes at `tried`, nan where diverged.
+    """
     points = np.concatenate([candidates, tried, pending])
     draws = surface.sample_cell(cell, points, _DRAWS, rng)
     count = len(candidates)
     gaps = np.minimum(draws.gaps, surface.settings.far)
-    # Expected improvement of the noise-free gap over the best trial, finished or running.
-    best = gaps[:, count:].min(1) if len(points) > count else np.full(_DRAWS, surface.settings.far)
-    improvement = np.maximum(best[:, None] - gaps[:, :count], 0).mean(0)
+    noise = surface.noise_variance(gaps.mean(0))
+    # Runs close to each other end alike, luck included: a repeat shows little that is new.
+    alike = _alike(candidates, points[count:], surface.settings.roughness_length)
+    fresh = 1.0 - alike**2
+    outcome = draws.levels[:, None] + gaps
+    finished = np.isfinite(log_loss)
+    improvement = _improvement(
+        outcome[:, :count], np.sqrt(noise[:count] * fresh), outcome[:, count:], log_loss[finished]
+    )
     # What an outcome there would teach: regress targets on it across the draws.
     targets = np.concatenate([draws.optima, draws.laws.reshape(_DRAWS, -1)], axis=1)
     targets = targets - targets.mean(0)
-    outcome = draws.levels[:, None] + gaps
     outcome = outcome - outcome.mean(0)
-    noise = surface.noise_variance(gaps.mean(0))
     for row in range(count + len(tried), len(points)):
         targets, outcome = _condition(targets, outcome, outcome[:, row].copy(), noise[row])
     covariance = targets.T @ outcome[:, :count] / _DRAWS
-    variance = (outcome[:, :count] ** 2).mean(0) + noise[:count]
+    variance = (outcome[:, :count] ** 2).mean(0) + noise[:count] / np.maximum(fresh, 1e-6)
     half = 0.5 * surface.optimum(cell).curvature
     taught = np.einsum("in,ij,jn->n", covariance[:2], half, covariance[:2]) / variance
     # The laws' expected gap, averaged over the cells of the ladder.
@@ -149,6 +159,31 @@ def acquisition(
     by_cell = np.einsum("ck,akn->can", design, covariance[2:].reshape(2, -1, count))
     by_law = np.einsum("can,ab,cbn->n", by_cell, half, by_cell) / len(design) / variance
     return improvement + taught + _LAW_WEIGHT * by_law
+
+
+def _improvement(
+    outcome: np.ndarray, sd: np.ndarray, known: np.ndarray, log_loss: np.ndarray
+) -> np.ndarray:
+    """Expected improvement over the best outcome, in ln loss.
+
+    `outcome` [draws, candidates] are drawn means and `sd` their noise; `known` [draws, n] drawn means at
+    the points tried or running; `log_loss` the outcomes seen.
+    """
+    best = known.min(1) if known.shape[1] else outcome.max(1)
+    if len(log_loss):
+        best = np.minimum(best, log_loss.min())
+    lead = best[:, None] - outcome
+    z = lead / np.maximum(sd, 1e-12)
+    density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
+    return (lead * ndtr(z) + sd * density).mean(0)
+
+
+def _alike(candidates: np.ndarray, known: np.ndarray, length: float) -> np.ndarray:
+    """Correlation of each candidate's luck with that of the nearest point known, [candidates]."""
+    if not len(known):
+        return np.zeros(len(candidates))
+    square = ((candidates[:, None] - known) ** 2).sum(-1).min(1)
+    return np.exp(-0.5 * square / length**2)
 
 
 def _condition(

@@ -1,0 +1,191 @@
+"""Replays search strategies on recorded grids: `python -m benchmarks.replay --results URI`.
+
+A trial returns the recorded loss of the nearest grid point, so strategies are compared without
+training anything. Cells come in order of compute, each strategy sees only what it asked for, and the
+first cell, where nothing is known, gets 10 trials and is shown apart. Gaps are in per cent of a
+cell's lowest recorded loss (or of its lowest smoothed one: "denoised"), at the grid point nearest to
+what is judged:
+
+    found                 the best trial asked for
+    recommended           what the strategy would recommend once all cells are searched: the surface
+                          model's optimum for "ladder", the best trial for the others
+    recommended, denoised the same, against a smooth fit of the whole grid
+    laws                  power laws fitted to those trials alone, with no correction for the cell:
+                          the surface model's for "ladder", a regression on the best trials for others
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import optuna
+
+from benchmarks.recorded import RecordedGrid, read_grids
+from raysweep.errors import UserError
+from raysweep.scaling.surface import CellFeatures, SurfaceSettings
+from raysweep.scaling.surface_features import covariates_of
+from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
+from raysweep.search.strategies import STRATEGIES, make_sampler, search_space
+
+FIRST_CELL_TRIALS = 10
+MEASURES = ("found", "recommended", "recommended_denoised", "laws")
+
+
+@dataclass(frozen=True)
+class CellGaps:
+    """The gaps of one cell in one replay, in per cent."""
+
+    cell: str
+    found: float
+    recommended: float
+    recommended_denoised: float
+    laws: float
+
+
+def replay(
+    grids: Sequence[RecordedGrid],
+    strategy: str,
+    trials: int,
+    seed: int,
+    settings: SurfaceSettings = SurfaceSettings(),
+) -> list[CellGaps]:
+    """One replay of one strategy over all cells, smallest first."""
+    ladder = Ladder(settings)
+    asked: list[list[int]] = []
+    for position, grid in enumerate(grids):
+        budget = max(trials, FIRST_CELL_TRIALS) if position == 0 else trials
+        learning_rate, log2_batch = grid.bounds
+        sampler = make_sampler(
+            strategy,
+            cell=grid.cell,
+            ladder=ladder,
+            learning_rate=learning_rate,
+            log2_batch=log2_batch,
+            sequence_length=grid.sequence_length,
+            trials=budget,
+            seed=seed + 1000 * position,
+        )
+        study = optuna.create_study(sampler=sampler)
+        ladder.register(grid.cell, study, sequence_length=grid.sequence_length)
+        space = search_space(learning_rate, log2_batch)
+        rows = []
+        for _ in range(budget):
+            trial = study.ask(space)
+            batch = trial.params[LOG2_BATCH] * np.log(2) + np.log(grid.sequence_length)
+            row = grid.nearest(np.array([np.log(trial.params[LEARNING_RATE]), batch]))
+            rows.append(row)
+            ran = grid.point[row]
+            log2 = (ran[1] - np.log(grid.sequence_length)) / np.log(2)
+            trial.set_user_attr("ran_at", [float(np.exp(ran[0])), float(log2)])
+            if np.isfinite(grid.loss[row]):
+                study.tell(trial, float(grid.loss[row]))
+            else:
+                trial.set_user_attr("status", "diverged")
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        asked.append(rows)
+    best = [
+        min(rows, key=lambda row: grid.gap[row]) for rows, grid in zip(asked, grids, strict=True)
+    ]
+    if strategy == "ladder":
+        surface = ladder.surface()
+        recommended = [grid.nearest(np.log(surface.recommend(grid.cell))) for grid in grids]
+        by_law = [grid.nearest(np.log(surface.laws.predict(grid.cell))) for grid in grids]
+    else:
+        recommended = best
+        points = np.array([grid.point[row] for grid, row in zip(grids, best, strict=True)])
+        predicted = regress([grid.cell for grid in grids], points)
+        by_law = [grid.nearest(point) for grid, point in zip(grids, predicted, strict=True)]
+    return [
+        CellGaps(
+            cell=grid.cell.name,
+            found=100 * float(grid.gap[best[i]]),
+            recommended=100 * float(grid.gap[recommended[i]]),
+            recommended_denoised=100 * float(grid.denoised_gap[recommended[i]]),
+            laws=100 * float(grid.gap[by_law[i]]),
+        )
+        for i, grid in enumerate(grids)
+    ]
+
+
+def regress(cells: Sequence[CellFeatures], points: np.ndarray) -> np.ndarray:
+    """Least-squares power laws through points [cells, 2], read back at the cells."""
+    design = covariates_of(cells).matrix(cells)
+    return design @ np.linalg.lstsq(design, points, rcond=None)[0]
+
+
+def summarise(runs: Sequence[Sequence[CellGaps]]) -> dict[str, dict[str, float]]:
+    """Mean, median, 90th percentile and max of each gap over cells and seeds, the first cell apart."""
+    table = {}
+    for measure in MEASURES:
+        gaps = np.array([[getattr(cell, measure) for cell in run] for run in runs])
+        rest = gaps[:, 1:] if gaps.shape[1] > 1 else gaps
+        table[measure] = {
+            "mean": float(rest.mean()),
+            "median": float(np.median(rest)),
+            "p90": float(np.quantile(rest, 0.9)),
+            "max": float(rest.max()),
+            "first_cell_mean": float(gaps[:, 0].mean()),
+        }
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; prints a table and writes JSON where asked."""
+    parser = argparse.ArgumentParser(prog="benchmarks.replay", description=__doc__.split("\n")[0])
+    parser.add_argument("--results", required=True, help="results folder (URI), or a Step Law CSV")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="comma-separated")
+    parser.add_argument("--trials", default="3,4,6", help="trials a cell, comma-separated")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write every number here")
+    parser.add_argument(
+        "--prior-widths",
+        default="1",
+        help="factors on every prior width of the surface model: 0.5,1,2 shows how robust it is",
+    )
+    options = parser.parse_args(arguments)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    grids = read_grids(options.results)
+    runs = sum(len(grid.loss) for grid in grids)
+    print(f"{options.results}: {len(grids)} cells, {runs} runs, {options.seeds} seeds")
+    print(f"gaps in % over all cells but the first ({grids[0].cell.name}, 10 trials: last column)")
+    print(
+        f"{'strategy':16} {'trials':>6}  {'gap':21} {'mean':>7} {'median':>7} {'p90':>7} {'max':>7} {'first':>7}"
+    )
+    report = []
+    for strategy in options.strategies.split(","):
+        factors = options.prior_widths.split(",") if strategy == "ladder" else ["1"]
+        for factor in factors:
+            settings = SurfaceSettings().scaled(float(factor))
+            for trials in map(int, options.trials.split(",")):
+                replays = [
+                    replay(grids, strategy, trials, seed, settings) for seed in range(options.seeds)
+                ]
+                table = summarise(replays)
+                label = strategy if float(factor) == 1 else f"{strategy} x{factor}"
+                for measure, row in table.items():
+                    numbers = " ".join(f"{value:7.3f}" for value in row.values())
+                    print(f"{label:16} {trials:6}  {measure:21} {numbers}", flush=True)
+                report.append(
+                    {
+                        "strategy": strategy,
+                        "prior_widths": float(factor),
+                        "trials": trials,
+                        "summary": table,
+                        "replays": [[asdict(cell) for cell in run] for run in replays],
+                    }
+                )
+    if options.json:
+        options.json.write_text(json.dumps({"results": options.results, "runs": report}, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
