@@ -1,0 +1,162 @@
+"""The corpus: sources to memory-mapped token shards, built once and kept in the user's cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from raysweep.config.schema import Data
+from raysweep.data import build, cache_folder
+from raysweep.data.batches import too_small_for_validation, windows_per_epoch
+from raysweep.data.tokens import Shard, ShardedTokens, fingerprint, open_shards
+from raysweep.errors import UserError
+
+VERIFY_BYTES = 256 * 2**20
+"""Up to this size the whole content of a cached corpus is checked against its hash."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and validation tokens. Cheap to pickle: shards are mapped when first used."""
+
+    path: Path
+    """Folder of the manifest and, unless they are the user's own, of the shards."""
+    manifest: dict[str, Any] = field(repr=False, hash=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a prepared corpus. Raises UserError where it is missing, partial or damaged."""
+        path = Path(path)
+        try:
+            manifest = json.loads((path / build.MANIFEST).read_text(encoding="utf-8"))
+            corpus = cls(path, manifest)
+            whole = manifest["format"] == build.FORMAT and all(
+                shard.path.stat().st_size >= (shard.start + shard.count) * corpus.item_bytes
+                for shard in (*corpus._shards("train"), *corpus._shards("validation"))
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            corpus, whole = None, False
+        if corpus is None or not whole:
+            raise UserError(f"{path} holds no complete corpus: prepare it again")
+        return corpus
+
+    @property
+    def hash(self) -> str:
+        """Of the tokens and their split: the same on every machine that has the same content."""
+        return self.manifest["hash"]
+
+    @property
+    def dtype(self) -> str:
+        return self.manifest["dtype"]
+
+    @property
+    def item_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["vocab_size"]
+
+    @property
+    def train_tokens(self) -> int:
+        return self.manifest["train"]["tokens"]
+
+    @property
+    def validation_tokens(self) -> int:
+        return self.manifest["validation"]["tokens"]
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of validation text a token, for bits per byte; unknown for token shards.
+
+        Separators between documents count as tokens and not as bytes.
+        """
+        return self.manifest["bytes_per_token"]
+
+    @cached_property
+    def train(self) -> np.ndarray | ShardedTokens:
+        return open_shards(self._shards("train"), self.dtype)
+
+    @cached_property
+    def validation(self) -> np.ndarray | ShardedTokens:
+        return open_shards(self._shards("validation"), self.dtype)
+
+    def epochs(self, tokens: float) -> float:
+        """How many passes over the training tokens a horizon means."""
+        return tokens / self.train_tokens
+
+    def repeat_warning(self, tokens: float) -> str | None:
+        """What to tell the user where a horizon is longer than the corpus."""
+        if tokens <= self.train_tokens:
+            return None
+        return (
+            f"a horizon of {tokens:,.0f} tokens is {self.epochs(tokens):.2f} passes over the "
+            f"{self.train_tokens:,} training tokens: repeated text teaches less than new text, so "
+            "laws fitted on it do not hold for fresh data"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "manifest": self.manifest}
+
+    def _shards(self, split: str) -> list[Shard]:
+        return [
+            Shard(self.path / shard["path"], shard["start"], shard["count"])
+            for shard in self.manifest[split]["shards"]
+        ]
+
+
+def prepare(
+    data: Data,
+    folder: Path,
+    *,
+    cache: Path | None = None,
+    sequence_length: int,
+    progress: Callable[[str], None] | None = None,
+) -> Corpus:
+    """The corpus that the settings describe, from the cache or built into it.
+
+    `folder` is where relative paths start, `cache` overrides the user's cache folder, and
+    `progress` receives lines of text while a corpus is built. A cached corpus that is damaged is
+    built anew. Any number of processes may prepare the same corpus at once.
+
+    Raises UserError where a source is missing, unreadable or unfit, and where the corpus is too
+    small for one training sequence or for the validation slice.
+    """
+    plan = build.plan(data, folder)
+
+    def find(path: Path) -> Corpus | None:
+        try:
+            corpus = Corpus.open(path)
+        except UserError:
+            return None
+        return corpus if _sound(corpus) else None
+
+    corpus = cache_folder.get_or_build(
+        cache_folder.root(cache) / "corpora",
+        plan.key,
+        find=find,
+        build=lambda work: build.build(plan, work, progress or (lambda line: None)),
+    )
+    windows_per_epoch(corpus.train_tokens, sequence_length)
+    if corpus.validation_tokens <= data.validation_sequences * sequence_length:
+        raise UserError(
+            too_small_for_validation(
+                corpus.validation_tokens, data.validation_sequences, sequence_length
+            )
+        )
+    return corpus
+
+
+def _sound(corpus: Corpus) -> bool:
+    """Whether the tokens are those that were written. The user's own shards are known by size
+    and time of change, and large corpora by their size alone."""
+    size = (corpus.train_tokens + corpus.validation_tokens) * corpus.item_bytes
+    if corpus.manifest["in_place"] or size > VERIFY_BYTES:
+        return True
+    return fingerprint(corpus.train, corpus.validation)[0] == corpus.hash
