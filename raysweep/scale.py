@@ -95,7 +95,9 @@ def count(shape: ModelShape) -> Counts:
     n_moe = len(shape.moe_layers)
     n_dense = shape.layers - n_moe
 
-    per_layer = shape.layers * (attention + norms) + n_dense * dense_ffn + n_moe * router * shape.is_moe
+    per_layer = (
+        shape.layers * (attention + norms) + n_dense * dense_ffn + n_moe * router * shape.is_moe
+    )
     total = per_layer + n_moe * (shape.experts + shape.shared_experts) * expert + d
     active_experts = shape.top_k + shape.shared_experts
     active = per_layer + n_moe * active_experts * expert + d

@@ -299,7 +299,9 @@ class Data(Section):
         if self.source != "machine" and not self.paths:
             raise ValueError(f"data source {self.source} needs paths")
         if self.source == "machine" and self.paths:
-            raise ValueError("data source machine takes no paths: set source to text, or drop paths")
+            raise ValueError(
+                "data source machine takes no paths: set source to text, or drop paths"
+            )
         if self.source == "tokens" and self.vocab_size is None:
             raise ValueError("data source tokens needs vocab_size")
         if self.source != "tokens" and self.vocab_size is not None:
@@ -337,7 +339,9 @@ class SearchSpace(Section):
     @model_validator(mode="after")
     def _names_known(self) -> Self:
         known = ", ".join(self.architectures)
-        named = [(f"scale {i}", a) for i, s in enumerate(self.scales) for a in s.architectures or ()]
+        named = [
+            (f"scale {i}", a) for i, s in enumerate(self.scales) for a in s.architectures or ()
+        ]
         named += [(f"target {i}", t.architecture) for i, t in enumerate(self.targets)]
         for where, architecture in named:
             if architecture not in self.architectures:

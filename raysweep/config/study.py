@@ -85,7 +85,9 @@ class TrialSpec:
     def key(self) -> str:
         """A hash of what determines the result: the study's name and the resources do not."""
         recipe = self.recipe.model_dump(exclude={"checkpoint_seconds", "compile", "noise_scale"})
-        settings = self.cell.settings.model_dump(include={"balance", "balance_loss", "router_z_loss"})
+        settings = self.cell.settings.model_dump(
+            include={"balance", "balance_loss", "router_z_loss"}
+        )
         parts = {
             "shape": asdict(self.cell.shape),
             "rope_base": self.model.rope_base,
@@ -197,7 +199,9 @@ def build_shape(
         size = architecture.expert_size
         width = d_ff / active if size == "matched" else d_ff * size
         expert_ff = round_to(width, model.ffn_multiple)
-        moe_layers = tuple(i for i in range(layers) if (layers - 1 - i) % architecture.moe_every == 0)
+        moe_layers = tuple(
+            i for i in range(layers) if (layers - 1 - i) % architecture.moe_every == 0
+        )
     return ModelShape(
         d_model=d_model,
         layers=layers,
@@ -240,7 +244,10 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
             )
             for horizon in space.horizons:
                 if horizon.tokens_per_param is not None:
-                    tokens, label = horizon.tokens_per_param * params, f"{horizon.tokens_per_param:g}tpp"
+                    tokens, label = (
+                        horizon.tokens_per_param * params,
+                        f"{horizon.tokens_per_param:g}tpp",
+                    )
                 else:
                     assert horizon.tokens is not None
                     tokens, label = horizon.tokens, f"{short_number(horizon.tokens)}tok"

@@ -120,7 +120,9 @@ def retry(action: Callable[[], T], what: str) -> T:
             return action()
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise UserError(f"cannot {what}: no space left; free some, then run again") from error
+                raise UserError(
+                    f"cannot {what}: no space left; free some, then run again"
+                ) from error
             if error.errno in _LASTING or attempt == ATTEMPTS - 1:
                 reason = " ".join(str(error).split())
                 raise UserError(f"cannot {what}: {reason}") from error
@@ -134,7 +136,9 @@ def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, root = fsspec.url_to_fs(uri)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{uri}: no filesystem for this URI ({error}); use a folder, s3:// or gs://") from None
+        raise UserError(
+            f"{uri}: no filesystem for this URI ({error}); use a folder, s3:// or gs://"
+        ) from None
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root
 
 

@@ -4,6 +4,7 @@
     URI/trials/*.parquet         one row a trial: a file each, or merged into part-*.parquet
     URI/curves/*.parquet         loss curves, likewise
     URI/studies/NAME.yaml        the search space of each study, as it was run last
+    URI/runs/*.json              when each run was, on what, and how busy its workers were
     URI/checkpoints/KEY/         of running trials only
 
 A row's file is named by its trial key, so that writing a trial again replaces it. `trials/` is an
@@ -36,7 +37,7 @@ from raysweep.results.schema import (
 )
 
 MARKER = "raysweep.json"
-TRIALS, CURVES, STUDIES = "trials", "curves", "studies"
+TRIALS, CURVES, STUDIES, RUNS = "trials", "curves", "studies", "runs"
 COMPACT_ABOVE = 64
 """Single files that a folder may hold before they are merged."""
 PART_ROWS = 50_000
@@ -79,7 +80,9 @@ class Results:
     def uri(self) -> str:
         return self.storage.uri
 
-    def write(self, row: Mapping[str, Any], curve: Mapping[str, Sequence[Any]] | None = None) -> None:
+    def write(
+        self, row: Mapping[str, Any], curve: Mapping[str, Sequence[Any]] | None = None
+    ) -> None:
         """Write one trial: the curve first, so that whoever sees the row finds its curve."""
         key = str(row["trial_key"])
         assert _KEY.match(key), key
@@ -117,6 +120,11 @@ class Results:
         kept = order.drop_duplicates("trial_key", keep="last").drop(columns="_finished")
         return kept.sort_values(["started_at", "trial_key"], kind="stable").reset_index(drop=True)
 
+    def find(self, trial_key: str) -> dict[str, Any] | None:
+        """The row in a trial's own file, or None; merged rows are not looked for."""
+        table = self._try(TRIALS, f"{trial_key}.parquet", ARROW_SCHEMA)
+        return table.to_pylist()[0] if table is not None and len(table) else None
+
     def curves(self, trial_keys: Iterable[str] | None = None) -> pd.DataFrame:
         """Loss curves, `CURVE_SCHEMA`'s columns, of all trials or of some."""
         table = self._read(CURVES, CURVE_SCHEMA)
@@ -137,6 +145,17 @@ class Results:
             if text is not None and info.base_name.endswith(".yaml"):
                 found[info.base_name.removesuffix(".yaml")] = text.decode()
         return found
+
+    def save_run(self, record: Mapping[str, Any]) -> None:
+        """Keep what one `raysweep run` did: times, workers, utilisation. Needs `started_at`."""
+        name = re.sub(r"[^0-9TZ]", "", str(record["started_at"]))[:20]
+        self.storage.write(json.dumps(dict(record), indent=1).encode(), RUNS, f"{name}.json")
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Records of all runs, oldest first."""
+        names = sorted(i.base_name for i in self.storage.list(RUNS))
+        texts = [self.storage.read(RUNS, n) for n in names if n.endswith(".json")]
+        return [json.loads(t) for t in texts if t]
 
     def compact(self, above: int = COMPACT_ABOVE) -> None:
         """Merge single files where there are more than `above`.
@@ -197,6 +216,10 @@ def _check_marker(marker: bytes, uri: str) -> None:
     try:
         version = int(json.loads(marker)["schema_version"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{uri}/{MARKER} is damaged: restore it, or import into a new folder") from None
+        raise UserError(
+            f"{uri}/{MARKER} is damaged: restore it, or import into a new folder"
+        ) from None
     if version > SCHEMA_VERSION:
-        raise UserError(f"{uri} was written by a newer raysweep (schema {version}): upgrade raysweep")
+        raise UserError(
+            f"{uri} was written by a newer raysweep (schema {version}): upgrade raysweep"
+        )

@@ -1,0 +1,312 @@
+"""The course of a study: which trial to start next, and what its outcome means for the rest.
+
+No Ray here: a campaign is asked and told, by the Tune searcher as by a simulation.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import optuna
+import pandas as pd
+from optuna.trial import TrialState
+
+from raysweep.config import Cell, Study, TrialSpec
+from raysweep.errors import UserError
+from raysweep.results.schema import FINISHED
+from raysweep.scaling.surface import CellFeatures
+from raysweep.search.cells import CellState
+from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
+from raysweep.search.ledger import Bundle, Ledger
+from raysweep.search.strategies import make_sampler
+
+_log = logging.getLogger("raysweep")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial to start."""
+
+    id: str
+    number: int
+    spec: TrialSpec
+    repeat: bool
+    """Whether it repeats the cell's best point with another seed, to measure noise."""
+
+
+def bundles_of(cell: Cell) -> list[Bundle]:
+    """What a trial of this cell occupies: a bundle a worker."""
+    resources = cell.resources
+    bundle = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        bundle["GPU"] = resources.gpus_per_worker
+    return [bundle] * resources.workers
+
+
+class Campaign:
+    """Asks each cell's Optuna study for trials, small cells first, as long as they fit.
+
+    Args:
+        study: what is to be searched.
+        data_hash: of the corpus; part of every trial's key.
+        ledger: the resources of the cluster.
+        rows: what the results folder holds of this study already; it is continued.
+        history: other rows that may teach (imported sweeps), with the schema's columns.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        data_hash: str,
+        ledger: Ledger,
+        rows: pd.DataFrame | None = None,
+        history: pd.DataFrame | None = None,
+    ) -> None:
+        self.study = study
+        self.ledger = ledger
+        self._data_hash = data_hash
+        self._search = study.space.search
+        self._ladder = Ladder()
+        self._flops_spent = 0.0
+        self._open: dict[str, tuple[CellState, Proposal, optuna.Trial]] = {}
+        self._waiting_said: set[str] = set()
+        if history is not None:
+            self._add_history(history)
+        self.states = {cell.name: self._state(cell) for cell in study.cells}
+        if rows is not None:
+            self._continue(rows)
+
+    @property
+    def running(self) -> int:
+        return len(self._open)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing runs and nothing can follow."""
+        return not self._open and not any(self._runnable(s) for s in self._ordered())
+
+    def ask(self, trial_id: str) -> Proposal | None:
+        """The next trial to start, or None while none fits or everything waits on running ones."""
+        runnable = [s for s in self._ordered() if self._runnable(s)]
+        fitting = [s for s in runnable if self.ledger.fits(bundles_of(s.cell))]
+        forced = False
+        if not fitting and runnable and not self._open:
+            # Nothing runs and nothing fits: hand one out all the same, and a cluster that grows
+            # on demand will grow for it.
+            fitting, forced = runnable[:1], True
+            self._say_waiting(runnable[0])
+        if not fitting:
+            return None
+        # A third of what a cell still wants at once, so that its trials learn from each other;
+        # more only when a worker would idle otherwise.
+        roomy = [s for s in fitting if len(s.running) < max(1, math.ceil(s.budget / 3))]
+        state = (roomy or fitting)[0]
+        proposal, trial = self._propose(state, trial_id)
+        self.ledger.take(trial_id, bundles_of(state.cell), force=forced)
+        self._open[trial_id] = (state, proposal, trial)
+        state.running.add(proposal.number)
+        self._flops_spent += state.cell.flops
+        return proposal
+
+    def tell(self, trial_id: str, status: str, loss: float | None = None) -> None:
+        """The outcome of a trial: a row's status, and its loss if it finished."""
+        if trial_id not in self._open:
+            return
+        state, proposal, trial = self._open.pop(trial_id)
+        self.ledger.release(trial_id)
+        state.running.discard(proposal.number)
+        usable = status == FINISHED and loss is not None and math.isfinite(loss)
+        if status == FINISHED and not usable:
+            status = "diverged"
+        trial.set_user_attr("status", status)
+        if usable:
+            state.study.tell(trial, loss)
+        else:
+            state.study.tell(trial, state=TrialState.FAIL)
+        if status == "crashed":
+            state.crashes += 1
+            self._flops_spent -= state.cell.flops
+            point = proposal.spec.learning_rate, int(math.log2(proposal.spec.batch_sequences))
+            state.take_back(*point)
+            if state.given_up:
+                _log.warning("cell %s given up: its trials crash", state.cell.name)
+        self._maybe_extend(state)
+
+    def _ordered(self) -> Sequence[CellState]:
+        """Cells by compute, smallest first (as the study has them)."""
+        return list(self.states.values())
+
+    def _runnable(self, state: CellState) -> bool:
+        limit = self._search.total_flops
+        if limit is not None and self._flops_spent + state.cell.flops > limit:
+            return False
+        return state.wanted > 0 or self._repeats_wanted(state) > 0
+
+    def _repeats_wanted(self, state: CellState) -> int:
+        """Repeats of the best point, once the search of the cell is over."""
+        wanted = self._search.repeats_at_optimum
+        if not wanted or state.wanted or state.running or state.best is None:
+            return 0
+        learning_rate, log2_batch = _where(state.best)
+        return wanted - (state.tried.get((f"{learning_rate:.9e}", log2_batch), 1) - 1)
+
+    def _state(self, cell: Cell) -> CellState:
+        search = self._search
+        smallest = min(
+            (c for c in self.study.cells if c.architecture == cell.architecture),
+            key=lambda c: c.flops,
+        )
+        first = search.first_cell_trials if cell == smallest else None
+        study = optuna.create_study(study_name=cell.name)
+        state = CellState(cell, search, first or search.trials_per_cell, study)
+        self._attach_sampler(state)
+        return state
+
+    def _attach_sampler(self, state: CellState) -> None:
+        features = state.features
+        length = state.cell.shape.sequence_length
+        self._ladder.register(features, state.study, sequence_length=length)
+        state.study.sampler = make_sampler(
+            self._search.strategy,
+            cell=features,
+            ladder=self._ladder,
+            learning_rate=state.bounds.learning_rate,
+            log2_batch=state.bounds.log2_batch,
+            sequence_length=length,
+            trials=state.budget,
+            seed=self.study.space.seed,
+        )
+
+    def _propose(self, state: CellState, trial_id: str) -> tuple[Proposal, optuna.Trial]:
+        repeat = state.wanted == 0
+        if repeat:
+            assert state.best is not None
+            learning_rate, log2_batch = _where(state.best)
+            state.study.enqueue_trial(
+                {LEARNING_RATE: learning_rate, LOG2_BATCH: log2_batch},
+                user_attrs={"ran_at": (learning_rate, log2_batch)},
+            )
+        trial = state.study.ask(state.distributions)
+        learning_rate = float(trial.params[LEARNING_RATE])
+        log2_batch = int(trial.params[LOG2_BATCH])
+        seed = self.study.space.seed + state.next_seed(learning_rate, log2_batch)
+        spec = self.study.trial(state.cell, self._data_hash, learning_rate, 2**log2_batch, seed)
+        return Proposal(trial_id, trial.number, spec, repeat), trial
+
+    def _maybe_extend(self, state: CellState) -> None:
+        """Widen a cell's range, its search being over, where its optimum lies at an edge."""
+        search = self._search
+        if not search.extend_edges or state.extensions >= search.max_extensions:
+            return
+        if state.wanted or state.running or state.finished < 3:
+            return
+        length = state.cell.shape.sequence_length
+        low, high = state.bounds.log2_batch
+        edges = self._ladder.surface().edges(
+            state.features,
+            state.bounds.learning_rate,
+            (2.0**low * length, 2.0**high * length),
+        )
+        if not edges or not state.extend(edges):
+            return
+        state.extensions += 1
+        where = ", ".join(f"{name} {side}" for name, side in edges)
+        _log.info("cell %s: optimum at the edge (%s): range widened", state.cell.name, where)
+        self._attach_sampler(state)
+        for other in self._ordered():  # what is at the edge here will be so at the larger scales
+            later = other.cell.flops > state.cell.flops
+            if later and other.cell.architecture == state.cell.architecture:
+                untouched = not other.running and not other.study.get_trials(deepcopy=False)
+                if untouched and other.extend(edges):
+                    self._attach_sampler(other)
+
+    def _continue(self, rows: pd.DataFrame) -> None:
+        """Take up the rows of an earlier run of this study."""
+        other_recipe: list[str] = []
+        for row in rows.to_dict("records"):
+            state = self.states.get(row["cell"])
+            if state is None or row["status"] == "crashed":
+                continue
+            rate, sequences, seed = (
+                row["learning_rate"],
+                int(row["batch_sequences"]),
+                int(row["seed"]),
+            )
+            spec = self.study.trial(state.cell, self._data_hash, rate, sequences, seed)
+            if spec.key != row["trial_key"]:
+                other_recipe.append(row["cell"])
+                continue
+            log2_batch = int(math.log2(sequences))
+            while (rate, log2_batch) not in state.bounds:
+                edges = _edges_beyond(state, rate, log2_batch)
+                if not state.extend(edges):
+                    break
+                state.extensions = min(state.extensions + 1, self._search.max_extensions)
+            state.add_finished_row(rate, log2_batch, row["status"], row["loss"])
+            state.next_seed(rate, log2_batch)
+            self._flops_spent += state.cell.flops
+        if other_recipe:
+            raise UserError(
+                f"the results hold {len(other_recipe)} trials of study {self.study.name} (first in "
+                f"cell {other_recipe[0]}) made with another recipe, shape, seed or corpus: "
+                "give the study another name, or name another --results"
+            )
+        for state in self._ordered():
+            self._attach_sampler(state)
+        for state in self._ordered():
+            self._maybe_extend(state)
+
+    def _add_history(self, rows: pd.DataFrame) -> None:
+        usable = rows[rows["learning_rate"].notna() & rows["batch_tokens"].notna()]
+        usable = usable[usable["status"].isin([FINISHED, "diverged"]) & usable["excluded"].isna()]
+        for name, cell in usable.groupby("cell", sort=True):
+            first = cell.iloc[0]
+            total = first["params_total_non_embedding"]
+            features = CellFeatures(
+                name=f"{first['source']}:{name}",
+                params=float(first["params_active_non_embedding"]),
+                tokens=float(first["tokens"]),
+                experts=int(first["experts"]),
+                top_k=int(first["top_k"]),
+                params_total=None if pd.isna(total) else float(total),
+            )
+            self._ladder.add_history(
+                features,
+                cell["learning_rate"].to_numpy(float),
+                cell["batch_tokens"].to_numpy(float),
+                cell["loss"].to_numpy(float),
+                (cell["status"] == "diverged").to_numpy(),
+            )
+
+    def _say_waiting(self, state: CellState) -> None:
+        name = state.cell.name
+        if name not in self._waiting_said:
+            self._waiting_said.add(name)
+            needs = bundles_of(state.cell)
+            _log.warning(
+                "cell %s needs %d x %s, more than the cluster has now: waiting for it to grow",
+                name,
+                len(needs),
+                dict(needs[0]),
+            )
+
+
+def _edges_beyond(state: CellState, rate: float, log2_batch: int) -> tuple[tuple[str, str], ...]:
+    (low, high), (small, large) = state.bounds.learning_rate, state.bounds.log2_batch
+    beyond = [
+        (rate < low, ("learning_rate", "low")),
+        (rate > high, ("learning_rate", "high")),
+        (log2_batch < small, ("batch", "low")),
+        (log2_batch > large, ("batch", "high")),
+    ]
+    return tuple(edge for is_beyond, edge in beyond if is_beyond)
+
+
+def _where(trial: optuna.trial.FrozenTrial) -> tuple[float, int]:
+    rate, log2_batch = trial.user_attrs.get(
+        "ran_at", (trial.params[LEARNING_RATE], trial.params[LOG2_BATCH])
+    )
+    return float(rate), int(log2_batch)

@@ -1,0 +1,174 @@
+"""What is known and wanted of one cell while a study runs: its Optuna study, budget and range."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from raysweep.config import Cell, Search
+from raysweep.scaling.surface import CellFeatures
+from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH
+from raysweep.search.strategies import search_space
+
+FEWEST_STEPS = 8
+"""A batch so large that a trial would take fewer steps than this is never proposed."""
+CRASHES_ALLOWED = 3
+"""A cell whose trials crash this often in one run, none having finished, is given up."""
+EXTENSION_TRIALS = 2
+"""Trials that a widened range adds to a cell's budget."""
+
+
+@dataclass
+class Bounds:
+    """The range searched: learning rate, and batch as log2 of sequences."""
+
+    learning_rate: tuple[float, float]
+    log2_batch: tuple[int, int]
+
+    def __contains__(self, point: tuple[float, int]) -> bool:
+        low, high = self.learning_rate
+        inside = low * (1 - 1e-9) <= point[0] <= high * (1 + 1e-9)
+        return inside and self.log2_batch[0] <= point[1] <= self.log2_batch[1]
+
+
+def features_of(cell: Cell) -> CellFeatures:
+    """The cell as the surface model sees it."""
+    counts = cell.counts
+    return CellFeatures(
+        name=cell.name,
+        params=counts.params_active_non_embedding,
+        tokens=cell.tokens,
+        experts=cell.shape.experts,
+        top_k=cell.shape.top_k,
+        params_total=counts.params_total_non_embedding,
+        flops=cell.flops,
+    )
+
+
+@dataclass
+class CellState:
+    """One cell in the course of a study."""
+
+    cell: Cell
+    search: Search
+    trials_wanted: int
+    study: optuna.Study
+    bounds: Bounds = field(init=False)
+    extensions: int = 0
+    crashes: int = 0
+    running: set[int] = field(default_factory=set)
+    """Numbers of running trials of `study`."""
+    tried: dict[tuple[str, int], int] = field(default_factory=dict)
+    """How often each (learning rate, log2 batch) was given out: the seed of the next such trial."""
+
+    def __post_init__(self) -> None:
+        rate, batch = self.search.learning_rate, self.search.batch_sequences
+        high = min(int(math.log2(batch.high)), self._largest_log2_batch())
+        low = min(int(math.log2(batch.low)), high)
+        self.bounds = Bounds((rate.low, rate.high), (low, high))
+
+    @property
+    def features(self) -> CellFeatures:
+        return features_of(self.cell)
+
+    @property
+    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        return search_space(self.bounds.learning_rate, self.bounds.log2_batch)
+
+    def trials(self, *statuses: str) -> list[FrozenTrial]:
+        """Concluded trials of these statuses, in order."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [t for t in trials if t.user_attrs.get("status") in statuses]
+
+    @property
+    def finished(self) -> int:
+        return len(self.trials("finished"))
+
+    @property
+    def concluded(self) -> int:
+        """Trials that told something: all but crashed ones."""
+        return len(self.trials("finished", "diverged", "stopped", "out_of_memory"))
+
+    @property
+    def budget(self) -> int:
+        return self.trials_wanted + EXTENSION_TRIALS * self.extensions
+
+    @property
+    def wanted(self) -> int:
+        """Trials still to be started in search of the optimum.
+
+        The budget counts finished trials; a cell where many diverge gets at most twice as many.
+        """
+        if self.given_up:
+            return 0
+        short = self.budget - self.finished - len(self.running)
+        return max(0, min(short, 2 * self.budget - self.concluded - len(self.running)))
+
+    @property
+    def given_up(self) -> bool:
+        return self.crashes >= CRASHES_ALLOWED and not self.finished
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        done = [t for t in self.trials("finished") if t.state is TrialState.COMPLETE]
+        return min(done, key=lambda t: t.value or math.inf, default=None)
+
+    def next_seed(self, learning_rate: float, log2_batch: int) -> int:
+        """How many trials were given out at this very point; counts this one."""
+        key = (f"{learning_rate:.9e}", log2_batch)
+        used = self.tried.get(key, 0)
+        self.tried[key] = used + 1
+        return used
+
+    def take_back(self, learning_rate: float, log2_batch: int) -> None:
+        """Undo `next_seed` for a trial that crashed: its seed is free again."""
+        key = (f"{learning_rate:.9e}", log2_batch)
+        self.tried[key] = max(0, self.tried.get(key, 0) - 1)
+
+    def add_finished_row(
+        self, learning_rate: float, log2_batch: int, status: str, loss: float | None
+    ) -> None:
+        """Rebuild one trial of an earlier run. It may lie outside the range searched now."""
+        rate, batch = self.bounds.learning_rate, self.bounds.log2_batch
+        params = {
+            LEARNING_RATE: min(max(learning_rate, rate[0]), rate[1]),
+            LOG2_BATCH: min(max(log2_batch, batch[0]), batch[1]),
+        }
+        finished = status == "finished"
+        self.study.add_trial(
+            optuna.create_trial(
+                params=params,
+                distributions=self.distributions,
+                value=loss if finished else None,
+                state=TrialState.COMPLETE if finished else TrialState.FAIL,
+                user_attrs={"status": status, "ran_at": (learning_rate, log2_batch)},
+            )
+        )
+
+    def extend(self, edges: tuple[tuple[str, str], ...]) -> bool:
+        """Widen the range by a factor of four at these edges, within the hard limits.
+
+        Returns whether any bound moved.
+        """
+        rate, batch = self.search.learning_rate, self.search.batch_sequences
+        (low, high), (small, large) = self.bounds.learning_rate, self.bounds.log2_batch
+        if ("learning_rate", "low") in edges:
+            low = max(rate.hard_low, low / 4)
+        if ("learning_rate", "high") in edges:
+            high = min(rate.hard_high, high * 4)
+        if ("batch", "low") in edges:
+            small = max(int(math.log2(batch.hard_low)), small - 2)
+        if ("batch", "high") in edges:
+            limit = min(int(math.log2(batch.hard_high)), self._largest_log2_batch())
+            large = max(large, min(limit, large + 2))
+        wider = Bounds((low, high), (small, large))
+        moved = wider != self.bounds
+        self.bounds = wider
+        return moved
+
+    def _largest_log2_batch(self) -> int:
+        sequences = self.cell.tokens / FEWEST_STEPS / self.cell.shape.sequence_length
+        return max(0, int(math.log2(max(1.0, sequences))))

@@ -1,0 +1,166 @@
+"""The live display of a study: cells, trials, best loss, time left; plain lines where no terminal is."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from raysweep.search.campaign import Campaign
+from raysweep.search.cells import CellState
+
+PLAIN_SECONDS = 15.0
+"""Least time between two lines where the output is no terminal."""
+
+
+@dataclass
+class Timing:
+    """How long trials take, to say when a study will end."""
+
+    begun: float = field(default_factory=time.monotonic)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Durations of concluded trials by cell."""
+    seconds_per_flop: list[float] = field(default_factory=list)
+
+    def add(self, state: CellState, seconds: float) -> None:
+        """Note one finished trial."""
+        self.seconds.setdefault(state.cell.name, []).append(seconds)
+        self.seconds_per_flop.append(seconds / state.cell.flops)
+
+    def left(self, campaign: Campaign, workers: float) -> float | None:
+        """Seconds until the end at the present pace; None before the first trial is through."""
+        if not self.seconds_per_flop:
+            return None
+        work = 0.0
+        recent = self.seconds_per_flop[-8:]
+        for state in campaign.states.values():
+            own = self.seconds.get(state.cell.name)
+            each = sum(own) / len(own) if own else state.cell.flops * sum(recent) / len(recent)
+            work += each * (state.wanted + 0.5 * len(state.running))
+        return work / max(1.0, workers)
+
+
+class Progress:
+    """Shows a campaign. Use as a context; call `refresh` often, `trial_done` once a trial."""
+
+    def __init__(self, campaign: Campaign, console: Console, workers: float) -> None:
+        self._campaign = campaign
+        self._console = console
+        self._workers = workers
+        self._timing = Timing()
+        self._last_line = 0.0
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(console=console, auto_refresh=False, transient=False)
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self.refresh(force=True)
+            self._live.stop()
+
+    def trial_done(self, cell: str, status: str, seconds: float) -> None:
+        """Note one concluded trial."""
+        if status == "finished":
+            self._timing.add(self._campaign.states[cell], seconds)
+
+    def refresh(self, *, force: bool = False) -> None:
+        """Draw again, at most five times a second; or print a line now and then."""
+        now = time.monotonic()
+        if self._live is not None:
+            if force or now - self._last_line > 0.2:
+                self._last_line = now
+                self._live.update(self._panel(), refresh=True)
+        elif force or now - self._last_line > PLAIN_SECONDS:
+            self._last_line = now
+            self._console.print(self._line(), highlight=False)
+
+    def _totals(self) -> tuple[int, int]:
+        states = self._campaign.states.values()
+        concluded = sum(s.concluded for s in states)
+        return concluded, concluded + sum(s.wanted + len(s.running) for s in states)
+
+    def _line(self) -> str:
+        done, total = self._totals()
+        left = self._timing.left(self._campaign, self._workers)
+        return (
+            f"{self._campaign.study.name}: {done}/{total} trials, {self._campaign.running} running, "
+            f"{clock(time.monotonic() - self._timing.begun)} gone, "
+            f"{clock(left) if left is not None else '?'} left{_best_words(self._campaign)}"
+        )
+
+    def _panel(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("cell")
+        for title in ("params", "tokens", "trials", "running", "best loss", "at lr", "batch"):
+            table.add_column(title, justify="right")
+        states = list(self._campaign.states.values())
+        for state in _window(states, self._console.height - 6):
+            table.add_row(*_cells_row(state), style="dim" if not state.concluded else "")
+        done, total = self._totals()
+        left = self._timing.left(self._campaign, self._workers)
+        gone = clock(time.monotonic() - self._timing.begun)
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(f"study {self._campaign.study.name}", style="bold"),
+            ProgressBar(total=max(1, total), completed=done, width=30),
+            f"{done}/{total} trials",
+            f"{self._campaign.running} running",
+            f"{gone} gone",
+            f"{clock(left)} left" if left is not None else "time left: measuring",
+        )
+        return Group(head, table)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them: 42s, 3m05s, 2h10m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _cells_row(state: CellState) -> list[str]:
+    from raysweep.config.study import short_number
+
+    best = state.best
+    at = best.user_attrs.get("ran_at") if best else None
+    rate = (at[0] if at else best.params["learning_rate"]) if best else math.nan
+    log2 = (at[1] if at else best.params["log2_batch_sequences"]) if best else 0
+    failed = state.concluded - state.finished
+    return [
+        state.cell.name,
+        short_number(state.cell.counts.params_active_non_embedding),
+        short_number(state.cell.tokens),
+        f"{state.finished}/{state.budget}" + (f" (+{failed} failed)" if failed else ""),
+        str(len(state.running) or ""),
+        f"{best.value:.4f}" if best else "",
+        f"{rate:.2e}" if best else "",
+        short_number(2**log2 * state.cell.shape.sequence_length) if best else "",
+    ]
+
+
+def _window(states: list[CellState], room: int) -> list[CellState]:
+    """As many cells as fit, around the ones at work."""
+    if room >= len(states) or room < 1:
+        return states
+    busy = next((i for i, s in enumerate(states) if s.running), 0)
+    start = max(0, min(busy - room // 4, len(states) - room))
+    return states[start : start + room]
+
+
+def _best_words(campaign: Campaign) -> str:
+    values = [b.value for s in campaign.states.values() if (b := s.best) and b.value is not None]
+    return f", best loss {min(values):.4f}" if values else ""

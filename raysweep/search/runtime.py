@@ -1,0 +1,92 @@
+"""Starting Ray, or joining a cluster: quiet, private, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from raysweep.data import cache_folder
+from raysweep.errors import UserError
+
+_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Our rows replace Tune's own logs and snapshots; output is ours too; nothing phones home."""
+
+LOCAL_OBJECT_STORE_BYTES = 200_000_000
+LONGEST_TEMP_DIR = 60
+"""Ray puts sockets under its folder, and a socket's path may have 107 bytes."""
+
+
+@contextmanager
+def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
+    """Ray running for the time of the block: joined at `address`, or started on this machine.
+
+    A local Ray listens on loopback only, with a token that lives in this process's environment.
+    Yields a scratch folder that is removed afterwards. Raises UserError if the cluster cannot be
+    reached.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    local = address in (None, "local")
+    if local:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    scratch = _scratch_folder()
+    try:
+        if local:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(scratch / "ray"),
+            )
+        else:
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(
+                    f"cannot join the Ray cluster at {address}: {reason}; check the address, the "
+                    "token (RAY_AUTH_TOKEN_PATH) and that the head is up"
+                ) from error
+        yield scratch
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def cluster_nodes() -> Mapping[str, Mapping[str, float]]:
+    """Resources of the nodes that are alive, by node id."""
+    import ray
+
+    return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
+
+
+def _scratch_folder() -> Path:
+    """A new folder in the user's cache, or in the temporary folder where that path is too long."""
+    base = cache_folder.root() / "scratch"
+    if len(str(base)) > LONGEST_TEMP_DIR:
+        base = Path(tempfile.gettempdir())
+    base.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="run-", dir=base))

@@ -1,0 +1,57 @@
+"""The campaign as a Ray Tune searcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from raysweep.search.campaign import Campaign
+
+
+class CampaignSearcher(Searcher):
+    """Hands Tune the campaign's proposals as trial configs, and tells it their outcomes.
+
+    A config holds plain values only: `cell`, `learning_rate`, `batch_sequences`, `seed`.
+    """
+
+    def __init__(self, campaign: Campaign, refresh: Callable[[Campaign], None]) -> None:
+        super().__init__(metric="loss", mode="min")
+        self.campaign = campaign
+        self._refresh = refresh
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None | str:  # type: ignore[override]
+        """The next trial; None while nothing fits or all waits on running trials."""
+        self._refresh(self.campaign)
+        if self.campaign.done:
+            return Searcher.FINISHED
+        proposal = self.campaign.ask(trial_id)
+        if proposal is None:
+            return None
+        spec = proposal.spec
+        return {
+            "cell": spec.cell.name,
+            "learning_rate": spec.learning_rate,
+            "batch_sequences": spec.batch_sequences,
+            "seed": spec.seed,
+        }
+
+    def on_trial_complete(
+        self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Called once a trial is over for good; retries do not show here."""
+        if error or not result or "status" not in result:
+            self.campaign.tell(trial_id, "crashed")
+        else:
+            self.campaign.tell(trial_id, result["status"], result.get("loss"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CampaignSearcher:
+        """Tune copies its searcher; the progress display must see the one that is in use."""
+        return self
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: rows are the only truth, and a campaign is rebuilt from them."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, for the same reason."""

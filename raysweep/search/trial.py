@@ -1,0 +1,114 @@
+"""The trainable: one trial inside a reused Tune actor. It writes its own row, then reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import tune
+
+from raysweep.config import Study, TrialSpec
+from raysweep.data.corpus import Corpus
+from raysweep.results import Results
+from raysweep.training.record import trial_row
+
+if TYPE_CHECKING:
+    from raysweep.training.loop import TrialOutcome
+
+REPORT_SECONDS = 5.0
+"""Least time between two progress reports of one trial."""
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What every trial of a study needs; shipped to each actor once."""
+
+    study: Study
+    corpus: Corpus
+    results_uri: str
+    threads: int
+
+
+class TuneReporter:
+    """Sends progress to the driver now and then: each report costs a round trip."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def report(self, step: int, tokens: float, loss: float) -> None:
+        """Progress of a running trial; `loss` is a smoothed training loss."""
+        now = time.monotonic()
+        if now - self._last >= REPORT_SECONDS:
+            self._last = now
+            tune.report({"step": step, "tokens": tokens, "train_loss": loss})
+
+    def should_stop(self) -> bool:
+        """Tune stops a function by raising in `report`: nothing to ask."""
+        return False
+
+
+def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
+    """A Tune function trainable for the study's trials."""
+
+    def trial(config: dict[str, Any]) -> None:
+        row = run_trial(context, config)
+        tune.report({name: row[name] for name in ("status", "loss", "seconds_train")})
+
+    return trial
+
+
+def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
+    """Train one trial and write its row; a trial whose row stands already is not run again."""
+    started_at, begun = datetime.now(UTC), time.monotonic()
+    study, corpus = context.study, context.corpus
+    cell = study.cell(config["cell"])
+    spec = study.trial(
+        cell, corpus.hash, config["learning_rate"], config["batch_sequences"], config["seed"]
+    )
+    results = Results.open(context.results_uri)
+    standing = results.find(spec.key)  # written before the actor died, say
+    if standing is not None and standing["status"] != "crashed":
+        return standing
+    checkpoints = None
+    if results.storage.is_local and spec.recipe.checkpoint_seconds:
+        checkpoints = Path(results.storage.path("checkpoints", spec.key))
+    outcome = _train(context, spec, checkpoints)
+    row = trial_row(
+        spec,
+        outcome,
+        strategy=study.space.search.strategy,
+        train_tokens=corpus.train_tokens,
+        started_at=started_at,
+        seconds_wall=time.monotonic() - begun,
+    )
+    results.write(row, outcome.curve)
+    return row
+
+
+def _train(context: TrialContext, spec: TrialSpec, checkpoints: Path | None) -> TrialOutcome:
+    resources = spec.cell.resources
+    validation = context.study.space.data.validation_sequences
+    if resources.workers > 1:
+        from raysweep.training.ray_train import train_distributed
+
+        return train_distributed(
+            spec,
+            context.corpus,
+            validation_sequences=validation,
+            reporter=TuneReporter(),
+            checkpoint_dir=checkpoints,
+        )
+    from raysweep.training.loop import train  # here, so that the driver never imports torch
+
+    return train(
+        spec,
+        context.corpus,
+        validation_sequences=validation,
+        reporter=TuneReporter(),
+        checkpoint_dir=checkpoints,
+        threads=context.threads,
+    )

@@ -1,0 +1,157 @@
+"""A trial's row: its outcome, joined with the exact counts and where it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+from datetime import datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysweep.config import Cell, TrialSpec
+from raysweep.results.schema import make_row
+
+if TYPE_CHECKING:
+    from raysweep.training.loop import TrialOutcome
+
+
+def cell_columns(cell: Cell) -> dict[str, Any]:
+    """The columns that a cell fixes: shape, counts and horizon."""
+    shape, counts = cell.shape, cell.counts
+    return {
+        "cell": cell.name,
+        "architecture": cell.architecture,
+        "architecture_kind": cell.settings.kind,
+        "scale": cell.scale,
+        "d_model": shape.d_model,
+        "layers": shape.layers,
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "d_ff": shape.d_ff,
+        "vocab_size": shape.vocab_size,
+        "sequence_length": shape.sequence_length,
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "shared_experts": shape.shared_experts,
+        "expert_ff": shape.expert_ff,
+        "moe_layers": len(shape.moe_layers),
+        "params_total": counts.params_total,
+        "params_active": counts.params_active,
+        "params_total_non_embedding": counts.params_total_non_embedding,
+        "params_active_non_embedding": counts.params_active_non_embedding,
+        "params_dense": cell.params_dense,
+        "flops_per_token": counts.flops_per_token,
+        "tokens": cell.tokens,
+    }
+
+
+def spec_columns(spec: TrialSpec) -> dict[str, Any]:
+    """The columns that are known before a trial starts."""
+    return {
+        **cell_columns(spec.cell),
+        "trial_key": spec.key,
+        "study": spec.study,
+        "source": "raysweep",
+        "learning_rate": spec.learning_rate,
+        "batch_sequences": spec.batch_sequences,
+        "batch_tokens": spec.batch_tokens,
+        "seed": spec.seed,
+        "steps": spec.steps,
+        "recipe": json.dumps(spec.recipe.model_dump(), sort_keys=True),
+        "data_hash": spec.data_hash,
+        "git_revision": git_revision(),
+        "versions": json.dumps(library_versions(), sort_keys=True),
+    }
+
+
+def trial_row(
+    spec: TrialSpec,
+    outcome: TrialOutcome,
+    *,
+    strategy: str,
+    train_tokens: int,
+    started_at: datetime,
+    seconds_wall: float,
+) -> dict[str, Any]:
+    """The row of a trial that ran to an end of its own, good or bad.
+
+    Args:
+        train_tokens: size of the corpus, for the number of epochs.
+    """
+    counts = spec.cell.counts
+    return make_row(
+        **spec_columns(spec),
+        strategy=strategy,
+        status=outcome.status,
+        reason=outcome.reason,
+        step=outcome.step,
+        tokens_seen=outcome.tokens_seen,
+        epochs=outcome.tokens_seen / train_tokens,
+        flops=counts.flops_per_token * outcome.tokens_seen,
+        flops_6nd=counts.flops_6nd(outcome.tokens_seen),
+        loss=outcome.loss,
+        loss_se=outcome.loss_se,
+        train_loss=outcome.train_loss,
+        bits_per_byte=outcome.bits_per_byte,
+        noise_scale_tokens=outcome.noise_scale_tokens,
+        noise_grad_sq=outcome.noise_grad_sq,
+        noise_trace=outcome.noise_trace,
+        expert_load_entropy=outcome.expert_load_entropy,
+        expert_load_max_over_mean=outcome.expert_load_max_over_mean,
+        router_confidence=outcome.router_confidence,
+        started_at=started_at,
+        seconds_wall=seconds_wall,
+        seconds_train=outcome.seconds_train,
+        tokens_per_second=outcome.tokens_per_second,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        micro_batch_sequences=outcome.micro_batch_sequences,
+        accumulation=outcome.accumulation,
+        world_size=outcome.world_size,
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+        device=outcome.device,
+    )
+
+
+def crashed_row(
+    spec: TrialSpec, reason: str, *, strategy: str, started_at: datetime, seconds_wall: float
+) -> dict[str, Any]:
+    """The row of a trial that died, with the reason in one line."""
+    return make_row(
+        **spec_columns(spec),
+        strategy=strategy,
+        status="crashed",
+        reason=reason,
+        started_at=started_at,
+        seconds_wall=seconds_wall,
+    )
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("raysweep", "torch", "numpy", "ray", "optuna"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def git_revision() -> str | None:
+    """Revision of the checkout that raysweep runs from, with + when modified; None outside one."""
+    folder = Path(__file__).resolve().parent.parent.parent
+    if not (folder / ".git").exists():
+        return os.environ.get("RAYSWEEP_GIT_REVISION")
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,71 @@
+"""One trial in this process, without Ray: `raysweep train`."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from raysweep.config import Study
+from raysweep.data.corpus import prepare
+from raysweep.errors import UserError
+from raysweep.results import Results
+from raysweep.training.loop import train
+from raysweep.training.record import trial_row
+
+
+def train_one(
+    study: Study,
+    cell_name: str,
+    learning_rate: float,
+    batch_tokens: int,
+    *,
+    seed: int | None = None,
+    results_uri: str | None = None,
+) -> dict[str, Any]:
+    """Train one trial of a cell here and return its row; keep it if `results_uri` is given.
+
+    Raises:
+        UserError: unknown cell, a learning rate that is not positive, or a batch that is no whole
+            number of sequences.
+    """
+    cell = study.cell(cell_name)
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise UserError(f"--lr {learning_rate} must be a positive number")
+    length = cell.shape.sequence_length
+    if batch_tokens < length or batch_tokens % length:
+        near = max(1, round(batch_tokens / length)) * length
+        raise UserError(
+            f"--batch-tokens {batch_tokens} is no multiple of the sequence length {length}: "
+            f"use {near}"
+        )
+    results = Results.open(results_uri, create=True) if results_uri else None
+    data = study.space.data
+    corpus = prepare(data, study.folder, sequence_length=length)
+    spec = study.trial(
+        cell,
+        corpus.hash,
+        learning_rate,
+        batch_tokens // length,
+        study.space.seed if seed is None else seed,
+    )
+    started_at, begun = datetime.now(UTC), time.monotonic()
+    outcome = train(
+        spec,
+        corpus,
+        validation_sequences=data.validation_sequences,
+        threads=os.cpu_count() or 1,
+    )
+    row = trial_row(
+        spec,
+        outcome,
+        strategy="manual",
+        train_tokens=corpus.train_tokens,
+        started_at=started_at,
+        seconds_wall=time.monotonic() - begun,
+    )
+    if results is not None:
+        results.write(row, outcome.curve)
+    return row
