@@ -37,9 +37,9 @@ def bootstrap(
 ) -> LossFit:
     """`fit` with `samples` from refits of resampled cells.
 
-    `trial_noise`, a number or [n], is the sd of log loss between repeated trials; it is drawn afresh for
-    every point of every resample, for losses that are the best of a noisy few. Refits that do not
-    converge are left out and counted in `n_failed`."""
+    `trial_noise`, a number or [n], is the sd of log loss between repeated trials; it is drawn
+    afresh for every point of every resample, for losses that are the best of a noisy few. Refits
+    that do not converge are left out and counted in `n_failed`."""
     if not fit.ok:
         return fit
     if resamples < 2:

@@ -1,7 +1,8 @@
-"""Value, Jacobian, gradient and exact Hessian of a compiled law, for a batch of coefficient vectors.
+"""Value, Jacobian, gradient and Hessian of a compiled law, for a batch of coefficients.
 
-Shapes: B problems, n points, p coefficients, q coefficients of one term. Sums over points are matrix
-products wherever the features are shared by the batch, which is what makes a bootstrap cheap.
+Shapes: B problems, n points, p coefficients, q coefficients of one term. Sums over points are
+matrix products wherever the features are shared by the batch, which is what makes a bootstrap
+cheap.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Evaluation:
 
     def _add_saturation(self, hessian: np.ndarray, pull: np.ndarray) -> None:
         """The part of the Hessian from z being bilinear in coefficients and log Eh."""
-        assert self.first is not None and self.second is not None
+        assert self.first is not None
+        assert self.second is not None
         for part in self.parts:
             if part.slope is None or part.pull is None:
                 continue
@@ -120,7 +122,10 @@ def evaluate(design: Design, theta: np.ndarray, derivatives: bool = True) -> Eva
     weights = [np.exp(z - top_z) for z, _ in exponents]
     total = weights[0] if len(weights) == 1 else sum(weights[1:], start=weights[0])
     value = top_z + np.log(total)
-    pieces = [(b, w / total, pull) for b, w, (_, pull) in zip(design.blocks, weights, exponents, strict=True)]
+    pieces: list[tuple[Block, np.ndarray | None, np.ndarray | None]] = [
+        (b, w / total, pull)
+        for b, w, (_, pull) in zip(design.blocks, weights, exponents, strict=True)
+    ]
     if design.tilt is not None:
         z, pull = exponent(design.tilt)
         value = value + z

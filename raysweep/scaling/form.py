@@ -4,8 +4,8 @@ Every law of the registry can be written
 
     log L = log sum_k exp(z_k) + tilt,    z_k = log A_k + sum_j theta_j * feature_kj
 
-where a feature is a product of log inputs ("N", "N Eh", ...). So one evaluator gives value, gradient
-and exact Hessian for all of them, over a batch of coefficient vectors at once. Shapes:
+where a feature is a product of log inputs ("N", "N Eh", ...). So one evaluator gives value,
+gradient and exact Hessian for all of them, over a batch of coefficient vectors at once. Shapes:
 B problems, n points, p coefficients, q coefficients of one term.
 """
 
@@ -46,12 +46,12 @@ Kind = Literal["amplitude", "log10", "exponent", "saturation"]
 class Coefficient:
     """One coefficient of a law.
 
-    `kind` says how the stated value relates to the fitted one: an amplitude and a saturation are fitted
-    as their natural log, a "log10" as an intercept in base 10, an exponent as itself.
+    `kind` says how the stated value relates to the fitted one: an amplitude and a saturation are
+    fitted as their natural log, a "log10" as an intercept in base 10, an exponent as itself.
     `low`, `high` bound the *fitted* value: for an amplitude the log of its term's share of the loss
     at the centre of the data, for an exponent its value at the centre of the data.
-    `start` is the range that starting points are drawn from (unused for amplitudes, which are solved
-    for linearly)."""
+    `start` is the range that starting points are drawn from (unused for amplitudes, which are
+    solved for linearly)."""
 
     name: str
     kind: Kind
@@ -199,8 +199,9 @@ class Block:
 class Design:
     """A form compiled on given inputs, in centred coordinates.
 
-    Centring the logs takes the near-collinearity out of amplitude and exponent (the condition number
-    of Chinchilla's problem falls by many orders); `to_centred` is the linear map between the two."""
+    Centring the logs takes the near-collinearity out of amplitude and exponent (the condition
+    number of Chinchilla's problem falls by many orders); `to_centred` is the linear map between
+    the two."""
 
     form: Form
     blocks: tuple[Block, ...]  # one a term
@@ -222,7 +223,8 @@ class Design:
 def compile_form(
     form: Form, logs: Mapping[str, np.ndarray], centre: bool, weights: np.ndarray | None = None
 ) -> Design:
-    """Lay out a form's features on given log inputs [n]; `centre` moves the origin to their mean."""
+    """Lay out a form's features on given log inputs [n]; `centre` moves the origin to their
+    mean."""
     n = len(next(iter(logs.values()))) if logs else 1
     origin = {s: float(np.average(v, weights=weights)) if centre else 0.0 for s, v in logs.items()}
     log_experts = logs.get(SATURATING)
@@ -233,7 +235,9 @@ def compile_form(
     to_centred = np.eye(len(form.names))
 
     def block(powers: Sequence[Power], amplitude: str | None) -> Block:
-        owners: dict[frozenset[str], tuple[str, float]] = {p.parts: (p.coefficient, p.scale) for p in powers}
+        owners: dict[frozenset[str], tuple[str, float]] = {
+            p.parts: (p.coefficient, p.scale) for p in powers
+        }
         if amplitude is not None:
             owners[frozenset()] = (amplitude, 1.0)
         index, bases, slopes = [], [], []
@@ -242,7 +246,8 @@ def compile_form(
         for power in powers:
             j, parts = form.index(power.coefficient), power.parts
             smaller = [frozenset(c) for r in range(len(parts)) for c in combinations(parts, r)]
-            # A product can be centred only where the term owns every smaller product it spills into.
+            # A product can be centred only where the term owns every smaller product it spills
+            # into.
             shift = origin if all(s in owners for s in smaller) else dict.fromkeys(origin, 0.0)
             for rest in smaller:
                 if rest in owners:
@@ -269,9 +274,7 @@ def compile_form(
 
     blocks = tuple(block(t.powers, t.amplitude) for t in form.terms)
     tilt = block(form.tilt, None) if form.tilt else None
-    return Design(
-        form, blocks, tilt, to_centred, log_experts, origin.get(SATURATING, 0.0), n
-    )
+    return Design(form, blocks, tilt, to_centred, log_experts, origin.get(SATURATING, 0.0), n)
 
 
 def saturating_log(
@@ -279,9 +282,10 @@ def saturating_log(
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """log of Clark's saturating expert count Eh, with first and second derivatives.
 
-    1/Eh = 1/(E - 1 + (1/E_start - 1/E_max)^-1) + 1/E_max (Clark et al. 2022, arXiv 2202.01169, eq. 9).
-    `log_experts` [n]; `log_start`, `log_max` [B]. Returns h [B, n]; its derivatives by log_start and
-    log_max; and its second derivatives (start start, start max, max max), all [B, n]."""
+    1/Eh = 1/(E - 1 + (1/E_start - 1/E_max)^-1) + 1/E_max (Clark et al. 2022,
+    arXiv 2202.01169, eq. 9).
+    `log_experts` [n]; `log_start`, `log_max` [B]. Returns h [B, n]; its derivatives by log_start
+    and log_max; and its second derivatives (start start, start max, max max), all [B, n]."""
     start, top = np.exp(-log_start)[:, None], np.exp(-log_max)[:, None]
     more = np.expm1(log_experts)[None, :]  # E - 1
     q = start - top

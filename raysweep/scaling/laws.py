@@ -1,4 +1,4 @@
-"""The registry of the laws of the loss: one declaration a formula, with symbols, units and source."""
+"""The registry of the laws of the loss: each formula declared once, with units and source."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def _either(name: str, reach: float = 0.8, bound: float = 4.0) -> Coefficient:
 # Clark's E_start lies between 1 (a dense model counts as one expert) and a few; E_max is where more
 # experts stop helping, seen between tens and thousands.
 _E_START = Coefficient("E_start", "saturation", 0.0, np.log(20.0), (np.log(1.2), np.log(4.0)))
-_E_MAX = Coefficient("E_max", "saturation", np.log(24.0), np.log(1e6), (np.log(60.0), np.log(1500.0)))
+_E_MAX = Coefficient(
+    "E_max", "saturation", np.log(24.0), np.log(1e6), (np.log(60.0), np.log(1500.0))
+)
 
 _LOSS = "loss, nats per token"
 _N = "parameters"
@@ -78,7 +80,8 @@ _KAPLAN = Law(
     source="Kaplan et al. 2020, arXiv 2001.08361, eq. 1.3; the floor after Henighan et al. 2020",
     parameter_count="params_active_non_embedding",
     form=Form(
-        (_amplitude("E0"), _amplitude("A"), _decay("a")), (Term("E0"), Term("A", (Power("a", "C"),)))
+        (_amplitude("E0"), _amplitude("A"), _decay("a")),
+        (Term("E0"), Term("A", (Power("a", "C"),))),
     ),
     derived={"C_c": _critical_compute},
     note="Meant for compute-optimal runs: FLOPs alone do not say how they were split.",
@@ -89,14 +92,14 @@ _CHINCHILLA = Law(
     name="Chinchilla: parameters and tokens",
     formula="L = E0 + A / N^a + B / D^b",
     symbols={"L": _LOSS, "N": _N, "D": _D, "E0": "irreducible loss"},
-    source="Hoffmann et al. 2022, arXiv 2203.15556, eq. 2; refit by Besiroglu et al., arXiv 2404.10102",
+    source="Hoffmann et al. 2022, arXiv 2203.15556, eq. 2; refit in arXiv 2404.10102",
     parameter_count="params_total",
     form=Form(
         (_amplitude("E0"), _amplitude("A"), _amplitude("B"), _decay("a"), _decay("b")),
         (Term("E0"), Term("A", (Power("a", "N"),)), Term("B", (Power("b", "D"),))),
     ),
     derived=_ALLOCATION,
-    published={"E0": 1.817, "A": 482.0, "B": 2085.4, "a": 0.348, "b": 0.366},
+    published={"E0": 1.8172, "A": 482.01, "B": 2085.43, "a": 0.3478, "b": 0.3658},
 )
 
 _WANG = Law(
@@ -134,7 +137,8 @@ _YUN = Law(
             _amplitude("C"),
             _amplitude("F"),
             _decay("a"),
-            _decay("b"),
+            # Below 0.05 the experts' term is a constant in all but name, which F already is.
+            Coefficient("b", "exponent", 0.05, 4.0, (0.1, 1.5)),
             _decay("g"),
             Coefficient("d", "exponent", -0.2, 0.2, (-0.01, 0.01)),
             _E_START,
@@ -148,7 +152,7 @@ _YUN = Law(
         ),
         (Power("d", "N Eh", 1.0),),
     ),
-    note="Active parameters equal the corresponding dense model's at top-1; at top-k they count k experts.",
+    note="Active parameters equal the dense model's at top-1; at top-k they count k experts.",
     starts=48,
 )
 
@@ -157,7 +161,7 @@ _CLARK = Law(
     name="Clark: routed models, bilinear in log N and log experts",
     formula="log₁₀ L = a · log₁₀ N + b · log₁₀ Ê + c · log₁₀ N · log₁₀ Ê + d",
     symbols={"L": _LOSS, "N": f"{_N} of the corresponding dense model", "Ê": _EH},
-    source="Clark et al. 2022, arXiv 2202.01169, eq. 2 with the saturation of eq. 9 (S-BASE values)",
+    source="Clark et al. 2022, arXiv 2202.01169, eqs. 2 and 9 (S-BASE values)",
     parameter_count="params_active",
     form=Form(
         (
@@ -180,14 +184,27 @@ _CLARK = Law(
         ),
     ),
     note="At one number of tokens: it has no D.",
-    published={"a": -0.082, "b": -0.108, "c": 0.009, "d": 1.104, "E_start": 1.847, "E_max": 314.478},
+    published={
+        "a": -0.082,
+        "b": -0.108,
+        "c": 0.009,
+        "d": 1.104,
+        "E_start": 1.847,
+        "E_max": 314.478,
+    },
 )
 
 _JOINT = Law(
     key="joint_moe",
     name="Joint MoE: experts act on both exponents",
     formula="L = a · Ê^d · N^(al + g·ln Ê) + b · Ê^w · D^(be + z·ln Ê) + c",
-    symbols={"L": _LOSS, "N": "active parameters, with embeddings", "D": _D, "Ê": _EH, "c": "floor"},
+    symbols={
+        "L": _LOSS,
+        "N": "active parameters, with embeddings",
+        "D": _D,
+        "Ê": _EH,
+        "c": "floor",
+    },
     source="Ludziejewski et al. 2025, arXiv 2502.05172",
     parameter_count="params_active",
     form=Form(

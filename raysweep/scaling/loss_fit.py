@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -27,8 +26,8 @@ Status = Literal[
 
 @dataclass(frozen=True)
 class LossFit:
-    """A fitted law. Where `ok` is False every coefficient is NaN (or the last iterate, where the solver
-    did not converge) and `message` says in plain words why."""
+    """A fitted law. Where `ok` is False every coefficient is NaN (or the last iterate, where the
+    solver did not converge) and `message` says in plain words why."""
 
     law: Law
     coefficients: dict[str, float]
@@ -77,8 +76,8 @@ class LossFit:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper end [n] of the interval of the predicted loss.
 
-        From coefficient uncertainty alone, or, for a `new_observation`, with the scatter of the fit's
-        own residuals on top. Raises UserError where the fit was not resampled."""
+        From coefficient uncertainty alone, or, for a `new_observation`, with the scatter of the
+        fit's own residuals on top. Raises UserError where the fit was not resampled."""
         samples = self._samples()
         log_loss = np.log(self.law.predict(samples, inputs))
         if new_observation:
@@ -95,7 +94,8 @@ class LossFit:
 
     def derived(self, name: str) -> float:
         """A quantity the law derives from its coefficients, such as "N_opt exponent"."""
-        return float(self.law.derived[name](self.coefficients))
+        values = {k: np.asarray(v) for k, v in self.coefficients.items()}
+        return float(self.law.derived[name](values))
 
     def draws(self, name: str) -> np.ndarray:
         """The resampled values [n_boot] of a coefficient or derived quantity."""
@@ -161,5 +161,3 @@ def _ends(draws: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-

@@ -26,17 +26,20 @@ from raysweep.scaling.loss_fit import LossFit, Status
 FEWEST_CELLS = 3
 # Inputs whose independent variation is below this share of the common one cannot be told apart.
 COLLINEAR = 0.02
-# Relative singular value of the Jacobian below which a direction of the coefficients is undetermined.
+# Relative singular value of the Jacobian below which a direction of the coefficients is
+# undetermined.
 UNDETERMINED = 1e-7
+# Range of a log amplitude where it is not measured at the centre of the data.
+UNCENTRED_REACH = 100.0
 
 
 @dataclass(frozen=True)
 class Law:
     """A law of the loss.
 
-    `form` is its mathematics; the rest is what a reader needs to know: the formula in words that print
-    anywhere, each symbol with its unit, where it comes from, and which count of parameters it means by
-    N (a column of the results table)."""
+    `form` is its mathematics; the rest is what a reader needs to know: the formula in words that
+    print anywhere, each symbol with its unit, where it comes from, and which count of parameters
+    it means by N (a column of the results table)."""
 
     key: str
     name: str
@@ -71,7 +74,9 @@ class Law:
         log_loss = evaluate(design, theta, derivatives=False).value
         return np.exp(log_loss[0] if values.ndim == 1 else log_loss)
 
-    def jacobian(self, coefficients: Mapping[str, float] | np.ndarray, inputs: Inputs) -> np.ndarray:
+    def jacobian(
+        self, coefficients: Mapping[str, float] | np.ndarray, inputs: Inputs
+    ) -> np.ndarray:
         """d loss / d coefficients [n, p], for the coefficients as stated."""
         values = self._array(coefficients)
         design = compile_form(self.form, read_inputs(self.form, inputs), centre=False)
@@ -95,19 +100,24 @@ class Law:
     ) -> LossFit:
         """Fit by the sum of Huber losses (width `huber`) on log loss, from many starts.
 
-        `inputs` names arrays [n] (see `self.inputs`), `loss` is [n] in nats per token, `weights` [n]
-        multiplies each point's term. `cells` [n] says which points belong to one cell (default: each
-        point its own), so that a `bootstrap` of that many resamples draws whole cells; `trial_noise` is the
-        sd of log loss between repeated trials, added afresh in every resample. `fixed` holds
-        coefficients at given values. Raises UserError for values that no law can take."""
+        `inputs` names arrays [n] (see `self.inputs`), `loss` is [n] in nats per token, `weights`
+        [n] multiplies each point's term. `cells` [n] says which points belong to one cell
+        (default: each point its own), so that a `bootstrap` of that many resamples draws whole
+        cells; `trial_noise` is the sd of log loss between repeated trials, added afresh in every
+        resample. `fixed` holds coefficients at given values. Raises UserError for values that no
+        law can take."""
         logs = read_inputs(self.form, inputs)
-        columns = {k: np.asarray(v, dtype=float) for k, v in input_columns(self.form, inputs).items()}
+        columns = {
+            k: np.asarray(v, dtype=float) for k, v in input_columns(self.form, inputs).items()
+        }
         n = len(next(iter(logs.values())))
         observed = checked("loss", loss)
         if observed.shape != (n,):
             raise UserError(f"{observed.size} losses for {n} points: give one loss a point")
         weight = np.ones(n) if weights is None else _checked_weights(weights, n)
-        cell = np.arange(n) if cells is None else np.unique(np.asarray(cells), return_inverse=True)[1]
+        cell = (
+            np.arange(n) if cells is None else np.unique(np.asarray(cells), return_inverse=True)[1]
+        )
         if cell.shape != (n,):
             raise UserError(f"{cell.size} cell ids for {n} points: give one a point")
         held = dict(fixed or {})
@@ -116,10 +126,16 @@ class Law:
                 raise UserError(f"law '{self.key}' has no coefficient '{name}' to hold fixed")
 
         free = np.array([name not in held for name in self.names])
-        n_cells = min(len(np.unique(cell)), len(np.unique(np.stack(list(logs.values())), axis=1).T))
+        counts = weight > 0
+        places = np.unique(np.stack(list(logs.values()), axis=1)[counts], axis=0)
+        n_cells = min(len(np.unique(cell[counts])), len(places))
 
         def result(
-            status: Status, message: str, values: np.ndarray, objective: float, residuals: np.ndarray
+            status: Status,
+            message: str,
+            values: np.ndarray,
+            objective: float,
+            residuals: np.ndarray,
         ) -> LossFit:
             return LossFit(
                 law=self,
@@ -147,7 +163,13 @@ class Law:
         problem = self.problem(logs, weight, held)
         target = np.log(observed)
         starts = fitting.starting_points(
-            problem.design, target, weight, problem.bounds, problem.held, self.candidates, self.starts
+            problem.design,
+            target,
+            weight,
+            problem.bounds,
+            problem.held,
+            self.candidates,
+            self.starts,
         )
         solution = fitting.minimise(
             problem.design, target, weight, starts, problem.bounds, huber, workers=1
@@ -174,15 +196,17 @@ class Law:
         design = compile_form(self.form, logs, centre=True, weights=weights)
         free = np.array([name not in held for name in self.names])
         stated = np.array([held.get(name, 1.0) for name in self.names])
-        # A held coefficient is held in centred coordinates: exact while nothing it mixes with moves,
-        # so a form whose held coefficient mixes with free ones is compiled uncentred.
+        # A held coefficient is held in centred coordinates: exact while nothing it mixes with
+        # moves, so a form whose held coefficient mixes with free ones is compiled uncentred.
         mixes = design.to_centred - np.eye(len(free))
-        if held and np.any(mixes[~free][:, free]) :
-            design = compile_form(self.form, logs, centre=False)
-        fitted = self.form.unstate(stated)
-        values = np.where(free, np.nan, design.centre(np.where(free, 0.0, fitted)))
         low = np.array([c.low for c in self.form.coefficients])
         high = np.array([c.high for c in self.form.coefficients])
+        if np.any(mixes[~free][:, free]):
+            design = compile_form(self.form, logs, centre=False)
+            amplitude = np.array([c.kind == "amplitude" for c in self.form.coefficients])
+            low[amplitude], high[amplitude] = -UNCENTRED_REACH, UNCENTRED_REACH
+        fitted = self.form.unstate(stated)
+        values = np.where(free, np.nan, design.centre(np.where(free, 0.0, fitted)))
         return Problem(design, fitting.Bounds(low, high, free), values)
 
     def _array(self, coefficients: Mapping[str, float] | np.ndarray) -> np.ndarray:
@@ -200,7 +224,8 @@ class Law:
         need = max(FEWEST_CELLS, int(free.sum()) + 1)
         if n_cells < need:
             return "too few cells", (
-                f"{n_cells} distinct cells for {int(free.sum())} coefficients: at least {need} are needed"
+                f"{n_cells} distinct cells for {int(free.sum())} coefficients: "
+                f"at least {need} are needed"
             )
         if np.ptp(np.log(loss)) < 1e-9:
             return "identical losses", "every loss is the same, so nothing can be told to scale"
@@ -217,7 +242,9 @@ class Law:
             table = np.stack([(v - v.mean()) / v.std() for _, v in varying], axis=1)
             _, sizes, directions = np.linalg.svd(table, full_matrices=False)
             if sizes[-1] < COLLINEAR * sizes[0]:
-                names = [k for (k, _), d in zip(varying, directions[-1], strict=True) if abs(d) > 0.3]
+                names = [
+                    k for (k, _), d in zip(varying, directions[-1], strict=True) if abs(d) > 0.3
+                ]
                 return "collinear", (
                     f"{' and '.join(names)} rise together in every cell, so their exponents cannot "
                     "be told apart: add cells off that line"
@@ -292,7 +319,9 @@ def _checked_weights(weights: np.ndarray, n: int) -> np.ndarray:
     bad = ~(np.isfinite(array) & (array >= 0))
     if bad.any():
         row = int(np.argmax(bad))
-        raise UserError(f"weights must be finite and not negative, but row {row} holds {array[row]:g}")
+        raise UserError(
+            f"weights must be finite and not negative, but row {row} holds {array[row]:g}"
+        )
     if not array.any():
         raise UserError("every weight is zero: nothing is left to fit")
     return array

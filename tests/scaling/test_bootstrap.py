@@ -1,0 +1,89 @@
+"""Resampling: whole cells, trial noise, and intervals that cover."""
+
+import numpy as np
+import pytest
+
+from raysweep.errors import UserError
+from raysweep.scaling.bootstrap import bootstrap, cell_multiplicities
+from raysweep.scaling.laws import LOSS_LAWS
+
+CHINCHILLA = LOSS_LAWS["chinchilla"]
+
+
+def ladder(repeats: int = 1) -> dict[str, np.ndarray]:
+    """A grid of 8 scales by 6 horizons, each cell `repeats` times."""
+    params, tokens = np.meshgrid(np.geomspace(5e7, 5e9, 8), np.geomspace(1e9, 1e11, 6))
+    return {
+        "params": np.repeat(params.ravel(), repeats),
+        "tokens": np.repeat(tokens.ravel(), repeats),
+    }
+
+
+def test_multiplicities_draw_whole_cells() -> None:
+    cells = np.repeat(np.arange(10), 3)
+    counts = cell_multiplicities(cells, 200, np.random.default_rng(0))
+    assert counts.shape == (200, 30)
+    by_cell = counts.reshape(200, 10, 3)
+    assert (by_cell == by_cell[..., :1]).all()
+    assert (by_cell[..., 0].sum(axis=1) == 10).all()
+    assert counts.mean() == pytest.approx(1.0)
+
+
+def test_rows_of_one_plateau_do_not_narrow_the_interval() -> None:
+    """Five copies of every cell carry no more information than one."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.004, 48)
+    once = ladder()
+    fit = CHINCHILLA.fit(once, CHINCHILLA.predict(CHINCHILLA.published, once) * np.exp(noise))
+    five = ladder(5)
+    loss = CHINCHILLA.predict(CHINCHILLA.published, five) * np.exp(np.repeat(noise, 5))
+    plateau = CHINCHILLA.fit(five, loss, cells=np.repeat(np.arange(48), 5))
+    assert plateau.n_cells == 48
+    assert plateau.coefficients == pytest.approx(fit.coefficients, rel=1e-5)
+    sd, sd_plateau = (bootstrap(f, 400).draws("a").std() for f in (fit, plateau))
+    assert sd_plateau == pytest.approx(sd, rel=1e-5)
+
+
+def test_trial_noise_widens() -> None:
+    rng = np.random.default_rng(0)
+    inputs = ladder()
+    loss = CHINCHILLA.predict(CHINCHILLA.published, inputs) * np.exp(rng.normal(0, 0.002, 48))
+    fit = CHINCHILLA.fit(inputs, loss)
+    quiet = bootstrap(fit, 300).draws("a").std()
+    noisy = bootstrap(fit, 300, trial_noise=0.004).draws("a").std()
+    assert noisy > 1.5 * quiet
+
+
+def test_seed_decides_the_resamples() -> None:
+    inputs = ladder()
+    rng = np.random.default_rng(0)
+    loss = CHINCHILLA.predict(CHINCHILLA.published, inputs) * np.exp(rng.normal(0, 0.002, 48))
+    one, two, other = (CHINCHILLA.fit(inputs, loss, bootstrap=20, seed=s) for s in (1, 1, 2))
+    assert one.samples is not None
+    assert two.samples is not None
+    assert other.samples is not None
+    np.testing.assert_array_equal(one.samples, two.samples)
+    assert not np.array_equal(one.samples, other.samples)
+    with pytest.raises(UserError, match="at least 2"):
+        bootstrap(one, 1)
+    with pytest.raises(UserError, match="no quantity 'zeta'"):
+        one.coefficient_interval("zeta")
+
+
+def test_prediction_interval_is_wider_for_a_new_observation_and_far_away() -> None:
+    inputs = ladder()
+    rng = np.random.default_rng(0)
+    loss = CHINCHILLA.predict(CHINCHILLA.published, inputs) * np.exp(rng.normal(0, 0.004, 48))
+    fit = CHINCHILLA.fit(inputs, loss, bootstrap=500)
+    places = {"params": np.array([5e8, 5e11]), "tokens": np.array([1e10, 1e13])}
+    low, high = fit.interval(places)
+    new_low, new_high = fit.interval(places, new_observation=True)
+    centre = fit.predict(places)
+    assert (low < centre).all()
+    assert (centre < high).all()
+    width = np.log(high / low)
+    assert width[1] > 2 * width[0]
+    assert (new_low < low).all()
+    assert (new_high > high).all()
+    truth = CHINCHILLA.predict(CHINCHILLA.published, inputs)
+    assert np.mean((fit.interval(inputs)[0] <= truth) & (truth <= fit.interval(inputs)[1])) > 0.8

@@ -1,0 +1,276 @@
+"""The registry: planted coefficients come back, Jacobians are right, bad data are refused."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from raysweep.errors import UserError
+from raysweep.scaling.laws import LOSS_LAWS
+
+# Coefficients near published ones, where the source gives any.
+PLANTED = {
+    "kaplan": {"E0": 1.7, "A": 90.0, "a": 0.12},
+    "chinchilla": dict(LOSS_LAWS["chinchilla"].published),
+    "wang": {"A": 420.0, "B": 1700.0, "s": 1.8, "a": 0.34, "b": 0.35, "g": 0.13},
+    "yun": {
+        "A": 420.0,
+        "B": 0.3,
+        "C": 1700.0,
+        "F": 1.5,
+        "a": 0.34,
+        "b": 0.5,
+        "g": 0.35,
+        "d": -0.0015,
+        "E_start": 1.8,
+        "E_max": 300.0,
+    },
+    "clark": dict(LOSS_LAWS["clark"].published),
+    "joint_moe": dict(LOSS_LAWS["joint_moe"].published),
+    "sparsity": {
+        "a": 16612.5,
+        "b": 5455.7,
+        "c": 0.46,
+        "d": 17.26,
+        "e": 0.94,
+        "al": 0.5962,
+        "be": 0.3954,
+        "lam": -0.1666,
+        "del": 0.1603,
+        "gam": 0.1595,
+    },
+    "fine_grained": dict(LOSS_LAWS["fine_grained"].published),
+    "three_term": {"E0": 1.6, "A": 300.0, "B": 40.0, "C": 12.0, "a": 0.33, "b": 0.4, "g": 0.5},
+}
+
+
+def cells(key: str, n: int = 120, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs of `n` cells as a wide sweep would have them."""
+    rng = np.random.default_rng(seed)
+    params = np.exp(rng.uniform(np.log(3e7), np.log(7e9), n))
+    tokens = np.exp(rng.uniform(np.log(5e8), np.log(2e11), n))
+    experts = 2.0 ** rng.integers(0, 9, n)
+    every = {
+        "params": params,
+        "tokens": tokens,
+        "flops": 6 * params * tokens,
+        "experts": experts,
+        "sparsity": 1 - 1 / experts,
+        "granularity": 2.0 ** rng.integers(0, 6, n),
+        "batch_tokens": 2.0 ** rng.integers(15, 23, n),
+        "steps": np.exp(rng.uniform(np.log(1e3), np.log(2e5), n)),
+    }
+    return {name: every[name] for name in LOSS_LAWS[key].inputs}
+
+
+def test_registry_holds_the_nine_laws() -> None:
+    assert list(LOSS_LAWS) == list(PLANTED)
+    for key, law in LOSS_LAWS.items():
+        assert law.key == key
+        assert law.formula
+        assert law.source
+        assert law.parameter_count.startswith("params_")
+        assert set(law.names) == set(PLANTED[key])
+
+
+@pytest.mark.parametrize("key", LOSS_LAWS)
+def test_planted_coefficients_come_back(key: str) -> None:
+    law, planted, inputs = LOSS_LAWS[key], PLANTED[key], cells(key)
+    fit = law.fit(inputs, law.predict(planted, inputs))
+    assert fit.status == "converged", fit.message
+    assert fit.coefficients == pytest.approx(planted, rel=1e-4)
+    assert np.abs(fit.residuals).max() < 1e-8
+    np.testing.assert_allclose(fit.predict(inputs), fit.loss, rtol=1e-8)
+
+
+@pytest.mark.parametrize("key", LOSS_LAWS)
+def test_jacobian_matches_finite_differences(key: str) -> None:
+    law, inputs = LOSS_LAWS[key], cells(key, 20)
+    values = np.array([PLANTED[key][name] for name in law.names])
+    jacobian = law.jacobian(values, inputs)
+    for j, value in enumerate(values):
+        step = 1e-5 * abs(value)
+        up, down = values.copy(), values.copy()
+        up[j] += step
+        down[j] -= step
+        numeric = (law.predict(up, inputs) - law.predict(down, inputs)) / (2 * step)
+        np.testing.assert_allclose(
+            jacobian[:, j], numeric, rtol=1e-5, atol=1e-7 * np.abs(numeric).max()
+        )
+
+
+def test_formulas_by_hand() -> None:
+    n, d, e = 1e9, 2e10, 8.0
+    c = PLANTED["chinchilla"]
+    expected = c["E0"] + c["A"] / n ** c["a"] + c["B"] / d ** c["b"]
+    got = LOSS_LAWS["chinchilla"].predict(c, {"params": n, "tokens": d})
+    assert got == pytest.approx(expected, rel=1e-12)
+
+    c = PLANTED["joint_moe"]
+    experts = 1 / (1 / (e - 1 + 1 / (1 / c["E_start"] - 1 / c["E_max"])) + 1 / c["E_max"])
+    log_e = np.log(experts)
+    expected = (
+        c["a"] * experts ** c["d"] * n ** (c["al"] + c["g"] * log_e)
+        + c["b"] * experts ** c["w"] * d ** (c["be"] + c["z"] * log_e)
+        + c["c"]
+    )
+    got = LOSS_LAWS["joint_moe"].predict(c, {"params": n, "tokens": d, "experts": e})
+    assert got == pytest.approx(expected, rel=1e-12)
+
+    c = PLANTED["clark"]
+    experts = 1 / (1 / (e - 1 + 1 / (1 / c["E_start"] - 1 / c["E_max"])) + 1 / c["E_max"])
+    log_n, log_e = np.log10(n), np.log10(experts)
+    expected = 10 ** (c["a"] * log_n + c["b"] * log_e + c["c"] * log_n * log_e + c["d"])
+    got = LOSS_LAWS["clark"].predict(c, {"params": n, "experts": e})
+    assert got == pytest.approx(expected, rel=1e-12)
+
+    c = PLANTED["yun"]
+    experts = 1 / (1 / (e - 1 + 1 / (1 / c["E_start"] - 1 / c["E_max"])) + 1 / c["E_max"])
+    expected = np.log(
+        c["A"] / n ** c["a"] + c["B"] / experts ** c["b"] + c["C"] / d ** c["g"] + c["F"]
+    )
+    expected += c["d"] * np.log(n) * np.log(experts)
+    got = LOSS_LAWS["yun"].predict(c, {"params": n, "tokens": d, "experts": e})
+    assert np.log(got) == pytest.approx(expected, rel=1e-12)
+
+    c = PLANTED["sparsity"]
+    s = 1 - 2 / e
+    expected = c["a"] / n ** c["al"] + c["b"] / d ** c["be"] + c["c"] / (1 - s) ** c["lam"] + c["e"]
+    expected += c["d"] / ((1 - s) ** c["del"] * n ** c["gam"])
+    got = LOSS_LAWS["sparsity"].predict(c, {"params": n, "tokens": d, "experts": e, "top_k": 2.0})
+    assert got == pytest.approx(expected, rel=1e-12)
+
+    c = PLANTED["fine_grained"]
+    expected = c["c"] + (c["g"] / 4 ** c["gam"] + c["a"]) / n ** c["al"] + c["b"] / d ** c["be"]
+    got = LOSS_LAWS["fine_grained"].predict(c, {"params": n, "tokens": d, "granularity": 4.0})
+    assert got == pytest.approx(expected, rel=1e-12)
+
+
+def test_dense_models_are_one_expert_in_every_moe_law() -> None:
+    """Eh(1) = E_start, by the definition of the saturating count."""
+    c = dict(PLANTED["clark"], a=0.0, c=0.0, b=1.0, d=0.0)
+    got = LOSS_LAWS["clark"].predict(c, {"params": 1e9, "experts": 1.0})
+    assert got == pytest.approx(c["E_start"])
+    many = LOSS_LAWS["clark"].predict(c, {"params": 1e9, "experts": 1e12})
+    assert many == pytest.approx(c["E_max"], rel=1e-6)
+
+
+def test_coefficients_can_be_held_fixed() -> None:
+    law, planted, inputs = LOSS_LAWS["kaplan"], PLANTED["kaplan"], cells("kaplan")
+    loss = law.predict(dict(planted, E0=0.0), inputs)
+    fit = law.fit(inputs, loss, fixed={"E0": 0.0})
+    assert fit.ok
+    assert fit.coefficients == pytest.approx(dict(planted, E0=0.0), rel=1e-6)
+    assert fit.derived("C_c") == pytest.approx(planted["A"] ** (1 / planted["a"]), rel=1e-5)
+    held = law.fit(inputs, law.predict(planted, inputs), fixed={"A": planted["A"]}, bootstrap=20)
+    assert held.coefficients == pytest.approx(planted, rel=1e-6)
+    assert held.samples is not None
+    assert np.ptp(held.draws("A")) == 0.0
+    with pytest.raises(UserError, match="no coefficient 'zeta'"):
+        law.fit(inputs, loss, fixed={"zeta": 1.0})
+
+
+def _noisy(key: str = "chinchilla", n: int = 60) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    inputs = cells(key, n)
+    noise = np.exp(np.random.default_rng(1).normal(0, 0.003, n))
+    return inputs, LOSS_LAWS[key].predict(PLANTED[key], inputs) * noise
+
+
+def _everything_nan(fit) -> bool:
+    return all(np.isnan(v) for v in fit.coefficients.values()) and not fit.ok
+
+
+def test_degenerate_data_have_a_status_and_no_numbers() -> None:
+    law = LOSS_LAWS["chinchilla"]
+    inputs, loss = _noisy()
+    few = law.fit({k: v[:2] for k, v in inputs.items()}, loss[:2])
+    assert few.status == "too few cells"
+    five = law.fit({k: v[:5] for k, v in inputs.items()}, loss[:5])
+    assert five.status == "too few cells"
+    assert "at least 6" in five.message
+    one_cell = law.fit(inputs, loss, cells=np.zeros(60))
+    assert one_cell.status == "too few cells"
+    one_n = law.fit(dict(inputs, params=np.full(60, 1e8)), loss)
+    assert one_n.status == "one value"
+    assert "params" in one_n.message
+    line = law.fit(dict(inputs, tokens=20 * inputs["params"]), loss)
+    assert line.status == "collinear"
+    assert "params and tokens" in line.message
+    flat = law.fit(inputs, np.full(60, 2.5))
+    assert flat.status == "identical losses"
+    dense_only = LOSS_LAWS["wang"].fit({**inputs, "experts": np.ones(60)}, loss)
+    assert dense_only.status == "one value"
+    assert "experts" in dense_only.message
+    for fit in (few, five, one_cell, one_n, line, flat, dense_only):
+        assert _everything_nan(fit)
+        assert np.isnan(fit.predict({"params": 1e9, "tokens": 1e10, "experts": 8})).all()
+        assert json.dumps(fit.to_dict(), allow_nan=False)
+        with pytest.raises(UserError, match="no resamples"):
+            fit.interval({"params": 1e9, "tokens": 1e10})
+
+
+@pytest.mark.parametrize("bad", [np.nan, 0.0, -1.0, np.inf])
+@pytest.mark.parametrize("column", ["params", "tokens", "loss"])
+def test_impossible_values_name_column_and_row(bad: float, column: str) -> None:
+    inputs, loss = _noisy()
+    table = {**inputs, "loss": loss}
+    table[column] = table[column].copy()
+    table[column][[7, 9]] = bad
+    with pytest.raises(UserError, match=f"column '{column}' .*row 7"):
+        LOSS_LAWS["chinchilla"].fit(
+            {"params": table["params"], "tokens": table["tokens"]}, table["loss"]
+        )
+
+
+def test_misuse_is_one_line() -> None:
+    law = LOSS_LAWS["chinchilla"]
+    inputs, loss = _noisy()
+    with pytest.raises(UserError, match="needs a column 'tokens'"):
+        law.fit({"params": inputs["params"]}, loss)
+    with pytest.raises(UserError, match="differ in length"):
+        law.fit({"params": inputs["params"], "tokens": inputs["tokens"][:-1]}, loss)
+    with pytest.raises(UserError, match="one loss a point"):
+        law.fit(inputs, loss[:-1])
+    with pytest.raises(UserError, match="not negative"):
+        law.fit(inputs, loss, weights=-np.ones(60))
+    with pytest.raises(UserError, match="too"):
+        law.predict({"E0": 1.0}, inputs)
+    with pytest.raises(UserError, match="row 0 holds 1"):
+        LOSS_LAWS["sparsity"].predict(
+            PLANTED["sparsity"], {"params": 1e9, "tokens": 1e10, "sparsity": 1.0}
+        )
+
+
+def test_a_floor_the_data_do_not_show_is_said_to_be_at_its_bound() -> None:
+    law, planted = LOSS_LAWS["chinchilla"], dict(PLANTED["chinchilla"], E0=0.0)
+    inputs = cells("chinchilla")
+    fit = law.fit(inputs, law.predict(planted, inputs))
+    assert fit.status == "at bound"
+    assert "E0" in fit.message
+    assert fit.coefficients["a"] == pytest.approx(planted["a"], rel=0.01)
+
+
+def test_fit_is_plain_data() -> None:
+    inputs, loss = _noisy()
+    fit = LOSS_LAWS["chinchilla"].fit(inputs, loss, bootstrap=50)
+    record = json.loads(json.dumps(fit.to_dict(), allow_nan=False))
+    assert record["law"] == "chinchilla"
+    assert record["status"] == "converged"
+    assert record["n_resamples"] == 50
+    assert set(record["intervals"]) == {*fit.law.names, "N_opt exponent", "D_opt exponent"}
+    assert record["ranges"]["params"][0] == inputs["params"].min()
+    again = pickle.loads(pickle.dumps(fit))
+    assert again.coefficients == fit.coefficients
+
+
+def test_weights_choose_the_points() -> None:
+    law = LOSS_LAWS["chinchilla"]
+    inputs, loss = _noisy()
+    spoiled = loss.copy()
+    spoiled[:10] *= 3
+    weights = np.ones(60)
+    weights[:10] = 0
+    left_out = law.fit({k: v[10:] for k, v in inputs.items()}, loss[10:])
+    fit = law.fit(inputs, spoiled, weights)
+    assert fit.coefficients == pytest.approx(left_out.coefficients, rel=1e-5)
