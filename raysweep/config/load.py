@@ -151,7 +151,8 @@ def _explain(error: ValidationError, path: Path, values: Any, lines: dict[Locati
         elif _RANK.get(item["type"], 1) < _RANK.get(found[root]["type"], 1):
             del found[root]
             found[at] = item
-    (where, item), *others = found.items()
+    # An unknown key first: what it was meant to be is often what is missing.
+    (where, item), *others = sorted(found.items(), key=lambda f: _RANK.get(f[1]["type"], 1))
     dotted = ".".join(str(part) for part in where)
     if item["type"] == "extra_forbidden":
         known = _known_keys(where[:-1])

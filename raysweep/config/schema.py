@@ -99,7 +99,7 @@ class ScaleEntry(Section):
 
     name: Name | None = None
     params: Positive | None = None
-    """Target of dense non-embedding parameters; the shape is derived and its true count reported."""
+    """Dense non-embedding parameters aimed at: the shape is derived, its true count reported."""
     d_model: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     heads: Annotated[int, Field(ge=1, le=100_000)] | None = None

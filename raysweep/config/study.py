@@ -189,7 +189,9 @@ def build_shape(
         )
         heads = d_model // model.head_dim
     else:
-        assert entry.d_model and entry.layers and entry.heads
+        assert entry.d_model is not None
+        assert entry.layers is not None
+        assert entry.heads is not None
         d_model, layers, heads = entry.d_model, entry.layers, entry.heads
     d_ff = entry.d_ff or feed_forward_width(d_model, model.ffn_ratio, model.ffn_multiple)
     expert_ff = 0

@@ -60,7 +60,7 @@ class Storage:
             try:
                 with self.filesystem.open_input_file(self.path(*parts)) as stream:
                     return stream.read()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
 
         return retry(attempt, f"read {'/'.join(parts)} in {self.uri}")

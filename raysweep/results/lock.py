@@ -33,7 +33,7 @@ def study_lock(storage: Storage) -> Iterator[None]:
         except OSError:
             holder = os.read(descriptor, 100).decode(errors="replace").strip() or "another process"
             raise UserError(
-                f"{storage.uri} is in use by {holder}: wait for it, stop it, or name another --results"
+                f"{storage.uri} is in use by {holder}: wait for it, or name another --results"
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)

@@ -21,7 +21,7 @@ class CampaignSearcher(Searcher):
         self.campaign = campaign
         self._refresh = refresh
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None | str:  # type: ignore[override]
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial; None while nothing fits or all waits on running trials."""
         self._refresh(self.campaign)
         if self.campaign.done:

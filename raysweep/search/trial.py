@@ -17,7 +17,7 @@ from raysweep.results import Results
 from raysweep.training.record import trial_row
 
 if TYPE_CHECKING:
-    from raysweep.training.loop import TrialOutcome
+    from raysweep.training.outcome import TrialOutcome
 
 REPORT_SECONDS = 5.0
 """Least time between two progress reports of one trial."""
@@ -85,7 +85,7 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
         started_at=started_at,
         seconds_wall=time.monotonic() - begun,
     )
-    results.write(row, outcome.curve)
+    results.write(row, vars(outcome.curve))
     return row
 
 

@@ -17,7 +17,7 @@ from raysweep.config import Cell, TrialSpec
 from raysweep.results.schema import make_row
 
 if TYPE_CHECKING:
-    from raysweep.training.loop import TrialOutcome
+    from raysweep.training.outcome import TrialOutcome
 
 
 def cell_columns(cell: Cell) -> dict[str, Any]:

@@ -67,5 +67,5 @@ def train_one(
         seconds_wall=time.monotonic() - begun,
     )
     if results is not None:
-        results.write(row, outcome.curve)
+        results.write(row, vars(outcome.curve))
     return row

@@ -1,0 +1,179 @@
+"""The results store: atomic, deduplicated, readable by others, and honest about damage."""
+
+import datetime as dt
+import json
+import multiprocessing
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pytest
+
+from raysweep.errors import UserError
+from raysweep.results import Results
+from raysweep.results.lock import study_lock
+from raysweep.results.schema import COLUMNS, make_row
+
+
+def a_row(key: str, **values):
+    base = {
+        "trial_key": key,
+        "study": "s",
+        "cell": "dense-a",
+        "architecture": "dense",
+        "architecture_kind": "dense",
+        "scale": "a",
+        "source": "raysweep",
+        "experts": 1,
+        "top_k": 1,
+        "params_active_non_embedding": 1e6,
+        "tokens": 2e7,
+        "status": "finished",
+        "loss": 3.0,
+        "started_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+    }
+    return make_row(**{**base, **values})
+
+
+CURVE = {
+    "step": [1, 2],
+    "tokens": [10.0, 20.0],
+    "train_loss": [4.0, 3.0],
+    "learning_rate": [0.1, 0.1],
+    "grad_norm": [1.0, 1.0],
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    return Results.open(tmp_path / "r", create=True)
+
+
+def test_rows_and_curves_come_back(results: Results) -> None:
+    results.write(a_row("k1", loss=2.5), CURVE)
+    frame = Results.open(results.uri).frame()
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame["loss"].tolist() == [2.5]
+    assert results.curves(["k1"])["train_loss"].tolist() == [4.0, 3.0]
+    assert results.find("k1")["loss"] == 2.5
+    assert results.find("k2") is None
+
+
+def test_pandas_and_duckdb_read_the_folder_as_it_is(results: Results) -> None:
+    for i in range(3):
+        results.write(a_row(f"k{i}", loss=float(i)))
+    folder = Path(results.uri) / "trials"
+    assert sorted(pd.read_parquet(folder)["loss"]) == [0, 1, 2]
+    query = f"select sum(loss), count(*) from '{folder}/*.parquet'"
+    assert duckdb.connect().execute(query).fetchall() == [(3.0, 3)]
+
+
+def test_a_retried_trial_counts_once_and_its_finished_row_wins(results: Results) -> None:
+    results.write(a_row("k", status="crashed", loss=None))
+    results.write(a_row("k", loss=2.0))
+    assert results.frame()[["status", "loss"]].to_numpy().tolist() == [["finished", 2.0]]
+    late_crash = a_row("k", status="crashed", loss=None, started_at=dt.datetime.now(dt.UTC))
+    results.compact(above=0)
+    results.write(late_crash)
+    assert results.frame()["status"].tolist() == ["finished"]
+
+
+def test_compaction_keeps_every_row_and_bounds_the_files(results: Results) -> None:
+    for i in range(20):
+        results.write(a_row(f"k{i}"), CURVE)
+    before, curves = results.frame(), results.curves()
+    results.compact(above=10)
+    pd.testing.assert_frame_equal(results.frame(), before)
+    pd.testing.assert_frame_equal(results.curves(), curves)
+    assert len(list((Path(results.uri) / "trials").iterdir())) == 1
+
+
+def test_compaction_cut_off_before_the_deletes_counts_no_row_twice(results: Results) -> None:
+    for i in range(5):
+        results.write(a_row(f"k{i}"))
+    singles = {p.name: p.read_bytes() for p in (Path(results.uri) / "trials").iterdir()}
+    results.compact(above=0)
+    for name, content in singles.items():
+        (Path(results.uri) / "trials" / name).write_bytes(content)
+    assert sorted(results.frame()["trial_key"]) == [f"k{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+def test_a_damaged_file_is_named_and_costs_only_its_own_rows(results: Results, damage) -> None:
+    results.write(a_row("good"))
+    results.write(a_row("bad"))
+    path = Path(results.uri) / "trials" / "bad.parquet"
+    path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
+    assert results.frame()["trial_key"].tolist() == ["good"]
+    (problem,) = results.problems
+    assert "trials/bad.parquet is unreadable" in problem
+    results.compact(above=0)
+    assert path.exists()
+    assert results.frame()["trial_key"].tolist() == ["good"]
+
+
+def test_hidden_partial_files_are_not_read(results: Results) -> None:
+    results.write(a_row("k"))
+    (Path(results.uri) / "trials" / ".k2.parquet.abcd").write_bytes(b"half")
+    assert len(results.frame()) == 1
+    assert not results.problems
+
+
+def test_imports_add_only_what_is_new(results: Results) -> None:
+    rows = pd.DataFrame([a_row("a"), a_row("b")])
+    assert results.write_many(rows) == 2
+    more = pd.DataFrame([a_row("b"), a_row("c"), a_row("c")])
+    assert results.write_many(more) == 1
+    assert sorted(results.frame()["trial_key"]) == ["a", "b", "c"]
+
+
+def test_search_spaces_and_runs_are_kept(results: Results) -> None:
+    results.save_search_space("s", "study: s\n")
+    results.save_run({"started_at": "2026-01-02T03:04:05+00:00", "trials": 3})
+    assert results.search_spaces() == {"s": "study: s\n"}
+    assert [r["trials"] for r in results.runs()] == [3]
+
+
+def test_opening_what_is_not_results_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        Results.open(tmp_path / "none")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    with pytest.raises(UserError, match="holds no raysweep results"):
+        Results.open(tmp_path / "other")
+    with pytest.raises(UserError, match="is not empty"):
+        Results.open(tmp_path / "other", create=True)
+    with pytest.raises(UserError, match="is a file"):
+        Results.open(tmp_path / "other" / "file")
+    with pytest.raises(UserError, match="no filesystem for this URI"):
+        Results.open("nope://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("marker", "expected"),
+    [("{", "is damaged"), (json.dumps({"schema_version": 999}), "newer raysweep")],
+)
+def test_bad_markers(tmp_path: Path, marker: str, expected: str) -> None:
+    (tmp_path / "raysweep.json").write_text(marker)
+    with pytest.raises(UserError, match=expected):
+        Results.open(tmp_path)
+
+
+def _hold(uri: str, ready, done) -> None:
+    with study_lock(Results.open(uri).storage):
+        ready.set()
+        done.wait(30)
+
+
+def test_a_second_driver_is_refused_and_a_dead_one_holds_nothing(results: Results) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(results.uri, ready, done))
+    holder.start()
+    assert ready.wait(30)
+    with pytest.raises(UserError, match="in use by process"), study_lock(results.storage):
+        pass
+    holder.kill()
+    holder.join()
+    with study_lock(results.storage):
+        pass
