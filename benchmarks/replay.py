@@ -30,6 +30,7 @@ from benchmarks.recorded import RecordedGrid, read_grids
 from raysweep.errors import UserError
 from raysweep.scaling.surface import CellFeatures, SurfaceSettings
 from raysweep.scaling.surface_features import covariates_of
+from raysweep.scaling.surface_fit import DEFAULT
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.strategies import STRATEGIES, make_sampler, search_space
 
@@ -53,7 +54,7 @@ def replay(
     strategy: str,
     trials: int,
     seed: int,
-    settings: SurfaceSettings = SurfaceSettings(),
+    settings: SurfaceSettings = DEFAULT,
 ) -> list[CellGaps]:
     """One replay of one strategy over all cells, smallest first."""
     ladder = Ladder(settings)
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for strategy in options.strategies.split(","):
         factors = options.prior_widths.split(",") if strategy == "ladder" else ["1"]
         for factor in factors:
-            settings = SurfaceSettings().scaled(float(factor))
+            settings = DEFAULT.scaled(float(factor))
             for trials in map(int, options.trials.split(",")):
                 replays = [
                     replay(grids, strategy, trials, seed, settings) for seed in range(options.seeds)

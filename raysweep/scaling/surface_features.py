@@ -1,4 +1,4 @@
-"""What the surface model knows of a cell: its sizes, as covariates, and a published law as a prior."""
+"""What the surface model knows of a cell: its sizes as covariates, and a published law as prior."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from raysweep.errors import UserError
 
-# Step Law, arXiv 2503.04715: learning rate 1.79 N^-0.713 D^0.307 and batch 0.58 D^0.571 tokens. On its own
-# MoE grids the law holds with total, not active, parameters, so total ones enter the learning rate here.
+# Step Law, arXiv 2503.04715: learning rate 1.79 N^-0.713 D^0.307, batch 0.58 D^0.571 tokens. On its
+# own MoE grids it holds with total, not active, parameters: those enter the learning rate here.
 STEP_LAW_LEARNING_RATE = (1.79, -0.713, 0.307)
 STEP_LAW_BATCH = (0.58, 0.571)
 
@@ -20,9 +20,9 @@ STEP_LAW_BATCH = (0.58, 0.571)
 class CellFeatures:
     """One scale at one horizon, as the surface model sees it.
 
-    `params` are active non-embedding parameters, `tokens` the horizon D, `params_total` all non-embedding
-    parameters (of an MoE; None where they are unknown or equal the active ones), `flops` those of one
-    whole run (used to order cells only).
+    `params` are active non-embedding parameters, `tokens` the horizon D, `params_total` all
+    non-embedding parameters (None where unknown, or dense), `flops` those of one whole run (they
+    only order cells).
     """
 
     name: str
@@ -40,7 +40,8 @@ class CellFeatures:
                 raise UserError(f"cell {self.name!r}: {field} must be positive, got {value}")
         if self.params_total is not None and not self.params_total >= self.params * (1 - 1e-9):
             raise UserError(
-                f"cell {self.name!r}: params_total {self.params_total:g} is below the active {self.params:g}"
+                f"cell {self.name!r}: params_total {self.params_total:g} is below the active"
+                f" {self.params:g}"
             )
 
     @property
@@ -50,7 +51,7 @@ class CellFeatures:
 
     @property
     def log_sparsity(self) -> float:
-        """ln(total / active parameters), 0 for dense; ln(experts / top_k) where the total is unknown."""
+        """ln(total / active parameters); ln(experts / top_k) where the total is unknown."""
         if self.params_total is not None:
             return max(0.0, math.log(self.params_total / self.params))
         return max(0.0, math.log(self.experts / self.top_k))
@@ -70,13 +71,26 @@ def prior_optimum(cells: Sequence[CellFeatures]) -> np.ndarray:
     return np.column_stack([learning_rate, math.log(b) + batch_exponent * d])
 
 
+def prior_exponents(covariates: Covariates) -> np.ndarray:
+    """Step Law as coefficients of these regressors, [2, 1 + names]."""
+    _, n, d = STEP_LAW_LEARNING_RATE
+    _, batch = STEP_LAW_BATCH
+    centre = CellFeatures("centre", *np.exp(covariates.centre))
+    known = np.zeros((2, 1 + len(covariates.names)))
+    known[:, 0] = prior_optimum([centre])[0]
+    known[:, 1:3] = [[n, d], [0.0, batch]]
+    if covariates.sparse:
+        known[0, 3] = n
+    return known
+
+
 @dataclass(frozen=True)
 class Covariates:
-    """The regressors of the laws: centred logs of sizes, and one offset for each MoE family beyond the first.
+    """The regressors of the laws: an intercept, centred logs of sizes, and offsets of MoE families.
 
-    `names` are the columns after the intercept; the first ones are always "params" and "tokens"
-    (ln active parameters, ln horizon), then "sparsity" (ln total/active) if any cell is sparse, then
-    "experts=E,top_k=K" indicators.
+    `names` are the columns after the intercept: "params" and "tokens" (ln active parameters, ln
+    horizon), then "sparsity" (ln total / active) if cells differ in it, then "experts=E,top_k=K"
+    indicators.
     """
 
     centre: np.ndarray  # [2]: the ln params and ln tokens at which the intercept is read
@@ -102,8 +116,8 @@ class Covariates:
 def covariates_of(cells: Sequence[CellFeatures]) -> Covariates:
     """The regressors that these cells can tell apart.
 
-    Sparse families get offsets of their own only where there are at least two of them: with one, the
-    sparsity term already sets it apart from dense cells.
+    Sparse families get offsets only where there are two or more: the sparsity term already sets a
+    single one apart from dense cells.
     """
     n, d, s = _logs(cells)
     sparse = bool(np.ptp(s) > 1e-9) if len(cells) else False

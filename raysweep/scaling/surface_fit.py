@@ -1,32 +1,44 @@
-"""The mode and Laplace covariance of the surface model: damped Gauss-Newton with learned widths."""
+"""The mode and Laplace covariance of the surface model: damped Gauss-Newton with learned widths.
+
+Parameters are shared ones (laws, valley, level law) and three of each cell (its level, and the shifts
+of its optimum). A trial involves only its own cell's three, so the precision is an arrow matrix, and
+its inverse is taken block by block: the cost is linear in cells and trials.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import linalg
 
 from raysweep.scaling.surface_features import Covariates
 from raysweep.scaling.surface_shape import DIRECTIONS, gap_derivatives
 
 _TERMS = len(DIRECTIONS)
+_ITERATIONS = 40
+_SETTLED = 0.02  # posterior sds that a step may still move, and relative change of learned widths
+_CONSTANTS = (
+    "log_weight_mean",
+    "guess_weight",
+    "far",
+    "roughness_length",
+    "roughness_share",
+    "student",
+)
 
 
 @dataclass(frozen=True)
 class SurfaceSettings:
-    """Prior widths and constants of the surface model. Logs are natural; widths are standard deviations.
+    """Prior widths and constants of the surface model. Logs are natural; widths are sds.
 
-    The widths marked "guess" are learned from the data: the guess counts as `guess_weight` observations.
+    A width called guess is learned from the data; the guess counts as `guess_weight` observations.
     """
 
-    law_intercept: float = (
-        1.2  # of the optimum's (ln lr, ln batch) about the published law, mid-ladder
-    )
+    law_intercept: float = 1.2  # of the optimum's (ln lr, ln batch) about the published law
     law_exponent: float = 0.3  # of each exponent about the published law's
     law_family: float = 0.3  # offset of an MoE family
-    log_weight: float = 1.5  # of each ln weight of the valley's terms
+    log_weight: float = 1.5  # of each ln weight of the valley's terms, about log_weight_mean
     log_weight_mean: float = math.log(0.003)
     scale_slope: float = 0.15  # of the valley's ln depth per nat of parameters or tokens
     level_intercept: float = 3.0  # of ln loss
@@ -43,22 +55,11 @@ class SurfaceSettings:
 
     def scaled(self, factor: float) -> SurfaceSettings:
         """Every prior width and guess times `factor`: to see how much the answers lean on them."""
-        from dataclasses import replace
+        widths = {k: v * factor for k, v in vars(self).items() if k not in _CONSTANTS}
+        return replace(self, **widths)
 
-        widths = (
-            "law_intercept",
-            "law_exponent",
-            "law_family",
-            "log_weight",
-            "scale_slope",
-            "level_intercept",
-            "level_slope",
-            "shift_guess",
-            "level_guess",
-            "noise_guess",
-            "growth_guess",
-        )
-        return replace(self, **{name: getattr(self, name) * factor for name in widths})
+
+DEFAULT = SurfaceSettings()
 
 
 @dataclass(frozen=True)
@@ -74,203 +75,261 @@ class Observations:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each block lies in the vector of parameters."""
+    """Where each block lies in the vector of shared parameters, for k regressors."""
 
-    covariates: int
-    cells: int
-
-    def _at(self, block: int) -> slice:
-        k, c = self.covariates, self.cells
-        widths = (k, k, _TERMS, 2, k, c, c, c)
-        start = sum(widths[:block])
-        return slice(start, start + widths[block])
+    regressors: int
 
     @property
     def law(self) -> tuple[slice, slice]:
-        return self._at(0), self._at(1)
+        """Of ln lr* and ln batch*, about the published law."""
+        k = self.regressors
+        return slice(0, k), slice(k, 2 * k)
 
     @property
     def log_weights(self) -> slice:
-        return self._at(2)
+        """Of the valley's terms."""
+        return slice(2 * self.regressors, 2 * self.regressors + _TERMS)
 
     @property
     def scale(self) -> slice:
-        return self._at(3)
-
-    @property
-    def level_law(self) -> slice:
-        return self._at(4)
+        """Of the valley's ln depth, per nat of parameters and of tokens."""
+        start = self.log_weights.stop
+        return slice(start, start + 2)
 
     @property
     def level(self) -> slice:
-        return self._at(5)
-
-    @property
-    def shift(self) -> tuple[slice, slice]:
-        return self._at(6), self._at(7)
+        """Of ln loss at the optimum."""
+        return slice(self.scale.stop, self.scale.stop + self.regressors)
 
     @property
     def size(self) -> int:
-        return self._at(7).stop
+        """Number of shared parameters."""
+        return self.level.stop
 
 
-@dataclass
-class Hyper:
-    """The learned widths."""
+@dataclass(frozen=True)
+class Widths:
+    """What is learned about spread: of the cells' own effects, and of a run's noise."""
 
-    level: float
-    shift: np.ndarray  # [2]
+    own: np.ndarray  # [3]: sd of a cell's level, shift in ln lr, shift in ln batch
     noise: float
     growth: float
+
+    def change(self, other: Widths) -> float:
+        """The largest relative change between two."""
+        both = [np.array([*w.own, w.noise, w.growth]) for w in (self, other)]
+        return float(np.abs(np.log(both[0] / both[1])).max())
+
+
+@dataclass(frozen=True)
+class ArrowInverse:
+    """Blocks of a covariance: shared [S, S], shared with each cell [C, S, 3], each cell [C, 3, 3]."""
+
+    shared: np.ndarray
+    cross: np.ndarray
+    own: np.ndarray
 
 
 @dataclass(frozen=True)
 class Mode:
-    """The fitted parameters: mode, covariance, learned widths, and whether the search settled."""
+    """The fitted parameters, their covariance, the learned widths, and whether the search settled."""
 
-    theta: np.ndarray
-    covariance: np.ndarray
-    hyper: Hyper
+    shared: np.ndarray  # [S]
+    own: np.ndarray  # [C, 3]
+    covariance: ArrowInverse
+    widths: Widths
     converged: bool
-    variance: np.ndarray  # [n] noise variance of each observation
 
 
 def prior_of(
-    layout: Layout, covariates: Covariates, settings: SurfaceSettings, hyper: Hyper, level: float
+    covariates: Covariates, settings: SurfaceSettings, level: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of every parameter."""
-    mean, sd = np.zeros(layout.size), np.ones(layout.size)
+    """Mean and standard deviation of the shared parameters; `level` is a typical ln loss."""
     names = covariates.names
+    layout = Layout(1 + len(names))
+    mean, sd = np.zeros(layout.size), np.ones(layout.size)
     slopes = [
         settings.law_family if name.startswith("experts") else settings.law_exponent
         for name in names
     ]
     for block in layout.law:
         sd[block] = [settings.law_intercept, *slopes]
-    mean[layout.log_weights], sd[layout.log_weights] = settings.log_weight_mean, settings.log_weight
+    mean[layout.log_weights] = settings.log_weight_mean
+    sd[layout.log_weights] = settings.log_weight
     sd[layout.scale] = settings.scale_slope
-    mean[layout.level_law.start] = level
-    sd[layout.level_law] = [settings.level_intercept, *[settings.level_slope] * len(names)]
-    sd[layout.level] = hyper.level
-    for block, width in zip(layout.shift, hyper.shift, strict=True):
-        sd[block] = width
+    mean[layout.level.start] = level
+    sd[layout.level] = [settings.level_intercept, *[settings.level_slope] * len(names)]
     return mean, sd
 
 
 def predict_rows(
-    theta: np.ndarray,
-    layout: Layout,
-    law_prior: np.ndarray,
-    design: np.ndarray,
-    cell: np.ndarray,
-    point: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ln loss, gap, and the Jacobian of ln loss at points [n, 2] of cells [n]."""
-    z = design[cell]
-    rows = np.arange(len(cell))
-    optimum = law_prior[cell] + np.column_stack(
-        [
-            z @ theta[law] + theta[shift][cell]
-            for law, shift in zip(layout.law, layout.shift, strict=True)
-        ]
-    )
-    u, v = (point - optimum).T
-    value, by_point, by_weight = gap_derivatives(u, v, theta[layout.log_weights])
-    scale = np.exp(z[:, 1:3] @ theta[layout.scale])
-    value, by_point, by_weight = (
-        value * scale,
-        by_point * scale[:, None],
-        by_weight * scale[:, None],
-    )
-    jacobian = np.zeros((len(cell), layout.size))
-    for axis in range(2):
-        jacobian[:, layout.law[axis]] = -by_point[:, axis, None] * z
-        jacobian[rows, layout.shift[axis].start + cell] = -by_point[:, axis]
-    jacobian[:, layout.log_weights] = by_weight
-    jacobian[:, layout.scale] = value[:, None] * z[:, 1:3]
-    level = z @ theta[layout.level_law] + theta[layout.level][cell]
-    jacobian[:, layout.level_law] = z
-    jacobian[rows, layout.level.start + cell] = 1.0
-    return level + value, value, jacobian
+    shared: np.ndarray, own: np.ndarray, regressors: np.ndarray, offset: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Predictions of ln loss and their derivatives.
+
+    Args:
+        shared: [S] parameters.
+        own: [n, 3], the parameters of each row's cell.
+        regressors: [n, k], of each row's cell.
+        offset: [n, 2], each row's point less the published law's optimum of its cell.
+
+    Returns:
+        ln loss [n], gap [n], and the Jacobian of ln loss by shared [n, S] and own parameters [n, 3].
+    """
+    layout = Layout(regressors.shape[1])
+    laws = np.stack([shared[law] for law in layout.law], -1)
+    u, v = (offset - regressors @ laws - own[:, 1:]).T
+    scale = np.exp(regressors[:, 1:3] @ shared[layout.scale])
+    value, by_point, by_weight = gap_derivatives(u, v, shared[layout.log_weights])
+    value, by_point = value * scale, by_point * scale[:, None]
+    by_shared = np.empty((len(regressors), layout.size))
+    for axis, law in enumerate(layout.law):
+        by_shared[:, law] = -by_point[:, axis, None] * regressors
+    by_shared[:, layout.log_weights] = by_weight * scale[:, None]
+    by_shared[:, layout.scale] = value[:, None] * regressors[:, 1:3]
+    by_shared[:, layout.level] = regressors
+    by_own = np.column_stack([np.ones(len(regressors)), -by_point])
+    log_loss = regressors @ shared[layout.level] + own[:, 0] + value
+    return log_loss, value, by_shared, by_own
 
 
 def fit_mode(
     observed: Observations,
+    far: np.ndarray,
+    covariates: Covariates,
     design: np.ndarray,
     law_prior: np.ndarray,
-    covariates: Covariates,
     settings: SurfaceSettings,
-    iterations: int = 40,
 ) -> Mode:
-    """The mode by damped Gauss-Newton, the widths re-estimated at each step."""
-    layout = Layout(design.shape[1], design.shape[0])
-    guess = settings.shift_guess
-    hyper = Hyper(
-        settings.level_guess, np.array([guess, guess]), settings.noise_guess, settings.growth_guess
-    )
-    finished = ~observed.diverged
-    level = float(observed.log_loss[finished].min()) if finished.any() else 0.0
-    lowest = np.full(layout.cells, np.inf)
-    np.minimum.at(lowest, observed.cell[finished], observed.log_loss[finished])
-    # A finished run far above its cell's best tells what a diverged one does.
-    far = observed.diverged | (observed.log_loss > lowest[observed.cell] + settings.far)
-    theta, _ = prior_of(layout, covariates, settings, hyper, level)
-    damping, converged = 1e-2, False
-    covariance = np.empty(0)
-    variance = np.empty(0)
+    """The mode by damped Gauss-Newton, the widths re-estimated at each step.
+
+    Args:
+        observed: the trials.
+        far: [n] bool, trials that tell no more than a gap above `settings.far`.
+        covariates: the regressors' names.
+        design: [cells, k], their values.
+        law_prior: [cells, 2], the published law's optimum of each cell.
+        settings: prior widths.
+    """
+    cells, which = len(design), observed.cell
+    member = (np.arange(cells)[:, None] == which).astype(float)
+    regressors, offset = design[which], observed.point - law_prior[which]
+    near = ~far
+    level = float(observed.log_loss[near].mean()) if near.any() else 0.0
+    mean, sd = prior_of(covariates, settings, level)
     repeats = _repeats(observed, settings.roughness_length)
-    for _ in range(iterations):
-        mean, sd = prior_of(layout, covariates, settings, hyper, level)
+    guess = settings.shift_guess
+    widths = Widths(
+        np.array([settings.level_guess, guess, guess]), settings.noise_guess, settings.growth_guess
+    )
 
-        def residuals(at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            predicted, value, jacobian = predict_rows(
-                at, layout, law_prior, design, observed.cell, observed.point
-            )
-            residual = np.where(far, 0.0, observed.log_loss - predicted)
-            if far.any():
-                jacobian[far, layout.level_law] = 0.0
-                jacobian[far, layout.level] = 0.0
-                short = far & (value < settings.far)
-                residual[short] = settings.far - value[short]
-                jacobian[far & ~short] = 0.0
-            return residual, value, jacobian
+    def evaluate(shared: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Residuals, gaps and Jacobians; a far trial's residual is what its gap lacks."""
+        predicted, value, by_shared, by_own = predict_rows(shared, own[which], regressors, offset)
+        residual = observed.log_loss - predicted
+        if far.any():
+            residual[far] = np.maximum(settings.far - value[far], 0)
+            by_shared[far, Layout(design.shape[1]).level] = 0.0
+            by_own[far, 0] = 0.0
+            enough = far & (value >= settings.far)
+            by_shared[enough] = 0.0
+            by_own[enough] = 0.0
+        return residual, value, by_shared, by_own
 
-        residual, value, jacobian = residuals(theta)
-        variance = hyper.noise**2 + (hyper.growth * np.where(far, settings.far, value)) ** 2
-        variance = repeats * (variance + observed.variance)
+    def cost(
+        residual: np.ndarray, shared: np.ndarray, own: np.ndarray, variance: np.ndarray
+    ) -> float:
+        nu = settings.student
+        misfit = (nu + 1) * np.log1p(residual**2 / (nu * variance)).sum()
+        prior = (((shared - mean) / sd) ** 2).sum() + ((own / widths.own) ** 2).sum()
+        return 0.5 * float(misfit + prior)
+
+    shared, own = mean.copy(), np.zeros((cells, 3))
+    state = evaluate(shared, own)
+    damping = 1e-2
+    while_moving = True
+    covariance = ArrowInverse(
+        np.diag(sd**2), np.zeros((cells, len(sd), 3)), np.zeros((cells, 3, 3))
+    )
+    for _ in range(_ITERATIONS):
+        residual, value, by_shared, by_own = state
+        gaps = np.where(far, settings.far, value)
+        variance = widths.noise**2 + (widths.growth * gaps) ** 2 + observed.variance
+        variance = variance * repeats
         weight = (settings.student + 1) / (settings.student + residual**2 / variance) / variance
-
-        def objective(at: np.ndarray, residual: np.ndarray) -> float:
-            return 0.5 * float(weight @ residual**2 + (((at - mean) / sd) ** 2).sum())
-
-        gradient = jacobian.T @ (weight * residual) - (theta - mean) / sd**2
-        precision = (jacobian * weight[:, None]).T @ jacobian
-        diagonal = precision.diagonal() + sd**-2
-        np.fill_diagonal(precision, diagonal)
-        now = objective(theta, residual)
-        step = np.zeros(layout.size)
+        weighted = by_own * weight[:, None]
+        head = (by_shared * weight[:, None]).T @ by_shared
+        cross = _by_cell(member, by_shared, weighted)
+        tail = _by_cell(member, by_own, weighted)
+        head[np.diag_indices_from(head)] += sd**-2
+        tail[:, range(3), range(3)] += widths.own**-2
+        toward_shared = by_shared.T @ (weight * residual) - (shared - mean) / sd**2
+        toward_own = member @ (weighted * residual[:, None]) - own / widths.own**2
+        now = cost(residual, shared, own, variance)
+        step_shared, step_own = np.zeros_like(shared), np.zeros_like(own)
         for _ in range(8):
-            damped = precision.copy()
-            np.fill_diagonal(damped, diagonal * (1 + damping))
-            step = linalg.cho_solve(linalg.cho_factor(damped), gradient)
-            if objective(theta + step, residuals(theta + step)[0]) <= now:
+            blocks = _damped(head, damping), cross, _damped(tail, damping)
+            step_shared, step_own = _solve(*blocks, toward_shared, toward_own)
+            tried = evaluate(shared + step_shared, own + step_own)
+            if cost(tried[0], shared + step_shared, own + step_own, variance) <= now:
+                shared, own, state = shared + step_shared, own + step_own, tried
                 damping = max(damping / 10, 1e-8)
                 break
             damping *= 10
-            step = np.zeros(layout.size)
-        theta = theta + step
-        covariance = linalg.cho_solve(linalg.cho_factor(precision), np.eye(layout.size))
-        before = np.array([hyper.level, *hyper.shift, hyper.noise, hyper.growth])
-        residual, value, jacobian = residuals(theta)
-        hyper = _learn(
-            hyper, settings, layout, theta, covariance, residual, value, jacobian, ~far, observed
+            step_shared, step_own = np.zeros_like(shared), np.zeros_like(own)
+        covariance = _invert(head, cross, tail)
+        before = widths
+        widths = _learn(widths, settings, own, covariance, state, near, observed)
+        moved = max(
+            float((np.abs(step_shared) / np.sqrt(covariance.shared.diagonal())).max()),
+            float((np.abs(step_own) / np.sqrt(np.einsum("cii->ci", covariance.own))).max()),
         )
-        after = np.array([hyper.level, *hyper.shift, hyper.noise, hyper.growth])
-        moved = np.abs(step) / np.sqrt(covariance.diagonal())
-        if moved.max() < 0.02 and np.abs(np.log(after / before)).max() < 0.02:
-            converged = True
+        while_moving = moved > _SETTLED or widths.change(before) > _SETTLED
+        if not while_moving:
             break
-    return Mode(theta, covariance, hyper, converged, variance)
+    return Mode(shared, own, covariance, widths, not while_moving)
+
+
+def _by_cell(member: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Sums over each cell's trials of outer products, [cells, a, b]."""
+    outer = (left[:, :, None] * right[:, None]).reshape(len(left), left.shape[1] * right.shape[1])
+    return (member @ outer).reshape(len(member), left.shape[1], right.shape[1])
+
+
+def _damped(blocks: np.ndarray, damping: float) -> np.ndarray:
+    """Square blocks [..., m, m] with their diagonals raised by a share."""
+    raised = blocks.copy()
+    index = np.arange(blocks.shape[-1])
+    raised[..., index, index] *= 1 + damping
+    return raised
+
+
+def _flat(blocks: np.ndarray) -> np.ndarray:
+    """[cells, S, 3] side by side: [S, 3 cells]."""
+    return blocks.transpose(1, 0, 2).reshape(blocks.shape[1], -1)
+
+
+def _solve(
+    head: np.ndarray, cross: np.ndarray, tail: np.ndarray, shared: np.ndarray, own: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The arrow system [[head, cross], [cross', tail]] x = (shared, own), by its Schur complement."""
+    reduced = cross @ np.linalg.inv(tail)
+    first = np.linalg.solve(
+        head - _flat(reduced) @ _flat(cross).T, shared - _flat(reduced) @ own.ravel()
+    )
+    rest = own - (_flat(cross).T @ first).reshape(-1, 3)
+    return first, np.linalg.solve(tail, rest[..., None])[..., 0]
+
+
+def _invert(head: np.ndarray, cross: np.ndarray, tail: np.ndarray) -> ArrowInverse:
+    """The blocks of an arrow matrix's inverse that one cell at a time needs."""
+    inverse = np.linalg.inv(tail)
+    reduced = cross @ inverse
+    shared = np.linalg.inv(head - _flat(reduced) @ _flat(cross).T)
+    shared = 0.5 * (shared + shared.T)
+    coupled = -shared @ reduced
+    own = inverse - reduced.transpose(0, 2, 1) @ coupled
+    return ArrowInverse(shared, coupled, 0.5 * (own + own.transpose(0, 2, 1)))
 
 
 def _repeats(observed: Observations, length: float) -> np.ndarray:
@@ -284,53 +343,49 @@ def _repeats(observed: Observations, length: float) -> np.ndarray:
 
 
 def _learn(
-    hyper: Hyper,
+    widths: Widths,
     settings: SurfaceSettings,
-    layout: Layout,
-    theta: np.ndarray,
-    covariance: np.ndarray,
-    residual: np.ndarray,
-    value: np.ndarray,
-    jacobian: np.ndarray,
+    own: np.ndarray,
+    covariance: ArrowInverse,
+    state: tuple[np.ndarray, ...],
     near: np.ndarray,
     observed: Observations,
-) -> Hyper:
-    """One step towards the widths of highest marginal likelihood (MacKay 1992 for the random effects)."""
-    spread = covariance.diagonal()
-
-    def width(block: slice, sd: float, guess: float) -> float:
-        known = np.clip(1 - spread[block] / sd**2, 0.0, 1.0).sum()  # effects the data determine
-        total = (theta[block] ** 2).sum() + settings.guess_weight * guess**2
-        return math.sqrt(total / (settings.guess_weight + known))
-
-    shift = np.array(
-        [
-            width(block, sd, settings.shift_guess)
-            for block, sd in zip(layout.shift, hyper.shift, strict=True)
-        ]
+) -> Widths:
+    """One step towards the widths of highest marginal likelihood (MacKay 1992 for the cells' effects)."""
+    guess = np.array([settings.level_guess, settings.shift_guess, settings.shift_guess])
+    spread = np.einsum("cii->ci", covariance.own)
+    known = np.clip(1 - spread / widths.own**2, 0.0, 1.0).sum(0)  # effects that the data determine
+    total = (own**2).sum(0) + settings.guess_weight * guess**2
+    effects = np.sqrt(total / (settings.guess_weight + known))
+    if not near.any():
+        return replace(widths, own=effects)
+    residual, value, by_shared, by_own = (part[near] for part in state)
+    cell = observed.cell[near]
+    leverage = (
+        ((by_shared @ covariance.shared) * by_shared).sum(1)
+        + 2 * ((by_shared[:, None] @ covariance.cross[cell])[:, 0] * by_own).sum(1)
+        + ((by_own[:, None] @ covariance.own[cell])[:, 0] * by_own).sum(1)
     )
-    level = width(layout.level, hyper.level, settings.level_guess)
-    noise, growth = hyper.noise, hyper.growth
-    if near.any():
-        rows = jacobian[near]
-        square = residual[near] ** 2 + np.einsum("ij,ij->i", rows @ covariance, rows)
-        noise, growth = _learn_noise(square, value[near], observed.variance[near], settings)
-    return Hyper(level, shift, noise, growth)
+    square = residual**2 + leverage
+    return Widths(effects, *_learn_noise(widths, square, value, observed.variance[near], settings))
 
 
 def _learn_noise(
-    square: np.ndarray, value: np.ndarray, known: np.ndarray, settings: SurfaceSettings
+    widths: Widths,
+    square: np.ndarray,
+    value: np.ndarray,
+    known: np.ndarray,
+    settings: SurfaceSettings,
 ) -> tuple[float, float]:
-    """(floor, growth) of highest likelihood of the expected squared residuals, by a grid refined twice."""
-    centre = np.log([settings.noise_guess, settings.growth_guess])
-    span = np.array([3.0, 2.0])
-    best = centre
-    for _ in range(3):
-        axes = [np.linspace(c - s, c + s, 7) for c, s in zip(best, span, strict=True)]
-        grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
-        variance = np.exp(2 * grid[:, :1]) + np.exp(2 * grid[:, 1:]) * value**2 + known
-        cost = 0.5 * (np.log(variance) + square / variance).sum(1)
-        cost += settings.guess_weight * 0.5 * ((grid - centre) ** 2).sum(1)
-        best = grid[cost.argmin()]
-        span = span / 3
-    return float(np.exp(best[0])), float(np.exp(best[1]))
+    """One Fisher-scoring step of the ln (floor, growth), given squared residuals of Student's t."""
+    nu = settings.student
+    now = np.log([widths.noise, widths.growth])
+    parts = np.exp(2 * now) * np.column_stack([np.ones_like(value), value**2])
+    variance = parts.sum(1) + known
+    shares = parts / variance[:, None]
+    excess = (nu + 1) * square / (nu * variance + square) - 1
+    guess = np.log([settings.noise_guess, settings.growth_guess])
+    slope = shares.T @ excess - settings.guess_weight * (now - guess)
+    fisher = 2 * nu / (nu + 3) * shares.T @ shares + settings.guess_weight * np.eye(2)
+    noise, growth = np.exp(now + np.clip(np.linalg.solve(fisher, slope), -1, 1))
+    return float(noise), float(growth)

@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import numpy as np
 
-# The loss near its optimum behaves as a sum of terms in powers of the learning rate and of the batch: too
-# high a rate destabilises (lr), noise of the gradient grows with lr / B, a large batch leaves few steps (B,
+# The loss near its optimum behaves as a sum of powers of the learning rate and of the batch: too high
+# a rate destabilises (lr), gradient noise grows with lr / B, a large batch leaves few steps (B, or
 # B / lr), a small rate leaves the model untrained (1 / lr). Each term, less its linear part, is
-# w psi(t) with psi(t) = e^t - 1 - t >= 0, so the sum is convex, zero at its optimum, steep on one side of a
-# direction and shallow on the other, and every w > 0 is a legal shape.
+# w psi(t) with psi(t) = e^t - 1 - t >= 0: the sum is convex, zero at its optimum, steep on one side
+# of a direction and shallow on the other, and any w > 0 make a legal shape.
 DIRECTIONS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1)], dtype=float)
 
-# psi goes on linearly beyond this, so that a far point can neither overflow nor dominate.
-_LINEAR_BEYOND = 4.0
+_EDGE = 8.0  # the valley is flat beyond e^8 from its optimum: nothing overflows
 
 
-def _psi(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    inside = np.minimum(t, _LINEAR_BEYOND)
-    slope = np.expm1(inside)
-    return slope - inside + (t - inside) * slope, slope
+def _powers(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
+    """e^t along each of `DIRECTIONS`."""
+    a, b = np.exp(u), np.exp(v)
+    return a, 1 / a, b, 1 / b, a / b, b / a
 
 
 def gap(u: np.ndarray, v: np.ndarray, log_weights: np.ndarray) -> np.ndarray:
     """ln(loss / loss at the optimum), at ln learning rate `u` and ln batch `v` from the optimum.
 
-    `log_weights` [..., 6] are the ln w of the terms in `DIRECTIONS`; leading axes broadcast with u and v.
+    `log_weights` [..., 6] are the ln w of the terms in `DIRECTIONS`; its leading axes broadcast with
+    u and v.
     """
-    t = u[..., None] * DIRECTIONS[:, 0] + v[..., None] * DIRECTIONS[:, 1]
-    return (np.exp(log_weights) * _psi(t)[0]).sum(-1)
+    u, v = np.clip(u, -_EDGE, _EDGE), np.clip(v, -_EDGE, _EDGE)
+    weights = np.exp(log_weights)
+    linear = weights @ DIRECTIONS
+    total = -linear[..., 0] * u - linear[..., 1] * v - weights.sum(-1)
+    for term, power in enumerate(_powers(u, v)):
+        total = total + weights[..., term] * power
+    return total
 
 
 def gap_derivatives(
     u: np.ndarray, v: np.ndarray, log_weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The gap [n], its gradient in (u, v) [n, 2], and in the log weights [n, 6]."""
-    value, slope = _psi(np.stack([u, v], -1) @ DIRECTIONS.T)
+    """The gap [n], its gradient in (u, v) [n, 2], and in the log weights [n, 6], at u, v [n]."""
+    point = np.clip(np.stack([u, v], -1), -_EDGE, _EDGE)
+    slope = np.stack(_powers(point[:, 0], point[:, 1]), -1) - 1
     weights = np.exp(log_weights)
-    by_weight = value * weights
+    by_weight = (slope - point @ DIRECTIONS.T) * weights
     return by_weight.sum(-1), (slope * weights) @ DIRECTIONS, by_weight
 
 

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.errors import UserError
 from raysweep.scaling.surface import CellFeatures, Surface, SurfaceSettings, fit_surface
+from raysweep.scaling.surface_fit import DEFAULT
 
 LEARNING_RATE = "learning_rate"
 LOG2_BATCH = "log2_batch_sequences"
@@ -31,6 +32,7 @@ class _Entry:
     study: optuna.Study | None = None
     sequence_length: int = 0
     imported: list[History] = field(default_factory=list)
+    told: dict[int, tuple[float, float, float] | None] = field(default_factory=dict)
 
 
 class Ladder:
@@ -43,7 +45,7 @@ class Ladder:
     user attribute "ran_at": (learning rate, log2 batch in sequences).
     """
 
-    def __init__(self, settings: SurfaceSettings = SurfaceSettings()) -> None:
+    def __init__(self, settings: SurfaceSettings = DEFAULT) -> None:
         self.settings = settings
         self._entries: dict[str, _Entry] = {}
         self._cache: tuple[int, Surface] | None = None
@@ -51,6 +53,8 @@ class Ladder:
     def register(self, cell: CellFeatures, study: optuna.Study, *, sequence_length: int) -> None:
         """Add a cell, or replace its study. `sequence_length` is in tokens."""
         entry = self._entry(cell)
+        if entry.study is not study:
+            entry.told.clear()
         entry.study, entry.sequence_length = study, sequence_length
 
     def add_history(
@@ -84,18 +88,15 @@ class Ladder:
     def history(self, name: str) -> History:
         """Finished and diverged trials of one cell: imported rows, then the study's, by number."""
         entry = self._known(name)
-        rows = []
         for trial in _trials(entry.study):
-            lost = trial.state == TrialState.FAIL and trial.user_attrs.get("status") == "diverged"
-            if trial.state != TrialState.COMPLETE and not lost:
-                continue
-            place = where_run(trial)
-            if place is None:
-                continue
-            value = np.nan if lost or trial.value is None else trial.value
-            rows.append(
-                (place[0], 2.0 ** place[1] * entry.sequence_length, value, not np.isfinite(value))
-            )
+            if trial.number not in entry.told and trial.state.is_finished():
+                entry.told[trial.number] = _outcome(trial)
+        rows = [
+            (rate, 2.0**log2_batch * entry.sequence_length, loss, not np.isfinite(loss))
+            for _, outcome in sorted(entry.told.items())
+            if outcome is not None
+            for rate, log2_batch, loss in [outcome]
+        ]
         own = np.array(rows, dtype=float).reshape(-1, 4)
         live = History(own[:, 0], own[:, 1], own[:, 2], own[:, 3] > 0)
         parts = [*entry.imported, live]
@@ -154,6 +155,15 @@ def where_run(trial: FrozenTrial) -> tuple[float, float] | None:
     if LEARNING_RATE not in trial.params or LOG2_BATCH not in trial.params:
         return None
     return float(trial.params[LEARNING_RATE]), float(trial.params[LOG2_BATCH])
+
+
+def _outcome(trial: FrozenTrial) -> tuple[float, float, float] | None:
+    """(learning rate, log2 batch, loss or nan) of an ended trial; None if it tells nothing."""
+    place = where_run(trial)
+    lost = trial.state == TrialState.FAIL and trial.user_attrs.get("status") == "diverged"
+    if place is None or not (lost or trial.state == TrialState.COMPLETE):
+        return None
+    return *place, np.nan if lost or trial.value is None else trial.value
 
 
 def _trials(study: optuna.Study | None, state: TrialState | None = None) -> list[FrozenTrial]:

@@ -15,8 +15,8 @@ from scipy.special import ndtr
 from raysweep.scaling.surface import CellFeatures, Surface
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 
-_DRAWS = 192
-_RATES = 33  # candidate learning rates across the range; 12 are refined around the posterior
+_DRAWS = 128
+_RATES = 21  # candidate learning rates across the range, beside 13 about the optimum
 _LAW_WEIGHT = 0.5  # of the laws' expected gap beside the cell's own
 
 
