@@ -1,0 +1,62 @@
+"""The decoder's operations in plain differentiable PyTorch: what GPUs compile, and the reference.
+
+Shape suffixes here and in the rest of the package: B sequences, T positions, N = B T tokens,
+D d_model, H heads, G key-value heads, C head size, F feed-forward width, V vocabulary, E experts,
+K experts a token, M = N K token-expert pairs, S shared experts. Weights are stored (in, out).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-6
+
+
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """x / rms(x) * gain over the last dimension, in float32 at least (Zhang & Sennrich 2019)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
+    return (wide * scale * gain).to(x.dtype)
+
+
+def rope_table(length: int, head_dim: int, base: float) -> Tensor:
+    """Angles of rotary embeddings as (cos, sin), float64 (T, C/2, 2) (Su et al. 2021)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def apply_rope(x_BTHC: Tensor, rope: Tensor) -> Tensor:
+    """Turn neighbouring pairs of channels by the position's angles."""
+    even, odd = x_BTHC.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope[: x_BTHC.shape[1], None].to(x_BTHC.dtype).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+def attention(q_BTHC: Tensor, k_BTGC: Tensor, v_BTGC: Tensor) -> Tensor:
+    """Causal softmax attention; each key-value head serves H / G query heads. -> (B, T, H C)."""
+    grouped = q_BTHC.shape[2] != k_BTGC.shape[2]
+    out = F.scaled_dot_product_attention(
+        q_BTHC.transpose(1, 2),
+        k_BTGC.transpose(1, 2),
+        v_BTGC.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=grouped,
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of the two halves of the last dimension (Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def token_losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and log-normaliser of each token, in float32 at least."""
+    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    normaliser = torch.logsumexp(wide, -1)
+    picked = wide.gather(-1, targets_N[:, None]).squeeze(-1)
+    return normaliser - picked, normaliser

@@ -1,0 +1,276 @@
+"""The training loop: one trial from its specification to its outcome, without Ray."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysweep.config.study import TrialSpec
+from raysweep.data.corpus import Corpus
+from raysweep.errors import UserError
+from raysweep.model import build
+from raysweep.training import checkpoint, optimizer, runtime, schedule
+from raysweep.training.evaluate import Evaluation, evaluate
+from raysweep.training.monitor import Monitor
+from raysweep.training.noise_scale import NoiseScale
+from raysweep.training.outcome import Reporter, Silent, Status, TrialOutcome
+from raysweep.training.parallel import Workers
+from raysweep.training.step import GradientMaker
+
+REPORT_SECONDS = 0.5
+
+
+def train(
+    spec: TrialSpec,
+    corpus: Corpus,
+    *,
+    validation_sequences: int,
+    reporter: Reporter | None = None,
+    checkpoint_dir: Path | None = None,
+    device: torch.device | str | None = None,
+    threads: int | None = 1,
+    workers: Workers | None = None,
+) -> TrialOutcome:
+    """Train one model and measure it.
+
+    The result is a function of `spec` and the corpus alone: on CPUs bit for bit, whatever ran in
+    the process before. Divergence and lack of memory are outcomes, not errors. With a
+    `checkpoint_dir`, a run that was killed goes on from its last checkpoint. With several
+    `workers`, all call this with the same arguments and get the same outcome. Raises UserError
+    where the batch does not divide by the workers, or the corpus is too small.
+    """
+    workers = workers or Workers()
+    resources = spec.cell.resources
+    device = runtime.choose_device(resources) if device is None else torch.device(device)
+    if spec.batch_sequences % workers.world_size:
+        raise UserError(
+            f"a batch of {spec.batch_sequences} sequences does not divide by "
+            f"{workers.world_size} workers: raise search.batch_sequences.low, or use fewer workers"
+        )
+    with runtime.clean_slate(device, threads, spec.seed):
+        run = _Run(spec, corpus, device, workers, reporter or Silent(), checkpoint_dir)
+        return run.to_the_end(validation_sequences)
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        corpus: Corpus,
+        device: torch.device,
+        workers: Workers,
+        reporter: Reporter,
+        checkpoint_dir: Path | None,
+    ) -> None:
+        self.spec, self.corpus, self.device, self.workers = spec, corpus, device, workers
+        self.reporter = reporter
+        self.checkpoint_dir = checkpoint_dir if spec.recipe.checkpoint_seconds else None
+        recipe, shape = spec.recipe, spec.cell.shape
+        self.horizon = spec.steps * spec.batch_tokens
+        self.model = build(
+            shape,
+            spec.cell.settings,
+            rope_base=spec.model.rope_base,
+            init_std=recipe.init_std,
+            z_loss=recipe.z_loss,
+            seed=spec.seed,
+        ).to(device)
+        self.parameters = workers.distribute(self.model)
+        self.optimizer = optimizer.build_optimizer(self.parameters, recipe, spec.batch_tokens)
+        compiled = recipe.compile == "on" or (
+            recipe.compile == "auto"
+            and device.type == "cuda"
+            and spec.cell.flops > runtime.COMPILE_FLOPS
+        )
+        local = spec.batch_sequences // workers.world_size
+        self.gradient = GradientMaker(
+            model=self.model,
+            forward=torch.compile(self.model, dynamic=False) if compiled else self.model,
+            parameters=self.parameters,
+            tokens=corpus.train,
+            workers=workers,
+            device=device,
+            precision=functools.partial(runtime.autocast, device, recipe),
+            seed=spec.seed,
+            batch_sequences=spec.batch_sequences,
+            micro=runtime.micro_batch(shape, spec.cell.resources, device, local),
+        )
+        self.monitor = Monitor(spec.steps, spec.batch_tokens)
+        self.noise = NoiseScale(spec.steps, spec.batch_sequences)
+        self.step = 0
+        self.seconds = 0.0
+        self.out_of_memory = False
+        self.pending: list[Tensor] = []
+        self.traces: list[Tensor] = []
+
+    def to_the_end(self, validation_sequences: int) -> TrialOutcome:
+        """Train, evaluate and sum up."""
+        self._resume()
+        status, reason = self._steps()
+        seconds_steps, evaluation = self.seconds, None
+        if status == "finished":
+            started = time.perf_counter()
+            evaluation = evaluate(
+                self.model,
+                self.corpus.validation,
+                sequences=validation_sequences,
+                batch_sequences=self.gradient.micro,
+                workers=self.workers,
+                device=self.device,
+                precision=self.gradient.precision,
+            )
+            self.seconds += time.perf_counter() - started
+            if not math.isfinite(evaluation.loss):
+                status, reason, evaluation = "diverged", "non-finite validation loss", None
+        if self.checkpoint_dir and self.workers.rank == 0:
+            checkpoint.remove(self.checkpoint_dir)
+        return self._outcome(status, reason, evaluation, seconds_steps)
+
+    def _steps(self) -> tuple[Status, str | None]:
+        """Train to the horizon or to whatever ends the run before it."""
+        spec, recipe = self.spec, self.spec.recipe
+        started, before = time.perf_counter(), self.seconds
+        reported = -math.inf
+        due = checkpoint.Timer(recipe.checkpoint_seconds)
+        self.model.train()
+        while self.step < spec.steps:
+            rate = schedule.learning_rate(
+                recipe, spec.learning_rate, (self.step + 0.5) * spec.batch_tokens, self.horizon
+            )
+            self._one_step(rate)
+            if self.step % self.monitor.every and self.step < spec.steps:
+                continue
+            reason = self._read_numbers(rate)
+            self.seconds = before + time.perf_counter() - started
+            if self.out_of_memory:
+                return "out_of_memory", reason
+            if reason:
+                return "diverged", reason
+            if self.workers.rank == 0 and time.perf_counter() - reported > REPORT_SECONDS:
+                reported = time.perf_counter()
+                self.reporter.report(self.step, self.step * spec.batch_tokens, self.monitor.smooth)
+            stop, save = self._decide(due)
+            if stop and self.step < spec.steps:
+                return "stopped", f"stopped after {self.step} of {spec.steps} steps"
+            if save and self.checkpoint_dir and self.workers.rank == 0:
+                checkpoint.save(self.checkpoint_dir, self._state())
+        return "finished", None
+
+    def _one_step(self, rate: float) -> None:
+        recipe = self.spec.recipe
+        want_trace = recipe.noise_scale and self.noise.wants_pair(self.step)
+        batch = self.gradient(self.step, want_trace=want_trace)
+        if recipe.clip_norm is not None:
+            norm = batch.numbers[1].sqrt()
+            optimizer.clip(self.parameters.gradients(), norm, recipe.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.model.finish_step()
+        self.pending.append(batch.numbers)
+        if batch.trace is not None:
+            self.traces.append(batch.trace)
+        self.step += 1
+
+    def _read_numbers(self, rate: float) -> str | None:
+        """Wait for the device and take in the steps since the last time; why it diverged."""
+        rows = torch.stack(self.pending).tolist()
+        losses, grad_sqs, failed = zip(*rows, strict=True)
+        first = self.step - len(rows)
+        self.pending.clear()
+        if any(failed):
+            self.out_of_memory = True
+            return f"no memory for one sequence at step {first + 1}"
+        reason = self.monitor.add(losses, [math.sqrt(sq) for sq in grad_sqs], rate)
+        for step, sq in enumerate(grad_sqs, start=first):
+            if self.noise.counts(step):
+                self.noise.add_norm(sq)
+        for trace in self.traces:
+            self.noise.add_trace(trace.item())
+        self.traces.clear()
+        return reason
+
+    def _decide(self, due: checkpoint.Timer) -> tuple[bool, bool]:
+        """Whether to stop and to save now: rank 0 decides for all."""
+        leader = self.workers.rank == 0
+        stop, save = leader and self.reporter.should_stop(), leader and due.due()
+        if self.workers.world_size == 1:
+            return stop, save
+        flags = torch.tensor([float(stop), float(save)], device=self.device)
+        stop, save = self.workers.sum(flags).bool().tolist()
+        return stop, save
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "key": self.spec.key,
+            "step": self.step,
+            "seconds": self.seconds,
+            "micro": self.gradient.micro,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "monitor": self.monitor.state(),
+            "noise": self.noise.state(),
+        }
+
+    def _resume(self) -> None:
+        """Take up the checkpoint of an earlier attempt, if there is one."""
+        if self.checkpoint_dir is None:
+            return
+        state = checkpoint.load(self.checkpoint_dir, self.spec.key, self.device)
+        if state is None:
+            return
+        self.step, self.seconds, self.gradient.micro = (
+            state["step"],
+            state["seconds"],
+            state["micro"],
+        )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.monitor.load(state["monitor"])
+        self.noise = NoiseScale(**state["noise"])
+
+    def _outcome(
+        self, status: Status, reason: str | None, measured: Evaluation | None, seconds_steps: float
+    ) -> TrialOutcome:
+        spec, gradient = self.spec, self.gradient
+        tokens = self.step * spec.batch_tokens
+        return TrialOutcome(
+            status=status,
+            reason=reason,
+            step=self.step,
+            tokens_seen=tokens,
+            loss=measured and measured.loss,
+            loss_se=measured and measured.loss_se,
+            bits_per_byte=measured and _bits_per_byte(measured.loss, self.corpus.bytes_per_token),
+            train_loss=self.monitor.final_loss,
+            seconds_train=self.seconds,
+            tokens_per_second=tokens / seconds_steps if seconds_steps else 0.0,
+            peak_memory_bytes=runtime.peak_memory(self.device),
+            micro_batch_sequences=gradient.micro,
+            accumulation=-(-gradient.local_sequences // gradient.micro),
+            world_size=self.workers.world_size,
+            noise_scale_tokens=_times(self.noise.sequences, spec.cell.shape.sequence_length),
+            noise_grad_sq=self.noise.grad_sq,
+            noise_trace=self.noise.trace,
+            expert_load_entropy=measured and measured.load_entropy,
+            expert_load_max_over_mean=measured and measured.load_max_over_mean,
+            router_confidence=measured and measured.confidence,
+            device=runtime.device_name(self.device),
+            curve=self.monitor.curve,
+        )
+
+
+def _bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else None
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

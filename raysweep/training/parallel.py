@@ -1,0 +1,70 @@
+"""Workers that train one model together: what they sum, and how the model is spread over them.
+
+DDP here is one sum of the flat gradient after the last micro-batch. No collective runs before
+that, so a worker that is out of memory can halve its micro-batch on its own. FSDP2 shards each
+block, gathers it for use and scatters its gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raysweep.model import Decoder
+from raysweep.training.optimizer import FlatParameters, Parameters, ShardedParameters
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process's place among those of the run. The process group must be initialised."""
+
+    rank: int = 0
+    world_size: int = 1
+    sharded: bool = False
+    """FSDP2 instead of DDP."""
+
+    @classmethod
+    def of_process_group(cls, strategy: str) -> Workers:
+        """The default process group's workers, or one worker if there is none."""
+        if not dist.is_initialized():
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), strategy == "fsdp")
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over workers, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean_gradient(self, gradients: list[Tensor]) -> None:
+        """Average the workers' gradients, in place. FSDP2 has already done it."""
+        if self.world_size > 1 and not self.sharded:
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+                gradient.div_(self.world_size)
+
+    def squared_norm(self, local: Tensor) -> Tensor:
+        """Squared norm of the whole gradient from this worker's `optimizer.squared_norm`."""
+        return self.sum(local) if self.sharded else local
+
+    def distribute(self, model: Decoder) -> Parameters:
+        """Spread the model, equal on all workers, and take hold of its parameters."""
+        if not self.sharded:
+            return FlatParameters(model)
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for block in (*model.attention, *model.feed_forward):
+            fully_shard(block)
+        fully_shard(model)
+        register_fsdp_forward_method(model, "evaluate")
+        return ShardedParameters(model)
+
+
+def any_worker(workers: Workers, flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any worker."""
+    if workers.world_size == 1:
+        return flag
+    return bool(workers.sum(torch.tensor([float(flag)], device=device)).item())

@@ -1,0 +1,41 @@
+"""Learning rate and Adam's beta2 as functions of tokens."""
+
+from __future__ import annotations
+
+import math
+
+from raysweep.config.schema import Recipe
+
+
+def learning_rate(recipe: Recipe, peak: float, tokens: float, horizon: float) -> float:
+    """The learning rate at a point of the run, `tokens` of `horizon`.
+
+    Linear warm-up from zero to the peak, then by `recipe.schedule`: a half cosine to the final
+    rate; constant; or constant with a linear decay to the final rate over the last
+    `decay_fraction` (WSD, Hu et al. 2024, arXiv 2404.06395). All are continuous in tokens; a
+    step takes the value at the middle of its batch, so that runs of different batch size follow
+    one curve.
+    """
+    warmup = recipe.warmup_tokens
+    warmup = warmup if warmup is not None else recipe.warmup_fraction * horizon
+    if tokens < warmup:
+        return peak * tokens / warmup
+    final = recipe.final_lr_fraction * peak if recipe.final_lr is None else recipe.final_lr
+    final = min(final, peak)
+    if recipe.schedule == "constant":
+        return peak
+    start = warmup
+    if recipe.schedule == "wsd":
+        start = max(warmup, (1 - recipe.decay_fraction) * horizon)
+    if tokens <= start:
+        return peak
+    done = min(1.0, (tokens - start) / (horizon - start)) if horizon > start else 1.0
+    share = (1 + math.cos(math.pi * done)) / 2 if recipe.schedule == "cosine" else 1 - done
+    return final + (peak - final) * share
+
+
+def beta2(recipe: Recipe, batch_tokens: int) -> float:
+    """Adam's second-moment decay a step, fixed or with a fixed averaging time in tokens."""
+    if recipe.beta2_rule == "fixed":
+        return recipe.beta2
+    return recipe.beta2 ** (batch_tokens / recipe.beta2_reference_tokens)
