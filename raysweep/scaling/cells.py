@@ -22,7 +22,16 @@ COUNTS = (
 
 REQUIRED = ("architecture", "params_active_non_embedding", "tokens", "loss")
 
-_SIZES = (*COUNTS, "experts", "top_k", "flops_per_token", "sequence_length", "granularity")
+_SIZES = (
+    *COUNTS,
+    "experts",
+    "top_k",
+    "flops_per_token",
+    "sequence_length",
+    "d_ff",
+    "expert_ff",
+    "granularity",
+)
 _TEXT = (
     "study",
     "cell",
@@ -183,6 +192,9 @@ def _cell_rows(rows: pd.DataFrame, usable: pd.Series) -> pd.DataFrame:
     exact = cells["flops_per_token"] * cells["tokens"]
     rough = 6 * cells["params_active_non_embedding"] * cells["tokens"]
     total = cells["params_total_non_embedding"].fillna(cells["params_active_non_embedding"])
+    if "granularity" not in cells:
+        wide = cells["d_ff"] / cells["expert_ff"].where(cells["expert_ff"] > 0)
+        cells["granularity"] = wide.where(cells["architecture_kind"] == "moe", 1.0)
     cells = cells.assign(
         flops=exact.where(_positive(exact), rough),
         flops_exact=_positive(exact),

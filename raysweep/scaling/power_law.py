@@ -24,9 +24,13 @@ SYMBOLS: dict[str, tuple[str, str]] = {
     "experts": ("E", "routed experts a MoE layer, 1 is dense"),
     "top_k": ("K", "routed experts a token"),
     "active_ratio": ("R", "active over total non-embedding parameters, 1 is dense"),
-    "sparsity_ratio": ("E/K", "routed experts over experts a token"),
+    "moe": ("M", "e for MoE, 1 for dense: its exponent is the log of the ratio"),
 }
-TARGET_UNITS = {"learning_rate": "peak learning rate", "batch_tokens": "tokens"}
+TARGET_UNITS = {
+    "learning_rate": "peak learning rate",
+    "batch_tokens": "tokens",
+    "noise_scale_tokens": "tokens",
+}
 
 HUBER = 1.5
 """Departures beyond this many robust sds weigh less."""

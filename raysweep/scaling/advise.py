@@ -1,0 +1,238 @@
+"""From fits to a recommendation: which law answers, what it says, and what to be wary of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from raysweep.errors import UserError
+from raysweep.scaling.group_loss import predict_loss
+from raysweep.scaling.groups import ALL, Group
+from raysweep.scaling.optima_laws import KNOWN_AHEAD, best_law
+from raysweep.scaling.optimum import OPTIMUM_METHODS
+from raysweep.scaling.power_law import PowerLaw
+from raysweep.scaling.published import published_answers
+from raysweep.scaling.recommend import Recommendation, usable_batch
+from raysweep.scaling.target import describe_target, extrapolation
+
+if TYPE_CHECKING:
+    from raysweep.scaling.fits import Fits
+
+FAR = 30.0
+"""Beyond this factor in FLOPs an extrapolation is called long."""
+
+
+def advise(
+    fits: Fits,
+    architecture: str | None,
+    params: float,
+    tokens: float,
+    experts: int | None,
+    top_k: int | None,
+) -> Recommendation:
+    """See `Fits.recommend`."""
+    for name, value in (("params", params), ("tokens", tokens)):
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"recommend needs {name} above zero, not {value}")
+    name = _architecture(fits, architecture, experts)
+    own = fits.groups[name]
+    experts, top_k, foreign = _routing(own.cells, experts, top_k)
+    warnings = []
+    candidates = [fits.groups[ALL]] if foreign and ALL in fits.groups else [own]
+    if ALL in fits.groups and not foreign:
+        candidates.append(fits.groups[ALL])
+    if foreign:
+        warnings.append(
+            f"no cell of {name} has {experts} experts and top-{top_k}: the answer rests on how "
+            "other numbers of experts behave"
+        )
+    family = candidates[0].cells
+    target = describe_target(family, params, tokens, experts, top_k)
+    warnings += target.notes
+
+    laws: dict[str, PowerLaw] = {}
+    for quantity in ("learning_rate", "batch_tokens"):
+        law = _pick(candidates, quantity, foreign)
+        if law is None:
+            statuses = "; ".join(
+                dict.fromkeys(
+                    f"{x.status}: {x.message}"
+                    for x in own.laws.values()
+                    if x.target == quantity and not x.ok
+                )
+            )
+            warnings.append(f"no law of {quantity} could be fitted ({statuses})")
+        else:
+            laws[quantity] = law
+    answers = {q: _ask(law, target.inputs) for q, law in laws.items()}
+    rate, rate_low, rate_high = answers.get("learning_rate", (math.nan,) * 3)
+    batch, batch_low, batch_high = answers.get("batch_tokens", (math.nan,) * 3)
+    length = _sequence_length(family)
+    usable, sequences = usable_batch(batch, length)
+
+    order = [k for k in (fits.loss_law, "chinchilla", "kaplan") if k]
+    joint = [k for k in (fits.loss_law, "wang", "kaplan") if k]
+    predicted = None if foreign else predict_loss(own.loss_laws, order, target.inputs)
+    loss_group = own
+    if predicted is None and ALL in fits.groups:
+        predicted, loss_group = (
+            predict_loss(fits.groups[ALL].loss_laws, joint, target.inputs),
+            fits.groups[ALL],
+        )
+    if predicted is None:
+        warnings.append("no law of the loss could be fitted to predict this run's")
+    loss_key, loss, loss_low, loss_high = predicted or ("", math.nan, math.nan, math.nan)
+
+    used = family.loc[sorted({c for law in laws.values() for c in law.cells if c in family.index})]
+    factors = extrapolation(used if len(used) else family, target.inputs)
+    warnings += _cautions(laws, factors, used if len(used) else family, params, tokens)
+    rests_on = [
+        f"{law.formula}, {law.n_cells} cells"
+        + (
+            f", {100 * law.held_out:.1f} % off on unseen cells"
+            if math.isfinite(law.held_out)
+            else ""
+        )
+        for law in laws.values()
+    ]
+    if loss_key:
+        n = int(loss_group.cells["loss"].count())
+        rests_on.append(f"loss by the law '{loss_key}' on {n} cells")
+    return Recommendation(
+        architecture=name,
+        params=params,
+        tokens=tokens,
+        experts=experts,
+        top_k=top_k,
+        learning_rate=float(f"{rate:.3g}"),
+        learning_rate_interval=(rate_low, rate_high),
+        batch_tokens=usable,
+        batch_tokens_exact=batch,
+        batch_tokens_interval=(batch_low, batch_high),
+        batch_sequences=sequences,
+        sequence_length=length,
+        loss=loss,
+        loss_interval=(loss_low, loss_high),
+        laws={q: law.name for q, law in laws.items()} | ({"loss": loss_key} if loss_key else {}),
+        extrapolation=factors,
+        rests_on=tuple(rests_on),
+        by_method=_by_method(candidates, laws, target.inputs),
+        published=tuple(
+            a
+            for a in published_answers(target.setting())
+            if a["learning_rate"] is not None or a["batch_tokens"] is not None
+        ),
+        warnings=tuple(warnings),
+        status="ok" if len(laws) == 2 else "no law",
+    )
+
+
+def _architecture(fits: Fits, wanted: str | None, experts: int | None) -> str:
+    """The group's name that a request means."""
+    names = [g for g in fits.groups if g != ALL]
+    if not names:
+        raise UserError("the results hold no cell, so there is nothing to recommend from")
+    if wanted in names:
+        return wanted
+    kind = wanted if wanted is not None else "moe" if (experts or 1) > 1 else "dense"
+    of_kind = [n for n in names if fits.groups[n].kind == kind]
+    if wanted in ("dense", "moe", None) and of_kind:
+        routing = [n for n in of_kind if experts in set(fits.groups[n].cells["experts"])]
+        return (routing or of_kind)[0]
+    if wanted in ("moe", None) and (experts or 1) > 1:
+        return names[0]  # no MoE cell: the caller is warned that the experts are foreign
+    if wanted is None:
+        return names[0]
+    raise UserError(f"no architecture {wanted!r} in the results; known: {', '.join(names)}")
+
+
+def _routing(cells: pd.DataFrame, experts: int | None, top_k: int | None) -> tuple[int, int, bool]:
+    """(experts, top_k) of the run, and whether no cell of the architecture has them."""
+    pairs = cells[["experts", "top_k"]].drop_duplicates()
+    common = pairs.iloc[0]
+    e = int(common["experts"]) if experts is None else int(experts)
+    k = int(common["top_k"]) if top_k is None else int(top_k)
+    if experts is not None and top_k is None:
+        same = pairs[pairs["experts"] == e]
+        k = int(same.iloc[0]["top_k"]) if len(same) else min(k, e)
+    if not 1 <= k <= e:
+        raise UserError(f"top_k {k} must lie between 1 and experts {e}")
+    return e, k, not bool(((pairs["experts"] == e) & (pairs["top_k"] == k)).any())
+
+
+def _pick(candidates: Sequence[Group], target: str, foreign: bool) -> PowerLaw | None:
+    """The architecture's own law where it has two cells to spare, else the joint one's."""
+    found = []
+    for group in candidates:
+        laws = group.laws
+        if group.name == ALL:
+            # Without a further power the joint law would take a MoE for a dense model.
+            laws = {n: x for n, x in laws.items() if {"active_ratio", "experts"} & set(x.inputs)}
+        law = best_law(laws, target, KNOWN_AHEAD)
+        if law is not None:
+            found.append(law)
+    spare = [law for law in found if law.dof >= 2]
+    return spare[0] if spare else found[0] if found else None
+
+
+def _ask(law: PowerLaw, inputs: Mapping[str, float]) -> tuple[float, float, float]:
+    named = {**inputs, "params": inputs.get(law.count, math.nan)} if law.count else dict(inputs)
+    value = float(law.predict(named))
+    low, high = law.interval(named)
+    return value, float(low), float(high)
+
+
+def _by_method(
+    candidates: Sequence[Group], laws: Mapping[str, PowerLaw], inputs: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    """The same laws on the optima of every method that can fit them."""
+    if len(laws) < 2:
+        return {}
+    answers = {}
+    for method in OPTIMUM_METHODS:
+        values = []
+        for law in laws.values():
+            for group in candidates:
+                other = group.methods[method].laws.get(law.name)
+                if other is not None and other.ok:
+                    values.append(_ask(other, inputs)[0])
+                    break
+        if len(values) == 2:
+            answers[method] = (values[0], values[1])
+    return answers
+
+
+def _sequence_length(cells: pd.DataFrame) -> int | None:
+    known = cells["sequence_length"].dropna()
+    return int(known.mode().iloc[0]) if len(known) else None
+
+
+def _cautions(
+    laws: Mapping[str, PowerLaw],
+    factors: Mapping[str, float],
+    cells: pd.DataFrame,
+    params: float,
+    tokens: float,
+) -> list[str]:
+    said = []
+    if factors["FLOPs"] > FAR:
+        said.append(f"a long extrapolation: {factors['FLOPs']:.3g}x the FLOPs of the largest cell")
+    ratio = cells["tokens"] / cells["params_active_non_embedding"]
+    asked = tokens / params
+    for quantity, law in laws.items():
+        if law.inputs[:1] == ("flops",) and not ratio.min() / 2 <= asked <= ratio.max() * 2:
+            said.append(
+                f"the law of {quantity} knows compute only, from cells of {ratio.min():.3g} to "
+                f"{ratio.max():.3g} tokens a parameter; asked for {asked:.3g}"
+            )
+        if law.dof < 2:
+            said.append(f"the law of {quantity} has {law.n_cells} cells: its interval is a guess")
+        if law.left_out:
+            said.append(
+                f"the law of {quantity} leaves out {len(law.left_out)} cells without an interior "
+                "optimum"
+            )
+    return said

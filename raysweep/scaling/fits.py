@@ -1,0 +1,184 @@
+"""fit(results) -> Fits: optima, their laws, the laws of the loss, and how far to trust them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+from raysweep.errors import UserError
+from raysweep.scaling.advise import advise
+from raysweep.scaling.cells import CellTable, CellTrials, cell_table
+from raysweep.scaling.groups import ALL, Group, Sources, fit_group
+from raysweep.scaling.noise import Ratio, cell_noise_scale, compare_kinds
+from raysweep.scaling.optimum import OPTIMUM_METHODS, Optimum, find_optima
+from raysweep.scaling.plain import plain
+from raysweep.scaling.recommend import Recommendation
+
+__all__ = ["ALL", "Fits", "Group", "Recommendation", "fit"]
+
+
+class HasFrame(Protocol):
+    """Anything with the results table, such as `raysweep.results.store.Results`."""
+
+    def frame(self) -> pd.DataFrame:
+        """One row a trial, columns of `results.schema`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """All fits of one results table.
+
+    `cells` has one row a cell (index its name), smallest compute first, with `loss` (at the
+    optimum where that is interior, else the best trial's; `loss_from` says which), `loss_se`, and
+    the default method's `learning_rate`, `batch_tokens`, `status`. `optima[method][cell]` are the
+    optima by every method. `groups` are the architectures by name, and `ALL` where there are
+    several. `comparison` holds MoE over dense, `at equal loss` and `at equal N and D`; empty
+    without both.
+    """
+
+    method: str
+    cells: pd.DataFrame
+    left_out: dict[str, int]
+    n_rows: int
+    optima: dict[str, dict[str, Optimum]]
+    groups: dict[str, Group]
+    comparison: dict[str, dict[str, Ratio]]
+    noise_scale: pd.DataFrame
+    loss_law: str | None
+    messages: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values: what `raysweep fit --json` prints."""
+        result = plain(
+            {
+                "method": self.method,
+                "methods": {m.name: m.summary for m in OPTIMUM_METHODS.values()},
+                "n_rows": self.n_rows,
+                "left_out": self.left_out,
+                "cells": self.cells,
+                "optima": self.optima,
+                "groups": self.groups,
+                "comparison": self.comparison,
+                "noise_scale": self.noise_scale,
+                "messages": self.messages,
+            }
+        )
+        assert isinstance(result, dict)
+        return result
+
+    def recommend(
+        self,
+        architecture: str | None = None,
+        params: float = math.nan,
+        tokens: float = math.nan,
+        experts: int | None = None,
+        top_k: int | None = None,
+    ) -> Recommendation:
+        """What to run for `params` active non-embedding parameters on `tokens` tokens.
+
+        `architecture` is a name in the results, or `dense` or `moe`; without one, `experts`
+        decides. Raises UserError for what no results could answer; what these cannot answer is a
+        status.
+        """
+        return advise(self, architecture, params, tokens, experts, top_k)
+
+
+def fit(
+    results: pd.DataFrame | HasFrame,
+    *,
+    loss_law: str | None = None,
+    optimum_method: str = "surface",
+    n_boot: int = 200,
+    seed: int = 0,
+) -> Fits:
+    """Fit everything that a results table can tell.
+
+    `loss_law` names a law to fit beside the usual ones and to predict losses with; `n_boot` is the
+    number of resamples behind every interval. What cannot be fitted has a status and a message.
+    Raises UserError for an unknown method or law, or a table without the columns every fit needs.
+    """
+    if optimum_method not in OPTIMUM_METHODS:
+        known = ", ".join(OPTIMUM_METHODS)
+        raise UserError(f"unknown optimum method {optimum_method!r}; known: {known}")
+    frame = results if isinstance(results, pd.DataFrame) else results.frame()
+    table = cell_table(frame)
+    trials = table.searched()
+    optima = {m: {o.cell: o for o in find_optima(trials, m)} for m in OPTIMUM_METHODS}
+    cells = _with_optima(table.cells, optima[optimum_method])
+    noise = cell_noise_scale(cells, table.trials)
+    data = Sources(table, trials, optima, noise, optimum_method, n_boot, seed)
+    names = list(dict.fromkeys(cells["architecture"]))
+    kinds = set(cells["architecture_kind"])
+    groups = {
+        name: fit_group(name, cells[cells["architecture"] == name], data, loss_law)
+        for name in names
+    }
+    if len(names) > 1:
+        groups[ALL] = fit_group(ALL, cells, data, loss_law)
+    comparison = {}
+    if {"dense", "moe"} <= kinds:
+        default = optima[optimum_method]
+        for label, at_equal in (
+            ("at equal loss", ("loss",)),
+            ("at equal N and D", ("params", "tokens")),
+            ("at equal FLOPs", ("flops",)),
+        ):
+            comparison[label] = compare_kinds(
+                cells, default, noise, at_equal=at_equal, n_boot=n_boot, seed=seed
+            )
+    left_out = table.left_out["why"].value_counts()
+    return Fits(
+        method=optimum_method,
+        cells=cells,
+        left_out={str(k): int(v) for k, v in left_out.items()},
+        n_rows=len(frame),
+        optima=optima,
+        groups=groups,
+        comparison=comparison,
+        noise_scale=noise,
+        loss_law=loss_law,
+        messages=tuple(_messages(table, trials, optima[optimum_method])),
+    )
+
+
+def _with_optima(cells: pd.DataFrame, optima: Mapping[str, Optimum]) -> pd.DataFrame:
+    """The cell table with each cell's optimum, and the loss that stands for the cell."""
+    found = [optima.get(name) for name in cells.index]
+    interior = np.array([o is not None and o.interior for o in found], dtype=bool)
+    fitted = np.array([o.loss if o else math.nan for o in found], dtype=float)
+    se = np.array([o.loss_se if o else math.nan for o in found], dtype=float)
+    best = cells["best_loss"].to_numpy(float)
+    return cells.assign(
+        loss=np.where(interior, fitted, best),
+        loss_from=np.where(interior, "optimum", np.where(np.isnan(best), "none", "best trial")),
+        loss_se=np.where(interior, se, np.nan),
+        learning_rate=[o.learning_rate if o else math.nan for o in found],
+        batch_tokens=[o.batch_tokens if o else math.nan for o in found],
+        status=[o.status if o else "no learning rate or batch" for o in found],
+    )
+
+
+def _messages(
+    table: CellTable, trials: Sequence[CellTrials], optima: Mapping[str, Optimum]
+) -> list[str]:
+    """What a reader must know before any number: in whole sentences."""
+    said = []
+    if not len(table.trials):
+        said.append("no finished trial with a loss counts: nothing can be fitted")
+    elif not trials:
+        said.append("no trial tells its learning rate and batch: only laws of the loss are fitted")
+    statuses = pd.Series([o.status for o in optima.values()], dtype=object).value_counts()
+    outside = {str(k): int(v) for k, v in statuses.items() if k != "interior"}
+    if outside:
+        listed = ", ".join(f"{v} {k}" for k, v in outside.items())
+        said.append(
+            f"{len(optima) - sum(outside.values())} of {len(optima)} optima are interior; the laws "
+            f"of the optima leave out the others ({listed})"
+        )
+    return said

@@ -1,0 +1,122 @@
+"""A recommendation: learning rate, batch and expected loss of a run that was never made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from raysweep.scaling.plain import plain
+
+
+@dataclass(frozen=True, eq=False)
+class Recommendation:
+    """What to run, how sure that is, and what it rests on.
+
+    Intervals are 95 %, (nan, nan) where the cells are too few for one. `batch_tokens` is rounded to
+    2^k or 3 * 2^k sequences; `batch_tokens_exact` is what the law says. `extrapolation` is the
+    factor by which the run lies beyond the cells behind the laws (below 1: beneath them; 1:
+    inside). `by_method` holds (learning rate, batch tokens) as each way of reading optima would
+    have it.
+    """
+
+    architecture: str
+    params: float
+    tokens: float
+    experts: int
+    top_k: int
+    learning_rate: float
+    learning_rate_interval: tuple[float, float]
+    batch_tokens: float
+    batch_tokens_exact: float
+    batch_tokens_interval: tuple[float, float]
+    batch_sequences: int | None
+    sequence_length: int | None
+    loss: float
+    loss_interval: tuple[float, float]
+    laws: dict[str, str]
+    extrapolation: dict[str, float]
+    rests_on: tuple[str, ...]
+    by_method: dict[str, tuple[float, float]]
+    published: tuple[dict[str, object], ...]
+    warnings: tuple[str, ...]
+    status: str
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values."""
+        return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}
+
+    def __str__(self) -> str:
+        model = f"{_short(self.params)} active non-embedding parameters"
+        if self.experts > 1:
+            model += f", {self.experts} experts, top-{self.top_k}"
+        sequences = f" ({self.batch_sequences} sequences of {self.sequence_length})"
+        lines = [
+            f"{self.architecture}: {model}, {_short(self.tokens)} tokens",
+            f"  learning rate  {_with(self.learning_rate, self.learning_rate_interval, '.3g')}",
+            f"  batch          {_tokens(self.batch_tokens, self.batch_tokens_interval)}"
+            + (sequences if self.batch_sequences else ""),
+            f"  expected loss  {_with(self.loss, self.loss_interval, '.4f')}",
+        ]
+        factors = ", ".join(f"{v:.3g}x in {k}" for k, v in self.extrapolation.items())
+        lines.append(f"  extrapolates   {factors or 'unknown'}")
+        lines += [f"  rests on       {line}" for line in self.rests_on]
+        for name, (rate, batch) in self.by_method.items():
+            lines.append(f"  by {name:<12}lr {rate:.3g}, batch {_short(batch)} tokens")
+        for answer in self.published:
+            lines.append(f"  {_published(answer)}")
+        lines += [f"  warning        {w}" for w in self.warnings]
+        return "\n".join(lines)
+
+
+def usable_batch(tokens: float, sequence_length: int | None) -> tuple[float, int | None]:
+    """The batch rounded to 2^k or 3 * 2^k sequences, as (tokens, sequences).
+
+    Without a sequence length: to two significant digits, and None sequences."""
+    if not math.isfinite(tokens):
+        return math.nan, None
+    if not sequence_length:
+        return float(f"{tokens:.2g}"), None
+    wanted = max(tokens / sequence_length, 1.0)
+    power = 2.0 ** math.floor(math.log2(wanted))
+    choices = (power, 1.5 * power, 2 * power) if power >= 2 else (power, 2 * power)
+    sequences = int(min(choices, key=lambda c: abs(math.log(c / wanted))))
+    return float(sequences * sequence_length), sequences
+
+
+def _short(value: float) -> str:
+    if not math.isfinite(value):
+        return "unknown"
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _with(value: float, interval: tuple[float, float], style: str) -> str:
+    if not math.isfinite(value):
+        return "unknown"
+    low, high = interval
+    if not math.isfinite(low + high):
+        return f"{value:{style}} (no interval: too few cells)"
+    return f"{value:{style}} (95 %: {low:{style}} to {high:{style}})"
+
+
+def _tokens(value: float, interval: tuple[float, float]) -> str:
+    if not math.isfinite(value):
+        return "unknown"
+    low, high = interval
+    if not math.isfinite(low + high):
+        return f"{_short(value)} tokens (no interval: too few cells)"
+    return f"{_short(value)} tokens (95 %: {_short(low)} to {_short(high)})"
+
+
+def _published(answer: Mapping[str, object]) -> str:
+    rate, batch = answer["learning_rate"], answer["batch_tokens"]
+    parts = []
+    if isinstance(rate, float):
+        parts.append(f"lr {rate:.3g}")
+    if isinstance(batch, float):
+        parts.append(f"batch {_short(batch)} tokens")
+    doubt = "" if answer["verified"] else " (unverified)"
+    return f"{answer['source']}{doubt}: {', '.join(parts)}"

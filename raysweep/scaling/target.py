@@ -1,0 +1,110 @@
+"""The run that a recommendation is asked for: every count that a law may want of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from raysweep.scaling.published import Setting
+
+
+@dataclass(frozen=True)
+class Target:
+    """The run asked about, with every count that a law may want as its N."""
+
+    inputs: dict[str, float]
+    """By column: the parameter counts, tokens, flops, experts, top_k, active_ratio."""
+    notes: tuple[str, ...]
+
+    def setting(self) -> Setting:
+        """As the published laws take it."""
+        get = self.inputs.get
+        head = (get("params_total", math.nan) - self.inputs["params_total_non_embedding"]) / 2
+        return Setting(
+            params_active_non_embedding=self.inputs["params_active_non_embedding"],
+            tokens=self.inputs["tokens"],
+            params_total_non_embedding=self.inputs["params_total_non_embedding"],
+            params_active=get("params_active"),
+            head_params=head if math.isfinite(head) else None,
+            flops_per_token=self.inputs["flops"] / self.inputs["tokens"],
+            experts=int(self.inputs["experts"]),
+            top_k=int(self.inputs["top_k"]),
+        )
+
+
+def describe_target(
+    cells: pd.DataFrame, params: float, tokens: float, experts: int, top_k: int
+) -> Target:
+    """Every count of a run of `params` active non-embedding parameters, after the cells of its
+    family.
+
+    Embeddings grow as the width does, with N^(1/3), from the largest cell. FLOPs a token follow the
+    cells' own trend in N, never below 6 N. Routed experts keep the share of active parameters
+    that they have in the cells (two thirds, a usual feed-forward share, where no cell is MoE).
+    """
+    notes = []
+    largest = cells.loc[cells["params_active_non_embedding"].idxmax()]
+    n0 = float(largest["params_active_non_embedding"])
+    share = expert_share(cells)
+    if experts > 1 and share is None:
+        share = 2 / 3
+        notes.append("no MoE cell tells the share of experts: total parameters assume 2/3 of N")
+    total = params if experts == 1 else params * (1 - share + share * experts / top_k)
+    embedding = float(largest["params_active"]) - n0
+    embedding *= (params / n0) ** (1 / 3)
+    dense = float((cells["params_dense"] / cells["params_active_non_embedding"]).median()) * params
+    inputs = {
+        "params_active_non_embedding": params,
+        "params_total_non_embedding": total,
+        "params_active": params + embedding,
+        "params_total": total + embedding,
+        "params_dense": dense,
+        "tokens": tokens,
+        "flops": _flops_per_token(cells, params) * tokens,
+        "experts": float(experts),
+        "top_k": float(top_k),
+        "active_ratio": params / total,
+    }
+    return Target(inputs, tuple(notes))
+
+
+def expert_share(cells: pd.DataFrame) -> float | None:
+    """Share of the active non-embedding parameters in routed experts, from the largest MoE cell."""
+    moe = cells[
+        (cells["experts"] > cells["top_k"])
+        & (cells["params_total_non_embedding"] > cells["params_active_non_embedding"])
+    ]
+    if not len(moe):
+        return None
+    row = moe.loc[moe["params_active_non_embedding"].idxmax()]
+    active = float(row["params_active_non_embedding"])
+    expert = (float(row["params_total_non_embedding"]) - active) / (row["experts"] - row["top_k"])
+    return min(1.0, float(row["top_k"]) * expert / active)
+
+
+def _flops_per_token(cells: pd.DataFrame, params: float) -> float:
+    exact = cells[cells["flops_exact"]]
+    floor = 6 * params
+    if not len(exact):
+        return floor
+    n = np.log(exact["params_active_non_embedding"].to_numpy(float))
+    f = np.log(exact["flops_per_token"].to_numpy(float))
+    if np.ptp(n) < 1e-9:
+        return max(floor, float(np.exp(f.mean())) * params / float(np.exp(n.mean())))
+    slope, intercept = np.polyfit(n, f, 1)
+    return max(floor, math.exp(intercept + slope * math.log(params)))
+
+
+def extrapolation(cells: pd.DataFrame, inputs: Mapping[str, float]) -> dict[str, float]:
+    """How far a run lies beyond the cells: above 1, below 1, or 1 inside their range."""
+    columns = {"params": "params_active_non_embedding", "tokens": "tokens", "FLOPs": "flops"}
+    factors = {}
+    for name, column in columns.items():
+        low, high = float(cells[column].min()), float(cells[column].max())
+        value = inputs[column]
+        factors[name] = value / high if value > high else value / low if value < low else 1.0
+    return factors
