@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,32 +38,29 @@ def get_or_build(
 ) -> T:
     """What `find` makes of the folder `parent/name`, built first where it finds nothing.
 
-    `build` fills an empty working folder, which is flushed to disk and renamed into place. Of
-    processes that build at once the first to finish wins and the others take its result. Raises
-    UserError where the cache cannot be written.
+    `build` fills an empty working folder, which is flushed to disk and renamed into place. One
+    process builds at a time; others that want the same folder wait for it and take its result.
+    Raises UserError where the cache cannot be written.
     """
     final = parent / name
     if (found := find(final)) is not None:
         return found
     work = parent / f"{_WORK}{name}-{uuid.uuid4().hex[:8]}"
     try:
-        work.mkdir(parents=True)
-        _remove_stale(parent)
-        build(work)
-        for file in work.iterdir():
-            _flush(file)
-        _flush(work)
-        for _ in range(100):  # others may publish or clear away between the two steps
+        parent.mkdir(parents=True, exist_ok=True)
+        with _lock(parent / f".lock-{name}"):
             if (found := find(final)) is not None:
                 return found
+            _remove_stale(parent)
+            work.mkdir()
+            build(work)
+            for file in work.iterdir():
+                _flush(file)
+            _flush(work)
             _clear(final)
-            try:
-                work.rename(final)
-            except OSError:
-                if not final.exists():
-                    raise
-                continue
+            work.rename(final)
             _flush(parent)
+            found = find(final)
     except OSError as error:
         raise UserError(
             f"cannot write the corpus cache {parent} ({error.strerror or error}): set "
@@ -69,7 +68,17 @@ def get_or_build(
         ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    raise UserError(f"the corpus cache {final} does not stay readable: check the disk")
+    if found is None:
+        raise UserError(f"what was written to {final} reads back otherwise: check the disk")
+    return found
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock that the system releases when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _clear(final: Path) -> None:
