@@ -23,7 +23,7 @@ def test_small_machine_corpus(build) -> None:
     train_signatures = np.array([signature(text) for text in train])
     for text in validation[:-1]:  # nothing held out resembles anything trained on
         alike = (train_signatures == signature(text)).mean(axis=1)
-        assert alike.max() < 0.75
+        assert alike.max() < 0.6
     assert build(source="machine", max_megabytes=1.5).hash == corpus.hash
 
 
@@ -86,9 +86,9 @@ def test_signature_estimates_jaccard_similarity(words, edited) -> None:
             a, b = (set(shingles(t.encode()).tolist()) for t in (text, other))
             true = len(a & b) / len(a | b)
             errors.append(np.mean(signature(text.encode()) == signature(other.encode())) - true)
-        # 64 values: one estimate has a standard error of at most 0.0625, the mean of 30 of 0.0114.
-        assert abs(np.mean(errors)) < 0.035  # three standard errors
-        assert np.std(errors) < 0.09
+        # 128 values: one estimate has a standard error of at most 0.044, the mean of 30 of 0.008.
+        assert abs(np.mean(errors)) < 0.025  # three standard errors
+        assert np.std(errors) < 0.065
 
 
 def test_near_duplicates_are_recognised(words, edited) -> None:
