@@ -85,5 +85,19 @@ def test_prediction_interval_is_wider_for_a_new_observation_and_far_away() -> No
     assert width[1] > 2 * width[0]
     assert (new_low < low).all()
     assert (new_high > high).all()
-    truth = CHINCHILLA.predict(CHINCHILLA.published, inputs)
-    assert np.mean((fit.interval(inputs)[0] <= truth) & (truth <= fit.interval(inputs)[1])) > 0.8
+
+
+def test_intervals_cover_the_truth() -> None:
+    """Thirty simulated studies; `benchmarks.fits` does the same with hundreds, for more laws."""
+    inputs, place = ladder(), {"params": 5e10, "tokens": 1e12}
+    truth = {**CHINCHILLA.published, "loss": CHINCHILLA.predict(CHINCHILLA.published, place)[0]}
+    clean = CHINCHILLA.predict(CHINCHILLA.published, inputs)
+    inside = dict.fromkeys(("a", "b", "loss"), 0)
+    for study in range(30):
+        rng = np.random.default_rng(study)
+        fit = CHINCHILLA.fit(inputs, clean * np.exp(rng.normal(0, 0.004, 48)), bootstrap=150)
+        for name in inside:
+            ends = fit.interval(place) if name == "loss" else fit.coefficient_interval(name)
+            inside[name] += bool(ends[0] <= truth[name] <= ends[1])
+    assert all(hits >= 34 for hits in inside.values()), inside
+    assert sum(inside.values()) < 90  # intervals that never miss say nothing
