@@ -102,7 +102,7 @@ class Surface:
             covariance=spread[:2, :2],
             log_loss=float(mean[2]),
             log_loss_sd=float(spread[2, 2] ** 0.5),
-            curvature=depth * curvature(parameters[layout.log_weights]),
+            curvature=depth * curvature(parameters[layout.valley]),
             trials=0 if index is None else int(self.trials[index]),
         )
 
@@ -190,7 +190,7 @@ class Surface:
             optima=optima,
             laws=laws,
             levels=draws[:, layout.level] @ x + own[:, 0],
-            gaps=gap(u, v, draws[:, None, layout.log_weights]) * depth[:, None],
+            gaps=gap(u, v, draws[:, None, layout.valley]) * depth[:, None],
         )
 
     def noise_variance(self, gaps: np.ndarray) -> np.ndarray:

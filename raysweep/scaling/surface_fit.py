@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from raysweep.scaling.surface_features import Covariates
-from raysweep.scaling.surface_shape import DIRECTIONS, gap_derivatives
+from raysweep.scaling.surface_shape import PARAMETERS, TERMS, gap_derivatives
 
-_TERMS = len(DIRECTIONS)
-_ITERATIONS = 40
-_SETTLED = 0.02  # posterior sds that a step may still move, and relative change of learned widths
+_ITERATIONS = 30
+_SETTLED = 0.1  # posterior sds that the last step may still move
+_LEARNED = 0.03  # relative change of learned widths that it may still make
 _CONSTANTS = (
     "log_weight_mean",
     "guess_weight",
@@ -40,6 +40,7 @@ class SurfaceSettings:
     law_family: float = 0.3  # offset of an MoE family
     log_weight: float = 1.5  # of each ln weight of the valley's terms, about log_weight_mean
     log_weight_mean: float = math.log(0.003)
+    log_rate: float = 0.3  # of the ln rates that stretch the valley's axes
     scale_slope: float = 0.15  # of the valley's ln depth per nat of parameters or tokens
     level_intercept: float = 3.0  # of ln loss
     level_slope: float = 0.3
@@ -86,14 +87,14 @@ class Layout:
         return slice(0, k), slice(k, 2 * k)
 
     @property
-    def log_weights(self) -> slice:
-        """Of the valley's terms."""
-        return slice(2 * self.regressors, 2 * self.regressors + _TERMS)
+    def valley(self) -> slice:
+        """Of the valley's ln weights and ln rates."""
+        return slice(2 * self.regressors, 2 * self.regressors + PARAMETERS)
 
     @property
     def scale(self) -> slice:
         """Of the valley's ln depth, per nat of parameters and of tokens."""
-        start = self.log_weights.stop
+        start = self.valley.stop
         return slice(start, start + 2)
 
     @property
@@ -141,6 +142,26 @@ class Mode:
     converged: bool
 
 
+class _Grouping:
+    """Sums over the trials of each cell."""
+
+    def __init__(self, cell: np.ndarray, cells: int) -> None:
+        self._cells = cells
+        self._order = np.argsort(cell, kind="stable")
+        self._present, self._start = np.unique(cell[self._order], return_index=True)
+
+    def sum(self, rows: np.ndarray) -> np.ndarray:
+        """[n, ...] to [cells, ...]; a cell without trials sums to 0."""
+        total = np.zeros((self._cells, *rows.shape[1:]))
+        if len(self._present):
+            total[self._present] = np.add.reduceat(rows[self._order], self._start, axis=0)
+        return total
+
+    def outer(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Sums of outer products of [n, a] and [n, b]: [cells, a, b]."""
+        return self.sum(left[:, :, None] * right[:, None])
+
+
 def prior_of(
     covariates: Covariates, settings: SurfaceSettings, level: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -154,8 +175,10 @@ def prior_of(
     ]
     for block in layout.law:
         sd[block] = [settings.law_intercept, *slopes]
-    mean[layout.log_weights] = settings.log_weight_mean
-    sd[layout.log_weights] = settings.log_weight
+    valley = layout.valley.start
+    mean[valley : valley + TERMS] = settings.log_weight_mean
+    sd[valley : valley + TERMS] = settings.log_weight
+    sd[valley + TERMS : layout.valley.stop] = settings.log_rate
     sd[layout.scale] = settings.scale_slope
     mean[layout.level.start] = level
     sd[layout.level] = [settings.level_intercept, *[settings.level_slope] * len(names)]
@@ -180,12 +203,12 @@ def predict_rows(
     laws = np.stack([shared[law] for law in layout.law], -1)
     u, v = (offset - regressors @ laws - own[:, 1:]).T
     scale = np.exp(regressors[:, 1:3] @ shared[layout.scale])
-    value, by_point, by_weight = gap_derivatives(u, v, shared[layout.log_weights])
+    value, by_point, by_valley = gap_derivatives(u, v, shared[layout.valley])
     value, by_point = value * scale, by_point * scale[:, None]
     by_shared = np.empty((len(regressors), layout.size))
     for axis, law in enumerate(layout.law):
         by_shared[:, law] = -by_point[:, axis, None] * regressors
-    by_shared[:, layout.log_weights] = by_weight * scale[:, None]
+    by_shared[:, layout.valley] = by_valley * scale[:, None]
     by_shared[:, layout.scale] = value[:, None] * regressors[:, 1:3]
     by_shared[:, layout.level] = regressors
     by_own = np.column_stack([np.ones(len(regressors)), -by_point])
@@ -212,7 +235,7 @@ def fit_mode(
         settings: prior widths.
     """
     cells, which = len(design), observed.cell
-    member = (np.arange(cells)[:, None] == which).astype(float)
+    trials_of = _Grouping(which, cells)
     regressors, offset = design[which], observed.point - law_prior[which]
     near = ~far
     level = float(observed.log_loss[near].mean()) if near.any() else 0.0
@@ -246,6 +269,7 @@ def fit_mode(
 
     shared, own = mean.copy(), np.zeros((cells, 3))
     state = evaluate(shared, own)
+    gaps = np.where(far, settings.far, state[1])
     damping = 1e-2
     while_moving = True
     covariance = ArrowInverse(
@@ -253,18 +277,19 @@ def fit_mode(
     )
     for _ in range(_ITERATIONS):
         residual, value, by_shared, by_own = state
-        gaps = np.where(far, settings.far, value)
+        # The noise follows the gap: half a step at a time, or mode and noise can chase each other.
+        gaps = 0.5 * (gaps + np.where(far, settings.far, value))
         variance = widths.noise**2 + (widths.growth * gaps) ** 2 + observed.variance
         variance = variance * repeats
         weight = (settings.student + 1) / (settings.student + residual**2 / variance) / variance
         weighted = by_own * weight[:, None]
         head = (by_shared * weight[:, None]).T @ by_shared
-        cross = _by_cell(member, by_shared, weighted)
-        tail = _by_cell(member, by_own, weighted)
+        cross = trials_of.outer(by_shared, weighted)
+        tail = trials_of.outer(by_own, weighted)
         head[np.diag_indices_from(head)] += sd**-2
         tail[:, range(3), range(3)] += widths.own**-2
         toward_shared = by_shared.T @ (weight * residual) - (shared - mean) / sd**2
-        toward_own = member @ (weighted * residual[:, None]) - own / widths.own**2
+        toward_own = trials_of.sum(weighted * residual[:, None]) - own / widths.own**2
         now = cost(residual, shared, own, variance)
         step_shared, step_own = np.zeros_like(shared), np.zeros_like(own)
         for _ in range(8):
@@ -284,16 +309,10 @@ def fit_mode(
             float((np.abs(step_shared) / np.sqrt(covariance.shared.diagonal())).max()),
             float((np.abs(step_own) / np.sqrt(np.einsum("cii->ci", covariance.own))).max()),
         )
-        while_moving = moved > _SETTLED or widths.change(before) > _SETTLED
+        while_moving = moved > _SETTLED or widths.change(before) > _LEARNED
         if not while_moving:
             break
     return Mode(shared, own, covariance, widths, not while_moving)
-
-
-def _by_cell(member: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Sums over each cell's trials of outer products, [cells, a, b]."""
-    outer = (left[:, :, None] * right[:, None]).reshape(len(left), left.shape[1] * right.shape[1])
-    return (member @ outer).reshape(len(member), left.shape[1], right.shape[1])
 
 
 def _damped(blocks: np.ndarray, damping: float) -> np.ndarray:

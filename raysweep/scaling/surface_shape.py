@@ -7,9 +7,12 @@ import numpy as np
 # The loss near its optimum behaves as a sum of powers of the learning rate and of the batch: too high
 # a rate destabilises (lr), gradient noise grows with lr / B, a large batch leaves few steps (B, or
 # B / lr), a small rate leaves the model untrained (1 / lr). Each term, less its linear part, is
-# w psi(t) with psi(t) = e^t - 1 - t >= 0: the sum is convex, zero at its optimum, steep on one side
-# of a direction and shallow on the other, and any w > 0 make a legal shape.
+# w psi(t) with psi(t) = e^t - 1 - t >= 0, t linear in the logs: the sum is convex, zero at its
+# optimum, steep on one side of a direction and shallow on the other, and any w > 0 make a legal
+# shape. Two rates stretch the axes: small ones make the valley a parabola, large ones a trough.
 DIRECTIONS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1)], dtype=float)
+TERMS = len(DIRECTIONS)
+PARAMETERS = TERMS + 2  # ln weights, then ln rates of (ln learning rate, ln batch)
 
 _EDGE = 8.0  # the valley is flat beyond e^8 from its optimum: nothing overflows
 
@@ -20,14 +23,15 @@ def _powers(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
     return a, 1 / a, b, 1 / b, a / b, b / a
 
 
-def gap(u: np.ndarray, v: np.ndarray, log_weights: np.ndarray) -> np.ndarray:
+def gap(u: np.ndarray, v: np.ndarray, valley: np.ndarray) -> np.ndarray:
     """ln(loss / loss at the optimum), at ln learning rate `u` and ln batch `v` from the optimum.
 
-    `log_weights` [..., 6] are the ln w of the terms in `DIRECTIONS`; its leading axes broadcast with
-    u and v.
+    `valley` [..., 8] holds the ln weights and ln rates; its leading axes broadcast with u and v.
     """
-    u, v = np.clip(u, -_EDGE, _EDGE), np.clip(v, -_EDGE, _EDGE)
-    weights = np.exp(log_weights)
+    rates = np.exp(valley[..., TERMS:])
+    u = np.clip(u * rates[..., 0], -_EDGE, _EDGE)
+    v = np.clip(v * rates[..., 1], -_EDGE, _EDGE)
+    weights = np.exp(valley[..., :TERMS])
     linear = weights @ DIRECTIONS
     total = -linear[..., 0] * u - linear[..., 1] * v - weights.sum(-1)
     for term, power in enumerate(_powers(u, v)):
@@ -36,16 +40,19 @@ def gap(u: np.ndarray, v: np.ndarray, log_weights: np.ndarray) -> np.ndarray:
 
 
 def gap_derivatives(
-    u: np.ndarray, v: np.ndarray, log_weights: np.ndarray
+    u: np.ndarray, v: np.ndarray, valley: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The gap [n], its gradient in (u, v) [n, 2], and in the log weights [n, 6], at u, v [n]."""
-    point = np.clip(np.stack([u, v], -1), -_EDGE, _EDGE)
+    """The gap [n], its gradient in (u, v) [n, 2], and in the valley's parameters [n, 8]."""
+    rates, weights = np.exp(valley[TERMS:]), np.exp(valley[:TERMS])
+    point = np.clip(np.stack([u, v], -1) * rates, -_EDGE, _EDGE)
     slope = np.stack(_powers(point[:, 0], point[:, 1]), -1) - 1
-    weights = np.exp(log_weights)
     by_weight = (slope - point @ DIRECTIONS.T) * weights
-    return by_weight.sum(-1), (slope * weights) @ DIRECTIONS, by_weight
+    by_stretched = (slope * weights) @ DIRECTIONS
+    by_valley = np.concatenate([by_weight, by_stretched * point], axis=1)
+    return by_weight.sum(-1), by_stretched * rates, by_valley
 
 
-def curvature(log_weights: np.ndarray) -> np.ndarray:
+def curvature(valley: np.ndarray) -> np.ndarray:
     """The 2 x 2 Hessian of the gap at the optimum, in (ln learning rate, ln batch)."""
-    return (DIRECTIONS * np.exp(log_weights)[:, None]).T @ DIRECTIONS
+    stretched = DIRECTIONS * np.exp(valley[TERMS:])
+    return (stretched * np.exp(valley[:TERMS, None])).T @ stretched
