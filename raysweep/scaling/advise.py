@@ -74,7 +74,7 @@ def advise(
     usable, sequences = usable_batch(batch, length)
 
     order = [k for k in (fits.loss_law, "chinchilla", "kaplan") if k]
-    joint = [k for k in (fits.loss_law, "wang", "kaplan") if k]
+    joint = [k for k in (fits.loss_law, "wang", "joint_moe", "yun") if k]
     predicted = None if foreign else predict_loss(own.loss_laws, order, target.inputs)
     loss_group = own
     if predicted is None and ALL in fits.groups:

@@ -18,6 +18,7 @@ from raysweep.scaling.noise import Ratio, cell_noise_scale, compare_kinds
 from raysweep.scaling.optimum import OPTIMUM_METHODS, Optimum, find_optima
 from raysweep.scaling.plain import plain
 from raysweep.scaling.recommend import Recommendation
+from raysweep.scaling.summary import summary
 
 __all__ = ["ALL", "Fits", "Group", "Recommendation", "fit"]
 
@@ -71,6 +72,9 @@ class Fits:
         )
         assert isinstance(result, dict)
         return result
+
+    def __str__(self) -> str:
+        return summary(self)
 
     def recommend(
         self,

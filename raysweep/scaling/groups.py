@@ -139,13 +139,16 @@ def fit_group(name: str, cells: pd.DataFrame, data: Sources, loss_law: str | Non
     if rate is not None and batch is not None:
         in_sample = loss_gap(rate, batch, cells, trials, optima, count)
     kinds = set(cells["architecture_kind"])
-    mixed = cells[["experts", "top_k"]].drop_duplicates().shape[0] > 1
-    keys = (*ONE_ARCHITECTURE_LAWS, *(JOINT_LAWS if mixed else ()))
-    losses = fit_loss_laws(cells, keys, n_boot=data.n_boot, seed=data.seed)
-    own = data.table.trials[data.table.trials["cell"].isin(cells.index)]
-    losses["three_term"] = fit_loss_law(
-        batch_table(cells, own), "three_term", n_boot=data.n_boot, seed=data.seed
-    )
+    if len(kinds) == 1:
+        losses = fit_loss_laws(cells, ONE_ARCHITECTURE_LAWS, n_boot=data.n_boot, seed=data.seed)
+        own = data.table.trials[data.table.trials["cell"].isin(cells.index)]
+        losses["three_term"] = fit_loss_law(
+            batch_table(cells, own), "three_term", n_boot=data.n_boot, seed=data.seed
+        )
+    else:
+        losses = {}
+    if cells[["experts", "top_k"]].drop_duplicates().shape[0] > 1:
+        losses |= fit_loss_laws(cells, JOINT_LAWS, n_boot=data.n_boot, seed=data.seed)
     if loss_law is not None and loss_law not in losses:
         losses[loss_law] = fit_loss_law(cells, loss_law, n_boot=data.n_boot, seed=data.seed)
     return Group(

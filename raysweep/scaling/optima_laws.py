@@ -168,7 +168,8 @@ def best_law(laws: Mapping[str, PowerLaw], target: str, known: Sequence[str]) ->
     return min(
         usable,
         key=lambda law: (
-            law.held_out if math.isfinite(law.held_out) else unknown,
+            round(law.held_out, 3) if math.isfinite(law.held_out) else unknown,
+            "experts" in law.inputs,  # a ratio extrapolates; a number of experts seldom varies
             -len(law.inputs),
         ),
         default=None,

@@ -309,12 +309,15 @@ def _robust(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarra
     z = y
     for _ in range(20):
         w = weight * huber
-        normal = np.einsum("np,bn,nq->bpq", x, w, x, optimize=True)
-        theta = np.linalg.solve(normal, np.einsum("np,bn->bp", x, w * y)[..., None])[..., 0]
+        normal = (x.T * w[:, None, :]) @ x
+        theta = np.linalg.solve(normal, ((w * y) @ x)[..., None])[..., 0]
         z = (y - theta @ x.T) * root
-        robust_sd = 1.4826 * np.median(np.abs(z), axis=1, keepdims=True) * math.sqrt(n / (n - p))
+        size = np.abs(z)
+        robust_sd = 1.4826 * np.median(size, axis=1, keepdims=True) * math.sqrt(n / (n - p))
         limit = HUBER * np.maximum(robust_sd, 1e-9)
-        huber = np.minimum(1.0, limit / np.maximum(np.abs(z), 1e-300))
+        last, huber = huber, np.minimum(1.0, limit / np.maximum(size, 1e-300))
+        if np.abs(huber - last).max() < 1e-4:
+            break
     return theta, z
 
 
