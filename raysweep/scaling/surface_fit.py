@@ -267,6 +267,7 @@ def fit_mode(
         prior = (((shared - mean) / sd) ** 2).sum() + ((own / widths.own) ** 2).sum()
         return 0.5 * float(misfit + prior)
 
+    terms = np.arange(TERMS) + Layout(design.shape[1]).valley.start
     shared, own = mean.copy(), np.zeros((cells, 3))
     state = evaluate(shared, own)
     gaps = np.where(far, settings.far, state[1])
@@ -288,7 +289,10 @@ def fit_mode(
         tail = trials_of.outer(by_own, weighted)
         head[np.diag_indices_from(head)] += sd**-2
         tail[:, range(3), range(3)] += widths.own**-2
-        toward_shared = by_shared.T @ (weight * residual) - (shared - mean) / sd**2
+        pull = by_shared.T @ (weight * residual)
+        # The second derivative in ln weight that Gauss-Newton leaves out is known: keep its safe part.
+        head[terms, terms] += np.maximum(-pull[terms], 0)
+        toward_shared = pull - (shared - mean) / sd**2
         toward_own = trials_of.sum(weighted * residual[:, None]) - own / widths.own**2
         now = cost(residual, shared, own, variance)
         step_shared, step_own = np.zeros_like(shared), np.zeros_like(own)
@@ -406,5 +410,7 @@ def _learn_noise(
     guess = np.log([settings.noise_guess, settings.growth_guess])
     slope = shares.T @ excess - settings.guess_weight * (now - guess)
     fisher = 2 * nu / (nu + 3) * shares.T @ shares + settings.guess_weight * np.eye(2)
-    noise, growth = np.exp(now + np.clip(np.linalg.solve(fisher, slope), -1, 1))
+    # Seven tenths of a step: whole ones can overshoot for ever.
+    step = 0.7 * np.linalg.solve(fisher, slope)
+    noise, growth = np.exp(now + np.clip(step, -1, 1))
     return float(noise), float(growth)
