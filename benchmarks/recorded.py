@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.results.importers import read_steplaw
+from raysweep.results.store import Results
 from raysweep.scaling.surface import CellFeatures
 
 _FEW = 12  # a cell of fewer recorded runs replays nothing
@@ -76,12 +77,10 @@ def smooth_log_loss(point: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 
 def read_grids(uri: str) -> list[RecordedGrid]:
-    """Grids of a results folder (any URI), or of a published CSV, in order of compute."""
+    """Grids of a results folder (any URI) or of a Step Law CSV, in order of compute."""
     if uri.endswith(".csv"):
-        frame = _read_csv(Path(uri))
+        frame = read_steplaw(uri)
     else:
-        from raysweep.results.store import Results
-
         frame = Results.open(uri).frame()
     frame = frame[frame["status"].isin(["finished", "diverged"])]
     grids = []
@@ -111,26 +110,3 @@ def read_grids(uri: str) -> list[RecordedGrid]:
     if not grids:
         raise UserError(f"{uri}: no cell has {_FEW} or more finished runs to replay")
     return sorted(grids, key=lambda grid: grid.cell.compute)
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    raw = pd.read_csv(path)
-    moe = "Na" in raw
-    active = raw["Na"] if moe else raw["N"]
-    sequence = raw["seq_len"] if "seq_len" in raw else pd.Series(2048, raw.index)
-    frame = pd.DataFrame(
-        {
-            "params_active_non_embedding": active,
-            "params_total_non_embedding": raw["N"],
-            "experts": raw["nume"] if moe else 1,
-            "top_k": raw["topk"] if moe else 1,
-            "tokens": raw["D"],
-            "sequence_length": sequence,
-            "learning_rate": raw["lr"],
-            "batch_tokens": raw["bs"] * sequence,
-            "loss": raw["smooth loss"],
-            "status": np.where(np.isfinite(raw["smooth loss"]), "finished", "diverged"),
-        }
-    )
-    frame["cell"] = [f"{a:.4g}-{n:.4g}-{d:.4g}" for a, n, d in zip(active, raw["N"], raw["D"])]
-    return frame

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,13 +27,28 @@ class History:
     diverged: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Told:
+    learning_rate: float
+    log2_batch: float
+    loss: float
+    moved: tuple[float, float]  # from where it was asked to run, in ln learning rate and ln batch
+
+
 @dataclass
 class _Entry:
     cell: CellFeatures
     study: optuna.Study | None = None
     sequence_length: int = 0
     imported: list[History] = field(default_factory=list)
-    told: dict[int, tuple[float, float, float] | None] = field(default_factory=dict)
+    told: dict[int, _Told | None] = field(default_factory=dict)  # of ended trials, by number
+
+    def outcomes(self) -> list[_Told]:
+        """What the study's ended trials told, by number; each is read once."""
+        for trial in _trials(self.study):
+            if trial.number not in self.told and trial.state.is_finished():
+                self.told[trial.number] = _outcome(trial)
+        return [told for _, told in sorted(self.told.items()) if told is not None]
 
 
 class Ladder:
@@ -88,14 +104,14 @@ class Ladder:
     def history(self, name: str) -> History:
         """Finished and diverged trials of one cell: imported rows, then the study's, by number."""
         entry = self._known(name)
-        for trial in _trials(entry.study):
-            if trial.number not in entry.told and trial.state.is_finished():
-                entry.told[trial.number] = _outcome(trial)
         rows = [
-            (rate, 2.0**log2_batch * entry.sequence_length, loss, not np.isfinite(loss))
-            for _, outcome in sorted(entry.told.items())
-            if outcome is not None
-            for rate, log2_batch, loss in [outcome]
+            (
+                told.learning_rate,
+                2.0**told.log2_batch * entry.sequence_length,
+                told.loss,
+                not np.isfinite(told.loss),
+            )
+            for told in entry.outcomes()
         ]
         own = np.array(rows, dtype=float).reshape(-1, 4)
         live = History(own[:, 0], own[:, 1], own[:, 2], own[:, 3] > 0)
@@ -108,7 +124,7 @@ class Ladder:
         )
 
     def pending(self, name: str, besides: int | None = None) -> np.ndarray:
-        """(ln learning rate, ln batch tokens) of running trials of one cell, [n, 2]; one number left out."""
+        """(ln learning rate, ln batch tokens) of running trials of one cell, but one, [n, 2]."""
         entry = self._known(name)
         places = [
             where_run(trial)
@@ -121,6 +137,11 @@ class Ladder:
             if p is not None
         ]
         return np.array(points, dtype=float).reshape(-1, 2)
+
+    def granularity(self) -> np.ndarray:
+        """[2], rms distance of where trials ran from where they were asked to, in ln units."""
+        moved = [told.moved for entry in self._entries.values() for told in entry.outcomes()]
+        return np.sqrt(np.mean(np.square(moved), axis=0)) if moved else np.zeros(2)
 
     def surface(self) -> Surface:
         """The surface model fitted to everything known now; the last fit is kept while nothing is new."""
@@ -157,13 +178,15 @@ def where_run(trial: FrozenTrial) -> tuple[float, float] | None:
     return float(trial.params[LEARNING_RATE]), float(trial.params[LOG2_BATCH])
 
 
-def _outcome(trial: FrozenTrial) -> tuple[float, float, float] | None:
-    """(learning rate, log2 batch, loss or nan) of an ended trial; None if it tells nothing."""
+def _outcome(trial: FrozenTrial) -> _Told | None:
+    """What an ended trial tells, with nan for the loss of a diverged one; None for nothing."""
     place = where_run(trial)
     lost = trial.state == TrialState.FAIL and trial.user_attrs.get("status") == "diverged"
     if place is None or not (lost or trial.state == TrialState.COMPLETE):
         return None
-    return *place, np.nan if lost or trial.value is None else trial.value
+    asked = trial.params.get(LEARNING_RATE, place[0]), trial.params.get(LOG2_BATCH, place[1])
+    moved = math.log(place[0] / asked[0]), (place[1] - asked[1]) * math.log(2)
+    return _Told(*place, math.nan if lost or trial.value is None else trial.value, moved)
 
 
 def _trials(study: optuna.Study | None, state: TrialState | None = None) -> list[FrozenTrial]:

@@ -17,6 +17,7 @@ from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 
 _DRAWS = 128
 _RATES = 21  # candidate learning rates across the range, beside 13 about the optimum
+_GRAIN = 1.7  # half a grid's step over the rms distance to its nearest point, sqrt(3)
 _LAW_WEIGHT = 0.5  # of the laws' expected gap beside the cell's own
 
 
@@ -67,7 +68,15 @@ class LadderSampler(BaseSampler):
         history = self._ladder.history(self._cell.name)
         tried = np.log(np.column_stack([history.learning_rate, history.batch_tokens]))
         scores = acquisition(
-            surface, self._cell, candidates, tried, np.log(history.loss), pending, rng
+            surface,
+            self._cell,
+            candidates,
+            tried,
+            np.log(history.loss),
+            pending,
+            rng,
+            # Points closer than the grain at which trials really run are one point.
+            np.hypot(surface.settings.roughness_length, _GRAIN * self._ladder.granularity()),
         )
         best = candidates[int(scores.argmax())]
         rate, batch = self._space[LEARNING_RATE], self._space[LOG2_BATCH]
@@ -126,10 +135,12 @@ def acquisition(
     log_loss: np.ndarray,
     pending: np.ndarray,
     rng: np.random.Generator,
+    length: np.ndarray,
 ) -> np.ndarray:
     """The score of each candidate, in expected relative loss. Points are [n, 2] logs.
 
-    `log_loss` [n] are the outcomes at `tried`, nan where diverged.
+    `log_loss` [n] are the outcomes at `tried`, nan where diverged; `length` [2] is how close, in ln
+    learning rate and ln batch, two runs share their luck.
     """
     points = np.concatenate([candidates, tried, pending])
     draws = surface.sample_cell(cell, points, _DRAWS, rng)
@@ -137,7 +148,7 @@ def acquisition(
     gaps = np.minimum(draws.gaps, surface.settings.far)
     noise = surface.noise_variance(gaps.mean(0))
     # Runs close to each other end alike, luck included: a repeat shows little that is new.
-    alike = _alike(candidates, points[count:], surface.settings.roughness_length)
+    alike = _alike(candidates, points[count:], length)
     fresh = 1.0 - alike**2
     outcome = draws.levels[:, None] + gaps
     finished = np.isfinite(log_loss)
@@ -178,12 +189,12 @@ def _improvement(
     return (lead * ndtr(z) + sd * density).mean(0)
 
 
-def _alike(candidates: np.ndarray, known: np.ndarray, length: float) -> np.ndarray:
+def _alike(candidates: np.ndarray, known: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Correlation of each candidate's luck with that of the nearest point known, [candidates]."""
     if not len(known):
         return np.zeros(len(candidates))
-    square = ((candidates[:, None] - known) ** 2).sum(-1).min(1)
-    return np.exp(-0.5 * square / length**2)
+    square = (((candidates[:, None] - known) / length) ** 2).sum(-1).min(1)
+    return np.exp(-0.5 * square)
 
 
 def _condition(
