@@ -133,7 +133,7 @@ def derive_width_depth(
 
     The rule: d_model is a multiple of `head_dim`; depth is whatever brings the count nearest; of
     the candidates, the least of |ln(count / params)| + 0.1 |ln(d_model / layers / aspect_ratio)|
-    wins, so that a count within a few per cent is preferred and the aspect ratio decides among them.
+    wins: a count within a few per cent is preferred, and the aspect ratio decides among those.
     """
     if not (math.isfinite(params) and params > 0):
         raise UserError(f"params: {params} must be a positive number")

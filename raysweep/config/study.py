@@ -68,6 +68,7 @@ class TrialSpec:
     recipe: Recipe
     model: ModelSettings
     data_hash: str
+    validation_sequences: int
     learning_rate: float
     batch_sequences: int
     seed: int
@@ -95,6 +96,7 @@ class TrialSpec:
             "routing": settings if self.cell.shape.is_moe else None,
             "recipe": recipe,
             "data": self.data_hash,
+            "validation_sequences": self.validation_sequences,
             "learning_rate": f"{self.learning_rate:.9e}",
             "batch_sequences": self.batch_sequences,
             "seed": self.seed,
@@ -147,6 +149,7 @@ class Study:
             recipe=self.space.recipe,
             model=self.space.model,
             data_hash=data_hash,
+            validation_sequences=self.space.data.validation_sequences,
             learning_rate=float(learning_rate),
             batch_sequences=int(batch_sequences),
             seed=int(seed),

@@ -1,4 +1,4 @@
-"""The live display of a study: cells, trials, best loss, time left; plain lines where no terminal is."""
+"""The live display of a study: cells, trials, best loss, time left; plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ class Progress:
         done, total = self._totals()
         left = self._timing.left(self._campaign, self._workers)
         return (
-            f"{self._campaign.study.name}: {done}/{total} trials, {self._campaign.running} running, "
+            f"{self._campaign.study.name}: {done}/{total} trials, "
+            f"{self._campaign.running} running, "
             f"{clock(time.monotonic() - self._timing.begun)} gone, "
             f"{clock(left) if left is not None else '?'} left{_best_words(self._campaign)}"
         )

@@ -1,16 +1,15 @@
-"""`run`: a study from its search space to rows in the results folder, on one Ray Tune experiment."""
+"""`run`: a study, from its search space to rows in the results folder, on one Tune experiment."""
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import optuna
 from rich.console import Console
 
 from raysweep.config import Study
@@ -21,14 +20,10 @@ from raysweep.search.campaign import Campaign, bundles_of
 from raysweep.search.ledger import Ledger
 from raysweep.search.progress import Progress, clock
 from raysweep.search.runtime import cluster_nodes, ray_runtime
-from raysweep.training.record import crashed_row, library_versions
-
-_log = logging.getLogger("raysweep")
+from raysweep.training.record import library_versions
 
 RETRIES = 2
 """How often Tune starts a trial again whose worker died."""
-NODES_SECONDS = 5.0
-"""Least time between two looks at the cluster's nodes."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,7 @@ def run(
         UserError: corpus, results folder or cluster cannot be used, or another run is writing.
     """
     console = console or Console(stderr=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     results = Results.open(results_uri or str(Path("results") / study.name), create=True)
     with study_lock(results.storage):
         corpus = prepare(
@@ -101,6 +97,7 @@ def _run_on_ray(
 
     from raysweep.search.searcher import CampaignSearcher
     from raysweep.search.trial import TrialContext, make_trainable
+    from raysweep.search.watcher import Watcher
 
     nodes = cluster_nodes()
     campaign.ledger.update(nodes)
@@ -123,11 +120,11 @@ def _run_on_ray(
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
     with Progress(campaign, console, workers) as progress:
-        watcher = _watcher(study, corpus, results, campaign, progress, workers)
+        watcher = Watcher(study, corpus.hash, results, progress)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=CampaignSearcher(campaign, watcher.look_at_nodes),
+                search_alg=CampaignSearcher(campaign, cluster_nodes),
                 num_samples=-1,
                 reuse_actors=True,
             ),
@@ -141,7 +138,7 @@ def _run_on_ray(
         )
         tuner.fit()
     seconds = time.monotonic() - begun
-    available = watcher.worker_seconds
+    available = workers * seconds
     record: dict[str, Any] = {
         "study": study.name,
         "started_at": started_at.isoformat(),
@@ -164,98 +161,6 @@ def _run_on_ray(
         highlight=False,
     )
     return RunSummary(results, watcher.concluded, seconds, utilisation, tuple(results.problems))
-
-
-def _watcher(
-    study: Study,
-    corpus: Corpus,
-    results: Results,
-    campaign: Campaign,
-    progress: Progress,
-    workers: float,
-) -> Any:
-    """A Tune callback that shows progress, keeps the books, and writes the rows of crashed trials.
-
-    Made here, inside a function, because its base class needs Ray.
-    """
-    from ray import tune
-
-    class Watcher(tune.Callback):
-        def __init__(self) -> None:
-            self.begun = time.monotonic()
-            self.training_seconds = 0.0
-            self.concluded = 0
-            self._looked = 0.0
-            self._starts: dict[str, tuple[float, datetime]] = {}
-
-        @property
-        def worker_seconds(self) -> float:
-            return workers * (time.monotonic() - self.begun)
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            return self
-
-        def look_at_nodes(self, campaign: Campaign) -> None:
-            now = time.monotonic()
-            if now - self._looked > NODES_SECONDS:
-                self._looked = now
-                campaign.ledger.update(cluster_nodes())
-
-        def on_step_end(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
-            progress.refresh()
-
-        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self._starts[trial.trial_id] = time.monotonic(), datetime.now(UTC)
-
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self._conclude(trial, (trial.last_result or {}).get("status", "stopped"))
-
-        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self._conclude(trial, "crashed")
-            begun, started_at = self._starts.get(
-                trial.trial_id, (time.monotonic(), datetime.now(UTC))
-            )
-            config = trial.config
-            spec = study.trial(
-                study.cell(config["cell"]),
-                corpus.hash,
-                config["learning_rate"],
-                config["batch_sequences"],
-                config["seed"],
-            )
-            standing = results.find(spec.key)
-            if standing is not None and standing["status"] != "crashed":
-                return  # its worker died after it had written its row
-            reason = _reason(trial)
-            _log.warning("trial %s in cell %s crashed: %s", spec.key, spec.cell.name, reason)
-            results.write(
-                crashed_row(
-                    spec,
-                    reason,
-                    strategy=study.space.search.strategy,
-                    started_at=started_at,
-                    seconds_wall=time.monotonic() - begun,
-                )
-            )
-
-        def _conclude(self, trial: Any, status: str) -> None:
-            self.concluded += 1
-            result = trial.last_result or {}
-            self.training_seconds += float(result.get("seconds_train") or 0.0)
-            begun, _ = self._starts.get(trial.trial_id, (time.monotonic(), None))
-            progress.trial_done(trial.config["cell"], status, time.monotonic() - begun)
-
-    return Watcher()
-
-
-def _reason(trial: Any) -> str:
-    """The last line of a trial's error."""
-    try:
-        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
-    except (OSError, TypeError):
-        return "worker died"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "worker died"
 
 
 def _placement(study: Study, cell_name: str) -> Any:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune.search import Searcher
 
 from raysweep.search.campaign import Campaign
+from raysweep.search.ledger import Bundle
+
+NODES_SECONDS = 5.0
+"""Least time between two looks at the cluster's nodes."""
 
 
 class CampaignSearcher(Searcher):
@@ -16,14 +22,18 @@ class CampaignSearcher(Searcher):
     A config holds plain values only: `cell`, `learning_rate`, `batch_sequences`, `seed`.
     """
 
-    def __init__(self, campaign: Campaign, refresh: Callable[[Campaign], None]) -> None:
+    def __init__(self, campaign: Campaign, nodes: Callable[[], Mapping[str, Bundle]]) -> None:
         super().__init__(metric="loss", mode="min")
         self.campaign = campaign
-        self._refresh = refresh
+        self._nodes = nodes
+        self._looked = -math.inf
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial; None while nothing fits or all waits on running trials."""
-        self._refresh(self.campaign)
+        now = time.monotonic()
+        if now - self._looked > NODES_SECONDS:
+            self._looked = now
+            self.campaign.ledger.update(self._nodes())
         if self.campaign.done:
             return Searcher.FINISHED
         proposal = self.campaign.ask(trial_id)

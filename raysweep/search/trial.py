@@ -85,7 +85,7 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
         started_at=started_at,
         seconds_wall=time.monotonic() - begun,
     )
-    results.write(row, vars(outcome.curve))
+    results.write(row, outcome.curve)
     return row
 
 

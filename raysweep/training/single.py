@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -56,7 +55,7 @@ def train_one(
         spec,
         corpus,
         validation_sequences=data.validation_sequences,
-        threads=os.cpu_count() or 1,
+        threads=max(1, int(cell.resources.cpus_per_worker)),
     )
     row = trial_row(
         spec,
@@ -67,5 +66,5 @@ def train_one(
         seconds_wall=time.monotonic() - begun,
     )
     if results is not None:
-        results.write(row, vars(outcome.curve))
+        results.write(row, outcome.curve)
     return row

@@ -1,0 +1,105 @@
+"""What the driver does as trials come and go: progress, the books, and the rows of crashed trials."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from raysweep.config import Study
+from raysweep.results import Results
+from raysweep.search.progress import Progress
+from raysweep.training.record import crashed_row
+
+_log = logging.getLogger("raysweep")
+
+
+class Watcher(tune.Callback):
+    """Hears of every trial from Tune."""
+
+    def __init__(
+        self, study: Study, data_hash: str, results: Results, progress: Progress
+    ) -> None:
+        self.training_seconds = 0.0
+        """Worker-seconds spent inside training loops."""
+        self.concluded = 0
+        self._study = study
+        self._data_hash = data_hash
+        self._results = results
+        self._progress = progress
+        self._starts: dict[str, tuple[float, datetime]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune snapshots its callbacks, and nobody reads that: rows are the only truth."""
+        return tune.Callback, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watcher:
+        """Tune copies its callbacks; the books must be kept in one place."""
+        return self
+
+    def on_step_end(self, iteration: int, trials: Sequence[Trial], **info: Any) -> None:
+        """The refresh tick."""
+        self._progress.refresh()
+
+    def on_trial_start(
+        self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Note when a trial began."""
+        self._starts[trial.trial_id] = time.monotonic(), datetime.now(UTC)
+
+    def on_trial_complete(
+        self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Count a trial that came to an end of its own."""
+        self._conclude(trial, (trial.last_result or {}).get("status", "stopped"))
+
+    def on_trial_error(
+        self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Write the row of a trial that died more often than it may."""
+        begun, started_at = self._conclude(trial, "crashed")
+        config = trial.config
+        spec = self._study.trial(
+            self._study.cell(config["cell"]),
+            self._data_hash,
+            config["learning_rate"],
+            config["batch_sequences"],
+            config["seed"],
+        )
+        standing = self._results.find(spec.key)
+        if standing is not None and standing["status"] != "crashed":
+            return  # its worker died after it had written its row
+        reason = _reason(trial)
+        _log.warning("trial %s in cell %s crashed: %s", spec.key, spec.cell.name, reason)
+        row = crashed_row(
+            spec,
+            reason,
+            strategy=self._study.space.search.strategy,
+            started_at=started_at,
+            seconds_wall=time.monotonic() - begun,
+        )
+        self._results.write(row)
+
+    def _conclude(self, trial: Trial, status: str) -> tuple[float, datetime]:
+        self.concluded += 1
+        result = trial.last_result or {}
+        self.training_seconds += float(result.get("seconds_train") or 0.0)
+        start = self._starts.pop(trial.trial_id, (time.monotonic(), datetime.now(UTC)))
+        self._progress.trial_done(trial.config["cell"], status, time.monotonic() - start[0])
+        return start
+
+
+def _reason(trial: Trial) -> str:
+    """The last line of a trial's error."""
+    try:
+        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    except (OSError, TypeError):
+        return "worker died"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "worker died"
