@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
@@ -39,6 +40,8 @@ def advise(
             raise UserError(f"recommend needs {name} above zero, not {value}")
     name = _architecture(fits, architecture, experts)
     own = fits.groups[name]
+    if own.kind == "dense" and (experts or 1) > 1:
+        raise UserError(f"architecture {name!r} is dense: leave out experts, or ask for a MoE")
     experts, top_k, foreign = _routing(own.cells, experts, top_k)
     warnings = []
     candidates = [fits.groups[ALL]] if foreign and ALL in fits.groups else [own]
@@ -55,16 +58,9 @@ def advise(
 
     laws: dict[str, PowerLaw] = {}
     for quantity in ("learning_rate", "batch_tokens"):
-        law = _pick(candidates, quantity, foreign)
+        law = _pick(candidates, quantity, target.inputs)
         if law is None:
-            statuses = "; ".join(
-                dict.fromkeys(
-                    f"{x.status}: {x.message}"
-                    for x in own.laws.values()
-                    if x.target == quantity and not x.ok
-                )
-            )
-            warnings.append(f"no law of {quantity} could be fitted ({statuses})")
+            warnings.append(f"no law of {quantity} can answer: {_why_none(own, quantity)}")
         else:
             laws[quantity] = law
     answers = {q: _ask(law, target.inputs) for q, law in laws.items()}
@@ -82,13 +78,15 @@ def advise(
             predict_loss(fits.groups[ALL].loss_laws, joint, target.inputs),
             fits.groups[ALL],
         )
+    if predicted is not None and loss_group.loss_laws[predicted[0]].status == "at bound":
+        warnings.append(f"the law of the loss is {loss_group.loss_laws[predicted[0]].message}")
     if predicted is None:
         warnings.append("no law of the loss could be fitted to predict this run's")
     loss_key, loss, loss_low, loss_high = predicted or ("", math.nan, math.nan, math.nan)
 
     used = family.loc[sorted({c for law in laws.values() for c in law.cells if c in family.index})]
     factors = extrapolation(used if len(used) else family, target.inputs)
-    warnings += _cautions(laws, factors, used if len(used) else family, params, tokens)
+    warnings += _cautions(laws, loss_key, factors, used if len(used) else family, params, tokens)
     rests_on = [
         f"{law.formula}, {law.n_cells} cells"
         + (
@@ -137,15 +135,16 @@ def _architecture(fits: Fits, wanted: str | None, experts: int | None) -> str:
         raise UserError("the results hold no cell, so there is nothing to recommend from")
     if wanted in names:
         return wanted
-    kind = wanted if wanted is not None else "moe" if (experts or 1) > 1 else "dense"
+    many = (experts or 1) > 1
+    kind = wanted if wanted is not None else "moe" if many else "dense"
     of_kind = [n for n in names if fits.groups[n].kind == kind]
     if wanted in ("dense", "moe", None) and of_kind:
         routing = [n for n in of_kind if experts in set(fits.groups[n].cells["experts"])]
         return (routing or of_kind)[0]
-    if wanted in ("moe", None) and (experts or 1) > 1:
-        return names[0]  # no MoE cell: the caller is warned that the experts are foreign
-    if wanted is None:
+    if wanted is None and not many:
         return names[0]
+    if wanted in ("moe", None):
+        raise UserError("no MoE cell in the results, so nothing tells of experts: leave them out")
     raise UserError(f"no architecture {wanted!r} in the results; known: {', '.join(names)}")
 
 
@@ -163,19 +162,48 @@ def _routing(cells: pd.DataFrame, experts: int | None, top_k: int | None) -> tup
     return e, k, not bool(((pairs["experts"] == e) & (pairs["top_k"] == k)).any())
 
 
-def _pick(candidates: Sequence[Group], target: str, foreign: bool) -> PowerLaw | None:
+def _pick(
+    candidates: Sequence[Group], quantity: str, inputs: Mapping[str, float]
+) -> PowerLaw | None:
     """The architecture's own law where it has two cells to spare, else the joint one's."""
     found = []
     for group in candidates:
-        laws = group.laws
-        if group.name == ALL:
-            # Without a further power the joint law would take a MoE for a dense model.
-            laws = {n: x for n, x in laws.items() if {"active_ratio", "experts"} & set(x.inputs)}
-        law = best_law(laws, target, KNOWN_AHEAD)
+        laws = {n: x for n, x in group.laws.items() if _speaks(x, group, inputs)}
+        law = best_law(laws, quantity, KNOWN_AHEAD)
         if law is not None:
             found.append(law)
     spare = [law for law in found if law.dof >= 2]
     return spare[0] if spare else found[0] if found else None
+
+
+def _speaks(law: PowerLaw, group: Group, inputs: Mapping[str, float]) -> bool:
+    """Whether a law's cells can tell of a run at all.
+
+    A joint law without a further power would take a MoE for a dense model. A law in compute or
+    tokens alone, from cells of one size (or one horizon), knows nothing of other sizes (or
+    horizons).
+    """
+    if group.name == ALL and not {"active_ratio", "experts"} & set(law.inputs):
+        return False
+    if "params" in law.inputs or not law.ok:
+        return True
+    used = group.cells.loc[[c for c in law.cells if c in group.cells.index]]
+    for column in ("params_active_non_embedding", "tokens"):
+        logs = np.log(used[column].to_numpy(float))
+        if np.ptp(logs) < 0.1 and abs(math.log(inputs[column]) - logs.mean()) > math.log(2):
+            return False
+    return True
+
+
+def _why_none(group: Group, quantity: str) -> str:
+    said = [
+        f"{law.name} has {law.status}" + (f" ({law.message})" if law.message else "")
+        if not law.ok
+        else f"{law.name} rests on cells of one size or one horizon, far from the run's"
+        for law in group.laws.values()
+        if law.target == quantity and "loss" not in law.inputs
+    ]
+    return "; ".join(said)
 
 
 def _ask(law: PowerLaw, inputs: Mapping[str, float]) -> tuple[float, float, float]:
@@ -212,6 +240,7 @@ def _sequence_length(cells: pd.DataFrame) -> int | None:
 
 def _cautions(
     laws: Mapping[str, PowerLaw],
+    loss_key: str,
     factors: Mapping[str, float],
     cells: pd.DataFrame,
     params: float,
@@ -222,17 +251,17 @@ def _cautions(
         said.append(f"a long extrapolation: {factors['FLOPs']:.3g}x the FLOPs of the largest cell")
     ratio = cells["tokens"] / cells["params_active_non_embedding"]
     asked = tokens / params
+    compute_only = [q for q, law in laws.items() if law.inputs[0] == "flops"]
+    compute_only += ["loss"] if loss_key == "kaplan" else []
+    if compute_only and not ratio.min() / 2 <= asked <= ratio.max() * 2:
+        said.append(
+            f"the laws of {' and '.join(compute_only)} know compute only, from cells of "
+            f"{ratio.min():.3g} to {ratio.max():.3g} tokens a parameter; asked for {asked:.3g}"
+        )
     for quantity, law in laws.items():
-        if law.inputs[:1] == ("flops",) and not ratio.min() / 2 <= asked <= ratio.max() * 2:
-            said.append(
-                f"the law of {quantity} knows compute only, from cells of {ratio.min():.3g} to "
-                f"{ratio.max():.3g} tokens a parameter; asked for {asked:.3g}"
-            )
         if law.dof < 2:
-            said.append(f"the law of {quantity} has {law.n_cells} cells: its interval is a guess")
+            said.append(f"the law of {quantity} has {law.n_cells} cells: its interval says little")
         if law.left_out:
-            said.append(
-                f"the law of {quantity} leaves out {len(law.left_out)} cells without an interior "
-                "optimum"
-            )
+            n = len(law.left_out)
+            said.append(f"the law of {quantity} leaves out {n} of {n + law.n_cells} cells")
     return said

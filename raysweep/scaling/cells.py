@@ -170,12 +170,14 @@ def _why_left_out(rows: pd.DataFrame) -> pd.Series:
 
 def _unique_cells(rows: pd.DataFrame) -> pd.Series:
     """Cell names, told apart where studies of different sizes share one; derived where missing."""
-    derived = (
-        rows["architecture"].astype(str)
-        + rows["params_active_non_embedding"].map("-{:.4g}".format)
-        + rows["tokens"].map("-{:.4g}tok".format)
-    )
-    cell = rows["cell"].astype(object).where(rows["cell"].notna(), derived).astype(str)
+    parts = ("architecture", "params_active_non_embedding", "tokens")
+    derived = [
+        f"{name}-{params:.4g}-{tokens:.4g}tok"
+        for name, params, tokens in zip(*(rows[p] for p in parts), strict=True)
+    ]
+    given = rows["cell"].astype(object)
+    cell = given.where(given.notna(), pd.Series(derived, index=rows.index, dtype=object))
+    cell = cell.astype(str).astype(object)
     sizes = ["architecture", "params_active_non_embedding", "tokens", "experts", "top_k"]
     group = rows.groupby([cell, *(rows[s] for s in sizes)], sort=False, dropna=False).ngroup()
     first = group.groupby(cell, sort=False).transform("min")

@@ -117,8 +117,8 @@ def fit_law(
     return fit_power_law(
         target,
         {name: columns[name][keep] for name in inputs},
-        np.array([getattr(o, target) for o in used]),
-        np.array([math.sqrt(o.covariance[axis, axis]) for o in used]),
+        np.array([math.exp(o.own[axis]) for o in used]),
+        np.array([math.sqrt(o.own_covariance[axis, axis]) for o in used]),
         cells=[str(c) for c in cells.index[keep]],
         left_out=left_out,
         count=count if "params" in inputs else "",

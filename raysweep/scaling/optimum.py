@@ -11,6 +11,7 @@ from raysweep.errors import UserError
 from raysweep.scaling.cells import CellTrials
 from raysweep.scaling.quadratic import Valley, fit_valley
 from raysweep.scaling.surface import fit_surface
+from raysweep.scaling.unpooled import unpooled_optimum
 
 INTERIOR, FLAT, TOO_FEW = "interior", "flat", "too few trials"
 
@@ -34,7 +35,10 @@ class Optimum:
     """Where one cell's loss is least.
 
     `covariance` [2, 2] is that of (ln learning_rate, ln batch_tokens), NaN where the trials do not
-    identify it. `status` is `interior`, `flat`, `too few trials`, or `edge: ` with the sides, as in
+    identify it. `own` [2] and `own_covariance` [2, 2], in the same logs, are what the cell's own
+    trials say of its place, for laws over cells: where cells borrow from each other's law, the
+    optimum leans on that law, and a law fitted to such optima would confirm itself. `status` is
+    `interior`, `flat`, `too few trials`, or `edge: ` with the sides, as in
     `edge: learning_rate high, batch low`. Batch in tokens, loss in nats a token.
     """
 
@@ -47,6 +51,8 @@ class Optimum:
     status: str
     method: str
     n_trials: int
+    own: np.ndarray
+    own_covariance: np.ndarray
 
     @property
     def interior(self) -> bool:
@@ -219,8 +225,16 @@ def surface(cells: Sequence[CellTrials]) -> list[Optimum]:
             posterior.log_loss_sd,
             unclipped=posterior.mean,
         )
+        own, own_covariance = unpooled_optimum(fitted, trials.name)
         few = len(trials.loss) < SURFACE_TRIALS
-        optima.append(replace(optimum, status=TOO_FEW) if few else optimum)
+        optima.append(
+            replace(
+                optimum,
+                status=TOO_FEW if few else optimum.status,
+                own=own,
+                own_covariance=np.where(np.isnan(optimum.covariance), np.nan, own_covariance),
+            )
+        )
     return optima
 
 
@@ -356,6 +370,8 @@ def _result(
         status=status,
         method=method,
         n_trials=len(trials.loss),
+        own=np.array(where, dtype=float),
+        own_covariance=covariance,
     )
 
 
@@ -372,4 +388,6 @@ def _best_trial(trials: CellTrials, method: str, status: str) -> Optimum:
         status=status,
         method=method,
         n_trials=len(trials.loss),
+        own=np.log([trials.learning_rate[best], trials.batch_tokens[best]]),
+        own_covariance=np.full((2, 2), np.nan),
     )

@@ -35,6 +35,9 @@ TARGET_UNITS = {
 HUBER = 1.5
 """Departures beyond this many robust sds weigh less."""
 
+EXPECTED = 4
+"""Departures of the stated size that count beside the seen ones, for the width of intervals."""
+
 COLLINEAR_BELOW = 0.02
 """Least spread (sd of the log) that an input must keep once the others are regressed out, as a
 share of its own spread; below it exponents cannot be told apart."""
@@ -264,7 +267,7 @@ def _check(names: Sequence[str], logs: np.ndarray, y: np.ndarray) -> tuple[str, 
     if n < p + 1:
         return (
             TOO_FEW_CELLS,
-            f"{n} cells with a known optimum, {p + 1} needed for {len(names)} exponents",
+            f"{n} cell{'s' * (n != 1)} with a known optimum, {p + 1} needed",
         )
     spread = logs.std(0)
     for k, name in enumerate(names):
@@ -334,9 +337,16 @@ def _bootstrap(
     n_boot: int,
     seed: int,
 ) -> np.ndarray:
-    """Covariance of theta [p, p] over resampled departures, scaled up for leverage."""
+    """Covariance of theta [p, p] over resampled departures, scaled up for leverage.
+
+    A few cells may by luck lie closer to the law than their own errors allow. So departures that
+    are smaller than those errors are moderated, as if `EXPECTED` more of the stated size had been
+    seen.
+    """
     rng = np.random.default_rng(seed)
     free = departure / np.sqrt(np.maximum(1 - _leverage(x, weight), 0.05))
+    seen, dof = float((departure**2).sum()), len(departure) - len(theta)
+    free *= math.sqrt(max(1.0, (EXPECTED + seen) / (EXPECTED + dof) * dof / max(seen, 1e-12)))
     drawn = rng.choice(free, size=(max(n_boot, 20), len(free)))
     draws, _ = _robust(x, x @ theta + drawn / np.sqrt(weight), weight)
     return np.atleast_2d(np.cov(draws.T))
