@@ -98,20 +98,32 @@ class Evaluation:
             hessian[:, t, s] += h_st
 
 
-def evaluate(design: Design, theta: np.ndarray, derivatives: bool = True) -> Evaluation:
-    """Evaluate a compiled law at centred coefficients `theta` [B, p]."""
+def evaluate(
+    design: Design, theta: np.ndarray, derivatives: bool = True, paired: bool = False
+) -> Evaluation:
+    """Evaluate a compiled law at centred coefficients `theta` [B, p].
+
+    `paired`, for values only, takes the b-th coefficients at the b-th point alone (n = B): value
+    [B]."""
+    assert not (paired and derivatives)
     h = first = second = None
     saturation = [j for j, c in enumerate(design.form.coefficients) if c.kind == "saturation"]
     if design.log_experts is not None:
         start, top = saturation
-        h, first, second = saturating_log(design.log_experts, theta[:, start], theta[:, top])
+        log_start, log_max = theta[:, start], theta[:, top]
+        if not paired:
+            log_start, log_max = log_start[:, None], log_max[:, None]
+        h, first, second = saturating_log(design.log_experts, log_start, log_max)
         h = h - design.reference
+
+    def times(own: np.ndarray, features: np.ndarray) -> np.ndarray:
+        return (own * features).sum(axis=1) if paired else own @ features.T
 
     def exponent(block: Block) -> tuple[np.ndarray, np.ndarray | None]:
         own = theta[:, block.index]
-        z, pull = own @ block.base.T, None
+        z, pull = times(own, block.base), None
         if block.slope is not None and h is not None:
-            pull = own @ block.slope.T
+            pull = times(own, block.slope)
             z = z + h * pull
         return z, pull
 

@@ -18,6 +18,7 @@ from itertools import combinations
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from raysweep.errors import UserError
 
@@ -38,7 +39,7 @@ SYMBOL_INPUTS = {
 }
 SATURATING = "Eh"
 
-Inputs = Mapping[str, np.ndarray] | Mapping[str, float] | Mapping[str, np.ndarray | float]
+Inputs = Mapping[str, npt.ArrayLike]
 Kind = Literal["amplitude", "log10", "exponent", "saturation"]
 
 
@@ -230,8 +231,8 @@ def compile_form(
     log_experts = logs.get(SATURATING)
     if log_experts is not None and centre:
         middle = [np.mean(c.start) for c in form.coefficients if c.kind == "saturation"]
-        h, _, _ = saturating_log(log_experts, np.array([middle[0]]), np.array([middle[1]]))
-        origin[SATURATING] = float(np.average(h[0], weights=weights))
+        h, _, _ = saturating_log(log_experts, np.array(middle[0]), np.array(middle[1]))
+        origin[SATURATING] = float(np.average(h, weights=weights))
     to_centred = np.eye(len(form.names))
 
     def block(powers: Sequence[Power], amplitude: str | None) -> Block:
@@ -284,10 +285,10 @@ def saturating_log(
 
     1/Eh = 1/(E - 1 + (1/E_start - 1/E_max)^-1) + 1/E_max (Clark et al. 2022,
     arXiv 2202.01169, eq. 9).
-    `log_experts` [n]; `log_start`, `log_max` [B]. Returns h [B, n]; its derivatives by log_start
-    and log_max; and its second derivatives (start start, start max, max max), all [B, n]."""
-    start, top = np.exp(-log_start)[:, None], np.exp(-log_max)[:, None]
-    more = np.expm1(log_experts)[None, :]  # E - 1
+    The three arguments broadcast. Returns h; its derivatives by log_start and log_max; and its
+    second derivatives (start start, start max, max max), all of the common shape."""
+    start, top = np.exp(-log_start), np.exp(-log_max)
+    more = np.expm1(log_experts)  # E - 1
     q = start - top
     m = q / (1 + q * more)
     m1 = (1 + q * more) ** -2

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from raysweep.errors import UserError
 from raysweep.scaling import fitting
@@ -74,6 +75,14 @@ class Law:
         log_loss = evaluate(design, theta, derivatives=False).value
         return np.exp(log_loss[0] if values.ndim == 1 else log_loss)
 
+    def predict_each(self, values: np.ndarray, inputs: Inputs) -> np.ndarray:
+        """The loss [B] of the b-th coefficients of `values` [B, p] at the b-th point of
+        `inputs`."""
+        spread = {k: np.broadcast_to(v, (len(values),)) for k, v in inputs.items()}
+        design = compile_form(self.form, read_inputs(self.form, spread), centre=False)
+        theta = self.form.unstate(values)
+        return np.exp(evaluate(design, theta, derivatives=False, paired=True).value)
+
     def jacobian(
         self, coefficients: Mapping[str, float] | np.ndarray, inputs: Inputs
     ) -> np.ndarray:
@@ -88,10 +97,10 @@ class Law:
     def fit(
         self,
         inputs: Inputs,
-        loss: np.ndarray,
-        weights: np.ndarray | None = None,
+        loss: npt.ArrayLike,
+        weights: npt.ArrayLike | None = None,
         *,
-        cells: np.ndarray | None = None,
+        cells: npt.ArrayLike | None = None,
         fixed: Mapping[str, float] | None = None,
         huber: float = fitting.HUBER,
         bootstrap: int = 0,
@@ -312,7 +321,7 @@ def _best(solution: fitting.Solution) -> int:
     return int(np.argmin(score))
 
 
-def _checked_weights(weights: np.ndarray, n: int) -> np.ndarray:
+def _checked_weights(weights: npt.ArrayLike, n: int) -> np.ndarray:
     array = np.asarray(weights, dtype=float)
     if array.shape != (n,):
         raise UserError(f"{array.size} weights for {n} points: give one a point")

@@ -1,0 +1,167 @@
+"""IsoFLOP parabolas: the optimum of each budget by a quadratic in log N, with its bias measured.
+
+Approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556). Its parabolas are biased where the exponents
+of parameters and tokens differ, and where the grid of a budget is off-centre or drifts from budget
+to budget, even without noise (Czech et al. 2026, arXiv 2603.22339). `parabola_bias` measures that
+on the very grid at hand: prefer the surface fit where it is not small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from raysweep.errors import UserError
+from raysweep.scaling.allocation import compute_optimal
+from raysweep.scaling.form import checked
+from raysweep.scaling.holdout import levels
+from raysweep.scaling.loss_fit import LossFit, interval_ends
+
+BIAS_NOTE = (
+    "Parabolas are biased where the exponents of N and D differ and where grids are off-centre or "
+    "drift; the surface fit is not."
+)
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """One budget's quadratic log L = c0 + c1 log N + c2 log^2 N, and its minimum."""
+
+    flops: float
+    n: int
+    params: float
+    tokens: float
+    loss: float
+    status: Literal["interior", "at edge", "not convex", "too few points"]
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """All budgets' parabolas and the power laws N_opt = k C^a, D_opt ~ C^(1-a) through them."""
+
+    parabolas: tuple[Parabola, ...]
+    exponent: float  # a; NaN where fewer than two budgets have an interior minimum
+    coefficient: float  # k
+    interval: tuple[float, float] | None  # of the exponent
+    status: Literal["fitted", "too few budgets"]
+    note: str = BIAS_NOTE
+
+
+@dataclass(frozen=True)
+class ParabolaBias:
+    """What the parabolas would report on noise-free losses of a known law, on the same grid."""
+
+    params_ratio: np.ndarray  # a budget's parabola N_opt over the law's own, NaN without a minimum
+    exponent_error: float  # parabola exponent - the law's own
+
+
+def isoflop(
+    params: np.ndarray,
+    tokens: np.ndarray,
+    loss: np.ndarray,
+    flops: np.ndarray | None = None,
+    *,
+    resamples: int = 0,
+    level: float = 0.95,
+    seed: int = 0,
+) -> IsoFlop:
+    """Fit a parabola to each budget (points within a few per cent of `flops`, 6ND by default).
+
+    Arrays are [n]. `resamples` draws runs within each budget for the exponent's interval."""
+    log_n, log_nd, log_c, log_loss = _logs(params, tokens, loss, flops)
+    budget = levels(np.exp(log_c))
+    parabolas, exponent, coefficient = _through(log_n, log_nd, log_c, log_loss, budget)
+    interval = None
+    if resamples and np.isfinite(exponent):
+        rng = np.random.default_rng(seed)
+        members = [np.flatnonzero(budget == k) for k in range(budget.max() + 1)]
+        draws = []
+        for _ in range(resamples):
+            pick = np.concatenate([rng.choice(m, len(m)) for m in members])
+            table = (a[pick] for a in (log_n, log_nd, log_c, log_loss, budget))
+            draws.append(_through(*table)[1])
+        kept = np.array([d for d in draws if np.isfinite(d)])
+        if len(kept) > 0.5 * resamples:
+            low, high = interval_ends(kept[:, None], np.array([exponent]), level)
+            interval = (float(low[0]), float(high[0]))
+    return IsoFlop(
+        tuple(parabolas),
+        exponent,
+        coefficient,
+        interval,
+        "fitted" if np.isfinite(exponent) else "too few budgets",
+    )
+
+
+def parabola_bias(
+    fit: LossFit, params: np.ndarray, tokens: np.ndarray, flops: np.ndarray | None = None
+) -> ParabolaBias:
+    """The parabolas' error on this grid if a fitted law of params and tokens were the truth."""
+    truth = isoflop(params, tokens, fit.predict({"params": params, "tokens": tokens}), flops)
+    _, log_nd, log_c, _ = _logs(params, tokens, np.ones(len(params)), flops)
+    cost = np.exp(np.mean(log_c - log_nd))  # FLOPs = cost N D on this grid
+    best = [
+        compute_optimal(fit, p.flops, flops_per_token=lambda n: cost * n) for p in truth.parabolas
+    ]
+    ratio = np.array([p.params / b.params for p, b in zip(truth.parabolas, best, strict=True)])
+    slope = np.nan
+    if len(best) > 1:
+        x, y = np.log([b.flops for b in best]), np.log([b.params for b in best])
+        slope = float(np.polyfit(x, y, 1)[0])
+    return ParabolaBias(ratio, truth.exponent - slope)
+
+
+def _logs(
+    params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, flops: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    n, d = checked("params", params), checked("tokens", tokens)
+    c = 6.0 * n * d if flops is None else checked("flops", flops)
+    losses = checked("loss", loss)
+    if not n.shape == d.shape == c.shape == losses.shape:
+        raise UserError("params, tokens, loss and flops must have one value a run each")
+    return np.log(n), np.log(n * d), np.log(c), np.log(losses)
+
+
+def _through(
+    log_n: np.ndarray,
+    log_nd: np.ndarray,
+    log_c: np.ndarray,
+    log_loss: np.ndarray,
+    budget: np.ndarray,
+) -> tuple[list[Parabola], float, float]:
+    parabolas = [
+        _parabola(*(a[budget == k] for a in (log_n, log_nd, log_c, log_loss)))
+        for k in np.unique(budget)
+    ]
+    inside = [p for p in parabolas if p.status == "interior"]
+    if len(inside) < 2:
+        return parabolas, float("nan"), float("nan")
+    slope, level = np.polyfit(
+        np.log([p.flops for p in inside]), np.log([p.params for p in inside]), 1
+    )
+    return parabolas, float(slope), float(np.exp(level))
+
+
+def _parabola(
+    log_n: np.ndarray, log_nd: np.ndarray, log_c: np.ndarray, log_loss: np.ndarray
+) -> Parabola:
+    flops, nan = float(np.exp(log_c.mean())), float("nan")
+    if len(np.unique(log_n)) < 4:
+        return Parabola(flops, len(log_n), nan, nan, nan, "too few points")
+    centre = log_n.mean()
+    c2, c1, c0 = np.polyfit(log_n - centre, log_loss, 2)
+    if c2 <= 0:
+        return Parabola(flops, len(log_n), nan, nan, nan, "not convex")
+    best = -c1 / (2 * c2)
+    params = float(np.exp(centre + best))
+    inside = log_n.min() < centre + best < log_n.max()
+    return Parabola(
+        flops,
+        len(log_n),
+        params,
+        float(np.exp(log_nd.mean())) / params,
+        float(np.exp(c0 - c1**2 / (4 * c2))),
+        "interior" if inside else "at edge",
+    )
