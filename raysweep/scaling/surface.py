@@ -74,13 +74,12 @@ class Surface:
         """The laws of the optimum, with uncertainty."""
         blocks = self._layout.law
         both = np.r_[blocks]
-        taught = np.unique(self.observed.cell).size
         return Laws(
             names=("intercept", *self.covariates.names),
             # The published law is itself a power law of the same columns.
             exponents=prior_exponents(self.covariates) + self.mode.shared[both].reshape(2, -1),
             covariance=self.mode.covariance.shared[np.ix_(both, both)],
-            degrees=float(max(3, taught - self._layout.regressors)),
+            degrees=self.mode.widths.known[1:],
             covariates=self.covariates,
         )
 

@@ -113,6 +113,7 @@ class Widths:
     """What is learned about spread: of the cells' own effects, and of a run's noise."""
 
     own: np.ndarray  # [3]: sd of a cell's level, shift in ln lr, shift in ln batch
+    known: np.ndarray  # [3]: how many effects, the guess's weight included, each is learned from
     noise: float
     growth: float
 
@@ -243,7 +244,10 @@ def fit_mode(
     repeats = _repeats(observed, settings.roughness_length)
     guess = settings.shift_guess
     widths = Widths(
-        np.array([settings.level_guess, guess, guess]), settings.noise_guess, settings.growth_guess
+        np.array([settings.level_guess, guess, guess]),
+        np.full(3, settings.guess_weight),
+        settings.noise_guess,
+        settings.growth_guess,
     )
 
     def evaluate(shared: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -377,11 +381,12 @@ def _learn(
     """One step towards the widths of highest marginal likelihood (MacKay 1992 for the cells' effects)."""
     guess = np.array([settings.level_guess, settings.shift_guess, settings.shift_guess])
     spread = np.einsum("cii->ci", covariance.own)
-    known = np.clip(1 - spread / widths.own**2, 0.0, 1.0).sum(0)  # effects that the data determine
-    total = (own**2).sum(0) + settings.guess_weight * guess**2
-    effects = np.sqrt(total / (settings.guess_weight + known))
+    # An effect that the data determine counts as one; one that they leave to its prior, as none.
+    known = settings.guess_weight + np.clip(1 - spread / widths.own**2, 0.0, 1.0).sum(0)
+    total = settings.guess_weight * guess**2 + (own**2).sum(0)
+    effects = np.sqrt(total / known)
     if not near.any():
-        return replace(widths, own=effects)
+        return replace(widths, own=effects, known=known)
     residual, value, by_shared, by_own = (part[near] for part in state)
     cell = observed.cell[near]
     leverage = (
@@ -390,7 +395,9 @@ def _learn(
         + ((by_own[:, None] @ covariance.own[cell])[:, 0] * by_own).sum(1)
     )
     square = residual**2 + leverage
-    return Widths(effects, *_learn_noise(widths, square, value, observed.variance[near], settings))
+    return Widths(
+        effects, known, *_learn_noise(widths, square, value, observed.variance[near], settings)
+    )
 
 
 def _learn_noise(

@@ -62,7 +62,7 @@ class Laws:
     names: tuple[str, ...]
     exponents: np.ndarray  # [2, names]
     covariance: np.ndarray  # [2 names, 2 names], learning rate first
-    degrees: float  # of freedom, for intervals
+    degrees: np.ndarray  # [2], of freedom of Student's t: the cells' scatter is itself estimated
     covariates: Covariates
 
     def exponent(self, target: str, name: str, level: float = 0.95) -> tuple[float, float, float]:
@@ -80,7 +80,7 @@ class Laws:
         mean = float(self.exponents[axis, column])
         index = axis * len(self.names) + column
         half = float(
-            stats.t.ppf(0.5 + level / 2, self.degrees) * self.covariance[index, index] ** 0.5
+            stats.t.ppf(0.5 + level / 2, self.degrees[axis]) * self.covariance[index, index] ** 0.5
         )
         return mean, mean - half, mean + half
 
