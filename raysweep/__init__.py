@@ -1,1 +1,43 @@
-"""raysweep: which learning rate and batch size for a model of N parameters on D tokens?"""
+"""raysweep: which learning rate and batch size for a model of N parameters on D tokens?
+
+The public API, loaded on first use so that `import raysweep` costs neither torch nor Ray:
+
+    study = raysweep.Study.load("search_spaces/laptop.yaml")
+    raysweep.run(study)                                   # rows in results/laptop
+    fits = raysweep.fit(raysweep.Results.open("results/laptop"))
+    print(fits.recommend("dense", params=7e9, tokens=1.4e12))
+    raysweep.report(raysweep.Results.open("results/laptop"), "reports/laptop")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raysweep.config import Study
+    from raysweep.errors import UserError
+    from raysweep.report import report
+    from raysweep.results import Results
+    from raysweep.scaling.fits import Fits, fit
+    from raysweep.search.run import run
+
+__all__ = ["Fits", "Results", "Study", "UserError", "fit", "report", "run"]
+
+_HOMES = {
+    "Fits": "raysweep.scaling.fits",
+    "Results": "raysweep.results",
+    "Study": "raysweep.config",
+    "UserError": "raysweep.errors",
+    "fit": "raysweep.scaling.fits",
+    "report": "raysweep.report",
+    "run": "raysweep.search.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raysweep' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

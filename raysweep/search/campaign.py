@@ -86,11 +86,11 @@ class Campaign:
     @property
     def done(self) -> bool:
         """Whether nothing runs and nothing can follow."""
-        return not self._open and not any(self._runnable(s) for s in self._ordered())
+        return not self._open and not any(self.runnable(s) for s in self._ordered())
 
     def ask(self, trial_id: str) -> Proposal | None:
         """The next trial to start, or None while none fits or everything waits on running ones."""
-        runnable = [s for s in self._ordered() if self._runnable(s)]
+        runnable = [s for s in self._ordered() if self.runnable(s)]
         fitting = [s for s in runnable if self.ledger.fits(bundles_of(s.cell))]
         forced = False
         if not fitting and runnable and not self._open:
@@ -139,7 +139,8 @@ class Campaign:
         """Cells by compute, smallest first (as the study has them)."""
         return list(self.states.values())
 
-    def _runnable(self, state: CellState) -> bool:
+    def runnable(self, state: CellState) -> bool:
+        """Whether a trial of this cell is wanted and within the budget of FLOPs."""
         limit = self._search.total_flops
         if limit is not None and self._flops_spent + state.cell.flops > limit:
             return False

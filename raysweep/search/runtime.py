@@ -28,6 +28,7 @@ _SETTINGS = {
 """Our rows replace Tune's own logs and snapshots; output is ours too; nothing phones home."""
 
 LOCAL_OBJECT_STORE_BYTES = 200_000_000
+_SCRATCH = "raysweep-"
 LONGEST_TEMP_DIR = 60
 """Ray puts sockets under its folder, and a socket's path may have 107 bytes."""
 
@@ -90,4 +91,18 @@ def _scratch_folder() -> Path:
     if len(str(base)) > LONGEST_TEMP_DIR:
         base = Path(tempfile.gettempdir())
     base.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="run-", dir=base))
+    for folder in base.glob(f"{_SCRATCH}*"):  # of drivers that were killed
+        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=base))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -38,14 +38,12 @@ class LadderSampler(BaseSampler):
         space: dict[str, BaseDistribution],
         sequence_length: int,
         *,
-        trials: int,
         seed: int,
     ) -> None:
         self._cell = cell
         self._ladder = ladder
         self._space = space
         self._sequence_length = sequence_length
-        self._trials = trials
         self._seed = seed
 
     def infer_relative_search_space(
@@ -153,7 +151,7 @@ def acquisition(
     outcome = draws.levels[:, None] + gaps
     finished = np.isfinite(log_loss)
     improvement = _improvement(
-        outcome[:, :count], np.sqrt(noise[:count] * fresh), outcome[:, count:], log_loss[finished]
+        outcome[:, :count], np.sqrt(noise[:count] * fresh), outcome[:, count + len(tried) :], log_loss[finished]
     )
     # What an outcome there would teach: regress targets on it across the draws.
     targets = np.concatenate([draws.optima, draws.laws.reshape(_DRAWS, -1)], axis=1)

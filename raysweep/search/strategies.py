@@ -76,7 +76,7 @@ def make_sampler(
     # Model-based strategies spend a third of a short budget, or Optuna's usual 10, on looking around.
     startup = max(1, min(10, trials // 3))
     if strategy == "ladder":
-        return LadderSampler(cell, ladder, space, sequence_length, trials=trials, seed=seed)
+        return LadderSampler(cell, ladder, space, sequence_length, seed=seed)
     if strategy == "tpe":
         return TPESampler(seed=seed, n_startup_trials=startup)
     if strategy == "gp":

@@ -1,0 +1,111 @@
+"""What a trial costs besides its training: `python -m benchmarks.overhead [--trials 200]`.
+
+Runs a study of almost empty trials (one layer of width 4, eight steps of one sequence) on a local Ray
+with one CPU a worker, and reports the time between a trial's end and the next one's training on the
+same worker, first trials of a worker apart; against a bare Tune experiment with reused actors whose
+trials report once and return, in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysweep.config import Study
+from raysweep.results import Results
+from raysweep.search.run import run
+from raysweep.search.runtime import ray_runtime
+from raysweep.training.record import library_versions
+
+
+def empty_study(trials: int) -> Study:
+    """A study whose trials do next to nothing."""
+    return Study.from_dict(
+        {
+            "study": "empty",
+            "scales": [{"d_model": 4, "layers": 1, "heads": 1}],
+            "model": {"sequence_length": 8},
+            "horizons": [{"tokens": 64}],
+            "search": {
+                "strategy": "random",
+                "trials_per_cell": trials,
+                "extend_edges": False,
+                "batch_sequences": {"low": 1, "high": 1},
+            },
+            "data": {"max_megabytes": 1, "validation_sequences": 1},
+        }
+    )
+
+
+def gaps(results: Results) -> np.ndarray:
+    """Seconds that each worker lost around a trial after its first: wall between starts, less training."""
+    frame = results.frame().sort_values("started_at")
+    lost: list[float] = []
+    for _, of_worker in frame.groupby("worker"):
+        starts = of_worker["started_at"].astype("int64").to_numpy() / 1e6
+        lost.extend(np.diff(starts) - of_worker["seconds_train"].to_numpy()[:-1])
+    return np.array(lost)
+
+
+def bare_tune(trials: int) -> float:
+    """Seconds a trial and worker of the plainest Tune experiment with reused actors."""
+    import time
+
+    with ray_runtime(None) as scratch:
+        from ray import tune
+
+        stamps = scratch / "stamps"
+        stamps.mkdir()
+
+        def nothing(config: dict[str, Any]) -> None:
+            with open(stamps / str(os.getpid()), "a") as stream:
+                stream.write(f"{time.time()}\n")
+            tune.report({"loss": 0.0})
+
+        tuner = tune.Tuner(
+            tune.with_resources(nothing, {"cpu": 1}),
+            param_space={"i": tune.grid_search(list(range(trials)))},
+            tune_config=tune.TuneConfig(reuse_actors=True),
+            run_config=tune.RunConfig(storage_path=str(scratch / "bare"), verbose=0),
+        )
+        tuner.fit()
+        times = [
+            np.diff([float(t) for t in p.read_text().split()]) for p in Path(stamps).iterdir()
+        ]
+    return float(np.median(np.concatenate(times)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        summary = run(empty_study(args.trials), results_uri=f"{folder}/results")
+        lost = gaps(summary.results)
+    peer = bare_tune(args.trials)
+    median, worst = np.median(lost), np.percentile(lost, 95)
+    answer = {
+        "trials": args.trials,
+        "seconds_lost_median": float(median),
+        "seconds_lost_p95": float(worst),
+        "bare_tune_seconds_median": peer,
+        "cpus": os.cpu_count(),
+        "versions": library_versions(),
+    }
+    print(
+        f"lost a trial after the first on each worker: median {median:.3f} s, "
+        f"95th percentile {worst:.3f} s (n={len(lost)}); bare Tune {peer:.3f} s"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(answer, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The command line: light to start, one line for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+SMOKE = str(REPO / "search_spaces/smoke.yaml")
+
+
+def raysweep(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "raysweep.cli", *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd or REPO,
+        timeout=120,
+        check=False,
+    )
+
+
+HEAVY = """
+import sys
+sys.argv = ["raysweep", *{args!r}]
+from raysweep.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+loaded = {{"torch", "ray", "optuna"}} & set(sys.modules)
+assert not loaded, f"loaded {{loaded}}"
+"""
+
+
+@pytest.mark.parametrize("command", [["--help"], ["fit", "--help"], ["plan", SMOKE], ["schema"]])
+def test_light_commands_load_neither_torch_nor_ray(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HEAVY.format(args=command)],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_fit_recommend_and_report_load_neither_torch_nor_ray(tmp_path: Path, shared_data) -> None:
+    uri, page = str(tmp_path / "r"), str(tmp_path / "page")
+    table = tmp_path / "sweep.csv"
+    lines = (shared_data / "steplaw_dense.csv").read_text().splitlines()
+    table.write_text("\n".join(lines[:1] + lines[1::6]))
+    commands = [
+        ["import", "steplaw", str(table), "--results", uri],
+        ["fit", uri],
+        ["recommend", uri, "--params", "1e9", "--tokens", "2e10"],
+        ["report", uri, "-o", page],
+    ]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-c", HEAVY.format(args=command)],
+            capture_output=True,
+            text=True,
+            cwd=REPO,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
+
+
+def test_package_import_is_light() -> None:
+    code = (
+        "import sys, raysweep; heavy = {'torch', 'ray', 'numpy', 'pandas'} & set(sys.modules); "
+        "assert not heavy, heavy; assert 'Study' in dir(raysweep); "
+        "from raysweep import Study; assert Study.load"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO, timeout=60)
+
+
+def test_plan_prints_every_cell_and_the_same_as_json() -> None:
+    text = raysweep("plan", SMOKE)
+    plan = json.loads(raysweep("plan", SMOKE, "--json").stdout)
+    assert text.returncode == 0, text.stderr
+    assert len(plan["cells"]) == 4
+    for cell in plan["cells"]:
+        assert cell["name"] in text.stdout
+    assert f"{plan['trials']} trials" in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["plan", "nope.yaml"], "search-space file nope.yaml not found"),
+        (["plan", SMOKE, "--set", "scales=[]"], "scales"),
+        (["plan", SMOKE, "--set", "search.learning_rate.low=5"], "must be below high"),
+        (["fit", "no-results"], "does not exist"),
+        (["report", "tests", "-o", "x"], "holds no raysweep results"),
+        (["recommend", "no-results", "--params", "1e9", "--tokens", "1e9"], "does not exist"),
+        (
+            ["train", SMOKE, "--cell", "nope", "--lr", "1e-2", "--batch-tokens", "64"],
+            "unknown cell 'nope' in study smoke; known: ",
+        ),
+        (
+            ["train", SMOKE, "--cell", "dense-a-20ktok", "--lr", "1e-2", "--batch-tokens", "65"],
+            "no multiple of the sequence length 32: use 64",
+        ),
+        (
+            ["train", SMOKE, "--cell", "dense-a-20ktok", "--lr", "-1", "--batch-tokens", "64"],
+            "must be a positive number",
+        ),
+        (["import", "wandb", "x.csv", "--results", "r"], "wandb"),
+        (["run", SMOKE, "--set", "data.paths=[/x]"], "data source machine takes no paths"),
+        (
+            ["run", SMOKE, "--set", "data={source: text, paths: [no-such-folder]}"],
+            "no-such-folder",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    args: list[str], expected: str, tmp_path: Path
+) -> None:
+    if args[0] == "run":
+        args = [*args, "--results", str(tmp_path / "r")]
+    done = raysweep(*args)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert expected in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_too_little_validation_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world\n" * 50)
+    data = f"data={{source: text, paths: [{tmp_path}], validation_sequences: 4000}}"
+    done = raysweep("run", SMOKE, "--set", data, "--results", str(tmp_path / "r"))
+    assert done.returncode == 2, done.stderr
+    assert "validation" in done.stderr.splitlines()[-1]
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = raysweep("--debug", "plan", "nope.yaml")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_one_trial_without_tune_keeps_its_row(tmp_path: Path) -> None:
+    uri = str(tmp_path / "r")
+    args = ["--cell", "dense-a-20ktok", "--lr", "1e-2", "--batch-tokens", "512", "--results", uri]
+    done = raysweep("train", SMOKE, *args)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+
+    from raysweep.results import Results
+
+    row = Results.open(uri).find(said["trial_key"])
+    assert row is not None
+    assert row["status"] == "finished"
+    assert row["loss"] == said["loss"] < 5.5
+    assert row["tokens_seen"] == pytest.approx(20_000, rel=0.05)

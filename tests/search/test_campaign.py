@@ -1,0 +1,238 @@
+"""The course of a study, simulated: budgets, order, workers kept busy, resuming, edges, repeats."""
+
+import heapq
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from raysweep.config import Study
+from raysweep.errors import UserError
+from raysweep.results.schema import COLUMNS
+from raysweep.search.campaign import Campaign, Proposal, bundles_of
+from raysweep.search.ledger import Ledger
+
+BASE = {
+    "study": "sim",
+    "architectures": {"dense": {}, "moe": {"experts": 8, "top_k": 2}},
+    "model": {"sequence_length": 64},
+    "scales": [
+        {"name": "xs", "d_model": 16, "layers": 2, "heads": 2},
+        {"name": "s", "d_model": 32, "layers": 2, "heads": 2},
+        {"name": "m", "d_model": 64, "layers": 2, "heads": 4},
+    ],
+    "horizons": [{"tokens_per_param": 20}],
+    "search": {
+        "trials_per_cell": 4,
+        "learning_rate": {"low": 1e-4, "high": 1e-1},
+        "batch_sequences": {"low": 4, "high": 256},
+    },
+}
+
+
+def make_study(**search) -> Study:
+    return Study.from_dict({**BASE, "search": {**BASE["search"], **search}})
+
+
+def planted(proposal: Proposal, optimum: float = 1e-2) -> tuple[str, float | None]:
+    """A valley in learning rate and batch; divergence at very high learning rates."""
+    u = math.log(proposal.spec.learning_rate / optimum)
+    v = math.log(proposal.spec.batch_sequences / 32)
+    if u > 3.5:
+        return "diverged", None
+    scale = proposal.spec.cell.counts.params_active_non_embedding
+    return "finished", 2.0 + 10 * scale**-0.3 + 0.03 * u**2 + 0.01 * v**2
+
+
+def simulate(campaign: Campaign, outcome=planted, *, stop_after: int | None = None, rng=None):
+    """Workers of the ledger's size with random trial lengths. Yields (proposal, status, loss)."""
+    rng = rng or np.random.default_rng(0)
+    clock, events, ids = 0.0, [], itertools.count()
+    log: list[tuple[Proposal, str, float | None]] = []
+    while not campaign.done:
+        while True:
+            proposal = campaign.ask(f"t{next(ids)}")
+            if proposal is None:
+                break
+            length = rng.exponential() * proposal.spec.cell.flops
+            heapq.heappush(events, (clock + length, proposal.id, proposal))
+        for left in campaign.ledger.free.values():
+            assert all(amount >= -1e-9 for amount in left.values()), "over-subscribed"
+        waiting = [s for s in campaign.states.values() if campaign.runnable(s)]
+        assert not any(campaign.ledger.fits(bundles_of(s.cell)) for s in waiting), "idle worker"
+        assert events, "neither running nor done"
+        clock, trial_id, proposal = heapq.heappop(events)
+        status, loss = outcome(proposal)
+        campaign.tell(trial_id, status, loss)
+        log.append((proposal, status, loss))
+        if stop_after is not None and len(log) >= stop_after:
+            break
+    return log
+
+
+def rows_of(log) -> pd.DataFrame:
+    """What the results folder would hold."""
+    rows = []
+    for proposal, status, loss in log:
+        row = dict.fromkeys(COLUMNS)
+        spec = proposal.spec
+        row |= {
+            "study": spec.study,
+            "cell": spec.cell.name,
+            "trial_key": spec.key,
+            "learning_rate": spec.learning_rate,
+            "batch_sequences": spec.batch_sequences,
+            "seed": spec.seed,
+            "status": status,
+            "loss": loss,
+        }
+        rows.append(row)
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def two_workers() -> Ledger:
+    return Ledger({"n": {"CPU": 2.0}})
+
+
+@pytest.mark.parametrize("strategy", ["ladder", "tpe", "qmc", "grid", "random", "cmaes"])
+def test_every_strategy_gives_each_cell_its_trials(strategy: str) -> None:
+    study = make_study(strategy=strategy, extend_edges=False)
+    log = simulate(Campaign(study, "data", two_workers()))
+    finished = pd.Series([p.spec.cell.name for p, status, _ in log if status == "finished"])
+    assert (finished.value_counts() >= 4).all()
+    assert finished.nunique() == len(study.cells)
+    assert len({p.spec.key for p, *_ in log}) == len(log), "a trial was given out twice"
+
+
+def test_small_cells_go_first() -> None:
+    study = make_study()
+    log = simulate(Campaign(study, "data", Ledger({"n": {"CPU": 1.0}})))
+    order = [p.spec.cell.flops for p, *_ in log]
+    assert order == sorted(order)
+
+
+def test_workers_of_different_size_are_never_idle_nor_overbooked() -> None:
+    scales = [dict(s) for s in BASE["scales"]]
+    scales[1]["resources"] = {"gpus_per_worker": 1}
+    scales[2]["resources"] = {"gpus_per_worker": 1, "workers": 2}
+    study = Study.from_dict({**BASE, "scales": scales})
+    nodes = {
+        "cpu": {"CPU": 1.0},
+        "small": {"CPU": 2.0, "GPU": 1.0},
+        "large": {"CPU": 4.0, "GPU": 2.0},
+    }
+    for seed in range(3):
+        campaign = Campaign(study, "data", Ledger(nodes))
+        log = simulate(campaign, rng=np.random.default_rng(seed))
+        assert len(log) >= 4 * len(study.cells)
+        assert campaign.ledger.free == nodes
+
+
+def test_a_cell_too_large_for_the_cluster_is_handed_out_last_for_it_to_grow() -> None:
+    scales = [dict(s) for s in BASE["scales"]]
+    scales[2]["resources"] = {"gpus_per_worker": 8}
+    study = Study.from_dict({**BASE, "scales": scales})
+    log = simulate(Campaign(study, "data", two_workers()))
+    assert [p.spec.cell.scale for p, *_ in log][-1] == "m"
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 13])
+def test_a_stopped_study_goes_on_without_losing_or_repeating(stop_after: int) -> None:
+    study = make_study()
+    first = simulate(Campaign(study, "data", two_workers()), stop_after=stop_after)
+    second = simulate(Campaign(study, "data", two_workers(), rows=rows_of(first)))
+    keys = [p.spec.key for p, *_ in first + second]
+    assert len(set(keys)) == len(keys)
+    done = pd.Series([p.spec.cell.name for p, status, _ in first + second if status == "finished"])
+    assert (done.value_counts() >= 4).all()
+    assert Campaign(study, "data", two_workers(), rows=rows_of(first + second)).done
+
+
+def test_a_finished_study_can_be_given_more_trials_and_scales() -> None:
+    log = simulate(Campaign(make_study(extend_edges=False), "data", two_workers()))
+    more = make_study(trials_per_cell=6, extend_edges=False)
+    added = simulate(Campaign(more, "data", two_workers(), rows=rows_of(log)))
+    assert len(added) == 2 * len(more.cells)
+
+
+def test_rows_of_another_recipe_or_corpus_are_refused() -> None:
+    log = simulate(Campaign(make_study(), "data", two_workers()), stop_after=3)
+    with pytest.raises(UserError, match=r"another recipe, shape, seed or corpus"):
+        Campaign(make_study(), "other data", two_workers(), rows=rows_of(log))
+
+
+def test_crashes_do_not_use_up_the_budget_and_a_broken_cell_is_given_up() -> None:
+    def outcome(proposal: Proposal):
+        if proposal.spec.cell.name.startswith("moe-m"):
+            return "crashed", None
+        return planted(proposal)
+
+    study = make_study(extend_edges=False)
+    log = simulate(Campaign(study, "data", two_workers()), outcome)
+    cells = pd.Series([p.spec.cell.name for p, *_ in log]).value_counts()
+    (broken,) = (c for c in cells.index if c.startswith("moe-m"))
+    assert cells[broken] <= 4
+    assert (cells.drop(broken) >= 4).all()
+
+
+def test_where_everything_diverges_a_cell_ends_all_the_same() -> None:
+    log = simulate(Campaign(make_study(), "data", two_workers()), lambda p: ("diverged", None))
+    assert 6 * 4 <= len(log) <= 6 * 8
+
+
+def test_an_optimum_beyond_the_range_widens_it_within_the_hard_limits() -> None:
+    study = make_study(
+        learning_rate={"low": 1e-4, "high": 1e-3, "hard_high": 5e-2}, trials_per_cell=6
+    )
+    campaign = Campaign(study, "data", two_workers())
+    log = simulate(campaign, lambda p: planted(p, optimum=8e-3))
+    rates = [p.spec.learning_rate for p, *_ in log]
+    assert max(rates) > 4e-3
+    assert max(rates) <= 5e-2
+    for state in campaign.states.values():
+        assert state.best is not None
+        best = state.best.user_attrs.get("ran_at", (state.best.params["learning_rate"],))[0]
+        assert best == pytest.approx(8e-3, rel=1.0)
+
+
+def test_repeats_rerun_the_best_point_with_other_seeds() -> None:
+    log = simulate(Campaign(make_study(repeats_at_optimum=2), "data", two_workers()))
+    for _, trials in itertools.groupby(
+        sorted(log, key=lambda t: t[0].spec.cell.name), key=lambda t: t[0].spec.cell.name
+    ):
+        listed = list(trials)
+        repeats = [p.spec for p, *_ in listed if p.repeat]
+        assert len(repeats) == 2
+        assert len({(s.learning_rate, s.batch_sequences) for s in repeats}) == 1
+        seeds = [
+            p.spec.seed
+            for p, *_ in listed
+            if (p.spec.learning_rate, p.spec.batch_sequences)
+            == (repeats[0].learning_rate, repeats[0].batch_sequences)
+        ]
+        assert len(set(seeds)) == len(seeds) >= 3
+
+
+def test_a_flop_budget_ends_the_study() -> None:
+    study = make_study()
+    everything = sum(4 * c.flops for c in study.cells)
+    log = simulate(Campaign(make_study(total_flops=everything / 3), "data", two_workers()))
+    assert sum(p.spec.cell.flops for p, *_ in log) <= everything / 3
+
+
+def test_same_seed_and_history_give_the_same_trials() -> None:
+    logs = [simulate(Campaign(make_study(), "data", two_workers())) for _ in range(2)]
+    first, second = ([p.spec.key for p, *_ in log] for log in logs)
+    assert first == second
+
+
+def test_a_shipped_study_proposes_inside_its_ranges(repo: Path) -> None:
+    study = Study.load(repo / "search_spaces/laptop.yaml", ["search.extend_edges=false"])
+    search = study.space.search
+    for proposal, *_ in simulate(Campaign(study, "data", two_workers())):
+        assert search.learning_rate.low <= proposal.spec.learning_rate <= search.learning_rate.high
+        assert proposal.spec.batch_sequences <= search.batch_sequences.high
+        assert proposal.spec.steps >= 8

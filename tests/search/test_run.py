@@ -1,0 +1,118 @@
+"""A study on a real local Ray: through to the report, killed in the middle, continued, extended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from raysweep.results import Results
+
+pytestmark = pytest.mark.ray
+
+REPO = Path(__file__).resolve().parents[2]
+SPACE = str(REPO / "search_spaces/smoke.yaml")
+
+
+def command(folder: Path, *extra: str) -> list[str]:
+    results, report = str(folder / "results"), str(folder / "report")
+    base = [sys.executable, "-m", "raysweep.cli", "run", SPACE, "--results", results]
+    return [*base, "--report", report, *extra]
+
+
+def complete(folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(folder, *extra), capture_output=True, text=True, cwd=REPO, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
+    """A study whose driver was killed with SIGKILL, and the rows that stood then."""
+    folder = tmp_path_factory.mktemp("study")
+    with open(folder / "log", "w") as log:
+        driver = subprocess.Popen(command(folder), stdout=log, stderr=log, cwd=REPO)
+        deadline = time.monotonic() + 300
+        trials = folder / "results" / "trials"
+        while len(list(trials.glob("[!.]*.parquet"))) < 3:
+            assert driver.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.05)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    time.sleep(3)  # workers notice that their driver is gone
+    return folder, Results.open(folder / "results").frame()
+
+
+@pytest.fixture(scope="module")
+def continued(killed: tuple[Path, pd.DataFrame]) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder, _ = killed
+    return folder, complete(folder)
+
+
+def test_killed_and_continued_loses_and_repeats_nothing(killed, continued) -> None:
+    _, before = killed
+    folder, _ = continued
+    frame = Results.open(folder / "results").frame()
+    kept = frame[frame["trial_key"].isin(before["trial_key"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(
+        kept.sort_values("trial_key", ignore_index=True),
+        before.sort_values("trial_key", ignore_index=True),
+    )
+    assert frame["trial_key"].is_unique
+    finished = frame[frame["status"] == "finished"]["cell"].value_counts()
+    assert finished.to_dict() == dict.fromkeys(sorted(finished.index), 2)
+    assert len(finished) == 4
+
+
+def test_rows_are_complete(continued) -> None:
+    folder, _ = continued
+    frame = Results.open(folder / "results").frame()
+    always = (
+        "loss loss_se train_loss bits_per_byte tokens_seen seconds_wall seconds_train flops "
+        "tokens_per_second peak_memory_bytes device versions data_hash params_total recipe worker"
+    ).split()
+    assert frame[always].notna().all().all()
+    assert (frame["loss"] < 5.6).all()  # below ln 256: something was learned
+    assert {"torch", "ray", "optuna"} <= set(json.loads(frame["versions"].iloc[0]))
+    moe = frame[frame["architecture"] == "moe"]
+    assert moe[["expert_load_entropy", "expert_load_max_over_mean"]].notna().all().all()
+    curves = Results.open(folder / "results").curves()
+    assert set(curves["trial_key"]) == set(frame["trial_key"])
+    assert (frame["seconds_train"] <= frame["seconds_wall"]).all()
+
+
+def test_a_report_stands_at_the_end(continued) -> None:
+    folder, done = continued
+    assert done.stdout.strip() == str(folder / "report" / "index.html")
+    assert (folder / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_a_log_file_gets_plain_lines(continued) -> None:
+    _, done = continued
+    assert "\x1b" not in done.stderr
+    assert "smoke: 4 cells" in done.stderr
+
+
+def test_running_again_does_nothing_and_more_trials_extend(continued) -> None:
+    folder, _ = continued
+    before = Results.open(folder / "results").frame()
+    again = complete(folder)
+    assert "nothing to run" in again.stderr
+    complete(folder, "--set", "search.trials_per_cell=3", "--set", "search.strategy=qmc")
+    frame = Results.open(folder / "results").frame()
+    assert len(frame) == len(before) + 4
+    assert set(before["trial_key"]) < set(frame["trial_key"])
+
+
+def test_nothing_is_left_behind(continued) -> None:
+    scratch = Path(os.environ.get("RAYSWEEP_CACHE", Path.home() / ".cache/raysweep")) / "scratch"
+    left = {int(p.name.split("-")[1]) for p in scratch.glob("raysweep-*")}
+    assert not [pid for pid in left if not Path(f"/proc/{pid}").exists()]
