@@ -54,9 +54,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def token_losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and log-normaliser of each token, in float32 at least."""
-    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    normaliser = torch.logsumexp(wide, -1)
-    picked = wide.gather(-1, targets_N[:, None]).squeeze(-1)
-    return normaliser - picked, normaliser
+def head_loss(
+    x_BTD: Tensor, norm: Tensor, head_DV: Tensor, targets_BT: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy plus z-loss of the logits norm(x) @ head, and each token's cross-entropy
+    (B, T) without gradient; in float32 at least. The z-loss is `z_loss` times the mean square of
+    the log-normaliser (PaLM, arXiv 2204.02311)."""
+    logits = rms_norm(x_BTD, norm) @ head_DV
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    normaliser = torch.logsumexp(logits, -1)
+    losses = normaliser - logits.gather(-1, targets_BT[..., None]).squeeze(-1)
+    objective = losses.mean()
+    if z_loss:
+        objective = objective + z_loss * normaliser.square().mean()
+    return objective, losses.detach()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysweep.config.schema import Architecture
-from raysweep.model import functional, moe
+from raysweep.model import functional, fused, moe
 from raysweep.scale import ModelShape
 
 
@@ -50,6 +50,9 @@ class Attention(nn.Module):
         self.out = _weight(width, d)
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        if fused.usable(x_BTD):
+            norms = self.norm, self.qkv, self.q_norm, self.k_norm
+            return fused.attention_block(x_BTD, *norms, self.out, rope, self.kv_heads)
         h = functional.rms_norm(x_BTD, self.norm)
         qkv = (h @ self.qkv).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], -2)
@@ -69,6 +72,8 @@ class FeedForward(nn.Module):
         self.down = _weight(shape.d_ff, shape.d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if fused.usable(x_BTD):
+            return fused.feed_forward_block(x_BTD, self.norm, self.gate_up, self.down)
         h = functional.rms_norm(x_BTD, self.norm)
         return x_BTD + functional.swiglu(h @ self.gate_up) @ self.down
 
@@ -141,26 +146,22 @@ class Decoder(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Losses:
         """Mean losses over the batch; adds each MoE layer's loads to `expert_load`."""
         x, routed = self._trunk(tokens_BT)
-        losses, normaliser = functional.token_losses(self._logits(x), targets_BT.flatten())
-        cross_entropy = losses.mean()
-        objective = cross_entropy
-        if self.z_loss:
-            objective = objective + self.z_loss * normaliser.square().mean()
+        objective, losses = self._head_loss(x, targets_BT, self.z_loss)
         for row, layer in enumerate(routed):
             objective = objective + layer.loss
             self.expert_load[row] += layer.load_E
-        return Losses(objective, cross_entropy.detach())
+        return Losses(objective, losses.mean())
 
     @torch.no_grad()
     def evaluate(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, RouterStats | None]:
         """Mean cross-entropy of each sequence (B,), float32, and the routing if there is any."""
         x, routed = self._trunk(tokens_BT)
-        losses, _ = functional.token_losses(self._logits(x), targets_BT.flatten())
+        _, losses = self._head_loss(x, targets_BT, 0.0)
         stats = None
         if routed:
             load = torch.stack([layer.load_E for layer in routed])
             stats = RouterStats(load, torch.stack([layer.confidence for layer in routed]))
-        return losses.view_as(targets_BT).mean(1), stats
+        return losses.mean(1), stats
 
     @torch.no_grad()
     def finish_step(self) -> None:
@@ -190,9 +191,10 @@ class Decoder(nn.Module):
                 x = feed_forward(x)
         return x, routed
 
-    def _logits(self, x_BTD: Tensor) -> Tensor:
+    def _head_loss(self, x_BTD: Tensor, targets_BT: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
         head = self.embedding.t() if self.head is None else self.head
-        return functional.rms_norm(x_BTD, self.norm).flatten(0, 1) @ head
+        head_loss = fused.head_loss if fused.usable(x_BTD) else functional.head_loss
+        return head_loss(x_BTD, self.norm, head, targets_BT, z_loss)
 
 
 @torch.no_grad()
