@@ -1,25 +1,16 @@
 """The solver: derivatives, tight convergence, agreement with SciPy and with the published fit."""
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.optimize import minimize
 from scipy.special import huber as scipy_huber
 
+from benchmarks.fits import read_chinchilla
 from raysweep.scaling import fitting
 from raysweep.scaling.bootstrap import bootstrap, cell_multiplicities
 from raysweep.scaling.evaluation import evaluate
 from raysweep.scaling.form import compile_form, read_inputs
 from raysweep.scaling.laws import LOSS_LAWS
-
-
-def chinchilla_points(folder, drop: int = 5) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Points of Hoffmann et al.'s figure 4 without the `drop` of lowest tokens per parameter."""
-    table = pd.read_csv(folder / "chinchilla_points.csv")
-    params, flops, loss = table[["Model Size", "Training FLOP", "loss"]].to_numpy().T
-    tokens = flops / (6 * params)
-    keep = np.argsort(tokens / params)[drop:]
-    return {"params": params[keep], "tokens": tokens[keep]}, loss[keep]
 
 
 @pytest.mark.parametrize("key", ["chinchilla", "yun", "joint_moe", "clark", "sparsity"])
@@ -62,7 +53,7 @@ def test_huber_is_scipys() -> None:
 
 
 def test_chinchilla_reaches_the_known_minimum(shared_data) -> None:
-    inputs, loss = chinchilla_points(shared_data)
+    inputs, loss = read_chinchilla(shared_data)
     assert len(loss) == 240
     law = LOSS_LAWS["chinchilla"]
     fit = law.fit(inputs, loss)
@@ -76,14 +67,14 @@ def test_chinchilla_reaches_the_known_minimum(shared_data) -> None:
 
 
 def test_all_245_points_give_the_other_published_fit(shared_data) -> None:
-    inputs, loss = chinchilla_points(shared_data, drop=0)
+    inputs, loss = read_chinchilla(shared_data, drop=0)
     fit = LOSS_LAWS["chinchilla"].fit(inputs, loss)
     expected = {"E0": 1.891, "A": 495.6, "B": 12842.0, "a": 0.3493, "b": 0.4530}
     assert fit.coefficients == pytest.approx(expected, rel=1e-3)
 
 
 def test_bootstrap_matches_published_sds_and_every_refit_converges(shared_data) -> None:
-    inputs, loss = chinchilla_points(shared_data)
+    inputs, loss = read_chinchilla(shared_data)
     fit = LOSS_LAWS["chinchilla"].fit(inputs, loss, bootstrap=1000)
     assert fit.n_failed == 0
     assert fit.samples is not None
@@ -94,7 +85,7 @@ def test_bootstrap_matches_published_sds_and_every_refit_converges(shared_data) 
 
 def test_no_refit_can_be_improved_by_scipy(shared_data) -> None:
     """SciPy, from our answer and from three others, never finds a lower objective."""
-    inputs, loss = chinchilla_points(shared_data)
+    inputs, loss = read_chinchilla(shared_data)
     law = LOSS_LAWS["chinchilla"]
     fit = bootstrap(law.fit(inputs, loss), 8, seed=3)
     assert fit.samples is not None
