@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysweep.config.schema import Architecture
-from raysweep.model import functional, fused, moe
+from raysweep.model import functional, fused, fused_attention, fused_experts, moe
 from raysweep.scale import ModelShape
 
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
         if fused.usable(x_BTD):
             norms = self.norm, self.qkv, self.q_norm, self.k_norm
-            return fused.attention_block(x_BTD, *norms, self.out, rope, self.kv_heads)
+            return fused_attention.attention_block(x_BTD, *norms, self.out, rope, self.kv_heads)
         h = functional.rms_norm(x_BTD, self.norm)
         qkv = (h @ self.qkv).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], -2)
@@ -101,12 +101,16 @@ class Experts(nn.Module):
         self.shared_down = _weight(shared, d) if shared else None
 
     def forward(self, x_BTD: Tensor, share_E: Tensor, bias_E: Tensor) -> ExpertsOutput:
-        h = functional.rms_norm(x_BTD, self.norm).flatten(0, 1)
+        quick = fused.usable(x_BTD)
+        rms_norm, mix = (
+            (fused.rms_norm, fused_experts.mix) if quick else (functional.rms_norm, moe.mix)
+        )
+        h = rms_norm(x_BTD, self.norm).flatten(0, 1)
         with torch.autocast(h.device.type, enabled=False):
             logits = h.to(self.router.dtype) @ self.router
         routing = moe.route(logits, self.top_k, share_E, bias_E, self.settings)
         dtype = _matmul_dtype(h)
-        y, load = moe.mix(h.to(dtype), self.gate_up.to(dtype), self.down.to(dtype), routing)
+        y, load = mix(h.to(dtype), self.gate_up.to(dtype), self.down.to(dtype), routing)
         if self.shared_gate_up is not None and self.shared_down is not None:
             y = y + functional.swiglu(h @ self.shared_gate_up) @ self.shared_down
         chosen = routing.probs_NE.detach().gather(-1, routing.experts_NK).sum()
