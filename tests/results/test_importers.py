@@ -1,0 +1,261 @@
+"""Importers: what becomes of every row of a file, and what is said of a file that will not do."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from raysweep.errors import UserError
+from raysweep.results.importers import (
+    import_file,
+    parse_mapping,
+    read_chinchilla,
+    read_csv,
+    read_isoflop,
+    read_steplaw,
+)
+from raysweep.results.schema import COLUMNS
+from raysweep.results.store import Results
+
+
+def step_law_rows(**changes):
+    rows = {
+        "h": [960, 960],
+        "ffnh": [9368, 9368],
+        "numh": [15, 15],
+        "numl": [7, 7],
+        "lr": [1e-3, 2e-3],
+        "bs": [128, 256],
+        "ti": [1000, 500],
+        "loss": [2.51, 2.52],
+        "smooth loss": [2.5, 2.4],
+        "N": [2e8, 2e8],
+        "D": [2.7e8, 2.7e8],
+    }
+    return pd.DataFrame({**rows, **changes})
+
+
+def write(folder, frame, name="sweep.csv"):
+    path = folder / name
+    frame.to_csv(path, index=False)
+    return path
+
+
+def test_step_law_rows_become_trials(tmp_path):
+    rows = read_steplaw(write(tmp_path, step_law_rows()))
+    assert list(rows.columns) == list(COLUMNS)
+    assert rows["cell"].nunique() == 1
+    first = rows.iloc[0]
+    assert first["source"] == "import:steplaw"
+    assert first["architecture_kind"] == "dense"
+    assert first["loss"] == 2.5  # the smoothed one
+    assert first["batch_tokens"] == 128 * 2048
+    assert first["tokens_seen"] == 1000 * 128 * 2048
+    assert first["tokens"] == 2.7e8
+    assert first["params_active_non_embedding"] == first["params_total_non_embedding"] == 2e8
+    assert first["layers"] == 7
+    assert first["status"] == "finished"
+    assert rows["excluded"].isna().all()
+
+
+def test_step_law_moe_rows_keep_total_and_active_apart(tmp_path):
+    frame = step_law_rows(
+        nume=[8, 64],
+        topk=[2, 4],
+        moeh=[512, 128],
+        sed=[512, 0],
+        Na=[5e7, 4e7],
+        seq_len=[1024, 1024],
+    )
+    rows = read_steplaw(write(tmp_path, frame))
+    assert list(rows["architecture"]) == ["steplaw-moe-e8k2", "steplaw-moe-e64k4"]
+    assert list(rows["architecture_kind"]) == ["moe", "moe"]
+    assert list(rows["params_total_non_embedding"]) == [2e8, 2e8]
+    assert list(rows["params_active_non_embedding"]) == [5e7, 4e7]
+    assert list(rows["shared_experts"]) == [1, 0]
+    assert list(rows["batch_tokens"]) == [128 * 1024, 256 * 1024]
+    assert rows["cell"].nunique() == 2
+
+
+def test_rows_that_cannot_be_used_stay_with_a_reason(tmp_path):
+    frame = pd.concat([step_law_rows()] * 4, ignore_index=True)
+    frame["bs"] = range(10, 18)
+    frame["lr"] = frame["lr"].astype(object)
+    frame["smooth loss"] = frame["smooth loss"].astype(object)
+    frame.loc[0, "smooth loss"] = np.nan
+    frame.loc[1, "smooth loss"] = -1.0
+    frame.loc[2, "lr"] = 0.0
+    frame.loc[3, "D"] = np.nan
+    frame.loc[4, "lr"] = "fast"
+    frame.loc[5, "smooth loss"] = np.inf
+    rows = read_steplaw(write(tmp_path, frame))
+    assert len(rows) == 8
+    assert list(rows["excluded"][:6]) == [
+        "loss is missing or not a number",
+        "loss is zero or negative",
+        "learning_rate is zero or negative",
+        "tokens is missing or not a number",
+        "learning_rate is missing or not a number",
+        "loss is not finite",
+    ]
+    assert rows["excluded"][6:].isna().all()
+
+
+def test_a_repeated_row_is_kept_out_once_and_keys_are_stable(tmp_path):
+    frame = pd.concat([step_law_rows(), step_law_rows()[:1]], ignore_index=True)
+    rows = read_steplaw(write(tmp_path, frame))
+    assert rows["trial_key"].is_unique
+    assert list(rows["excluded"].notna()) == [False, False, True]
+    assert "same as an earlier row" in rows["excluded"][2]
+    reordered = frame[frame.columns[::-1]]
+    again = read_steplaw(write(tmp_path, reordered, "again.csv"))
+    assert list(again["trial_key"]) == list(rows["trial_key"])
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        (["smooth loss"], "lacks the column 'smooth loss' (near: loss)"),
+        (["N", "D"], "lacks the columns 'N', 'D'"),
+    ],
+)
+def test_missing_columns_are_named(tmp_path, drop, message):
+    path = write(tmp_path, step_law_rows().drop(columns=drop))
+    with pytest.raises(UserError) as error:
+        read_steplaw(path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.csv", None, "not found"),
+        ("empty.csv", "", "cannot be read as a table"),
+        ("header.csv", "loss,tokens\n", "has no rows"),
+        ("image.csv", b"\x89PNG\xff\xfe\x00", "cannot be read as a table"),
+        ("broken.parquet", "not parquet", "cannot be read as a table"),
+    ],
+)
+def test_files_that_are_no_table_are_refused_in_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_isoflop(path)
+    assert "\n" not in str(error.value)
+
+
+def test_chinchilla_points_have_tokens_but_no_learning_rate(tmp_path):
+    frame = pd.DataFrame({"Model Size": [1e9], "Training FLOP": [1.2e20], "loss": [2.4]})
+    (row,) = read_chinchilla(write(tmp_path, frame)).to_dict("records")
+    assert row["tokens"] == pytest.approx(2e10)
+    assert row["flops"] == 1.2e20
+    assert np.isnan(row["learning_rate"])
+    assert pd.isna(row["excluded"])
+
+
+def test_flagged_outliers_are_excluded_with_their_reason(tmp_path):
+    frame = pd.DataFrame(
+        {
+            "experiment": ["a", "a", "b"],
+            "tokens": [1e9, 2e9, 3e9],
+            "params": [1e8, 1e8, 1e8],
+            "budget": [6e17, 1.2e18, 1.8e18],
+            "loss": [3.0, 2.9, 2.8],
+            "outlier": [False, True, False],
+            "reason": ["none", "loss_spike", "none"],
+        }
+    )
+    rows = read_isoflop(write(tmp_path, frame))
+    assert list(rows["architecture"]) == ["a", "a", "b"]
+    assert rows["excluded"][1] == "outlier: loss_spike"
+    assert rows["excluded"][[0, 2]].isna().all()
+    assert rows["flops_per_token"][0] == pytest.approx(6e8)
+
+
+def test_any_csv_by_mapping(tmp_path):
+    frame = pd.DataFrame(
+        {
+            "val": [3.0, 2.9],
+            "D": [1e9, 1e9],
+            "size": [1e8, 1e8],
+            "lr": [1e-3, 2e-3],
+            "batch_sequences": [64, 128],
+            "ctx": [1024, 1024],
+        }
+    )
+    texts = [
+        "loss=val, tokens=D,params_active_non_embedding=size,learning_rate=lr",
+        "sequence_length=ctx,architecture==mine",
+    ]
+    rows = read_csv(write(tmp_path, frame), parse_mapping(texts))
+    assert list(rows["batch_tokens"]) == [65536, 131072]
+    assert set(rows["architecture"]) == {"mine"}
+    assert set(rows["architecture_kind"]) == {"dense"}
+    assert rows["cell"].nunique() == 1
+    assert rows["excluded"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ("los=loss", "no column 'los' of results (near: loss"),
+        ("loss=lss", "has no column 'lss' (near: loss)"),
+        ("loss", "'loss' is not column=name"),
+        ("", "map one with params_active_non_embedding=NAME"),
+    ],
+)
+def test_bad_mappings_are_named(tmp_path, mapping, message):
+    path = write(tmp_path, pd.DataFrame({"loss": [1.0], "tokens": [1e9]}))
+    with pytest.raises(UserError) as error:
+        import_file("csv", path, mapping)
+    assert message in str(error.value)
+
+
+def test_an_unknown_status_is_kept_out(tmp_path):
+    frame = pd.DataFrame(
+        {
+            "loss": [3.0, np.nan, 3.1],
+            "tokens": [1e9] * 3,
+            "params_active_non_embedding": [1e8] * 3,
+            "status": ["finished", "diverged", "fine"],
+        }
+    )
+    rows = import_file("csv", write(tmp_path, frame))
+    assert rows["excluded"][:2].isna().all()  # a diverged trial needs no loss
+    assert "its status is none of finished" in rows["excluded"][2]
+
+
+def test_unknown_formats_and_a_stray_map_are_refused(tmp_path):
+    path = write(tmp_path, step_law_rows())
+    with pytest.raises(UserError, match="unknown import format 'wandb'; known: steplaw"):
+        import_file("wandb", path)
+    with pytest.raises(UserError, match="--map goes with csv only"):
+        import_file("steplaw", path, "loss=loss")
+
+
+def test_imported_rows_go_through_the_store(tmp_path):
+    rows = read_steplaw(write(tmp_path, step_law_rows()))
+    store = Results.open(tmp_path / "results", create=True)
+    assert store.write_many(rows) == 2
+    assert store.write_many(rows) == 0  # a second import adds nothing
+    back = store.frame()
+    assert sorted(back["loss"]) == [2.4, 2.5]
+    assert set(back["batch_sequences"]) == {128, 256}
+
+
+@pytest.mark.parametrize(
+    ("format_", "name", "rows", "kept_out"),
+    [
+        ("steplaw", "steplaw_dense.csv", 1746, 0),
+        ("chinchilla", "chinchilla_points.csv", 245, 0),
+        ("isoflop", "isoflop_marin_comma.csv", 85, 5),
+    ],
+)
+def test_the_public_sweeps(shared_data, format_, name, rows, kept_out):
+    frame = import_file(format_, shared_data / name)
+    assert len(frame) == rows
+    assert frame["excluded"].notna().sum() == kept_out
+    assert frame["trial_key"].is_unique
