@@ -1,9 +1,9 @@
 """What a trial costs besides its training: `python -m benchmarks.overhead [--trials 200]`.
 
-Runs a study of almost empty trials (one layer of width 4, eight steps of one sequence) on a local Ray
-with one CPU a worker, and reports the time between a trial's end and the next one's training on the
-same worker, first trials of a worker apart; against a bare Tune experiment with reused actors whose
-trials report once and return, in the same process.
+Runs a study of almost empty trials (one layer of width 4, eight steps of one sequence) on a local
+Ray with one CPU a worker, and reports what each trial but a worker's first costs besides its training: the
+time between two starts on a worker, less the training. The peer, in the same process, is a bare Tune
+experiment with reused actors whose trials report once and return.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def empty_study(trials: int) -> Study:
 
 
 def gaps(results: Results) -> np.ndarray:
-    """Seconds that each worker lost around a trial after its first: wall between starts, less training."""
+    """Seconds each worker lost a trial after its first: time between starts, less training."""
     frame = results.frame().sort_values("started_at")
     lost: list[float] = []
     for _, of_worker in frame.groupby("worker"):
@@ -75,9 +75,7 @@ def bare_tune(trials: int) -> float:
             run_config=tune.RunConfig(storage_path=str(scratch / "bare"), verbose=0),
         )
         tuner.fit()
-        times = [
-            np.diff([float(t) for t in p.read_text().split()]) for p in Path(stamps).iterdir()
-        ]
+        times = [np.diff([float(t) for t in p.read_text().split()]) for p in Path(stamps).iterdir()]
     return float(np.median(np.concatenate(times)))
 
 

@@ -127,6 +127,22 @@ def import_command(
         typer.echo(f"  {count} x {reason}")
 
 
+@app.command("export")
+def export_command(
+    format_: Annotated[str, typer.Argument(help="optuna.", metavar="FORMAT")],
+    results: ResultsArgument,
+    file: Annotated[Path, typer.Argument(help="Journal to write, e.g. journal.log.")],
+) -> None:
+    """Write results for other tools: `optuna` is a journal that optuna-dashboard opens."""
+    from raysweep.results import Results
+    from raysweep.search.export import export_optuna
+
+    if format_ != "optuna":
+        raise UserError(f"unknown export format {format_!r}; known: optuna")
+    count = export_optuna(Results.open(results).frame(), file)
+    typer.echo(f"{count} trials in {file}")
+
+
 @app.command("fit")
 def fit_command(results: ResultsArgument, as_json: AsJson = False) -> None:
     """Fit the optima and the laws, and print them."""

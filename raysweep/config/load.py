@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -185,7 +185,7 @@ def _locate(location: Location, values: Any) -> Location:
             isinstance(values, list) and isinstance(part, int) and part < len(values)
         )
         if inside:
-            values = values[part]
+            values = cast("Any", values)[part]
             kept.append(part)
         elif part in _known_keys(tuple(kept)):
             kept.append(part)

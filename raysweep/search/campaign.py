@@ -19,6 +19,7 @@ from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.surface import CellFeatures
 from raysweep.search.cells import CellState
+from raysweep.search.early_stopping import make_pruner
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.ledger import Bundle, Ledger
 from raysweep.search.strategies import make_sampler
@@ -111,8 +112,21 @@ class Campaign:
         self._flops_spent += state.cell.flops
         return proposal
 
+    def report(self, trial_id: str, percent: int, loss: float) -> bool:
+        """Progress of a running trial: percent of its horizon, smoothed training loss.
+
+        Returns whether early stopping wants it stopped; then tell `stopped` with this loss.
+        """
+        _, _, trial = self._open[trial_id]
+        trial.report(loss, percent)
+        return trial.should_prune()
+
     def tell(self, trial_id: str, status: str, loss: float | None = None) -> None:
-        """The outcome of a trial: a row's status, and its loss if it finished."""
+        """The outcome of a trial: a row's status, and its loss if it finished.
+
+        A stopped trial is pruned to Optuna: its partial loss is not comparable, and no sampler but
+        TPE looks at it.
+        """
         if trial_id not in self._open:
             return
         state, proposal, trial = self._open.pop(trial_id)
@@ -125,7 +139,8 @@ class Campaign:
         if usable:
             state.study.tell(trial, loss)
         else:
-            state.study.tell(trial, state=TrialState.FAIL)
+            pruned = status == "stopped"
+            state.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
         if status == "crashed":
             state.crashes += 1
             self._flops_spent -= state.cell.flops
@@ -161,7 +176,7 @@ class Campaign:
             key=lambda c: c.flops,
         )
         first = search.first_cell_trials if cell == smallest else None
-        study = optuna.create_study(study_name=cell.name)
+        study = optuna.create_study(study_name=cell.name, pruner=make_pruner(search.early_stopping))
         state = CellState(cell, search, first or search.trials_per_cell, study)
         self._attach_sampler(state)
         return state

@@ -95,7 +95,7 @@ def _run_on_ray(
 ) -> RunSummary:
     from ray import tune
 
-    from raysweep.search.searcher import CampaignSearcher
+    from raysweep.search.searcher import CampaignSearcher, EarlyStop
     from raysweep.search.trial import TrialContext, make_trainable
     from raysweep.search.watcher import Watcher
 
@@ -125,6 +125,7 @@ def _run_on_ray(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=CampaignSearcher(campaign, cluster_nodes),
+                scheduler=EarlyStop(campaign),
                 num_samples=-1,
                 reuse_actors=True,
             ),

@@ -1,4 +1,4 @@
-"""The campaign as a Ray Tune searcher."""
+"""The campaign as Ray Tune sees it: a searcher, and a scheduler for early stopping."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from raysweep.search.campaign import Campaign
@@ -51,8 +54,10 @@ class CampaignSearcher(Searcher):
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
         """Called once a trial is over for good; retries do not show here."""
-        if error or not result or "status" not in result:
+        if error:
             self.campaign.tell(trial_id, "crashed")
+        elif not result or "status" not in result:
+            self.campaign.tell(trial_id, "stopped")
         else:
             self.campaign.tell(trial_id, result["status"], result.get("loss"))
 
@@ -65,3 +70,24 @@ class CampaignSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing, for the same reason."""
+
+
+class EarlyStop(FIFOScheduler):
+    """Tune's scheduler: trials start as they come, and end early where the campaign says so."""
+
+    def __init__(self, campaign: Campaign) -> None:
+        super().__init__()
+        self._campaign = campaign
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EarlyStop:
+        """Tune copies its scheduler; the campaign must stay the one in use."""
+        return self
+
+    def on_trial_result(
+        self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
+    ) -> str:
+        """Called with each progress report."""
+        if "percent" not in result:
+            return self.CONTINUE
+        prune = self._campaign.report(trial.trial_id, result["percent"], result["train_loss"])
+        return self.STOP if prune else self.CONTINUE

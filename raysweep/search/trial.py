@@ -14,13 +14,14 @@ from ray import tune
 from raysweep.config import Study, TrialSpec
 from raysweep.data.corpus import Corpus
 from raysweep.results import Results
+from raysweep.search.early_stopping import REPORT_PERCENT
 from raysweep.training.record import trial_row
 
 if TYPE_CHECKING:
     from raysweep.training.outcome import TrialOutcome
 
 REPORT_SECONDS = 5.0
-"""Least time between two progress reports of one trial."""
+"""Least time between two progress reports of one trial: each costs a round trip."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,28 @@ class TrialContext:
 
 
 class TuneReporter:
-    """Sends progress to the driver now and then: each report costs a round trip."""
+    """Sends progress to the driver now and then; at equal shares of the horizon if that counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, horizon: float, early_stopping: bool) -> None:
         self._last = time.monotonic()
+        self._horizon = horizon
+        self._early_stopping = early_stopping
+        self._percent = 0
 
     def report(self, step: int, tokens: float, loss: float) -> None:
         """Progress of a running trial; `loss` is a smoothed training loss."""
         now = time.monotonic()
-        if now - self._last >= REPORT_SECONDS:
+        share = 100 * tokens / self._horizon
+        percent = int(share // REPORT_PERCENT) * REPORT_PERCENT
+        due = now - self._last >= REPORT_SECONDS
+        rung = self._early_stopping and self._percent < percent < 100
+        if due or rung:
             self._last = now
-            tune.report({"step": step, "tokens": tokens, "train_loss": loss})
+            progress = {"step": step, "tokens": tokens, "train_loss": loss}
+            if rung:
+                self._percent = percent
+                progress["percent"] = percent
+            tune.report(progress)
 
     def should_stop(self) -> bool:
         """Tune stops a function by raising in `report`: nothing to ask."""
@@ -91,6 +103,8 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
 
 def _train(context: TrialContext, spec: TrialSpec, checkpoints: Path | None) -> TrialOutcome:
     resources = spec.cell.resources
+    early_stopping = context.study.space.search.early_stopping is not None
+    reporter = TuneReporter(spec.cell.tokens, early_stopping)
     validation = context.study.space.data.validation_sequences
     if resources.workers > 1:
         from raysweep.training.ray_train import train_distributed
@@ -99,7 +113,7 @@ def _train(context: TrialContext, spec: TrialSpec, checkpoints: Path | None) -> 
             spec,
             context.corpus,
             validation_sequences=validation,
-            reporter=TuneReporter(),
+            reporter=reporter,
             checkpoint_dir=checkpoints,
         )
     from raysweep.training.loop import train  # here, so that the driver never imports torch
@@ -108,7 +122,7 @@ def _train(context: TrialContext, spec: TrialSpec, checkpoints: Path | None) -> 
         spec,
         context.corpus,
         validation_sequences=validation,
-        reporter=TuneReporter(),
+        reporter=reporter,
         checkpoint_dir=checkpoints,
         threads=context.threads,
     )

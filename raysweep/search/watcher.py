@@ -1,4 +1,4 @@
-"""What the driver does as trials come and go: progress, the books, and the rows of crashed trials."""
+"""What the driver does as trials come and go: progress, books, the rows of trials that could not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial
 from raysweep.config import Study
 from raysweep.results import Results
 from raysweep.search.progress import Progress
-from raysweep.training.record import crashed_row
+from raysweep.training.record import unfinished_row
 
 _log = logging.getLogger("raysweep")
 
@@ -23,9 +23,7 @@ _log = logging.getLogger("raysweep")
 class Watcher(tune.Callback):
     """Hears of every trial from Tune."""
 
-    def __init__(
-        self, study: Study, data_hash: str, results: Results, progress: Progress
-    ) -> None:
+    def __init__(self, study: Study, data_hash: str, results: Results, progress: Progress) -> None:
         self.training_seconds = 0.0
         """Worker-seconds spent inside training loops."""
         self.concluded = 0
@@ -56,14 +54,21 @@ class Watcher(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Count a trial that came to an end of its own."""
-        self._conclude(trial, (trial.last_result or {}).get("status", "stopped"))
+        """Count a trial that ended; write the row of one that early stopping ended."""
+        result = trial.last_result or {}
+        if "status" in result:
+            self._conclude(trial, result["status"])
+        else:
+            self._write_unfinished(trial, "stopped", "early stopping: behind others of its cell")
 
     def on_trial_error(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
         """Write the row of a trial that died more often than it may."""
-        begun, started_at = self._conclude(trial, "crashed")
+        self._write_unfinished(trial, "crashed", _reason(trial))
+
+    def _write_unfinished(self, trial: Trial, status: str, reason: str) -> None:
+        begun, started_at = self._conclude(trial, status)
         config = trial.config
         spec = self._study.trial(
             self._study.cell(config["cell"]),
@@ -75,14 +80,16 @@ class Watcher(tune.Callback):
         standing = self._results.find(spec.key)
         if standing is not None and standing["status"] != "crashed":
             return  # its worker died after it had written its row
-        reason = _reason(trial)
-        _log.warning("trial %s in cell %s crashed: %s", spec.key, spec.cell.name, reason)
-        row = crashed_row(
+        if status == "crashed":
+            _log.warning("trial %s in cell %s crashed: %s", spec.key, spec.cell.name, reason)
+        row = unfinished_row(
             spec,
+            status,
             reason,
             strategy=self._study.space.search.strategy,
             started_at=started_at,
             seconds_wall=time.monotonic() - begun,
+            last_report=trial.last_result or {},
         )
         self._results.write(row)
 
@@ -97,9 +104,11 @@ class Watcher(tune.Callback):
 
 def _reason(trial: Trial) -> str:
     """The last line of a trial's error."""
+    if trial.error_file is None:
+        return "worker died"
     try:
         text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
-    except (OSError, TypeError):
+    except OSError:
         return "worker died"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "worker died"

@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -117,15 +118,27 @@ def trial_row(
     )
 
 
-def crashed_row(
-    spec: TrialSpec, reason: str, *, strategy: str, started_at: datetime, seconds_wall: float
+def unfinished_row(
+    spec: TrialSpec,
+    status: str,
+    reason: str,
+    *,
+    strategy: str,
+    started_at: datetime,
+    seconds_wall: float,
+    last_report: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The row of a trial that died, with the reason in one line."""
+    """The row that the driver writes for a trial that could not: it died, or was stopped."""
+    tokens = last_report.get("tokens")
     return make_row(
         **spec_columns(spec),
         strategy=strategy,
-        status="crashed",
+        status=status,
         reason=reason,
+        step=last_report.get("step"),
+        tokens_seen=tokens,
+        flops=None if tokens is None else spec.cell.counts.flops_per_token * tokens,
+        train_loss=last_report.get("train_loss"),
         started_at=started_at,
         seconds_wall=seconds_wall,
     )

@@ -55,7 +55,9 @@ def test_rows_and_curves_come_back(results: Results) -> None:
     assert list(frame.columns) == list(COLUMNS)
     assert frame["loss"].tolist() == [2.5]
     assert results.curves(["k1"])["train_loss"].tolist() == [4.0, 3.0]
-    assert results.find("k1")["loss"] == 2.5
+    found = results.find("k1")
+    assert found is not None
+    assert found["loss"] == 2.5
     assert results.find("k2") is None
 
 
