@@ -91,7 +91,7 @@ class CellTable:
 
     def features(self, cell: str) -> CellFeatures:
         """One cell as the surface model sees it."""
-        row = self.cells.loc[cell]
+        row = self.cells.loc[[cell]].to_dict("records")[0]
         total = float(row["params_total_non_embedding"])
         active = float(row["params_active_non_embedding"])
         return CellFeatures(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from raysweep.scaling.group_loss import NotFitted
 from raysweep.scaling.loss_fit import LossFit
+from raysweep.scaling.noise import Ratio
 from raysweep.scaling.power_law import SYMBOLS, PowerLaw
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def _law(law: PowerLaw) -> str:
     return f"{law.formula}  (95 %: {ends}; {law.n_cells} cells{off})"
 
 
-def _why(fit: object) -> str:
+def _why(fit: PowerLaw | LossFit | NotFitted | Ratio) -> str:
     return f"{fit.status}: {fit.message}"
 
 

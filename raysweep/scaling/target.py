@@ -47,12 +47,13 @@ def describe_target(
     that they have in the cells (two thirds, a usual feed-forward share, where no cell is MoE).
     """
     notes = []
-    largest = cells.loc[cells["params_active_non_embedding"].idxmax()]
+    largest = _largest(cells)
     n0 = float(largest["params_active_non_embedding"])
     share = expert_share(cells)
-    if experts > 1 and share is None:
+    if share is None:
         share = 2 / 3
-        notes.append("no MoE cell tells the share of experts: total parameters assume 2/3 of N")
+        if experts > 1:
+            notes.append("no MoE cell tells the share of experts in N: 2/3 is assumed")
     total = params if experts == 1 else params * (1 - share + share * experts / top_k)
     embedding = float(largest["params_active"]) - n0
     embedding *= (params / n0) ** (1 / 3)
@@ -80,10 +81,16 @@ def expert_share(cells: pd.DataFrame) -> float | None:
     ]
     if not len(moe):
         return None
-    row = moe.loc[moe["params_active_non_embedding"].idxmax()]
+    row = _largest(moe)
     active = float(row["params_active_non_embedding"])
     expert = (float(row["params_total_non_embedding"]) - active) / (row["experts"] - row["top_k"])
     return min(1.0, float(row["top_k"]) * expert / active)
+
+
+def _largest(cells: pd.DataFrame) -> dict[str, float]:
+    """The row of the cell with the most active parameters."""
+    place = int(np.argmax(cells["params_active_non_embedding"].to_numpy(float)))
+    return {str(k): v for k, v in cells.iloc[[place]].to_dict("records")[0].items()}
 
 
 def _flops_per_token(cells: pd.DataFrame, params: float) -> float:

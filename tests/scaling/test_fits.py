@@ -9,6 +9,7 @@ import pytest
 from raysweep.errors import UserError
 from raysweep.results.importers import read_chinchilla, read_isoflop, read_steplaw
 from raysweep.scaling.fits import ALL, fit
+from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.recommend import usable_batch
 from raysweep.scaling.target import describe_target
 
@@ -75,8 +76,10 @@ def test_dense_and_moe_are_compared_and_fitted_together(both):
     assert ratios["batch_tokens"].ratio == pytest.approx(0.8, rel=0.06)
     group = both.groups[ALL]
     assert group.kind == "mixed"
-    assert group.loss_laws["wang"].ok
-    assert group.loss_laws["wang"].coefficients["g"] == pytest.approx(0.175, abs=0.06)
+    wang = group.loss_laws["wang"]
+    assert isinstance(wang, LossFit)
+    assert wang.ok
+    assert wang.coefficients["g"] == pytest.approx(0.175, abs=0.06)
     assert both.groups["dense"].loss_laws["chinchilla"].ok
     assert both.groups["moe"].held_out is not None
 
@@ -183,7 +186,7 @@ def test_edges_are_left_out_and_said(planted_study):
     optimum = 3e-3 * 0.1**-0.6 * 0.05**0.25
     high = frame["learning_rate"] > 0.5 * optimum
     fits = quick(frame[~((frame["cell"] == name) & high)])
-    assert fits.cells.loc[name, "status"] != "interior"
+    assert fits.cells["status"].to_dict()[name] != "interior"
     assert name in fits.groups["dense"].laws["learning_rate(flops)"].left_out
     assert "7 of 8 optima are interior" in fits.messages[0]
     assert any("leaves out 1 of 8 cells" in w for w in fits.recommend("dense", 1e9, 2e10).warnings)
@@ -236,6 +239,7 @@ def test_batches_are_rounded_to_what_can_be_run(tokens, length, expected):
 def test_results_without_learning_rates_still_predict_losses(shared_data):
     fits = quick(read_chinchilla(shared_data / "chinchilla_points.csv"))
     law = fits.groups["chinchilla"].loss_laws["chinchilla"]
+    assert isinstance(law, LossFit)
     # Besiroglu et al. 2404.10102 on all 245 points
     assert law.coefficients["E0"] == pytest.approx(1.891, abs=0.002)
     assert law.coefficients["a"] == pytest.approx(0.3493, abs=0.001)
@@ -250,13 +254,15 @@ def test_outliers_of_imported_runs_stay_out(shared_data):
     fits = quick(read_isoflop(shared_data / "isoflop_marin_comma.csv"))
     assert fits.left_out == {"excluded: outlier: too_few_points": 5}
     (group,) = fits.groups.values()
-    assert group.loss_laws["chinchilla"].n_points == 80
+    law = group.loss_laws["chinchilla"]
+    assert isinstance(law, LossFit)
+    assert law.n_points == 80
 
 
 def test_step_law_grids_end_to_end(shared_data):
     fits = quick(read_steplaw(shared_data / "steplaw_dense.csv"))
     group = fits.groups["steplaw-dense"]
-    assert (fits.cells["status"] == "interior").all()
+    assert set(fits.cells["status"]) == {"interior"}
     assert group.in_sample is not None
     assert group.held_out is not None
     assert group.in_sample.mean <= 0.0009
