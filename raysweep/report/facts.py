@@ -1,0 +1,218 @@
+"""What the page says apart from the fits: the runs, their cost, failures, and where they come from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from raysweep.errors import UserError
+from raysweep.report.trends import PARAMS, TOKENS, names_of
+from raysweep.results.schema import COLUMNS, FINISHED
+from raysweep.scaling.fits import Fits
+from raysweep.scaling.recommend import Recommendation
+
+DEFAULT_REACH = 10.0
+"""Without a target in the study, advice is given for this many times the compute of its largest
+cell."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A recommendation, and who asked for it: the study, or this page for want of a target."""
+
+    answer: Recommendation
+    named: bool
+
+
+def studies(frame: pd.DataFrame, spaces: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Each study with what its search space says of it; one that cannot be read says nothing."""
+    found = []
+    for name in dict.fromkeys([*spaces, *frame["study"].dropna().astype(str)]):
+        try:
+            space = yaml.safe_load(spaces[name]) if name in spaces else {}
+        except yaml.YAMLError:
+            space = {}
+        space = space if isinstance(space, dict) else {}
+        found.append({"name": name, "space": space, "text": spaces.get(name, "")})
+    return found
+
+
+def advise(fits: Fits, studies_: Sequence[Mapping[str, Any]]) -> list[Advice]:
+    """What to run for each target of the studies, or for a default one of each architecture."""
+    advice = []
+    for study in studies_:
+        targets = study["space"].get("targets")
+        for target in targets if isinstance(targets, list) else []:
+            try:
+                name, params, tokens = (target[k] for k in ("architecture", "params", "tokens"))
+                if str(name) in fits.groups:
+                    answer = fits.recommend(str(name), float(params), float(tokens))
+                    advice.append(Advice(answer, True))
+            except (UserError, KeyError, TypeError, ValueError):
+                continue
+    covered = {a.answer.architecture for a in advice}
+    for name in names_of(fits):
+        cells = fits.groups[name].cells
+        if name in covered or not len(cells):
+            continue
+        largest = cells.iloc[-1]
+        ratio = float((cells[TOKENS] / cells[PARAMS]).median())
+        params = math.sqrt(DEFAULT_REACH * float(largest[PARAMS]) * float(largest[TOKENS]) / ratio)
+        params = float(f"{params:.2g}")
+        try:
+            answer = fits.recommend(name, params, float(f"{params * ratio:.2g}"))
+        except UserError:
+            continue
+        advice.append(Advice(answer, False))
+    return advice
+
+
+def totals(frame: pd.DataFrame) -> dict[str, float]:
+    """Numbers of trials by what became of them, and what they cost."""
+    status = frame["status"].astype(str)
+    counted = (status == FINISHED) & frame["excluded"].isna()
+    workers = pd.to_numeric(frame["world_size"], errors="coerce").fillna(1)
+    seconds = pd.to_numeric(frame["seconds_train"], errors="coerce")
+    return {
+        "rows": len(frame),
+        "finished": int((status == FINISHED).sum()),
+        "counted": int(counted.sum()),
+        "failed": int((status != FINISHED).sum()),
+        "excluded": int(((status == FINISHED) & ~counted).sum()),
+        "worker_hours": float((seconds * workers).sum() / 3600),
+        "flops": float(pd.to_numeric(frame["flops"], errors="coerce").sum()),
+        "tokens": float(pd.to_numeric(frame["tokens_seen"], errors="coerce").sum()),
+    }
+
+
+def failures(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows that no fit sees, by why, where, and how many; most frequent first."""
+    rows = frame.assign(
+        why=frame["excluded"].astype(object).where(frame["excluded"].notna(), frame["reason"]),
+        what=frame["status"].astype(object).where(frame["status"] != FINISHED, "left out"),
+    )
+    rows = rows[(rows["status"] != FINISHED) | rows["excluded"].notna()]
+    grouped = rows.assign(why=rows["why"].fillna("no reason recorded")).groupby(
+        ["what", "why"], sort=False
+    )
+    found = []
+    for (what, why), part in grouped:
+        cells = sorted(set(part["cell"].astype(str)))
+        rate = pd.to_numeric(part["learning_rate"], errors="coerce").dropna()
+        found.append(
+            {
+                "what": what,
+                "why": why,
+                "n": len(part),
+                "cells": cells,
+                "low": float(rate.min()) if len(rate) else None,
+                "high": float(rate.max()) if len(rate) else None,
+            }
+        )
+    return sorted(found, key=lambda f: -f["n"])
+
+
+def runs_table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each run with its utilisation; records that lack a number show none."""
+    table = []
+    for run in runs:
+        available = _number(run.get("worker_seconds_available"))
+        training = _number(run.get("worker_seconds_training"))
+        seconds = _number(run.get("seconds"))
+        table.append(
+            {
+                "study": str(run.get("study", "")),
+                "started_at": str(run.get("started_at", ""))[:16].replace("T", " "),
+                "seconds": seconds,
+                "workers": _number(run.get("workers")),
+                "trials": _number(run.get("trials")),
+                "cpus": _number(run.get("cpus")),
+                "gpus": _number(run.get("gpus")),
+                "strategy": str(run.get("strategy", "")),
+                "available": available,
+                "training": training,
+                "utilisation": training / available if available and training is not None else None,
+            }
+        )
+    return table
+
+
+def utilisation(table: Sequence[Mapping[str, Any]]) -> float | None:
+    """Worker-seconds inside the training loop over those available, of all runs together."""
+    known = [r for r in table if r["utilisation"] is not None]
+    available = sum(r["available"] for r in known)
+    return sum(r["training"] for r in known) / available if available else None
+
+
+def provenance(frame: pd.DataFrame, runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(what, value) of everything that tells where the numbers come from."""
+    found = [
+        ("Source of the rows", _values(frame, "source")),
+        ("Hardware", _values(frame, "device")),
+        ("Data (hash of the token shards)", _values(frame, "data_hash")),
+        ("Revision of raysweep (+ is modified)", _values(frame, "git_revision")),
+        ("Libraries", _versions(frame, runs)),
+        ("Vocabulary", _values(frame, "vocab_size")),
+        ("Sequence length", _values(frame, "sequence_length")),
+        ("Training recipe", "; ".join(_recipes(frame))),
+        ("Seeds", _values(frame, "seed")),
+        ("Search strategy", _values(frame, "strategy")),
+        ("Schema version of the rows", _values(frame, "schema_version")),
+    ]
+    started = pd.to_datetime(frame["started_at"], utc=True, errors="coerce").dropna()
+    if len(started):
+        first, last = started.min(), started.max()
+        found.append(("Trials started (UTC)", f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M}"))
+    return [(what, value) for what, value in found if value]
+
+
+def _values(frame: pd.DataFrame, column: str, most: int = 4) -> str:
+    """The distinct values of a column, most frequent first."""
+    assert column in COLUMNS, column
+    values = frame[column].dropna()
+    if not len(values):
+        return ""
+    counts = values.astype(str).value_counts()
+    listed = [str(v).removesuffix(".0") for v in counts.index[:most]]
+    more = f" and {len(counts) - most} more" if len(counts) > most else ""
+    return ", ".join(listed) + more
+
+
+def _versions(frame: pd.DataFrame, runs: Sequence[Mapping[str, Any]]) -> str:
+    texts = [t for t in frame["versions"].dropna().unique() if isinstance(t, str)]
+    records: list[Any] = [_json(t) for t in texts]
+    records += [r.get("versions") for r in runs]
+    merged: dict[str, list[str]] = {}
+    for record in records:
+        for name, version in record.items() if isinstance(record, dict) else ():
+            known = merged.setdefault(str(name), [])
+            if str(version) not in known:
+                known.append(str(version))
+    return ", ".join(f"{name} {' / '.join(v)}" for name, v in sorted(merged.items()))
+
+
+def _recipes(frame: pd.DataFrame) -> list[str]:
+    texts = []
+    for text in frame["recipe"].dropna().unique()[:3]:
+        record = _json(text)
+        if isinstance(record, dict):
+            texts.append(", ".join(f"{k} {v}" for k, v in record.items() if v is not None))
+    return texts
+
+
+def _json(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _number(value: Any) -> float | None:
+    good = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if good else None

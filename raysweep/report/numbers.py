@@ -1,0 +1,79 @@
+"""Numbers in the page: written once, each marked with the place in the fits that it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from raysweep.report.style import scientific, short
+
+STYLES: dict[str, Callable[[float], str]] = {
+    "rate": lambda v: scientific(v, 3),
+    "tokens": lambda v: short(v, 3),
+    "params": lambda v: short(v, 3),
+    "flops": lambda v: scientific(v, 3),
+    "loss": lambda v: f"{v:.4f}",
+    "exponent": lambda v: f"{v:+.3f}".replace("-", "\N{MINUS SIGN}"),
+    "ratio": lambda v: f"{v:.3g}",
+    "coefficient": lambda v: scientific(v, 4),
+    "percent": lambda v: f"{100 * v:.3g} %",
+    "share": lambda v: f"{100 * v:.0f} %",
+    "count": lambda v: f"{v:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
+}
+"""How each kind of number is written."""
+
+NOTHING = "–"
+
+
+def written(value: float | None, style: str) -> str:
+    """A number in a style; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return STYLES[style](value)
+
+
+def pointer(*parts: object) -> str:
+    """A JSON pointer (RFC 6901) to a place in the fits."""
+    return "".join("/" + str(p).replace("~", "~0").replace("/", "~1") for p in parts)
+
+
+class Numbers:
+    """Looks numbers up in plain data and marks each with its pointer, so that page and data agree."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+
+    def at(self, *parts: object) -> Any:
+        """The value at a place, None where there is none. A tuple among `parts` counts as its items."""
+        value: Any = self.data
+        for part in _flat(parts):
+            if isinstance(value, Mapping):
+                value = value.get(str(part))
+            elif isinstance(value, Sequence) and not isinstance(value, str):
+                index = int(str(part))
+                value = value[index] if -len(value) <= index < len(value) else None
+            else:
+                return None
+        return value
+
+    def __call__(self, style: str, *parts: object) -> Markup:
+        """The number at a place, as HTML that names the place."""
+        value = self.at(*parts)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return Markup(NOTHING)
+        return Markup('<span class="n" data-key="{}">{}</span>').format(
+            pointer(*_flat(parts)), written(float(value), style)
+        )
+
+    def interval(self, style: str, low: Sequence[object], high: Sequence[object]) -> Markup:
+        """`low to high`; empty where an end is not known."""
+        if any(not isinstance(self.at(*p), int | float) for p in (low, high)):
+            return Markup("")
+        return Markup("{} to {}").format(self(style, *low), self(style, *high))
+
+
+def _flat(parts: Sequence[object]) -> list[object]:
+    return [p for part in parts for p in (part if isinstance(part, tuple) else (part,))]

@@ -1,0 +1,271 @@
+"""The figure of the optima: learning rate and batch against N, D and C, beside published laws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from raysweep.report.figures import AXIS_KINDS, AXIS_NAMES, MOST_ARCHITECTURES, PlotFigure
+from raysweep.report.style import (
+    ARCHITECTURE_COLOURS,
+    LIGHT,
+    MARKERS,
+    finish,
+    log_axis,
+    new_figure,
+    scientific,
+    settings,
+    short,
+    spread,
+)
+from raysweep.report.trends import (
+    PARAMS,
+    Line,
+    laws_used,
+    lines_along,
+    names_of,
+    path_of,
+    reach_of,
+    varying,
+)
+from raysweep.scaling.fits import Fits
+from raysweep.scaling.optimum import Optimum
+from raysweep.scaling.power_law import PowerLaw
+from raysweep.scaling.published import PUBLISHED_LAWS, PublishedLaw, Setting
+from raysweep.scaling.recommend import Recommendation
+
+QUANTITIES = {"learning_rate": "learning rate", "batch_tokens": "batch, tokens"}
+
+PUBLISHED_MARGIN = 6.0
+"""A published law is drawn as far as this factor beyond one's own optima and no farther."""
+
+
+def optima_figure(
+    fits: Fits, answers: Sequence[Recommendation], *, png: bool = False
+) -> PlotFigure | None:
+    """lr* and batch* against N, D and C, each where it varies; None without any optimum."""
+    names = names_of(fits)[:MOST_ARCHITECTURES]
+    optima = fits.optima[fits.method]
+    cells = fits.cells[fits.cells.index.isin(optima)]
+    cells = cells[cells["architecture"].isin(names)]
+    if not len(cells):
+        return None
+    axes_shown = varying(cells) or [PARAMS]
+    laws = {name: laws_used(fits, name) for name in names}
+    rows, texts = [], {}
+    with settings():
+        figure = new_figure(10.2, 6.0 if len(axes_shown) > 1 else 3.4)
+        shape = (2, len(axes_shown)) if len(axes_shown) > 1 else (1, 2)
+        grid = figure.subplots(*shape, squeeze=False)
+        for q, (quantity, label) in enumerate(QUANTITIES.items()):
+            for k, axis in enumerate(axes_shown):
+                axes = grid[q, k] if len(axes_shown) > 1 else grid[0, q]
+                kind = "scientific" if quantity == "learning_rate" else "count"
+                data, tips = _optima_panel(
+                    axes, fits, cells, names, laws, answers, quantity, axis, f"{q}{k}"
+                )
+                rows += data
+                texts |= tips
+                log_axis(axes, "x", AXIS_KINDS[axis], 5)
+                log_axis(axes, "y", kind, 6)
+                axes.grid(True)
+                axes.set_axisbelow(True)
+                if axes.get_subplotspec().is_last_row():
+                    axes.set_xlabel(AXIS_NAMES[axis])
+                if k == 0:
+                    axes.set_ylabel(f"optimal {label}")
+        drawing = finish(
+            figure,
+            "optima",
+            "Optimal learning rate and batch of each cell against its size, with fitted laws",
+            texts,
+            png,
+        )
+    return PlotFigure("optima", drawing, pd.DataFrame(rows), tuple(axes_shown))
+
+
+def _optima_panel(
+    axes: Axes,
+    fits: Fits,
+    cells: pd.DataFrame,
+    names: Sequence[str],
+    laws: Mapping[str, Mapping[str, PowerLaw]],
+    answers: Sequence[Recommendation],
+    quantity: str,
+    axis: str,
+    tag: str,
+) -> tuple[list[dict[str, object]], dict[str, list[str]]]:
+    optima = fits.optima[fits.method]
+    rows: list[dict[str, object]] = []
+    tips: dict[str, list[str]] = {}
+    heights: list[float] = []
+    drawn: list[tuple[str, Line]] = []
+    for i, name in enumerate(names):
+        colour, marker = LIGHT[ARCHITECTURE_COLOURS[i]], MARKERS[i]
+        own = cells[cells["architecture"] == name]
+        if not len(own):
+            continue
+        x = own[axis].to_numpy(float)
+        found = [optima[c] for c in own.index]
+        y = np.array([getattr(o, quantity) for o in found])
+        half = np.array([_half(o, quantity) for o in found])
+        inside = np.array([o.interior for o in found])
+        known = inside & np.isfinite(half)
+        axes.errorbar(
+            x[known],
+            y[known],
+            yerr=np.stack([y * (1 - np.exp(-half)), y * (np.exp(half) - 1)])[:, known],
+            fmt="none",
+            ecolor=colour,
+            elinewidth=0.9,
+            alpha=0.7,
+            zorder=3,
+        )
+        gid = f"points{tag}-{i}"
+        axes.scatter(
+            x,
+            y,
+            s=26,
+            marker=marker,
+            facecolors=[colour if k else LIGHT["paper"] for k in inside],
+            edgecolors=[LIGHT["paper"] if k else colour for k in inside],
+            linewidths=[0.6 if k else 1.2 for k in inside],
+            zorder=4,
+            gid=gid,
+        )
+        tips[gid] = [
+            f"{c}: {QUANTITIES[quantity].split(',')[0]} {_write(quantity, v)} ({o.status})"
+            for c, v, o in zip(own.index, y, found, strict=True)
+        ]
+        heights += [*y]
+        rows += [
+            {"what": "cell", "architecture": name, "cell": c, "quantity": quantity, "axis": axis,
+             "x": a, "y": b, "low": b * math.exp(-h), "high": b * math.exp(h), "status": o.status}
+            for c, a, b, h, o in zip(own.index, x, y, half, found, strict=True)
+        ]  # fmt: skip
+        reach = reach_of(answers, name, axis, own)
+        lines = lines_along(own, laws[name].get(quantity), axis, reach, len(names) == 1)
+        for k, line in enumerate(lines):
+            _draw_line(axes, line, colour, first=k == 0)
+            heights += [*line.y[np.isfinite(line.y)]]
+            rows += [
+                {"what": "law", "architecture": name, "cell": line.held, "quantity": quantity,
+                 "axis": axis, "x": a, "y": b, "low": lo, "high": hi, "status": ""}
+                for a, b, lo, hi in zip(line.x, line.y, line.low, line.high, strict=True)
+            ]  # fmt: skip
+        drawn += [(name, line) for line in lines[:1]]
+        _draw_targets(axes, answers, name, quantity, reach, colour)
+        if not lines:  # published laws need a path even where there is no law of one's own
+            drawn.append((name, path_of(own, axis, reach)))
+    finite = np.array([h for h in heights if math.isfinite(h) and h > 0])
+    low, high = finite.min() / 1.6, finite.max() * 1.6
+    rows += _draw_published(axes, drawn, quantity, axis, low, high)
+    axes.set_ylim(low / 1.05, high * 1.05)
+    lo, hi = axes.get_xlim()
+    x_all = cells[axis].to_numpy(float)
+    lo = min(x_all.min(), *(line.x[0] for _, line in drawn)) if drawn else x_all.min()
+    hi = max(x_all.max(), *(line.x[-1] for _, line in drawn)) if drawn else x_all.max()
+    margin = max((hi / lo) ** 0.05, 1.05)
+    axes.set_xlim(lo / margin, hi * margin)
+    return rows, tips
+
+
+def _half(optimum: Optimum, quantity: str) -> float:
+    k = 0 if quantity == "learning_rate" else 1
+    return 1.96 * math.sqrt(optimum.covariance[k, k])
+
+
+def _write(quantity: str, value: float) -> str:
+    return scientific(value) if quantity == "learning_rate" else short(value)
+
+
+def _draw_line(axes: Axes, line: Line, colour: str, first: bool) -> None:
+    style = "-" if first else (0, (4, 2))
+    axes.plot(line.x, line.y, color=colour, linewidth=1.5 if first else 0.9, ls=style, zorder=2)
+    if first and np.isfinite(line.low).all():
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.12, lw=0, zorder=1)
+    if line.held:
+        symbol, value = line.held.split("=")
+        axes.annotate(
+            f"{symbol} {short(float(value))}",
+            (line.x[0], line.y[0]),
+            xytext=(2, 4),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=LIGHT["muted"],
+            zorder=5,
+        )
+
+
+def _draw_targets(
+    axes: Axes,
+    answers: Sequence[Recommendation],
+    name: str,
+    quantity: str,
+    reach: Sequence[float],
+    colour: str,
+) -> None:
+    for x, answer in zip(reach, [a for a in answers if a.architecture == name], strict=True):
+        y = answer.learning_rate if quantity == "learning_rate" else answer.batch_tokens_exact
+        if math.isfinite(y):
+            axes.scatter(
+                [x], [y], marker="*", s=110, c=colour, edgecolors=LIGHT["paper"], lw=0.8, zorder=6
+            )
+
+
+def _draw_published(
+    axes: Axes,
+    drawn: Sequence[tuple[str, Line]],
+    quantity: str,
+    axis: str,
+    low: float,
+    high: float,
+) -> list[dict[str, object]]:
+    """Thin lines of published laws along the same paths, named at their right end."""
+    rows: list[dict[str, object]] = []
+    ends: list[tuple[float, float, str]] = []
+    floor, ceiling = low * 1.6 / PUBLISHED_MARGIN, high / 1.6 * PUBLISHED_MARGIN
+    for law in PUBLISHED_LAWS.values():
+        path = next((line for _, line in drawn if law.covers(line.settings[0])), None)
+        if path is None:
+            continue
+        y = np.array([_published(law, quantity, s) for s in path.settings])
+        seen = np.isfinite(y) & (y > floor) & (y < ceiling)
+        if seen.sum() < 2:
+            continue
+        axes.plot(
+            path.x[seen], y[seen], color=LIGHT["faint"], linewidth=0.8, zorder=1.5,
+            linestyle="-" if law.verified else ":",
+        )  # fmt: skip
+        last = int(np.flatnonzero(seen)[-1])
+        if low < y[last] < high:
+            ends.append((path.x[last], y[last], law.source.split(",")[0].replace(" et al.", "")))
+        rows += [
+            {"what": "published", "architecture": law.key, "cell": "", "quantity": quantity,
+             "axis": axis, "x": a, "y": b, "low": math.nan, "high": math.nan, "status": ""}
+            for a, b in zip(path.x, y, strict=True)
+        ]  # fmt: skip
+    if ends:
+        height = math.log(high / low)
+        places = np.exp(spread(np.log([y for _, y, _ in ends]), 0.055 * height))
+        for (x, y, text), place in zip(ends, places, strict=True):
+            axes.annotate(
+                text,
+                (x, y),
+                xytext=(5, 0) if place == y else (5, 72 * 2.4 * math.log(place / y) / height),
+                textcoords="offset points",
+                fontsize=7,
+                va="center",
+                color=LIGHT["muted"],
+                annotation_clip=False,
+            )
+    return rows
+
+
+def _published(law: PublishedLaw, quantity: str, setting: Setting) -> float:
+    answer = law.learning_rate(setting) if quantity == "learning_rate" else law.batch_tokens(setting)
+    return math.nan if answer is None else answer

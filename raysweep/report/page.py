@@ -1,0 +1,217 @@
+"""report(results, folder): one self-contained HTML page from a results folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from raysweep.report import facts, reading
+from raysweep.report.figures import PlotFigure, colours
+from raysweep.report.losses import comparison_figure, loss_figure
+from raysweep.report.numbers import STYLES, Numbers, written
+from raysweep.report.optima import optima_figure
+from raysweep.report.style import DARK, LIGHT
+from raysweep.report.surfaces import GAPS, CellFigure, cell_figures
+from raysweep.report.trends import laws_used, names_of
+from raysweep.report.trials import trial_table
+from raysweep.results.store import Results
+from raysweep.scaling.cells import cell_table
+from raysweep.scaling.fits import ALL, Fits, fit
+
+_log = logging.getLogger("raysweep")
+
+LARGEST = 3_000_000
+"""Bytes that the page may have."""
+
+
+def report(
+    results: Results, folder: str | os.PathLike[str], *, png: bool = False, title: str | None = None
+) -> Path:
+    """Fit the results and write `folder/index.html`, one file that needs nothing else.
+
+    With `png`, each figure is written beside it too, as `folder/NAME.png`. Returns the page's path.
+    A results folder in any state gives a page, which says what the results do not support.
+    """
+    frame = results.frame()
+    fits = fit(frame)
+    context, drawings = _context(results, frame, fits, png)
+    context["title"] = title or _title(context["studies"])
+    context["command"] = _command(results.uri, folder, png)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    page = target / "index.html"
+    html = _render(context)
+    _replace(page, html.encode())
+    for name, image in drawings.items():
+        (target / f"{name}.png").write_bytes(image)
+    return page
+
+
+def _context(
+    results: Results, frame: pd.DataFrame, fits: Fits, png: bool
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Everything that the template says, and the PNG images by name."""
+    studies = facts.studies(frame, results.search_spaces())
+    advice = facts.advise(fits, studies)
+    answers = [a.answer for a in advice]
+    data = {**fits.to_dict(), "answers": [a.to_dict() for a in answers]}
+    numbers = Numbers(data)
+    names = names_of(fits)
+    laws = {name: laws_used(fits, name) for name in names}
+    loss_laws = {name: law for name in names if (law := _loss_law(fits, name))}
+    table = cell_table(frame)
+    cells = cell_figures(fits, table, png=png)
+    figures = {
+        figure.name: figure
+        for figure in (
+            optima_figure(fits, answers, png=png),
+            loss_figure(fits, answers, loss_laws, png=png),
+            comparison_figure(fits, png=png),
+        )
+        if figure is not None
+    }
+    runs = facts.runs_table(results.runs())
+    trials = trial_table(frame, fits)
+    context = {
+        "n": numbers,
+        "data": data,
+        "fits": fits,
+        "ALL": ALL,
+        "studies": studies,
+        "answers": _answers(advice, numbers),
+        "names": names,
+        "colours": colours(names),
+        "kinds": {name: fits.groups[name].kind for name in names},
+        "totals": facts.totals(frame),
+        "cell_figures": _by_architecture(cells),
+        "gaps": GAPS,
+        "figures": figures,
+        "readings": {
+            "surfaces": reading.surfaces(fits, len(cells)),
+            "optima": reading.laws(fits, numbers, laws),
+            "loss": reading.loss(fits, numbers, loss_laws),
+            "comparison": reading.comparison(fits, numbers),
+            "checks": reading.checks(fits, numbers),
+        },
+        "methods": {
+            name: reading.methods(numbers, name, group.methods)
+            for name, group in fits.groups.items()
+            if name != ALL
+        },
+        "runs": runs,
+        "utilisation": facts.utilisation(runs),
+        "failures": facts.failures(frame),
+        "provenance": facts.provenance(frame, results.runs()),
+        "problems": results.problems,
+        "trials": trials,
+        "csv": {name: _csv(figure.data) for name, figure in figures.items()},
+        "light": LIGHT,
+        "dark": DARK,
+        "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    images = _images(cells, figures.values()) if png else {}
+    return context, images
+
+
+def _answers(advice: Sequence[facts.Advice], n: Numbers) -> list[dict[str, Any]]:
+    return [
+        {
+            "answer": a.answer,
+            "named": a.named,
+            "at": ("answers", i),
+            "reach": reading.extrapolation(a.answer),
+            "limits": reading.answer_limits(a.answer),
+        }
+        for i, a in enumerate(advice)
+    ]
+
+
+def _loss_law(fits: Fits, name: str) -> str | None:
+    """The law of the loss that `recommend` predicts an architecture's losses with."""
+    advice = facts.advise(fits, [])
+    found = [a.answer.laws.get("loss") for a in advice if a.answer.architecture == name]
+    return found[0] if found else None
+
+
+def _by_architecture(cells: Sequence[CellFigure]) -> dict[str, list[CellFigure]]:
+    grouped: dict[str, list[CellFigure]] = {}
+    for cell in cells:
+        grouped.setdefault(cell.architecture, []).append(cell)
+    return grouped
+
+
+def _images(cells: Sequence[CellFigure], figures: Any) -> dict[str, bytes]:
+    images = {f.name: f.drawing.png for f in figures if f.drawing.png}
+    for cell in cells:
+        if cell.drawing.png:
+            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in cell.cell)
+            images[f"cell-{safe}"] = cell.drawing.png
+    return images
+
+
+def _csv(data: pd.DataFrame) -> str:
+    return data.dropna(axis="columns", how="all").to_csv(index=False, float_format="%.6g")
+
+
+def _title(studies: Sequence[Mapping[str, Any]]) -> str:
+    names = [str(s["name"]) for s in studies]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _command(uri: str, folder: str | os.PathLike[str], png: bool) -> str:
+    """The command that makes this page again, with paths as short as they can be said."""
+    parts = ["raysweep", "report", _relative(uri), "-o", _relative(os.fspath(folder))]
+    return shlex.join(parts + (["--png"] if png else []))
+
+
+def _relative(path: str) -> str:
+    if "://" in path and not path.startswith("file://"):
+        return path
+    path = path.removeprefix("file://")
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def _render(context: Mapping[str, Any]) -> str:
+    env = Environment(
+        loader=PackageLoader("raysweep.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters["num"] = lambda value, style: written(value, style)
+    env.filters["script"] = _script
+    assert set(STYLES)
+    folder = files("raysweep.report") / "templates"
+    css, js = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return env.get_template("page.html").render(css=Markup(css), js=Markup(js), **context)
+
+
+def _script(value: Any) -> Markup:
+    """JSON that may stand in a <script>: nothing in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(
+        text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write whole or not at all: a reader of the page never sees half of it."""
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+__all__ = ["LARGEST", "PlotFigure", "report"]

@@ -1,0 +1,241 @@
+"""The loss of each cell over learning rate and batch: its trials, the fitted surface, its optimum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from raysweep.errors import UserError
+from raysweep.report.style import (
+    LIGHT,
+    Drawing,
+    finish,
+    log_axis,
+    new_figure,
+    scientific,
+    settings,
+    short,
+)
+from raysweep.scaling.cells import CellTable, CellTrials
+from raysweep.scaling.fits import Fits
+from raysweep.scaling.optimum import SURFACE_AT_LEAST, SURFACE_WITHIN, Optimum
+from raysweep.scaling.surface import Surface, fit_surface
+
+GAPS = (0.001, 0.003, 0.01, 0.03, 0.1)
+"""Borders between the six shades: loss above the cell's best, relative."""
+
+SHADES = tuple(LIGHT[f"h{i}"] for i in range(len(GAPS) + 1))
+
+MOST = 36
+"""Cells drawn; of more, this many spread evenly over compute."""
+
+TIPS = 4000
+"""Trials with a hover text; beyond this many in the page none has one."""
+
+REGION = 5.991
+"""Chi-squared of two degrees of freedom at 95 %."""
+
+
+@dataclass(frozen=True)
+class CellFigure:
+    """One cell's drawing and the words beside it."""
+
+    cell: str
+    architecture: str
+    drawing: Drawing
+    edges: tuple[str, ...]
+
+
+def display_surface(cells: list[CellTrials]) -> Surface | None:
+    """The joint surface behind the default optima, to be drawn; None where it cannot be fitted."""
+    if not cells:
+        return None
+    parts = []
+    for index, trials in enumerate(cells):
+        enough = np.sort(trials.loss)[:SURFACE_AT_LEAST][-1]
+        near = trials.loss <= max(enough, trials.loss.min() * (1 + SURFACE_WITHIN))
+        lost = len(trials.failed_learning_rate)
+        parts.append(
+            (
+                np.full(near.sum() + lost, index),
+                np.r_[trials.learning_rate[near], trials.failed_learning_rate],
+                np.r_[trials.batch_tokens[near], trials.failed_batch_tokens],
+                np.r_[trials.loss[near], np.full(lost, np.nan)],
+            )
+        )
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    try:
+        return fit_surface([t.features for t in cells], *columns)
+    except (UserError, np.linalg.LinAlgError):
+        return None
+
+
+def chosen_cells(fits: Fits) -> list[str]:
+    """The cells to draw, smallest compute first: all, or `MOST` of them spread evenly."""
+    names = [c for c in fits.cells.index if fits.cells.loc[c, "n_searched"] > 0]
+    if len(names) <= MOST:
+        return names
+    spread = np.unique(np.linspace(0, len(names) - 1, MOST).round().astype(int))
+    return [names[i] for i in spread]
+
+
+def cell_figures(fits: Fits, table: CellTable, *, png: bool = False) -> list[CellFigure]:
+    """One small figure a cell; all cells of an architecture share their axes."""
+    searched = {t.name: t for t in table.searched()}
+    names = [n for n in chosen_cells(fits) if n in searched]
+    surface = display_surface(list(searched.values())) if fits.method == "surface" else None
+    tips = sum(len(searched[n].loss) for n in names) <= TIPS
+    figures = []
+    boxes: dict[str, np.ndarray] = {}
+    for name in names:
+        architecture = str(fits.cells.loc[name, "architecture"])
+        if architecture not in boxes:
+            same = fits.cells.index[fits.cells["architecture"] == architecture]
+            boxes[architecture] = _box([searched[n] for n in same if n in searched])
+        figures.append(
+            _cell_figure(searched[name], fits, surface, boxes[architecture], len(figures), tips, png)
+        )
+    return figures
+
+
+def _cell_figure(
+    trials: CellTrials,
+    fits: Fits,
+    surface: Surface | None,
+    box: np.ndarray,
+    number: int,
+    tips: bool,
+    png: bool,
+) -> CellFigure:
+    row = fits.cells.loc[trials.name]
+    optimum = fits.optima[fits.method].get(trials.name)
+    best = float(row["loss"]) if math.isfinite(row["loss"]) else float(trials.loss.min())
+    gap = trials.loss / best - 1
+    with settings():
+        figure = new_figure(2.42, 2.0)
+        axes = figure.subplots()
+        axes.set_xlim(*np.exp(box[:, 0]))
+        axes.set_ylim(*np.exp(box[:, 1]))
+        if surface is not None and surface.status == "converged":
+            _contours(axes, surface, trials, best)
+        order = np.argsort(-gap, kind="stable")
+        axes.scatter(
+            trials.learning_rate[order],
+            trials.batch_tokens[order],
+            c=[SHADES[i] for i in np.searchsorted(GAPS, gap[order], side="right")],
+            s=_size(len(gap)),
+            edgecolors=LIGHT["paper"] if surface is not None else LIGHT["faint"],
+            linewidths=0.7,
+            zorder=3,
+            gid="trials",
+        )
+        if len(trials.failed_learning_rate):
+            axes.scatter(
+                trials.failed_learning_rate,
+                trials.failed_batch_tokens,
+                marker="x",
+                c=LIGHT["bad"],
+                s=16,
+                linewidths=1.1,
+                zorder=3,
+                gid="diverged",
+            )
+        edges = _mark_optimum(axes, optimum) if optimum is not None else ()
+        axes.set_xlabel("learning rate", labelpad=2)
+        axes.set_ylabel("batch, tokens", labelpad=2)
+        log_axis(axes, "x", "scientific", 4)
+        log_axis(axes, "y", "count", 4)
+        texts = [
+            f"lr {scientific(r)}, batch {short(b)}, loss {loss:.4f} ({100 * g:+.2f} %)"
+            for r, b, loss, g in zip(
+                trials.learning_rate[order],
+                trials.batch_tokens[order],
+                trials.loss[order],
+                gap[order],
+                strict=True,
+            )
+        ]
+        lost = [
+            f"diverged: lr {scientific(r)}, batch {short(b)}"
+            for r, b in zip(trials.failed_learning_rate, trials.failed_batch_tokens, strict=True)
+        ]
+        drawing = finish(
+            figure,
+            f"cell{number}",
+            f"Loss of the trials of {trials.name} over learning rate and batch",
+            {"trials": texts, "diverged": lost} if tips else {},
+            png,
+        )
+    return CellFigure(trials.name, str(row["architecture"]), drawing, edges)
+
+
+def _size(trials: int) -> float:
+    return float(np.clip(400 / max(trials, 1), 9, 30))
+
+
+def _box(cells: list[CellTrials]) -> np.ndarray:
+    """[[low lr, low batch], [high lr, high batch]] in logs, with a margin."""
+    rates = np.log(np.concatenate([np.r_[t.learning_rate, t.failed_learning_rate] for t in cells]))
+    batches = np.log(np.concatenate([np.r_[t.batch_tokens, t.failed_batch_tokens] for t in cells]))
+    low, high = np.array([rates.min(), batches.min()]), np.array([rates.max(), batches.max()])
+    margin = np.where(high - low < 0.02, 0.7, 0.08 * (high - low))
+    return np.stack([low - margin, high + margin])
+
+
+def _contours(axes: Axes, surface: Surface, trials: CellTrials, best: float) -> None:
+    """The surface within the searched range of the cell, in the shades of the trials."""
+    box = _box([trials])
+    rate, batch = (np.exp(np.linspace(box[0, k], box[1, k], 41)) for k in range(2))
+    x, y = np.meshgrid(rate, batch)
+    loss, _ = surface.predict(trials.name, x, y)
+    gap = np.clip(loss / best - 1, 0, 1e3)
+    axes.contourf(x, y, gap, levels=[-1, *GAPS, 1e4], colors=SHADES, alpha=0.55, zorder=1)
+    axes.contour(x, y, gap, levels=GAPS[:3], colors=LIGHT["paper"], linewidths=0.5, zorder=2)
+
+
+def _mark_optimum(axes: Axes, optimum: Optimum) -> tuple[str, ...]:
+    """The optimum with its 95 % region; a side that it runs into is marked on the frame."""
+    interior = optimum.interior
+    axes.scatter(
+        [optimum.learning_rate],
+        [optimum.batch_tokens],
+        marker="P" if interior else "o",
+        s=46,
+        c=LIGHT["c1"] if interior else "none",
+        edgecolors=LIGHT["paper"] if interior else LIGHT["bad"],
+        linewidths=0.9 if interior else 1.4,
+        zorder=5,
+    )
+    if interior and np.isfinite(optimum.covariance).all():
+        values, vectors = np.linalg.eigh(optimum.covariance)
+        turn = np.linspace(0, 2 * np.pi, 60)
+        circle = np.stack([np.cos(turn), np.sin(turn)]) * np.sqrt(REGION)
+        ring = (vectors * np.sqrt(np.maximum(values, 0))) @ circle
+        axes.plot(
+            optimum.learning_rate * np.exp(ring[0]),
+            optimum.batch_tokens * np.exp(ring[1]),
+            color=LIGHT["c1"],
+            linewidth=1.1,
+            zorder=4,
+        )
+    sides = {
+        "learning_rate low": "left",
+        "learning_rate high": "right",
+        "batch low": "bottom",
+        "batch high": "top",
+    }
+    hit = tuple(words for words in sides if words in optimum.status)
+    for words in hit:
+        spine = axes.spines[sides[words]]
+        spine.set(visible=True, color=LIGHT["bad"], linewidth=2.2)
+    return hit
+
+
+def surface_data(table: CellTable) -> pd.DataFrame:
+    """The trials behind the drawings."""
+    columns = ["cell", "learning_rate", "batch_tokens", "seed", "loss", "trial_key"]
+    return table.trials[columns]

@@ -1,0 +1,68 @@
+"""Every trial for the page's table: columns of plain values, as many rows as the page can hold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from raysweep.results.schema import FINISHED
+from raysweep.scaling.fits import Fits
+
+MOST_ROWS = 12_000
+"""Rows in the page. Beyond it the worst losses of each cell are left to the Parquet table."""
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "cell": ("cell", "text"),
+    "architecture": ("architecture", "text"),
+    "learning_rate": ("learning rate", "rate"),
+    "batch_tokens": ("batch", "tokens"),
+    "loss": ("loss", "loss"),
+    "gap": ("above best", "percent"),
+    "status": ("status", "text"),
+    "seed": ("seed", "count"),
+    "seconds_train": ("seconds", "seconds"),
+    "tokens_per_second": ("tokens/s", "tokens"),
+    "why": ("why", "text"),
+    "trial_key": ("trial", "key"),
+}
+"""Column -> heading and kind."""
+
+
+def trial_table(frame: pd.DataFrame, fits: Fits) -> dict[str, Any]:
+    """{"columns": [...], "rows": n, "shown": n}; text columns are coded as words and indices."""
+    finished = frame["status"].astype(str) == FINISHED
+    best = frame["loss"].where(finished & frame["excluded"].isna()).groupby(frame["cell"]).min()
+    table = frame.assign(
+        gap=frame["loss"].where(finished) / frame["cell"].map(best) - 1,
+        why=frame["excluded"].astype(object).where(frame["excluded"].notna(), frame["reason"]),
+    )
+    if len(table) > MOST_ROWS:
+        table = table.sort_values("gap", na_position="first", kind="stable").iloc[:MOST_ROWS]
+    order = {str(c): i for i, c in enumerate(fits.cells.index)}
+    place = table["cell"].astype(str).map(order).fillna(len(order))
+    table = table.assign(_place=place).sort_values(["_place", "loss"], kind="stable")
+    columns = []
+    for name, (heading, kind) in COLUMNS.items():
+        values = table[name]
+        if not values.notna().any():
+            continue
+        columns.append({"name": name, "heading": heading, "kind": kind, **_coded(values, kind)})
+    return {"columns": columns, "rows": len(frame), "shown": len(table)}
+
+
+def _coded(values: pd.Series, kind: str) -> dict[str, Any]:
+    if kind == "key":
+        return {"values": [None if pd.isna(v) else str(v) for v in values]}
+    if kind == "text":
+        codes, words = pd.factorize(values.astype(object))
+        return {"codes": codes.tolist(), "words": [str(w) for w in words]}
+    digits = 5 if kind in ("loss", "percent") else 6
+    return {"values": [_rounded(v, digits) for v in pd.to_numeric(values, errors="coerce")]}
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{digits}g}")
