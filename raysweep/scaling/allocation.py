@@ -99,6 +99,13 @@ def compute_optimal(
     )
 
 
+def optimal_params(
+    fit: LossFit, draws: np.ndarray, flops: np.ndarray, given: Inputs, cost: Count = six_n
+) -> np.ndarray:
+    """The N [B] of the lowest loss that each of `draws` [B, p] reaches with its own budget [B]."""
+    return np.exp(_numeric(fit, draws, flops, dict(given), cost))
+
+
 def optimal_loss(
     fit: LossFit, draws: np.ndarray, flops: np.ndarray, given: Inputs, cost: Count = six_n
 ) -> np.ndarray:

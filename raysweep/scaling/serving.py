@@ -1,0 +1,296 @@
+"""The inference-aware optimum of Yun et al. 2024 (arXiv 2404.02852): quality against serving cost.
+
+More experts lower the loss at a given training cost but fill the memory that a batch of requests
+needs, so the loss-optimal model is rarely the one to serve. Under one training budget, a model
+with many experts can be trained smaller and on more tokens than is loss-optimal, and still match
+another's quality (or its serving cost) at a profit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import root_scalar
+
+from raysweep.errors import UserError
+from raysweep.scaling.allocation import optimal_params
+from raysweep.scaling.loss_fit import LossFit
+from raysweep.scaling.roofline import BYTES, Gpu, Latency, Roofline, ServedModel
+
+Kind = Literal["loss-optimal", "equal quality", "equal cost", "same quality, more compute"]
+
+# Laws whose N is the corresponding dense model, whatever is active.
+_DENSE_N = ("yun", "wang", "clark")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The machines and the traffic: what a million generated tokens cost on.
+
+    `latency` defaults to the GPU's roofline. A request reads `prompt` tokens and generates
+    `generated`; sequences come and go, so they hold prompt + generated / 2 tokens on average."""
+
+    gpu: Gpu
+    dollars_per_hour: float  # of one GPU
+    latency: Latency | None = None
+    gpu_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    prompt: float = 1024.0
+    generated: float = 256.0
+    usable_memory: float = 0.9  # the rest holds activations and the runtime
+    max_sequences: float = float("inf")
+    model: ServedModel = field(default_factory=lambda: ServedModel(1e9))  # all but params, experts
+
+    @property
+    def timing(self) -> Latency:
+        return self.latency or Roofline(self.gpu)
+
+
+@dataclass(frozen=True)
+class ServingCost:
+    """The cheapest number of GPUs to serve a model on; infinite dollars where none can hold it."""
+
+    dollars_per_million: float
+    gpus: int
+    sequences: float  # batch that fits
+    tokens_per_second: float  # of all GPUs together
+    status: Literal["fits", "does not fit"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One way to spend a training budget and serve the result.
+
+    `params` is the corresponding dense model; `size_share` is `params` over the loss-optimal size
+    of the same number of experts and budget, `training_share` the FLOPs over the budget, `beyond`
+    how many times outside the fit's range of params or tokens the model lies (1 inside)."""
+
+    kind: Kind
+    experts: float
+    params: float
+    params_total: float
+    params_active: float
+    tokens: float
+    loss: float
+    flops: float
+    size_share: float
+    training_share: float
+    beyond: float
+    cost: ServingCost
+    status: Literal["found", "unreachable"]
+    message: str
+
+
+def serving_cost(model: ServedModel, serving: Serving) -> ServingCost:
+    """min over G of G dollars / throughput, eq. 5 to 7 of the source.
+
+    The batch fills what memory the weights leave; a step generates one token for each of its
+    sequences, and admits sequences / generated new ones, whose prompts are read."""
+    context = serving.prompt + 0.5 * serving.generated
+    best = ServingCost(float("inf"), 0, 0.0, 0.0, "does not fit")
+    for gpus in serving.gpu_counts:
+        room = gpus * serving.gpu.memory * serving.usable_memory - BYTES * model.params_total
+        sequences = min(room / (model.kv_bytes * context), serving.max_sequences)
+        if sequences < 1:
+            continue
+        step = serving.timing.prefill(
+            model, gpus, sequences / serving.generated, serving.prompt
+        ) + serving.timing.decode(model, gpus, sequences, context)
+        rate = sequences / step
+        dollars = gpus * serving.dollars_per_hour / 3600.0 / rate * 1e6
+        if dollars < best.dollars_per_million:
+            best = ServingCost(dollars, gpus, sequences, rate, "fits")
+    return best
+
+
+def serving_solutions(
+    fit: LossFit,
+    flops: float,
+    serving: Serving,
+    experts: Sequence[float] = (2, 4, 8, 16, 32, 64),
+    reference: float | None = None,
+) -> list[Solution]:
+    """What a training budget of `flops` can buy with each number of experts.
+
+    For each: the loss-optimal split; the smaller, over-trained model of equal quality to the
+    loss-optimal model of `reference` experts (by default the fewest), or, where the budget cannot
+    reach that quality, the least compute that does; and the one of equal serving cost. `fit` is of
+    a law that reads params, tokens and experts. Raises UserError for a fit that may not be used."""
+    if not fit.ok:
+        raise UserError(f"the fit of law '{fit.name}' is not usable ({fit.status}): {fit.message}")
+    if not {"params", "tokens"} <= set(fit.law.inputs) or not (
+        {"experts", "sparsity"} & set(fit.law.inputs)
+    ):
+        raise UserError(
+            f"law '{fit.name}' does not read params, tokens and experts: use yun or wang"
+        )
+    if serving.dollars_per_hour <= 0:
+        raise UserError("dollars_per_hour must be positive: give the price of one GPU")
+    counts = sorted({float(e) for e in experts} | ({float(reference)} if reference else set()))
+    studies = {e: _Budget(fit, flops, serving, e) for e in counts}
+    target = studies[float(reference) if reference else counts[0]].best
+    solutions = []
+    for e in counts:
+        study = studies[e]
+        solutions.append(study.best)
+        if study.best is not target:
+            solutions.append(study.of_equal_quality(target))
+            solutions.append(study.of_equal_cost(target))
+    return solutions
+
+
+class _Budget:
+    """One number of experts under one training budget: every model size has its tokens."""
+
+    def __init__(self, fit: LossFit, flops: float, serving: Serving, experts: float) -> None:
+        # Solving needs the estimate alone, not its resamples.
+        self.fit = replace(fit, samples=None)
+        self.flops, self.serving, self.experts = flops, serving, experts
+        best = self.optimal_params(flops)
+        self.best = self._solution("loss-optimal", best, flops, best, "")
+
+    def model(self, params: float) -> ServedModel:
+        return replace(self.serving.model, params=params, experts=self.experts)
+
+    def _law_params(self, params: float) -> float:
+        """The law's N of a dense-equivalent size, by the law's own way of counting."""
+        law, unit = self.fit.law, self.model(1.0)
+        if law.key in _DENSE_N:
+            return params
+        total = law.parameter_count.startswith("params_total")
+        return params * (unit.params_total if total else unit.params_active)
+
+    def loss(self, params: float, tokens: float) -> float:
+        given = {"experts": self.experts, "top_k": self.model(params).used}
+        inputs = {**given, "params": self._law_params(params), "tokens": tokens}
+        return float(self.fit.predict(inputs)[0])
+
+    def tokens(self, params: float, flops: float) -> float:
+        return flops / (6.0 * self.model(params).params_active)
+
+    def optimal_params(self, flops: float) -> float:
+        """The dense-equivalent size of the lowest loss at a training budget."""
+        unit, scale = self.model(1.0), self._law_params(1.0)
+        best = optimal_params(
+            self.fit,
+            self.fit.values[None],
+            np.array([flops]),
+            {"experts": self.experts, "top_k": unit.used},
+            lambda n: 6.0 * n / scale * unit.params_active,
+        )
+        return float(best[0]) / scale
+
+    def _solution(
+        self, kind: Kind, params: float, flops: float, optimal: float, message: str
+    ) -> Solution:
+        model = self.model(params)
+        tokens = self.tokens(params, flops)
+        return Solution(
+            kind=kind,
+            experts=self.experts,
+            params=params,
+            params_total=model.params_total,
+            params_active=model.params_active,
+            tokens=tokens,
+            loss=self.loss(params, tokens),
+            flops=flops,
+            size_share=params / optimal,
+            training_share=flops / self.flops,
+            beyond=self._beyond(params, tokens),
+            cost=serving_cost(model, self.serving),
+            status="found",
+            message=message,
+        )
+
+    def of_equal_quality(self, target: Solution) -> Solution:
+        """Solve N below the loss-optimal size for the target's loss, at the same training cost."""
+        optimal = self.best.params
+        if self.best.loss > target.loss:
+            return self._with_more_compute(target)
+
+        def excess(params: float) -> float:
+            return self.loss(params, self.tokens(params, self.flops)) - target.loss
+
+        params = _root(excess, optimal * 1e-4, optimal)
+        if params is None:
+            return self._unreachable("equal quality", "every smaller model is still better")
+        words = f"{1 - params / optimal:.0%} smaller than loss-optimal, at the loss of "
+        return self._solution(
+            "equal quality", params, self.flops, optimal, words + f"{target.experts:g} experts"
+        )
+
+    def _with_more_compute(self, target: Solution) -> Solution:
+        """The least training compute whose loss-optimal model reaches the target's loss."""
+
+        def excess(flops: float) -> float:
+            params = self.optimal_params(flops)
+            return self.loss(params, self.tokens(params, flops)) - target.loss
+
+        flops = _root(excess, self.flops, 1e4 * self.flops)
+        if flops is None:
+            return self._unreachable(
+                "same quality, more compute", "not even 10,000 times the compute reaches that loss"
+            )
+        params = self.optimal_params(flops)
+        return self._solution(
+            "same quality, more compute",
+            params,
+            flops,
+            params,
+            f"needs {flops / self.flops:.2g} times the training compute",
+        )
+
+    def of_equal_cost(self, target: Solution) -> Solution:
+        """Solve N for the target's dollars a token, at the same training cost."""
+        if target.cost.status != "fits":
+            return self._unreachable("equal cost", "the reference does not fit on these GPUs")
+
+        def excess(params: float) -> float:
+            price = serving_cost(self.model(params), self.serving).dollars_per_million
+            # A model that fits nowhere has an infinite price, which no root finder likes.
+            return min(float(np.log(price / target.cost.dollars_per_million)), 50.0)
+
+        optimal = self.best.params
+        params = _root(excess, optimal * 1e-4, optimal * 1e4)
+        if params is None:
+            return self._unreachable("equal cost", "no size costs the same to serve")
+        gain = target.loss - self.loss(params, self.tokens(params, self.flops))
+        words = f"loss {abs(gain):.3f} {'lower' if gain >= 0 else 'higher'} than "
+        words += f"{target.experts:g} experts at the same price"
+        if abs(excess(params)) > 0.01:
+            words += ", or as near as the step in price between numbers of GPUs allows"
+        return self._solution("equal cost", params, self.flops, optimal, words)
+
+    def _unreachable(self, kind: Kind, message: str) -> Solution:
+        nan = float("nan")
+        numbers = ("params", "params_total", "params_active", "tokens", "loss", "flops")
+        return Solution(
+            kind=kind,
+            experts=self.experts,
+            **dict.fromkeys((*numbers, "size_share", "training_share", "beyond"), nan),
+            cost=ServingCost(nan, 0, nan, nan, "does not fit"),
+            status="unreachable",
+            message=message,
+        )
+
+    def _beyond(self, params: float, tokens: float) -> float:
+        ranges = self.fit.ranges()
+        factor = 1.0
+        for name, value in (("params", self._law_params(params)), ("tokens", tokens)):
+            low, high = ranges[name]
+            factor = max(factor, low / value, value / high)
+        return factor
+
+
+def _root(excess: Callable[[float], float], low: float, high: float) -> float | None:
+    """Where `excess` changes sign between low and high; None where it has the same sign at both."""
+
+    def by_log(x: float) -> float:
+        return excess(float(np.exp(x)))
+
+    ends = np.log([low, high])
+    if np.sign(by_log(ends[0])) == np.sign(by_log(ends[1])):
+        return None
+    return float(np.exp(root_scalar(by_log, bracket=tuple(ends), xtol=1e-10).root))
