@@ -1,9 +1,9 @@
 """What a trial costs besides its training: `python -m benchmarks.overhead [--trials 200]`.
 
 Runs a study of almost empty trials (one layer of width 4, eight steps of one sequence) on a local
-Ray with one CPU a worker, and reports what each trial but a worker's first costs besides its training: the
-time between two starts on a worker, less the training. The peer, in the same process, is a bare Tune
-experiment with reused actors whose trials report once and return.
+Ray with one CPU a worker. It reports what each trial but a worker's first costs besides training:
+the time between two starts on a worker, less the training. The peer, in the same process, is a bare
+Tune experiment with reused actors whose trials report once and return.
 """
 
 from __future__ import annotations

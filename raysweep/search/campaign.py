@@ -23,8 +23,13 @@ from raysweep.search.early_stopping import make_pruner
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.ledger import Bundle, Ledger
 from raysweep.search.strategies import make_sampler
+from raysweep.search.value import targets_of, trial_value
 
 _log = logging.getLogger("raysweep")
+
+
+MOST_GRANTED = 4
+"""With a budget of FLOPs, a cell gets at most this many times its own trials."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,14 @@ class Campaign:
     @property
     def done(self) -> bool:
         """Whether nothing runs and nothing can follow."""
-        return not self._open and not any(self.runnable(s) for s in self._ordered())
+        if self._open:
+            return False
+        self._grant()
+        return not any(self.runnable(s) for s in self._ordered())
 
     def ask(self, trial_id: str) -> Proposal | None:
         """The next trial to start, or None while none fits or everything waits on running ones."""
+        self._grant()
         runnable = [s for s in self._ordered() if self.runnable(s)]
         fitting = [s for s in runnable if self.ledger.fits(bundles_of(s.cell))]
         forced = False
@@ -153,6 +162,29 @@ class Campaign:
     def _ordered(self) -> Sequence[CellState]:
         """Cells by compute, smallest first (as the study has them)."""
         return list(self.states.values())
+
+    def _grant(self) -> None:
+        """One more trial to the cell where a FLOP teaches most, once every cell has its own."""
+        limit = self._search.total_flops
+        if limit is None or any(s.wanted for s in self._ordered()):
+            return
+        most = MOST_GRANTED * self._search.trials_per_cell
+        affordable = [
+            s
+            for s in self._ordered()
+            if self._flops_spent + s.cell.flops <= limit
+            and s.concluded + len(s.running) < most
+            and not s.given_up
+            and self.ledger.fits(bundles_of(s.cell))
+        ]
+        if not affordable:
+            return
+        surface, targets = self._ladder.surface(), targets_of(self.study)
+        state = max(
+            affordable, key=lambda s: trial_value(surface, s.features, targets) / s.cell.flops
+        )
+        # An earlier run may have gone past the budget already.
+        state.granted += 1 + max(0, state.concluded + len(state.running) - state.budget)
 
     def runnable(self, state: CellState) -> bool:
         """Whether a trial of this cell is wanted and within the budget of FLOPs."""

@@ -58,6 +58,8 @@ class CellState:
     study: optuna.Study
     bounds: Bounds = field(init=False)
     extensions: int = 0
+    granted: int = 0
+    """Trials beyond the budget, paid from the study's FLOPs because they are worth most here."""
     crashes: int = 0
     running: set[int] = field(default_factory=set)
     """Numbers of running trials of `study`."""
@@ -94,7 +96,7 @@ class CellState:
 
     @property
     def budget(self) -> int:
-        return self.trials_wanted + EXTENSION_TRIALS * self.extensions
+        return self.trials_wanted + EXTENSION_TRIALS * self.extensions + self.granted
 
     @property
     def wanted(self) -> int:

@@ -1,9 +1,9 @@
 """Stopping poor trials on partial losses: an Optuna pruner a cell.
 
-Off unless asked for. Under a schedule that decays, a run with a small learning rate is behind early
-and catches up, one with a large rate falls most during the decay: partial losses rank runs otherwise
-than final ones, and the optimum found is biased by it. What can be done is done: only trials of one
-cell are compared, at equal shares of the horizon, after a grace period.
+Off unless asked for. Under a schedule that decays, a run with a small learning rate is behind
+early and catches up, one with a large rate falls most during the decay: partial losses rank runs
+otherwise than final ones, and the optimum found is biased by it. What can be done is done: only
+trials of one cell are compared, at equal shares of the horizon, after a grace period.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the driver does as trials come and go: progress, books, the rows of trials that could not."""
+"""What the driver does as trials come and go: progress, books, rows of trials that cannot."""
 
 from __future__ import annotations
 

@@ -223,6 +223,22 @@ def test_a_flop_budget_ends_the_study() -> None:
     assert sum(p.spec.cell.flops for p, *_ in log) <= everything / 3
 
 
+def test_a_flop_budget_beyond_each_cells_trials_goes_where_it_teaches_most() -> None:
+    study = make_study(extend_edges=False)
+    least = sum(4 * c.flops for c in study.cells)
+    limit = 1.6 * least
+    study = make_study(total_flops=limit, extend_edges=False)
+    log = simulate(Campaign(study, "data", two_workers()))
+    spent = sum(p.spec.cell.flops for p, *_ in log)
+    cheapest = min(c.flops for c in study.cells)
+    counts = pd.Series([p.spec.cell.name for p, *_ in log]).value_counts()
+    assert (counts >= 4).all()
+    assert (counts <= 16).all()
+    assert len(log) > 4 * len(study.cells)
+    assert spent <= limit
+    assert limit - spent < cheapest or (counts == 16).any()
+
+
 def test_same_seed_and_history_give_the_same_trials() -> None:
     logs = [simulate(Campaign(make_study(), "data", two_workers())) for _ in range(2)]
     first, second = ([p.spec.key for p, *_ in log] for log in logs)
