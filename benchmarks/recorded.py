@@ -51,8 +51,8 @@ class RecordedGrid:
 def smooth_log_loss(point: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """A polynomial in (ln lr, ln batch) through ln loss near the optimum, at every point [n].
 
-    Runs count by 1 / (0.001^2 + (0.2 gap)^2), those beyond a gap of 6 % not at all; the degree, 2 to 5,
-    is the one of least weighted leave-one-out error. Far points keep their recorded loss.
+    Runs count by 1 / (0.001^2 + (0.2 gap)^2), those beyond a gap of 6 % not at all; the degree, 2
+    to 5, is the one of least weighted leave-one-out error. Far points keep their recorded loss.
     """
     log_loss = np.log(loss)
     gap = log_loss - np.nanmin(log_loss)
@@ -78,10 +78,7 @@ def smooth_log_loss(point: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 def read_grids(uri: str) -> list[RecordedGrid]:
     """Grids of a results folder (any URI) or of a Step Law CSV, in order of compute."""
-    if uri.endswith(".csv"):
-        frame = read_steplaw(uri)
-    else:
-        frame = Results.open(uri).frame()
+    frame = read_steplaw(uri) if uri.endswith(".csv") else Results.open(uri).frame()
     frame = frame[frame["status"].isin(["finished", "diverged"])]
     grids = []
     for name, rows in frame.groupby("cell"):

@@ -1,17 +1,18 @@
 """Replays search strategies on recorded grids: `python -m benchmarks.replay --results URI`.
 
 A trial returns the recorded loss of the nearest grid point, so strategies are compared without
-training anything. Cells come in order of compute, each strategy sees only what it asked for, and the
-first cell, where nothing is known, gets 10 trials and is shown apart. Gaps are in per cent of a
-cell's lowest recorded loss (or of its lowest smoothed one: "denoised"), at the grid point nearest to
-what is judged:
+training anything. Cells come in order of compute, each strategy sees only what it asked for, and
+the first cell, where nothing is known, gets 10 trials and is shown apart. Gaps are in per cent of a
+cell's lowest recorded loss (or of its lowest smoothed one: "denoised"), at the grid point nearest
+to what is judged:
 
     found                 the best trial asked for
     recommended           what the strategy would recommend once all cells are searched: the surface
                           model's optimum for "ladder", the best trial for the others
     recommended, denoised the same, against a smooth fit of the whole grid
     laws                  power laws fitted to those trials alone, with no correction for the cell:
-                          the surface model's for "ladder", a regression on the best trials for others
+                          the surface model's for "ladder", a regression on the best trials for
+                          others
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ import optuna
 
 from benchmarks.recorded import RecordedGrid, read_grids
 from raysweep.errors import UserError
-from raysweep.scaling.surface import CellFeatures, SurfaceSettings
+from raysweep.scaling.surface import DEFAULT, CellFeatures, SurfaceSettings
 from raysweep.scaling.surface_features import covariates_of
-from raysweep.scaling.surface_fit import DEFAULT
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.strategies import STRATEGIES, make_sampler, search_space
 
@@ -121,7 +121,7 @@ def regress(cells: Sequence[CellFeatures], points: np.ndarray) -> np.ndarray:
 
 
 def summarise(runs: Sequence[Sequence[CellGaps]]) -> dict[str, dict[str, float]]:
-    """Mean, median, 90th percentile and max of each gap over cells and seeds, the first cell apart."""
+    """Mean, median, 90th percentile and max of each gap over cells and seeds, first cell apart."""
     table = {}
     for measure in MEASURES:
         gaps = np.array([[getattr(cell, measure) for cell in run] for run in runs])
@@ -138,7 +138,9 @@ def summarise(runs: Sequence[Sequence[CellGaps]]) -> dict[str, dict[str, float]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; prints a table and writes JSON where asked."""
-    parser = argparse.ArgumentParser(prog="benchmarks.replay", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.replay", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--results", required=True, help="results folder (URI), or a Step Law CSV")
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="comma-separated")
     parser.add_argument("--trials", default="3,4,6", help="trials a cell, comma-separated")
@@ -156,7 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.results}: {len(grids)} cells, {runs} runs, {options.seeds} seeds")
     print(f"gaps in % over all cells but the first ({grids[0].cell.name}, 10 trials: last column)")
     print(
-        f"{'strategy':16} {'trials':>6}  {'gap':21} {'mean':>7} {'median':>7} {'p90':>7} {'max':>7} {'first':>7}"
+        f"{'strategy':16} {'trials':>6}  {'gap':21} "
+        + " ".join(f"{name:>7}" for name in ("mean", "median", "p90", "max", "first"))
     )
     report = []
     for strategy in options.strategies.split(","):

@@ -4,13 +4,13 @@ The log loss of a run in cell c at p = (ln learning rate, ln batch tokens) is mo
 
     ln L = level_c + e^(k_c) gap(p - m_c) + noise,   m_c = law(N_c, D_c, sparsity_c) + shift_c
 
-where `gap` is the convex valley of `surface_shape`, shared by all cells up to a slowly varying depth
-e^(k_c); the optimum m_c moves as a power law of the cell's sizes; shift_c and part of the level are
-effects of the cell's own. The noise has sd hypot(floor, growth gap): far from the optimum the
-valley's shape is only roughly known. Runs that diverged, or ended absurdly high, say only that the
-gap there is large. The widths of the cells' effects and of the noise are learned from the data
-(empirical Bayes); all else has a weak normal prior, about Step Law for the optimum. The posterior is
-Laplace's, around the mode.
+where `gap` is the convex valley of `surface_shape`, shared by all cells up to a slowly varying
+depth e^(k_c); the optimum m_c moves as a power law of the cell's sizes; shift_c and part of the
+level are effects of the cell's own. The noise has sd hypot(floor, growth gap): far from the optimum
+the valley's shape is only roughly known. Runs that diverged, or ended absurdly high, say only that
+the gap there is large. The widths of the cells' effects and of the noise are learned from the data
+(empirical Bayes); all else has a weak normal prior, about Step Law for the optimum. The posterior
+is Laplace's, around the mode.
 """
 
 from __future__ import annotations
@@ -30,19 +30,26 @@ from raysweep.scaling.surface_features import (
     prior_exponents,
     prior_optimum,
 )
-from raysweep.scaling.surface_fit import (
+from raysweep.scaling.surface_fit import Mode, fit_mode
+from raysweep.scaling.surface_parameters import (
     DEFAULT,
     Layout,
-    Mode,
     Observations,
     SurfaceSettings,
-    fit_mode,
     predict_rows,
 )
 from raysweep.scaling.surface_posterior import CellDraws, Laws, OptimumPosterior, root
 from raysweep.scaling.surface_shape import curvature, gap
 
-__all__ = ["CellFeatures", "Laws", "OptimumPosterior", "Surface", "SurfaceSettings", "fit_surface"]
+__all__ = [
+    "DEFAULT",
+    "CellFeatures",
+    "Laws",
+    "OptimumPosterior",
+    "Surface",
+    "SurfaceSettings",
+    "fit_surface",
+]
 
 _log = logging.getLogger("raysweep")
 
@@ -84,7 +91,7 @@ class Surface:
         )
 
     def optimum(self, cell: CellFeatures | str) -> OptimumPosterior:
-        """The posterior of a cell's optimum, whether or not it has trials or was known to the fit."""
+        """The posterior of a cell's optimum, with or without trials, known to the fit or not."""
         features, index = self._find(cell)
         layout = self._layout
         parameters, covariance = self._one_cell(features, index)
@@ -108,7 +115,7 @@ class Surface:
     def predict(
         self, cell: CellFeatures | str, learning_rate: np.ndarray, batch_tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and sd of the loss (nats per token, a run's noise left out) at points of one cell."""
+        """Mean and sd of the loss (nats per token, noise left out) at points of one cell."""
         features, index = self._find(cell)
         learning_rate, batch_tokens = np.broadcast_arrays(learning_rate, batch_tokens)
         point = np.log(np.stack([learning_rate.ravel(), batch_tokens.ravel()], -1))

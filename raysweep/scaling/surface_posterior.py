@@ -55,8 +55,8 @@ class Laws:
     """The power laws of the optimum, free of any cell's own correction.
 
     ln lr* = sum_j exponents[0, j] x_j and ln batch* = sum_j exponents[1, j] x_j over the columns
-    `names`: "intercept" (read at the ladder's mean logs), the logs of "params" (active), "tokens" and
-    "sparsity" (total / active), and indicators of MoE families.
+    `names`: "intercept" (read at the ladder's mean logs), the logs of "params" (active), "tokens"
+    and "sparsity" (total / active), and indicators of MoE families.
     """
 
     names: tuple[str, ...]

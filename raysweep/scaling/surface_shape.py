@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-# The loss near its optimum behaves as a sum of powers of the learning rate and of the batch: too high
-# a rate destabilises (lr), gradient noise grows with lr / B, a large batch leaves few steps (B, or
-# B / lr), a small rate leaves the model untrained (1 / lr). Each term, less its linear part, is
-# w psi(t) with psi(t) = e^t - 1 - t >= 0, t linear in the logs: the sum is convex, zero at its
+# The loss near its optimum behaves as a sum of powers of the learning rate and of the batch: too
+# high a rate destabilises (lr), gradient noise grows with lr / B, a large batch leaves few steps
+# (B, or B / lr), a small rate leaves the model untrained (1 / lr). Each term, less its linear part,
+# is w psi(t) with psi(t) = e^t - 1 - t >= 0, t linear in the logs: the sum is convex, zero at its
 # optimum, steep on one side of a direction and shallow on the other, and any w > 0 make a legal
 # shape. Two rates stretch the axes: small ones make the valley a parabola, large ones a trough.
 DIRECTIONS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1)], dtype=float)

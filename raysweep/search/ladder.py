@@ -1,4 +1,4 @@
-"""The history that all cells of a study share: read from their Optuna studies and from imported rows."""
+"""The history that all cells of a study share: from their Optuna studies and imported rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.errors import UserError
-from raysweep.scaling.surface import CellFeatures, Surface, SurfaceSettings, fit_surface
-from raysweep.scaling.surface_fit import DEFAULT
+from raysweep.scaling.surface import DEFAULT, CellFeatures, Surface, SurfaceSettings, fit_surface
 
 LEARNING_RATE = "learning_rate"
 LOG2_BATCH = "log2_batch_sequences"
@@ -54,11 +53,11 @@ class _Entry:
 class Ladder:
     """What every cell of a study knows, for samplers that learn across cells.
 
-    Each cell is registered with its Optuna study; trials are read from the studies when asked for, so a
-    study rebuilt with `study.add_trial` teaches as a live one does. COMPLETE trials give their loss; FAIL
-    trials whose user attribute "status" is "diverged" tell that the loss there is high; any other failure
-    tells nothing; RUNNING ones are pending. A trial that ran elsewhere than it was asked to says so in the
-    user attribute "ran_at": (learning rate, log2 batch in sequences).
+    Each cell is registered with its Optuna study; trials are read from the studies when asked for,
+    so a study rebuilt with `study.add_trial` teaches as a live one does. COMPLETE trials give their
+    loss; FAIL trials whose user attribute "status" is "diverged" tell that the loss there is high;
+    any other failure tells nothing; RUNNING ones are pending. A trial that ran elsewhere than it
+    was asked to says so in the user attribute "ran_at": (learning rate, log2 batch in sequences).
     """
 
     def __init__(self, settings: SurfaceSettings = DEFAULT) -> None:
@@ -81,7 +80,7 @@ class Ladder:
         loss: np.ndarray,
         diverged: np.ndarray | None = None,
     ) -> None:
-        """Add rows from elsewhere (imported sweeps). A loss that is not finite counts as diverged."""
+        """Add imported rows. A loss that is not finite counts as diverged."""
         loss = np.asarray(loss, dtype=float)
         lost = ~np.isfinite(loss)
         if diverged is not None:
@@ -144,7 +143,7 @@ class Ladder:
         return np.sqrt(np.mean(np.square(moved), axis=0)) if moved else np.zeros(2)
 
     def surface(self) -> Surface:
-        """The surface model fitted to everything known now; the last fit is kept while nothing is new."""
+        """The surface fitted to all that is known now; kept while nothing is new."""
         histories = [self.history(name) for name in self._entries]
         index = np.repeat(np.arange(len(histories)), [len(h.loss) for h in histories])
         arrays = [

@@ -22,13 +22,13 @@ _LAW_WEIGHT = 0.5  # of the laws' expected gap beside the cell's own
 
 
 class LadderSampler(BaseSampler):
-    """Asks where a run is expected to lower this cell's loss gap, and the laws' uncertainty, the most.
+    """Asks where a run should lower this cell's loss gap and the laws' uncertainty the most.
 
-    Of each candidate point it adds, in units of relative loss: the expected improvement over the best
-    trial so far; the expected fall of the gap of what would be recommended for this cell; and that of what
-    the laws alone would recommend in every cell. All three come from joint posterior draws of the surface
-    model; running trials count as if their outcome were known but for its value. Draws depend on the seed,
-    the cell and the trial's number only.
+    Of each candidate point it adds, in units of relative loss: the expected improvement over the
+    best trial so far; the expected fall of the gap of what would be recommended for this cell; and
+    that of what the laws alone would recommend in every cell. All three come from joint posterior
+    draws of the surface model; running trials count as if their outcome were known but for its
+    value. Draws depend on the seed, the cell and the trial's number only.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class LadderSampler(BaseSampler):
         learning_rate = float(np.clip(np.exp(best[0]), rate.low, rate.high))
         log2_batch = (best[1] - np.log(self._sequence_length)) / np.log(2)
         if isinstance(batch, IntDistribution):
-            return {LEARNING_RATE: learning_rate, LOG2_BATCH: int(round(log2_batch))}
+            return {LEARNING_RATE: learning_rate, LOG2_BATCH: round(float(log2_batch))}
         assert isinstance(batch, FloatDistribution)
         return {
             LEARNING_RATE: learning_rate,
@@ -102,7 +102,7 @@ class LadderSampler(BaseSampler):
         )
 
     def _candidates(self, surface: Surface) -> np.ndarray:
-        """Points (ln learning rate, ln batch tokens) to choose from: a grid, finer about the optimum."""
+        """Points (ln learning rate, ln batch tokens): a grid, finer about the optimum."""
         rate, batch = self._space[LEARNING_RATE], self._space[LOG2_BATCH]
         assert isinstance(rate, FloatDistribution)
         assert isinstance(batch, FloatDistribution | IntDistribution)
@@ -151,7 +151,10 @@ def acquisition(
     outcome = draws.levels[:, None] + gaps
     finished = np.isfinite(log_loss)
     improvement = _improvement(
-        outcome[:, :count], np.sqrt(noise[:count] * fresh), outcome[:, count + len(tried) :], log_loss[finished]
+        outcome[:, :count],
+        np.sqrt(noise[:count] * fresh),
+        outcome[:, count + len(tried) :],
+        log_loss[finished],
     )
     # What an outcome there would teach: regress targets on it across the draws.
     targets = np.concatenate([draws.optima, draws.laws.reshape(_DRAWS, -1)], axis=1)
@@ -175,8 +178,8 @@ def _improvement(
 ) -> np.ndarray:
     """Expected improvement over the best outcome, in ln loss.
 
-    `outcome` [draws, candidates] are drawn means and `sd` their noise; `known` [draws, n] drawn means at
-    the points tried or running; `log_loss` the outcomes seen.
+    `outcome` [draws, candidates] are drawn means and `sd` their noise; `known` [draws, n] drawn
+    means at the points tried or running; `log_loss` the outcomes seen.
     """
     best = known.min(1) if known.shape[1] else outcome.max(1)
     if len(log_loss):
@@ -198,10 +201,11 @@ def _alike(candidates: np.ndarray, known: np.ndarray, length: np.ndarray) -> np.
 def _condition(
     targets: np.ndarray, outcome: np.ndarray, seen: np.ndarray, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Remove from the draws what a noisy look at `seen` would tell (a linear update of their spread)."""
+    """Take from the draws' spread what a noisy look at `seen` would tell."""
     variance = float(seen @ seen) / len(seen)
     total = variance + noise
-    # The square-root (ensemble) update, whose spread is that of the exact posterior: Whitaker & Hamill 2002.
+    # The square-root (ensemble) update, whose spread is that of the exact posterior: Whitaker &
+    # Hamill 2002.
     gain = 1.0 / (total * (1.0 + np.sqrt(noise / total))) / len(seen)
     return (
         targets - np.outer(seen, (seen @ targets) * gain),

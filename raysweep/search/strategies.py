@@ -26,7 +26,8 @@ Range = tuple[float, float]
 def search_space(learning_rate: Range, log2_batch: Range) -> dict[str, BaseDistribution]:
     """The distributions to ask a cell's study with: `study.ask(search_space(...))`.
 
-    The batch is an integer power of two of sequences; bounds given as floats search it continuously.
+    The batch is an integer power of two of sequences; bounds given as floats search it
+    continuously.
     """
     low, high = learning_rate
     if not 0 < low <= high:
@@ -73,7 +74,8 @@ def make_sampler(
         raise UserError(
             f"unknown strategy {strategy!r}: did you mean {near[0]!r}? ({', '.join(STRATEGIES)})"
         )
-    # Model-based strategies spend a third of a short budget, or Optuna's usual 10, on looking around.
+    # Model-based strategies spend a third of a short budget, or Optuna's usual 10, on looking
+    # around.
     startup = max(1, min(10, trials // 3))
     if strategy == "ladder":
         return LadderSampler(cell, ladder, space, sequence_length, seed=seed)
@@ -97,11 +99,11 @@ STRATEGIES = ("ladder", "tpe", "gp", "qmc", "random", "grid", "cmaes")
 
 
 class DesignSampler(BaseSampler):
-    """Walks a fixed sequence of points: a "grid", a low-discrepancy sequence ("qmc"), or "random" ones.
+    """Walks a fixed sequence of points: "grid", "qmc" (low discrepancy), or "random" ones.
 
-    The next point is the first of the sequence that no trial of the study has been given, so a resumed
-    or parallel study goes on where it stood; points of crashed trials are given again. After a grid's last
-    point the low-discrepancy sequence follows.
+    The next point is the first of the sequence that no trial of the study has been given, so a
+    resumed or parallel study goes on where it stood; points of crashed trials are given again.
+    After a grid's last point the low-discrepancy sequence follows.
     """
 
     def __init__(
@@ -189,7 +191,7 @@ def _key(learning_rate: float, log2_batch: float) -> tuple[float, float]:
 
 
 def _quietly(make: Callable[[], BaseSampler]) -> BaseSampler:
-    """Samplers that Optuna marks as experimental are chosen here by name: its warning adds nothing."""
+    """Optuna marks some samplers as experimental; here they are chosen by name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return make()

@@ -1,0 +1,235 @@
+"""The ladder sampler in plain Optuna: history, parallel proposals, failures, what it reaches."""
+
+import logging
+import time
+
+import numpy as np
+import optuna
+import pytest
+import ray.cloudpickle as cloudpickle
+from optuna.trial import TrialState, create_trial
+
+from benchmarks.planted import SHAPES, covered, plant, recommended_gaps, search
+from raysweep.errors import UserError
+from raysweep.scaling.surface import CellFeatures
+from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
+from raysweep.search.strategies import make_sampler, search_space
+
+SEQUENCE = 256
+RATES, BATCHES = (1e-4, 1e-1), (0, 9)
+SPACE = search_space(RATES, BATCHES)
+CELLS = [CellFeatures(f"c{i}", 1e6 * 4.0**i, 2e7 * 4.0**i) for i in range(4)]
+
+
+def add_cell(ladder: Ladder, cell: CellFeatures, seed: int = 0) -> optuna.Study:
+    sampler = make_sampler(
+        "ladder",
+        cell=cell,
+        ladder=ladder,
+        learning_rate=RATES,
+        log2_batch=BATCHES,
+        sequence_length=SEQUENCE,
+        trials=4,
+        seed=seed,
+    )
+    study = optuna.create_study(sampler=sampler)
+    ladder.register(cell, study, sequence_length=SEQUENCE)
+    return study
+
+
+def true_loss(cell: CellFeatures, params: dict) -> float:
+    n = np.log(cell.params / 1e6)
+    u = np.log(params[LEARNING_RATE]) - np.log(0.01) + 0.4 * n
+    v = np.log(SEQUENCE * 2.0 ** params[LOG2_BATCH]) - np.log(4000) - 0.4 * n
+    return 3 * np.exp(-0.05 * n + 0.01 * u**2 + 0.006 * v**2)
+
+
+def run(study: optuna.Study, cell: CellFeatures, count: int) -> list[dict]:
+    asked = []
+    for _ in range(count):
+        trial = study.ask(SPACE)
+        study.tell(trial, true_loss(cell, trial.params))
+        asked.append(trial.params)
+    return asked
+
+
+def test_deterministic_given_seed_and_history():
+    def replay(seed: int) -> list[dict]:
+        ladder = Ladder()
+        studies = [add_cell(ladder, cell, seed) for cell in CELLS[:2]]
+        return run(studies[0], CELLS[0], 4) + run(studies[1], CELLS[1], 3)
+
+    assert replay(1) == replay(1)
+    assert replay(1) != replay(2)
+
+
+def test_a_ladder_rebuilt_from_rows_proposes_what_the_live_one_does():
+    live = Ladder()
+    studies = [add_cell(live, cell) for cell in CELLS[:2]]
+    rows = [run(studies[0], CELLS[0], 5), run(studies[1], CELLS[1], 2)]
+    rebuilt = Ladder()
+    again = [add_cell(rebuilt, cell) for cell in CELLS[:2]]
+    for cell, study, params in zip(CELLS, again, rows, strict=False):
+        for one in params:
+            study.add_trial(
+                create_trial(params=one, distributions=SPACE, value=true_loss(cell, one))
+            )
+    assert studies[1].ask(SPACE).params == again[1].ask(SPACE).params
+
+
+def test_small_cells_place_the_first_trial_of_a_large_one():
+    ladder = Ladder()
+    studies = [add_cell(ladder, cell) for cell in CELLS]
+    run(studies[0], CELLS[0], 8)
+    run(studies[1], CELLS[1], 4)
+    run(studies[2], CELLS[2], 4)
+    first = studies[3].ask(SPACE)
+    lowest = 3 * np.exp(-0.05 * np.log(CELLS[3].params / 1e6))
+    assert true_loss(CELLS[3], first.params) / lowest - 1 < 0.01
+
+
+def test_imported_rows_teach_as_trials_do():
+    rng = np.random.default_rng(0)
+    ladder = Ladder()
+    for cell in CELLS[:3]:
+        rate = np.exp(rng.normal(np.log(0.005), 0.8, 30))
+        log2 = rng.uniform(2, 8, 30)
+        loss = [
+            true_loss(cell, {LEARNING_RATE: r, LOG2_BATCH: b})
+            for r, b in zip(rate, log2, strict=True)
+        ]
+        ladder.add_history(cell, rate, SEQUENCE * 2**log2, np.array(loss))
+    study = add_cell(ladder, CELLS[3])
+    first = study.ask(SPACE)
+    lowest = 3 * np.exp(-0.05 * np.log(CELLS[3].params / 1e6))
+    assert true_loss(CELLS[3], first.params) / lowest - 1 < 0.004
+    assert ladder.surface().trials.tolist() == [30, 30, 30, 0]
+
+
+def test_parallel_proposals_differ():
+    ladder = Ladder()
+    study = add_cell(ladder, CELLS[0])
+    running = [study.ask(SPACE) for _ in range(5)]
+    points = np.array(
+        [(np.log(t.params[LEARNING_RATE]), t.params[LOG2_BATCH] * np.log(2)) for t in running]
+    )
+    apart = np.linalg.norm(points[:, None] - points, axis=-1)[np.triu_indices(5, 1)]
+    assert apart.min() > 0.25
+    assert len(ladder.pending(CELLS[0].name)) == 5
+    assert len(ladder.pending(CELLS[0].name, besides=0)) == 4
+    run(study, CELLS[0], 6)
+    more = [study.ask(SPACE) for _ in range(3)]
+    assert len({tuple(t.params.values()) for t in more}) == 3
+
+
+def test_crashes_tell_nothing_and_divergence_lowers_the_rate():
+    ladder = Ladder()
+    study = add_cell(ladder, CELLS[0])
+    first = study.ask(SPACE)
+    first.set_user_attr("status", "crashed")
+    study.tell(first, state=TrialState.FAIL)
+    assert len(ladder.history(CELLS[0].name).loss) == 0
+    before = ladder.surface().optimum(CELLS[0])
+    second = study.ask(SPACE)
+    second.set_user_attr("status", "diverged")
+    second.set_user_attr("ran_at", [before.learning_rate, 5.0])
+    study.tell(second, state=TrialState.FAIL)
+    assert ladder.history(CELLS[0].name).diverged.tolist() == [True]
+    after = ladder.surface().optimum(CELLS[0])
+    assert after.learning_rate < 0.7 * before.learning_rate
+    pruned = study.ask(SPACE)
+    study.tell(pruned, state=TrialState.PRUNED)
+    assert len(ladder.history(CELLS[0].name).loss) == 1
+
+
+def test_where_a_trial_ran_counts_not_where_it_was_asked_to():
+    ladder = Ladder()
+    study = add_cell(ladder, CELLS[0])
+    trial = study.ask(SPACE)
+    moved = [trial.params[LEARNING_RATE] * np.exp(0.2), trial.params[LOG2_BATCH] + 0.5]
+    trial.set_user_attr("ran_at", moved)
+    study.tell(trial, 3.0)
+    history = ladder.history(CELLS[0].name)
+    assert history.learning_rate == pytest.approx([moved[0]])
+    assert history.batch_tokens == pytest.approx([SEQUENCE * 2 ** moved[1]])
+    assert ladder.granularity() == pytest.approx([0.2, 0.5 * np.log(2)])
+
+
+def test_starts_by_the_published_law_and_says_so(caplog):
+    ladder = Ladder()
+    study = add_cell(ladder, CELLS[1])
+    with caplog.at_level(logging.INFO, logger="raysweep"):
+        first = study.ask(SPACE)
+    assert "Step Law" in caplog.text
+    law = ladder.surface().optimum(CELLS[1])
+    assert abs(np.log(first.params[LEARNING_RATE] / law.learning_rate)) < 1
+    asked_batch = SEQUENCE * 2.0 ** first.params[LOG2_BATCH]
+    assert abs(np.log(asked_batch / law.batch_tokens)) < 1.5
+
+
+def test_works_under_study_optimize_with_other_parameters_beside():
+    ladder = Ladder()
+    study = add_cell(ladder, CELLS[0])
+
+    def objective(trial: optuna.Trial) -> float:
+        params = {
+            LEARNING_RATE: trial.suggest_float(LEARNING_RATE, *RATES, log=True),
+            LOG2_BATCH: trial.suggest_int(LOG2_BATCH, *BATCHES),
+        }
+        return true_loss(CELLS[0], params) + 0.001 * trial.suggest_float("other", 0, 1)
+
+    study.optimize(objective, n_trials=10)
+    lowest = 3.0
+    assert study.best_value < lowest * 1.005
+
+
+def test_survives_cloudpickle():
+    ladder = Ladder()
+    study = add_cell(ladder, CELLS[0])
+    run(study, CELLS[0], 3)
+    copied_ladder, copied = cloudpickle.loads(cloudpickle.dumps((ladder, study)))  # pyright: ignore
+    assert copied.ask(SPACE).params == study.ask(SPACE).params
+    assert len(copied_ladder.history(CELLS[0].name).loss) == 3
+
+
+def test_a_cell_known_with_other_sizes_is_a_user_error():
+    ladder = Ladder()
+    study = add_cell(ladder, CELLS[0])
+    other = CellFeatures(CELLS[0].name, 2e6, 2e7)
+    with pytest.raises(UserError, match="other sizes"):
+        ladder.register(other, study, sequence_length=SEQUENCE)
+    with pytest.raises(UserError, match="not registered"):
+        ladder.history("nowhere")
+
+
+def test_proposing_takes_at_most_50_ms_with_40_cells_and_500_trials():
+    rng = np.random.default_rng(0)
+    ladder, studies = Ladder(), []
+    for i in range(40):
+        cell = CellFeatures(f"c{i}", 1e6 * 2.0 ** (i % 8), 2e7 * 2.0 ** (i // 8 + i % 8))
+        study = add_cell(ladder, cell)
+        for _ in range(13 if i < 20 else 12):
+            params = {
+                LEARNING_RATE: float(np.exp(rng.normal(np.log(0.005), 0.6)).clip(*RATES)),
+                LOG2_BATCH: int(rng.integers(2, 8)),
+            }
+            loss = true_loss(cell, params) * np.exp(0.001 * rng.standard_normal())
+            study.add_trial(create_trial(params=params, distributions=SPACE, value=loss))
+        studies.append((study, cell))
+    seconds = []
+    for study, cell in studies[:12]:
+        start = time.process_time()  # other work on the machine does not count
+        trial = study.ask(SPACE)
+        seconds.append(time.process_time() - start)
+        study.tell(trial, true_loss(cell, trial.params))
+    assert np.median(seconds) < 0.05
+
+
+def test_planted_exponents_lie_in_their_intervals_and_recommendations_near_the_optimum():
+    # 10 studies of each of two valleys that are not of the model's family; noise 0.1 %, 4 trials.
+    studies = [plant(seed, shape, sizes=(3, 3)) for shape in SHAPES for seed in range(10)]
+    surfaces = [search(study) for study in studies]
+    assert sum(map(covered, studies, surfaces)) >= 17
+    gaps = np.concatenate(list(map(recommended_gaps, studies, surfaces)))
+    assert gaps.mean() < 0.04
+    assert np.quantile(gaps, 0.9) < 0.1
