@@ -12,6 +12,7 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.scaling.group_loss import predict_loss
 from raysweep.scaling.groups import ALL, Group
+from raysweep.scaling.laws import LOSS_LAWS
 from raysweep.scaling.optima_laws import KNOWN_AHEAD, best_law
 from raysweep.scaling.optimum import OPTIMUM_METHODS
 from raysweep.scaling.power_law import PowerLaw
@@ -69,15 +70,16 @@ def advise(
     length = _sequence_length(family)
     usable, sequences = usable_batch(batch, length)
 
-    order = [k for k in (fits.loss_law, "chinchilla", "kaplan") if k]
-    joint = [k for k in (fits.loss_law, "wang", "joint_moe", "yun") if k]
-    predicted = None if foreign else predict_loss(own.loss_laws, order, target.inputs)
-    loss_group = own
-    if predicted is None and ALL in fits.groups:
-        predicted, loss_group = (
-            predict_loss(fits.groups[ALL].loss_laws, joint, target.inputs),
-            fits.groups[ALL],
-        )
+    groups = [] if foreign else [own]
+    groups += [fits.groups[ALL]] if ALL in fits.groups else []
+    predicted, loss_group = None, own
+    for loss_group in groups:
+        order = [k for k in (fits.loss_law,) if k] + loss_group.loss_order()
+        if loss_group.kind == "mixed":
+            order = [k for k in order if "experts" in LOSS_LAWS[k].inputs]
+        predicted = predict_loss(loss_group.loss_laws, order, target.inputs)
+        if predicted is not None:
+            break
     if predicted is not None and loss_group.loss_laws[predicted[0]].status == "at bound":
         warnings.append(f"the law of the loss is {loss_group.loss_laws[predicted[0]].message}")
     if predicted is None:
@@ -98,7 +100,11 @@ def advise(
     ]
     if loss_key:
         n = int(loss_group.cells["loss"].count())
-        rests_on.append(f"loss by the law '{loss_key}' on {n} cells")
+        check = loss_group.loss_checks.get(loss_key)
+        off = ""
+        if check is not None and math.isfinite(check.error):
+            off = f", {100 * check.error:.2f} % off on the largest scale unseen"
+        rests_on.append(f"loss by the law '{loss_key}' on {n} cells{off}")
     return Recommendation(
         architecture=name,
         params=params,

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.scaling.holdout import Candidate, aicc, held_out, levels
 from raysweep.scaling.laws import LOSS_LAWS
 from raysweep.scaling.loss_fit import LossFit
 
@@ -41,6 +42,43 @@ class NotFitted:
     def to_dict(self) -> dict[str, object]:
         """Plain values."""
         return {"law": self.name, "status": self.status, "message": self.message}
+
+
+@dataclass(frozen=True)
+class LossCheck:
+    """How a law of the loss does on scales it has not seen; NaN where it could not be tried.
+
+    `error` is the mean |ln(predicted / observed)| over the largest scale, predicted from the
+    smaller ones; `extrapolation` the factor in parameters between the two; `aicc` as of
+    `holdout.aicc`.
+    """
+
+    error: float
+    n_test: int
+    extrapolation: float
+    aicc: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, NaN kept."""
+        return {
+            "error": self.error,
+            "n_test": self.n_test,
+            "extrapolation": self.extrapolation,
+            "aicc": self.aicc,
+        }
+
+
+def check_loss_law(fit: LossFit | NotFitted, scale: np.ndarray) -> LossCheck:
+    """Leave out the largest scale [n] (say, parameters) of a fit's points, and predict it."""
+    if not isinstance(fit, LossFit) or not fit.ok:
+        return LossCheck(math.nan, 0, math.nan, math.nan)
+    level = levels(scale)
+    held = level == level.max()
+    if held.all():
+        return LossCheck(math.nan, 0, math.nan, aicc(fit))
+    tried = held_out(Candidate(fit.law), fit.inputs, fit.loss, scale, held, cells=fit.cells)
+    error = tried.mean_log_error if tried.fit.ok else math.nan
+    return LossCheck(error, int(held.sum()), tried.extrapolation, aicc(fit))
 
 
 def loss_inputs(cells: pd.DataFrame, law: str) -> tuple[dict[str, np.ndarray], str]:

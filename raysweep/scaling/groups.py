@@ -12,8 +12,10 @@ from raysweep.scaling.cells import CellTable, CellTrials
 from raysweep.scaling.group_loss import (
     JOINT_LAWS,
     ONE_ARCHITECTURE_LAWS,
+    LossCheck,
     NotFitted,
     batch_table,
+    check_loss_law,
     fit_loss_law,
     fit_loss_laws,
 )
@@ -71,7 +73,8 @@ class Group:
     """All that is fitted to the cells of one architecture, or to all architectures together.
 
     `laws` are the laws of the optima by name, `loss_laws` those of the loss by key; both hold
-    entries that could not be fitted, with status and message. `count` is the column taken as N.
+    entries that could not be fitted, with status and message. `loss_checks` tell how those of the
+    loss predict the largest scale from the smaller ones. `count` is the column taken as N.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Group:
     cells: pd.DataFrame
     laws: dict[str, PowerLaw]
     loss_laws: dict[str, LossFit | NotFitted]
+    loss_checks: dict[str, LossCheck]
     counts: CountComparison
     in_sample: LossGap | None
     held_out: LossGap | None
@@ -94,6 +98,18 @@ class Group:
         """The law of `learning_rate` or `batch_tokens` that predicts unseen cells best, or None."""
         return best_law(self.laws, target, KNOWN_AHEAD)
 
+    def loss_order(self) -> list[str]:
+        """The fitted laws of the loss, the one that best predicts the largest scale first.
+
+        A law that could not be so tried comes after those that could, in the order of fitting."""
+        usable = [key for key in self.loss_checks if self.loss_laws[key].ok]
+
+        def error(key: str) -> float:
+            found = self.loss_checks[key].error
+            return found if math.isfinite(found) else math.inf
+
+        return sorted(usable, key=error)
+
     def to_dict(self) -> dict[str, object]:
         """Plain values, NaN kept."""
         chosen = {t: self.best_law(t) for t in ("learning_rate", "batch_tokens")}
@@ -104,6 +120,7 @@ class Group:
             "laws": dict(self.laws),
             "best_law": {t: law.name if law else None for t, law in chosen.items()},
             "loss_laws": dict(self.loss_laws),
+            "loss_checks": dict(self.loss_checks),
             "counts": self.counts,
             "in_sample": self.in_sample,
             "held_out": self.held_out,
@@ -151,12 +168,18 @@ def fit_group(name: str, cells: pd.DataFrame, data: Sources, loss_law: str | Non
         losses |= fit_loss_laws(cells, JOINT_LAWS, n_boot=data.n_boot, seed=data.seed)
     if loss_law is not None and loss_law not in losses:
         losses[loss_law] = fit_loss_law(cells, loss_law, n_boot=data.n_boot, seed=data.seed)
+    known = cells[cells["loss"].notna()]
     return Group(
         name=name,
         kind=kinds.pop() if len(kinds) == 1 else "mixed",
         cells=cells,
         laws=laws,
         loss_laws=losses,
+        loss_checks={
+            key: check_loss_law(fitted, known["params_active_non_embedding"].to_numpy(float))
+            for key, fitted in losses.items()
+            if key != "three_term"  # fitted on batches, not on cells
+        },
         counts=counts,
         in_sample=in_sample,
         held_out=held_out_gap(cells, trials, optima, count=count, method=data.method),

@@ -84,6 +84,21 @@ def test_dense_and_moe_are_compared_and_fitted_together(both):
     assert both.groups["moe"].held_out is not None
 
 
+def test_laws_of_the_loss_are_ordered_by_their_error_on_the_largest_scale(dense, both):
+    for group in (dense.groups["dense"], both.groups[ALL]):
+        order = group.loss_order()
+        errors = [group.loss_checks[key].error for key in order]
+        known = [e for e in errors if math.isfinite(e)]
+        assert known == sorted(known)
+        assert errors[: len(known)] == known
+        assert all(group.loss_laws[key].ok for key in order)
+    check = dense.groups["dense"].loss_checks["chinchilla"]
+    assert check.error < 0.01
+    assert check.n_test == 2
+    assert check.extrapolation == pytest.approx(3)
+    assert dense.recommend("dense", 1e9, 2e10).laws["loss"] == dense.groups["dense"].loss_order()[0]
+
+
 def test_experts_without_a_cell_are_answered_with_a_warning(both):
     answer = both.recommend(None, 1e9, 2e10, experts=16, top_k=2)
     assert answer.architecture == "moe"
