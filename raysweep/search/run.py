@@ -14,6 +14,7 @@ from rich.console import Console
 
 from raysweep.config import Study
 from raysweep.data.corpus import Corpus, prepare
+from raysweep.data.shipping import publish
 from raysweep.results import Results
 from raysweep.results.lock import study_lock
 from raysweep.search.campaign import Campaign, bundles_of
@@ -74,8 +75,9 @@ def run(
         campaign = Campaign(
             study, corpus.hash, Ledger({}), rows=everything[own], history=everything[~own]
         )
-        for line in _warnings(study, corpus):
-            console.print(f"note: {line}", highlight=False)
+        warning = corpus.repeat_warning(max(c.tokens for c in study.cells))
+        if warning:
+            console.print(f"warning: {warning}", highlight=False)
         if campaign.done:
             console.print(f"{study.name}: all trials are done: nothing to run", highlight=False)
             return RunSummary(results, 0, 0.0, 0.0, tuple(results.problems))
@@ -101,6 +103,8 @@ def _run_on_ray(
 
     nodes = cluster_nodes()
     campaign.ledger.update(nodes)
+    if len(nodes) > 1:
+        publish(corpus, results.storage)
     cpus_per_worker = study.cells[0].resources.cpus_per_worker
     workers = _workers(campaign)
     context = TrialContext(
@@ -179,17 +183,6 @@ def _workers(campaign: Campaign) -> float:
     """How many trials of the smallest cell the cluster holds at once."""
     bundle = bundles_of(next(iter(campaign.states.values())).cell)[0]
     return max(1.0, min(campaign.ledger.total(n) / a for n, a in bundle.items() if a))
-
-
-def _warnings(study: Study, corpus: Corpus) -> list[str]:
-    longest = max(study.cells, key=lambda c: c.tokens)
-    epochs = corpus.epochs(longest.tokens)
-    if epochs <= 1:
-        return []
-    return [
-        f"the longest horizon ({longest.tokens:.3g} tokens) is {epochs:.1f} epochs of the corpus "
-        f"({corpus.train_tokens:.3g} tokens): losses past 4 epochs are not those of fresh data"
-    ]
 
 
 def _as_yaml(study: Study) -> str:

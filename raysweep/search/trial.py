@@ -13,6 +13,7 @@ from ray import tune
 
 from raysweep.config import Study, TrialSpec
 from raysweep.data.corpus import Corpus
+from raysweep.data.shipping import obtain
 from raysweep.results import Results
 from raysweep.search.early_stopping import REPORT_PERCENT
 from raysweep.training.record import trial_row
@@ -76,19 +77,19 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
 def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
     """Train one trial and write its row; a trial whose row stands already is not run again."""
     started_at, begun = datetime.now(UTC), time.monotonic()
-    study, corpus = context.study, context.corpus
+    study, results = context.study, Results.open(context.results_uri)
+    corpus = obtain(context.corpus, results.storage)
     cell = study.cell(config["cell"])
     spec = study.trial(
         cell, corpus.hash, config["learning_rate"], config["batch_sequences"], config["seed"]
     )
-    results = Results.open(context.results_uri)
     standing = results.find(spec.key)  # written before the actor died, say
     if standing is not None and standing["status"] != "crashed":
         return standing
     checkpoints = None
     if results.storage.is_local and spec.recipe.checkpoint_seconds:
         checkpoints = Path(results.storage.path("checkpoints", spec.key))
-    outcome = _train(context, spec, checkpoints)
+    outcome = _train(context, spec, corpus, checkpoints)
     row = trial_row(
         spec,
         outcome,
@@ -101,7 +102,9 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _train(context: TrialContext, spec: TrialSpec, checkpoints: Path | None) -> TrialOutcome:
+def _train(
+    context: TrialContext, spec: TrialSpec, corpus: Corpus, checkpoints: Path | None
+) -> TrialOutcome:
     resources = spec.cell.resources
     early_stopping = context.study.space.search.early_stopping is not None
     reporter = TuneReporter(spec.cell.tokens, early_stopping)
@@ -111,7 +114,7 @@ def _train(context: TrialContext, spec: TrialSpec, checkpoints: Path | None) -> 
 
         return train_distributed(
             spec,
-            context.corpus,
+            corpus,
             validation_sequences=validation,
             reporter=reporter,
             checkpoint_dir=checkpoints,
@@ -120,7 +123,7 @@ def _train(context: TrialContext, spec: TrialSpec, checkpoints: Path | None) -> 
 
     return train(
         spec,
-        context.corpus,
+        corpus,
         validation_sequences=validation,
         reporter=reporter,
         checkpoint_dir=checkpoints,

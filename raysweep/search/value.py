@@ -15,7 +15,7 @@ _STEPS = (-0.7, 0.0, 0.7)
 _OFFSETS = np.array([(u, v) for u in _STEPS for v in _STEPS])
 """Where a trial may go, about the cell's expected optimum, in ln learning rate and ln batch."""
 _REACH = 10.0
-"""Without targets, the recommendation is for this much more than the largest cell, in both sizes."""
+"""Without targets: a run this much larger than the largest cell, in parameters and in tokens."""
 
 
 def targets_of(study: Study) -> tuple[CellFeatures, ...]:

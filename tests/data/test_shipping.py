@@ -1,0 +1,67 @@
+"""A corpus reaches a node that has only the results URI, over a real S3 server."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from raysweep.config import Data
+from raysweep.data.corpus import Corpus, prepare
+from raysweep.data.shipping import obtain, publish
+from raysweep.errors import UserError
+from raysweep.results.filesystem import Storage
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(30):
+        (text / f"{i}.txt").write_text(f"document {i}: " + f"{i * 7919} words of it. " * 40)
+    data = Data(source="text", paths=(str(text),), validation_sequences=4)
+    return prepare(data, tmp_path, cache=tmp_path / "cache", sequence_length=16)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    options = f"scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true"
+    s3 = fs.S3FileSystem(
+        endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True
+    )
+    s3.create_dir("bucket")
+    yield f"s3://bucket/study?{options}"
+    server.stop()
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_a_node_without_the_corpus_fetches_the_same_tokens(
+    corpus: Corpus, where: str, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage.at(tmp_path / "results" if where == "folder" else bucket)
+    publish(corpus, storage)
+    publish(corpus, storage)
+    tokens = np.array(corpus.train[:])
+    elsewhere = replace(corpus, path=tmp_path / "not-on-this-node")
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "node-cache"))
+    fetched = obtain(elsewhere, storage)
+    assert fetched.hash == corpus.hash
+    assert str(fetched.path).startswith(str(tmp_path / "node-cache"))
+    assert np.array_equal(fetched.train[:], tokens)
+    assert obtain(corpus, storage).path == corpus.path
+
+
+def test_a_corpus_in_neither_place_says_what_to_do(corpus: Corpus, tmp_path: Path) -> None:
+    shutil.rmtree(corpus.path)
+    with pytest.raises(UserError, match="use results that all nodes reach"):
+        obtain(corpus, Storage.at(tmp_path / "results"))
