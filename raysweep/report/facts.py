@@ -1,4 +1,4 @@
-"""What the page says apart from the fits: the runs, their cost, failures, and where they come from."""
+"""What the page says apart from the fits: runs, their cost, failures, and their provenance."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def studies(frame: pd.DataFrame, spaces: Mapping[str, str]) -> list[dict[str, An
         except yaml.YAMLError:
             space = {}
         space = space if isinstance(space, dict) else {}
-        found.append({"name": name, "space": space, "text": spaces.get(name, "")})
+        description = str(space.get("description") or "")
+        text = spaces.get(name, "")
+        found.append({"name": name, "space": space, "description": description, "text": text})
     return found
 
 

@@ -9,7 +9,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from raysweep.report.figures import AXIS_NAMES, MOST_ARCHITECTURES, PlotFigure
+from raysweep.report.figures import (
+    AXIS_NAMES,
+    MOST_ARCHITECTURES,
+    PlotFigure,
+    draw_line,
+    held_words,
+    label_ends,
+)
 from raysweep.report.style import (
     ARCHITECTURE_COLOURS,
     LIGHT,
@@ -20,10 +27,11 @@ from raysweep.report.style import (
     scientific,
     settings,
 )
-from raysweep.report.trends import FLOPS, loss_along, names_of, reach_of
+from raysweep.report.trends import FLOPS, Line, loss_along, names_of, reach_of
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.group_loss import predict_loss
 from raysweep.scaling.recommend import Recommendation
+
 
 def loss_figure(
     fits: Fits, answers: Sequence[Recommendation], laws: Mapping[str, str], *, png: bool = False
@@ -37,6 +45,7 @@ def loss_figure(
         return None
     rows: list[dict[str, object]] = []
     tips: dict[str, list[str]] = {}
+    ends: list[tuple[Line, str]] = []
     with settings():
         figure = new_figure(10.2, 3.6)
         left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
@@ -46,16 +55,22 @@ def loss_figure(
             x, y = own[FLOPS].to_numpy(float), own["loss"].to_numpy(float)
             good = (own["loss_from"] == "optimum").to_numpy()
             reach = reach_of(answers, name, FLOPS, own)
-            curve = loss_along(fits, name, laws[name], reach) if name in laws else None
-            if curve is not None:
-                _draw_loss_law(left, curve, colour)
+            lines = (
+                loss_along(fits, name, laws[name], reach, len(names) == 1) if name in laws else []
+            )
+            for k, line in enumerate(lines):
+                draw_line(left, line, colour, first=k == 0)
                 rows += [
-                    {"what": "law", "architecture": name, "cell": laws[name], "flops": c,
+                    {"what": "law", "architecture": name, "cell": line.held, "flops": c,
                      "loss": m, "low": lo, "high": hi}
-                    for c, m, lo, hi in zip(*curve.values(), strict=True)
+                    for c, m, lo, hi in zip(line.x, line.y, line.low, line.high, strict=True)
                 ]  # fmt: skip
+            ends += [(line, colour) for line in lines if line.held]
             predicted = _predicted(fits, name, laws.get(name), own)
-            for axes, values, gid in ((left, y, "loss"), (right, 100 * (y / predicted - 1), "rest")):
+            for axes, values, gid in (
+                (left, y, "loss"),
+                (right, 100 * (y / predicted - 1), "rest"),
+            ):
                 axes.scatter(
                     x,
                     values,
@@ -81,25 +96,20 @@ def loss_figure(
                  "low": math.nan, "high": math.nan, "predicted": p}
                 for c, a, b, p in zip(own.index, x, y, predicted, strict=True)
             ]  # fmt: skip
-            for c, answer in zip(reach, [a for a in answers if a.architecture == name], strict=True):
+            for c, answer in zip(
+                reach, [a for a in answers if a.architecture == name], strict=True
+            ):
                 if math.isfinite(answer.loss):
                     left.scatter(
                         [c], [answer.loss], marker="*", s=110, c=colour,
                         edgecolors=LIGHT["paper"], lw=0.8, zorder=6,
                     )  # fmt: skip
         _finish_loss_axes(left, right)
+        label_ends(left, [(x.x[-1], x.y[-1], held_words(x.held), c) for x, c in ends])
         drawing = finish(
             figure, "loss", "Loss against training compute with the fitted law", tips, png
         )
     return PlotFigure("loss", drawing, pd.DataFrame(rows), tuple(names))
-
-
-def _draw_loss_law(axes: Axes, curve: Mapping[str, np.ndarray], colour: str) -> None:
-    axes.plot(curve["flops"], curve["loss"], color=colour, linewidth=1.5, zorder=2)
-    if np.isfinite(curve["low"]).all():
-        axes.fill_between(
-            curve["flops"], curve["low"], curve["high"], color=colour, alpha=0.12, lw=0, zorder=1
-        )
 
 
 def _finish_loss_axes(left: Axes, right: Axes) -> None:

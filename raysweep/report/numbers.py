@@ -11,16 +11,18 @@ from markupsafe import Markup
 from raysweep.report.style import scientific, short
 
 STYLES: dict[str, Callable[[float], str]] = {
-    "rate": lambda v: scientific(v, 3),
+    "rate": lambda v: scientific(v, 3, full=True),
+    "batch": lambda v: short(v, 3, full=True),
     "tokens": lambda v: short(v, 3),
     "params": lambda v: short(v, 3),
     "flops": lambda v: scientific(v, 3),
     "loss": lambda v: f"{v:.4f}",
     "exponent": lambda v: f"{v:+.3f}".replace("-", "\N{MINUS SIGN}"),
-    "ratio": lambda v: f"{v:.3g}",
+    "ratio": lambda v: f"{v:.2f}" if 0.1 <= abs(v) < 10 else f"{v:.3g}",
+    "number": lambda v: f"{v:.4g}",
     "coefficient": lambda v: scientific(v, 4),
-    "percent": lambda v: f"{100 * v:.3g} %",
-    "share": lambda v: f"{100 * v:.0f} %",
+    "percent": lambda v: f"{100 * v:.2g}\N{NO-BREAK SPACE}%",
+    "share": lambda v: f"{100 * v:.0f}\N{NO-BREAK SPACE}%",
     "count": lambda v: f"{v:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
 }
 """How each kind of number is written."""
@@ -41,13 +43,13 @@ def pointer(*parts: object) -> str:
 
 
 class Numbers:
-    """Looks numbers up in plain data and marks each with its pointer, so that page and data agree."""
+    """Looks numbers up in plain data and marks each with its pointer: page and data agree."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
 
     def at(self, *parts: object) -> Any:
-        """The value at a place, None where there is none. A tuple among `parts` counts as its items."""
+        """The value at a place, or None. A tuple among `parts` counts as its items."""
         value: Any = self.data
         for part in _flat(parts):
             if isinstance(value, Mapping):

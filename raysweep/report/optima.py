@@ -9,7 +9,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from raysweep.report.figures import AXIS_KINDS, AXIS_NAMES, MOST_ARCHITECTURES, PlotFigure
+from raysweep.report.figures import (
+    AXIS_KINDS,
+    AXIS_NAMES,
+    MOST_ARCHITECTURES,
+    End,
+    PlotFigure,
+    draw_line,
+    held_words,
+    label_ends,
+)
 from raysweep.report.style import (
     ARCHITECTURE_COLOURS,
     LIGHT,
@@ -20,17 +29,15 @@ from raysweep.report.style import (
     scientific,
     settings,
     short,
-    spread,
 )
 from raysweep.report.trends import (
-    PARAMS,
     Line,
+    apart,
     laws_used,
     lines_along,
     names_of,
     path_of,
     reach_of,
-    varying,
 )
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.optimum import Optimum
@@ -54,11 +61,11 @@ def optima_figure(
     cells = cells[cells["architecture"].isin(names)]
     if not len(cells):
         return None
-    axes_shown = varying(cells) or [PARAMS]
+    axes_shown = apart(cells)
     laws = {name: laws_used(fits, name) for name in names}
     rows, texts = [], {}
     with settings():
-        figure = new_figure(10.2, 6.0 if len(axes_shown) > 1 else 3.4)
+        figure = new_figure(10.2, 6.0 if len(axes_shown) > 1 else 3.7)
         shape = (2, len(axes_shown)) if len(axes_shown) > 1 else (1, 2)
         grid = figure.subplots(*shape, squeeze=False)
         for q, (quantity, label) in enumerate(QUANTITIES.items()):
@@ -104,6 +111,7 @@ def _optima_panel(
     tips: dict[str, list[str]] = {}
     heights: list[float] = []
     drawn: list[tuple[str, Line]] = []
+    held: list[End] = []
     for i, name in enumerate(names):
         colour, marker = LIGHT[ARCHITECTURE_COLOURS[i]], MARKERS[i]
         own = cells[cells["architecture"] == name]
@@ -150,7 +158,9 @@ def _optima_panel(
         reach = reach_of(answers, name, axis, own)
         lines = lines_along(own, laws[name].get(quantity), axis, reach, len(names) == 1)
         for k, line in enumerate(lines):
-            _draw_line(axes, line, colour, first=k == 0)
+            draw_line(axes, line, colour, first=k == 0)
+            if line.held:
+                held.append((line.x[-1], line.y[-1], held_words(line.held), colour))
             heights += [*line.y[np.isfinite(line.y)]]
             rows += [
                 {"what": "law", "architecture": name, "cell": line.held, "quantity": quantity,
@@ -163,8 +173,10 @@ def _optima_panel(
             drawn.append((name, path_of(own, axis, reach)))
     finite = np.array([h for h in heights if math.isfinite(h) and h > 0])
     low, high = finite.min() / 1.6, finite.max() * 1.6
-    rows += _draw_published(axes, drawn, quantity, axis, low, high)
-    axes.set_ylim(low / 1.05, high * 1.05)
+    published, ends, low, high = _draw_published(axes, drawn, quantity, axis, low, high)
+    rows += published
+    axes.set_ylim(low, high)
+    label_ends(axes, [*ends, *held])
     lo, hi = axes.get_xlim()
     x_all = cells[axis].to_numpy(float)
     lo = min(x_all.min(), *(line.x[0] for _, line in drawn)) if drawn else x_all.min()
@@ -181,24 +193,6 @@ def _half(optimum: Optimum, quantity: str) -> float:
 
 def _write(quantity: str, value: float) -> str:
     return scientific(value) if quantity == "learning_rate" else short(value)
-
-
-def _draw_line(axes: Axes, line: Line, colour: str, first: bool) -> None:
-    style = "-" if first else (0, (4, 2))
-    axes.plot(line.x, line.y, color=colour, linewidth=1.5 if first else 0.9, ls=style, zorder=2)
-    if first and np.isfinite(line.low).all():
-        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.12, lw=0, zorder=1)
-    if line.held:
-        symbol, value = line.held.split("=")
-        axes.annotate(
-            f"{symbol} {short(float(value))}",
-            (line.x[0], line.y[0]),
-            xytext=(2, 4),
-            textcoords="offset points",
-            fontsize=7.5,
-            color=LIGHT["muted"],
-            zorder=5,
-        )
 
 
 def _draw_targets(
@@ -224,10 +218,12 @@ def _draw_published(
     axis: str,
     low: float,
     high: float,
-) -> list[dict[str, object]]:
-    """Thin lines of published laws along the same paths, named at their right end."""
+) -> tuple[list[dict[str, object]], list[End], float, float]:
+    """Thin lines of published laws along the same paths, named at their right end.
+
+    Returns their rows, their ends, and the range of y widened to hold those."""
     rows: list[dict[str, object]] = []
-    ends: list[tuple[float, float, str]] = []
+    ends: list[End] = []
     floor, ceiling = low * 1.6 / PUBLISHED_MARGIN, high / 1.6 * PUBLISHED_MARGIN
     for law in PUBLISHED_LAWS.values():
         path = next((line for _, line in drawn if law.covers(line.settings[0])), None)
@@ -235,37 +231,27 @@ def _draw_published(
             continue
         y = np.array([_published(law, quantity, s) for s in path.settings])
         seen = np.isfinite(y) & (y > floor) & (y < ceiling)
-        if seen.sum() < 2:
+        if not seen[-1] or seen.sum() < 2:
             continue
         axes.plot(
             path.x[seen], y[seen], color=LIGHT["faint"], linewidth=0.8, zorder=1.5,
             linestyle="-" if law.verified else ":",
         )  # fmt: skip
-        last = int(np.flatnonzero(seen)[-1])
-        if low < y[last] < high:
-            ends.append((path.x[last], y[last], law.source.split(",")[0].replace(" et al.", "")))
+        name = law.source.split(",")[0].replace(" et al.", "")
+        ends.append((path.x[-1], y[-1], name, LIGHT["muted"]))
         rows += [
             {"what": "published", "architecture": law.key, "cell": "", "quantity": quantity,
              "axis": axis, "x": a, "y": b, "low": math.nan, "high": math.nan, "status": ""}
             for a, b in zip(path.x, y, strict=True)
         ]  # fmt: skip
     if ends:
-        height = math.log(high / low)
-        places = np.exp(spread(np.log([y for _, y, _ in ends]), 0.055 * height))
-        for (x, y, text), place in zip(ends, places, strict=True):
-            axes.annotate(
-                text,
-                (x, y),
-                xytext=(5, 0) if place == y else (5, 72 * 2.4 * math.log(place / y) / height),
-                textcoords="offset points",
-                fontsize=7,
-                va="center",
-                color=LIGHT["muted"],
-                annotation_clip=False,
-            )
-    return rows
+        low = min(low, *(y / 1.2 for _, y, *_ in ends))
+        high = max(high, *(y * 1.2 for _, y, *_ in ends))
+    return rows, ends, low, high
 
 
 def _published(law: PublishedLaw, quantity: str, setting: Setting) -> float:
-    answer = law.learning_rate(setting) if quantity == "learning_rate" else law.batch_tokens(setting)
+    answer = (
+        law.learning_rate(setting) if quantity == "learning_rate" else law.batch_tokens(setting)
+    )
     return math.nan if answer is None else answer

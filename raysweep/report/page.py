@@ -26,6 +26,7 @@ from raysweep.report.surfaces import GAPS, CellFigure, cell_figures
 from raysweep.report.trends import laws_used, names_of
 from raysweep.report.trials import trial_table
 from raysweep.results.store import Results
+from raysweep.scaling.advise import FAR
 from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import ALL, Fits, fit
 
@@ -99,11 +100,13 @@ def _context(
         "figures": figures,
         "readings": {
             "surfaces": reading.surfaces(fits, len(cells)),
-            "optima": reading.laws(fits, numbers, laws),
-            "loss": reading.loss(fits, numbers, loss_laws),
+            "optima": reading.laws(fits, laws),
+            "loss": reading.loss(fits, loss_laws),
             "comparison": reading.comparison(fits, numbers),
             "checks": reading.checks(fits, numbers),
         },
+        "laws": reading.law_rows(fits, numbers, laws),
+        "loss_laws": reading.loss_law_rows(fits, numbers, loss_laws),
         "methods": {
             name: reading.methods(numbers, name, group.methods)
             for name, group in fits.groups.items()
@@ -131,6 +134,7 @@ def _answers(advice: Sequence[facts.Advice], n: Numbers) -> list[dict[str, Any]]
             "named": a.named,
             "at": ("answers", i),
             "reach": reading.extrapolation(a.answer),
+            "far": a.answer.extrapolation.get("FLOPs", 1.0) > FAR,
             "limits": reading.answer_limits(a.answer),
         }
         for i, a in enumerate(advice)
@@ -202,9 +206,7 @@ def _render(context: Mapping[str, Any]) -> str:
 def _script(value: Any) -> Markup:
     """JSON that may stand in a <script>: nothing in it can end the element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(
-        text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    )
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def _replace(path: Path, content: bytes) -> None:

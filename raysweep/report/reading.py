@@ -1,9 +1,10 @@
-"""What the figures say in plain words, and what they do not support: sentences made from the fits."""
+"""What the figures say in plain words, and what they do not support: sentences from the fits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -48,9 +49,16 @@ def formula(n: Numbers, law: PowerLaw, group: str) -> Markup:
     return Markup("{} · {}").format(n("coefficient", *at, "coefficient", "value"), powers)
 
 
+def powers(text: str) -> Markup:
+    """A formula in plain text with its powers raised."""
+    return Markup(re.sub(r"\^(\([^)]*\)|\w+)", r"<sup>\1</sup>", str(escape(text))))
+
+
 def answer_limits(answer: Recommendation) -> list[Markup]:
     """What to be wary of in one recommendation."""
-    said = [escape(_sentence(w)) for w in answer.warnings]
+    # How far it extrapolates stands above the list already.
+    warnings = [w for w in answer.warnings if not w.startswith("a long extrapolation")]
+    said = [escape(_sentence(w)) for w in warnings]
     if not math.isfinite(answer.loss_interval[0]) and math.isfinite(answer.loss):
         said.append(Markup("The expected loss has no interval: too few cells to resample."))
     return said
@@ -115,111 +123,154 @@ def surfaces(fits: Fits, drawn: int) -> list[Markup]:
     return said
 
 
-def laws(fits: Fits, n: Numbers, used: dict[str, dict[str, PowerLaw]]) -> list[Markup]:
-    """How the optima move with size, how far that can be trusted, and where it cannot."""
-    said: list[Markup] = []
+def law_rows(
+    fits: Fits, n: Numbers, used: Mapping[str, Mapping[str, PowerLaw]]
+) -> list[tuple[object, ...]]:
+    """The table of the laws that recommend: one row an architecture and quantity."""
+    rows = []
     for name, by_target in used.items():
+        for target, law in by_target.items():
+            group = name if law.name in fits.groups[name].laws else ALL
+            at = ("groups", group, "laws", law.name)
+            spans = [
+                Markup("<i>{}</i> {}").format(
+                    SYMBOLS[q][0],
+                    n.interval(
+                        "exponent", (at, "exponents", q, "low"), (at, "exponents", q, "high")
+                    )
+                    or "unknown",
+                )
+                for q in law.inputs
+            ]
+            rows.append(
+                (
+                    name,
+                    TARGETS[target],
+                    formula(n, law, group),
+                    Markup(", ").join(spans),
+                    n("percent", at, "held_out_log_error"),
+                    n("count", at, "n_cells"),
+                )
+            )
+    return rows
+
+
+def laws(fits: Fits, used: Mapping[str, Mapping[str, PowerLaw]]) -> list[Markup]:
+    """What the laws say of direction, and what they do not support."""
+    said: list[Markup] = []
+    for name in used:
         for target, word in TARGETS.items():
-            law = by_target.get(target)
+            law = used[name].get(target)
             if law is None:
                 own = fits.groups[name].laws.values()
-                why = dict.fromkeys(f"{x.message}" for x in own if x.target == target and not x.ok)
-                reason = "; ".join(why) or "no cell has an interior optimum"
+                why = dict.fromkeys(x.message for x in own if x.target == target and not x.ok)
                 said.append(
-                    Markup("<b>{}</b> has no law of the {}: {}.").format(name, word, reason)
+                    Markup("<b>{}</b> has no law of the {}: {}.").format(
+                        name, word, "; ".join(why) or "no cell has an interior optimum"
+                    )
                 )
-                continue
-            group = name if law.name in fits.groups[name].laws else ALL
-            said.append(_law(fits, n, name, group, word, law))
+    fitted = [(name, law) for name, by in used.items() for law in by.values()]
+    for name, by_target in used.items():
+        parts = [_direction(law) for law in by_target.values()]
+        if parts:
+            said.append(Markup("<b>{}</b>: {}.").format(name, Markup("; ").join(parts)))
+    few = dict.fromkeys(name for name, law in fitted if law.n_cells < FEW_CELLS)
+    if few:
+        said.append(
+            Markup(
+                "Laws on fewer than {} cells ({}) are sketches: read the direction off them, "
+                "not the exponents."
+            ).format(FEW_CELLS, listed(few))
+        )
+    if any(law.name not in fits.groups[name].laws for name, law in fitted):
+        said.append(
+            Markup("A law with <i>R</i> or <i>E</i> is fitted to all architectures together, for "
+                   "want of cells of one alone.")
+        )  # fmt: skip
     return said
 
 
-def _law(fits: Fits, n: Numbers, name: str, group: str, word: str, law: PowerLaw) -> Markup:
-    at = ("groups", group, "laws", law.name)
+def _direction(law: PowerLaw) -> Markup:
+    """Which way the optimum moves with each input, as far as the intervals tell."""
+    clear = {q: e for q, e in law.exponents.items() if e.low > 0 or e.high < 0}
     parts = [
-        Markup("<b>{}</b>: {} = {} ({}{}).").format(
-            name,
-            "lr*" if law.target == "learning_rate" else "batch*",
-            formula(n, law, group),
-            plural(law.n_cells, "cell"),
-            ", all architectures together" if group == ALL else "",
-        )
+        Markup("{} with <i>{}</i>").format("rises" if e.value > 0 else "falls", SYMBOLS[q][0])
+        for q, e in clear.items()
     ]
-    for quantity in law.inputs:
-        e = law.exponents[quantity]
-        span = n.interval(
-            "exponent",
-            (*at, "exponents", quantity, "low"),
-            (*at, "exponents", quantity, "high"),
-        )
-        symbol = SYMBOLS[quantity][0]
-        if not span:
-            parts.append(Markup("The exponent of <i>{}</i> has no interval.").format(symbol))
-        elif e.low <= 0 <= e.high:
-            parts.append(
-                Markup("The exponent of <i>{}</i> may be of either sign (95 %: {}): whether the "
-                       "optimal {} rises or falls with it is <em>not</em> settled.").format(
-                    symbol, span, word)
-            )  # fmt: skip
-        else:
-            parts.append(
-                Markup("With <i>{}</i> the optimal {} {} (95 %: {}).").format(
-                    symbol, word, "rises" if e.value > 0 else "falls", span
-                )
-            )
-    if math.isfinite(law.held_out):
+    unclear = [Markup("<i>{}</i>").format(SYMBOLS[q][0]) for q in law.inputs if q not in clear]
+    if unclear:
         parts.append(
-            Markup("Left-out cells are predicted to within {} on average.").format(
-                n("percent", *at, "held_out_log_error")
+            Markup("may rise or fall with {}: the sign is <em>not</em> settled").format(
+                Markup(" and ").join(unclear)
             )
         )
-    if law.n_cells < FEW_CELLS:
-        parts.append(
-            Markup("{} make a sketch, not a law: read the exponents as the direction only.").format(
-                plural(law.n_cells, "cell").capitalize()
-            )
-        )
-    return Markup(" ").join(parts)
+    return Markup("the optimal {} {}").format(TARGETS[law.target], Markup(" and ").join(parts))
 
 
-def loss(fits: Fits, n: Numbers, used: dict[str, str]) -> list[Markup]:
-    """Which law describes the loss, how closely, and what its coefficients cannot tell."""
+def loss_law_rows(fits: Fits, n: Numbers, used: Mapping[str, str]) -> list[tuple[object, ...]]:
+    """The table of the laws that predict losses: one row an architecture."""
+    rows = []
+    for name, key in used.items():
+        group, found = loss_fit(fits, name, key)
+        if found is None:
+            continue
+        at = ("groups", group, "loss_laws", key)
+        values = Markup(", ").join(
+            Markup("<i>{}</i> {}").format(c, n("coefficient", at, "coefficients", c))
+            for c in found.coefficients
+        )
+        rows.append(
+            (
+                name,
+                powers(found.law.formula),
+                values,
+                n("percent", at, "rms_log_residual"),
+                n("count", at, "n_cells"),
+            )
+        )
+    return rows
+
+
+def loss_fit(fits: Fits, name: str, key: str | None) -> tuple[str, LossFit | None]:
+    """The fitted law `key` of an architecture, or of all together, with the group it is of."""
+    for group in (name, ALL):
+        found = fits.groups[group].loss_laws.get(key or "") if group in fits.groups else None
+        if isinstance(found, LossFit) and found.ok:
+            return group, found
+    return name, None
+
+
+def loss(fits: Fits, used: Mapping[str, str]) -> list[Markup]:
+    """What the laws of the loss cannot tell."""
     said: list[Markup] = []
     for name in fits.groups:
         if name == ALL:
             continue
-        key = used.get(name)
-        found = fits.groups[name].loss_laws.get(key or "")
-        group = name
-        if not (isinstance(found, LossFit) and found.ok) and ALL in fits.groups:
-            found, group = fits.groups[ALL].loss_laws.get(key or ""), ALL
-        if not (isinstance(found, LossFit) and found.ok):
-            why = dict.fromkeys(f"{k}: {f.message}" for k, f in fits.groups[name].loss_laws.items())
+        _, found = loss_fit(fits, name, used.get(name))
+        if found is None:
+            tried = fits.groups[name].loss_laws.items()
+            why = "; ".join(dict.fromkeys(f"{k}: {f.message}" for k, f in tried))
             said.append(
-                Markup("<b>{}</b> has no law of the loss ({}): no loss is predicted.").format(
-                    name, "; ".join(why) or "nothing to fit"
+                Markup("<b>{}</b> has no law of the loss, so no loss is predicted ({}).").format(
+                    name, why or "nothing to fit"
                 )
             )
             continue
-        at = ("groups", group, "loss_laws", found.name)
-        values = Markup(", ").join(
-            Markup("<i>{}</i> {}").format(c, n("coefficient", *at, "coefficients", c))
-            for c in found.coefficients
-        )
-        text = Markup("<b>{}</b>: {} with {} describes the loss of {} to {} (rms).").format(
-            name, found.law.formula, values, plural(found.n_cells, "cell"),
-            n("percent", *at, "rms_log_residual"),
-        )  # fmt: skip
         if found.status == "at bound":
-            text += Markup(" But {}. Do not read its coefficients one by one.").format(
-                found.message
+            said.append(
+                Markup("<b>{}</b>: {}. Do not read its coefficients one by one.").format(
+                    name, found.message[:1].upper() + found.message[1:]
+                )
             )
-        spare = found.n_points - found.n_free
-        if spare < 3:
-            text += Markup(" With {} for {} it would follow almost any data.").format(
-                plural(found.n_points, "point"), plural(found.n_free, "coefficient")
-            )
-        said.append(text)
+        if found.n_points - found.n_free < 3:
+            said.append(
+                Markup("<b>{}</b>: {} for {} would follow almost any data, so a small residual "
+                       "shows nothing.").format(
+                    name,
+                    plural(found.n_points, "point"),
+                    plural(found.n_free, "coefficient"),
+                )
+            )  # fmt: skip
     return said
 
 
@@ -234,29 +285,42 @@ def comparison(fits: Fits, n: Numbers) -> list[Markup]:
     """MoE over dense: what differs, what cannot be told apart, and where they do not overlap."""
     said: list[Markup] = []
     for label, ratios in fits.comparison.items():
+        differ, same = [], []
         for quantity, ratio in ratios.items():
+            if not ratio.ok:
+                continue
             word, less, more = RATIO_WORDS.get(quantity, (quantity, "less", "more"))
             at = ("comparison", label, quantity)
-            if not ratio.ok:
-                said.append(
-                    Markup("{}: the {} cannot be compared ({}).").format(
-                        label.capitalize(), word, ratio.message or ratio.status
-                    )
-                )
-                continue
-            span = n.interval("ratio", (*at, "low"), (*at, "high"))
-            start = Markup("{}, the {} of MoE is {} times that of dense").format(
-                label.capitalize(), word, n("ratio", *at, "ratio")
+            span = n.interval("ratio", (at, "low"), (at, "high"))
+            text = Markup("{} {} times ({})").format(
+                word, n("ratio", at, "ratio"), span or "no interval"
             )
-            if not span:
-                end = Markup(", without an interval: too few cells.")
-            elif ratio.low <= 1 <= ratio.high:
-                end = Markup(" (95 %: {}): no difference is shown.").format(span)
+            if span and (ratio.low > 1 or ratio.high < 1):
+                differ.append(Markup("{} {}").format(less if ratio.ratio < 1 else more, text))
             else:
-                end = Markup(" (95 %: {}): {}.").format(span, less if ratio.ratio < 1 else more)
-            if not math.isfinite(ratio.overlap[0]):
-                end += Markup(" The two kinds do not overlap there, so this is an extrapolation.")
-            said.append(start + end)
+                same.append(text)
+        title = Markup("<b>{}</b>").format(label[:1].upper() + label[1:])
+        if differ:
+            said.append(
+                Markup("{}, MoE against dense wants or shows: {}.").format(
+                    title, Markup("; ").join(differ)
+                )
+            )
+        if same:
+            said.append(
+                Markup("{}, no difference is shown in: {}.").format(title, Markup("; ").join(same))
+            )
+        apart = [r for r in ratios.values() if r.ok and not math.isfinite(r.overlap[0])]
+        if apart:
+            said.append(Markup("{} the two kinds do not overlap: this extrapolates.").format(title))
+        why = dict.fromkeys(r.message or r.status for r in ratios.values() if not r.ok)
+        if why:
+            left = [RATIO_WORDS.get(q, (q,))[0] for q, r in ratios.items() if not r.ok]
+            said.append(
+                Markup("{}, these cannot be compared: {} ({}).").format(
+                    title, ", ".join(left), "; ".join(why)
+                )
+            )
     return said
 
 
@@ -289,7 +353,7 @@ def extrapolation(answer: Recommendation) -> str:
     """How far beyond the cells a recommendation lies, in a few words."""
     factors = {k: v for k, v in answer.extrapolation.items() if v != 1}
     if not factors:
-        return "inside the range of the cells"
+        return "Inside the range of the cells"
     far = max(factors.items(), key=lambda kv: abs(math.log(kv[1])))
     side = "beyond" if far[1] > 1 else "below"
     factor = far[1] if far[1] > 1 else 1 / far[1]

@@ -1,4 +1,4 @@
-"""The look of figures: colours by role, matplotlib settings, and SVG made fit to stand in a page."""
+"""The look of figures: colours by role, matplotlib settings, SVG made fit to stand in a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 LIGHT: dict[str, str] = {
     "ink": "#1a1f24",
@@ -132,7 +132,7 @@ def finish(
     tips: Mapping[str, Sequence[str]] | None = None,
     png: bool = False,
 ) -> Drawing:
-    """The figure as inline SVG. `name` makes its ids unique in the page, `label` says what it shows.
+    """The figure as inline SVG. `name` makes its ids unique, `label` says what it shows.
 
     `tips` maps the gid of a scatter (or of a group of bars) to one hover text an element, in
     order.
@@ -180,7 +180,9 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
         )
     text = re.sub(r"#[0-9a-f]{6}\b", _as_variable, text)
     text = text.replace("'DejaVu Sans'", "var(--sans,sans-serif)")
-    text = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m.group()):.2f}".rstrip("0").rstrip("."), text)
+    text = re.sub(
+        r"-?\d+\.\d{3,}", lambda m: f"{float(m.group()):.2f}".rstrip("0").rstrip("."), text
+    )
     return re.sub(r">\s+<", "><", text)
 
 
@@ -215,27 +217,31 @@ def _drawn(group: ET.Element) -> list[ET.Element]:
 # --- axes --------------------------------------------------------------------------------------
 
 
-def short(value: float, digits: int = 3) -> str:
-    """A count as people say it: 16.4k, 125M, 1.4T."""
+def short(value: float, digits: int = 3, full: bool = False) -> str:
+    """A count as people say it: 16.4k, 125M, 1.4T; `full` keeps trailing zeros, as in 1.40T."""
     if not np.isfinite(value):
         return "–"
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")):
         # 999.6k rounds to 1000k: the next letter then
         if abs(value) >= limit * (1 - 0.5 * 10.0**-digits):
-            return f"{value / limit:.{digits}g}{letter}"
-    return f"{value:.{digits}g}"
+            return _digits(value / limit, digits, full) + letter
+    return _digits(value, digits, full)
 
 
-def scientific(value: float, digits: int = 3) -> str:
-    """A learning rate or a number of FLOPs: 2.43e-3; plain between 0.01 and 1000."""
+def scientific(value: float, digits: int = 3, full: bool = False) -> str:
+    """A learning rate or a number of FLOPs: 2.4e-3; plain between 0.01 and 1000."""
     if not np.isfinite(value):
         return "–"
     if value == 0 or 1e-2 <= abs(value) < 1e3:
-        return f"{value:.{digits}g}"
+        return _digits(value, digits, full)
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    if "." in mantissa:
+    if "." in mantissa and not full:
         mantissa = mantissa.rstrip("0").rstrip(".")
     return f"{mantissa}e{int(exponent)}"
+
+
+def _digits(value: float, digits: int, full: bool) -> str:
+    return f"{value:#.{digits}g}".rstrip(".") if full else f"{value:.{digits}g}"
 
 
 def log_axis(axes: Axes, which: str, kind: str = "count", most: int = 5) -> None:
@@ -255,6 +261,9 @@ def log_axis(axes: Axes, which: str, kind: str = "count", most: int = 5) -> None
 
 def log_ticks(low: float, high: float, most: int = 5) -> np.ndarray:
     """At most about `most` round numbers within [low, high]: whole decades, or 1-2-5, or finer."""
+    if high < 3 * low:
+        plain = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        return plain[(plain >= low) & (plain <= high) & (plain > 0)]
     first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
     decades = 10.0 ** np.arange(first, last + 1)
     within = decades[(decades >= low * 0.999) & (decades <= high * 1.001)]
@@ -267,10 +276,7 @@ def log_ticks(low: float, high: float, most: int = 5) -> np.ndarray:
         if len(ticks) > most:
             break
         best = ticks
-    if len(best) >= 2:
-        return best
-    plain = mpl.ticker.MaxNLocator(most - 1, steps=[1, 2, 5, 10]).tick_values(low, high)
-    return plain[(plain >= low) & (plain <= high) & (plain > 0)]
+    return best
 
 
 def spread(values: np.ndarray, apart: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The loss of each cell over learning rate and batch: its trials, the fitted surface, its optimum."""
+"""The loss of each cell over learning rate and batch: trials, fitted surface, optimum."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def cell_figures(fits: Fits, table: CellTable, *, png: bool = False) -> list[Cel
             same = fits.cells.index[fits.cells["architecture"] == architecture]
             boxes[architecture] = _box([searched[n] for n in same if n in searched])
         figures.append(
-            _cell_figure(searched[name], fits, surface, boxes[architecture], len(figures), tips, png)
+            _cell_figure(
+                searched[name], fits, surface, boxes[architecture], len(figures), tips, png
+            )
         )
     return figures
 
@@ -123,13 +125,14 @@ def _cell_figure(
         if surface is not None and surface.status == "converged":
             _contours(axes, surface, trials, best)
         order = np.argsort(-gap, kind="stable")
+        shade = np.searchsorted(GAPS, gap[order], side="right")
         axes.scatter(
             trials.learning_rate[order],
             trials.batch_tokens[order],
-            c=[SHADES[i] for i in np.searchsorted(GAPS, gap[order], side="right")],
+            c=[SHADES[i] for i in shade],
             s=_size(len(gap)),
-            edgecolors=LIGHT["paper"] if surface is not None else LIGHT["faint"],
-            linewidths=0.7,
+            edgecolors=[LIGHT["paper" if i < 4 else "faint"] for i in shade],
+            linewidths=[0.7 if i < 4 else 0.4 for i in shade],
             zorder=3,
             gid="trials",
         )

@@ -1,9 +1,9 @@
-"""What the figures of laws are drawn along: how a family's N, D and C move together, and its law."""
+"""What the figures of laws are drawn along: how N, D and C move together, and the law."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,7 @@ def names_of(fits: Fits) -> list[str]:
 
 
 def laws_used(fits: Fits, name: str) -> dict[str, PowerLaw]:
-    """The laws that `recommend` answers with for an architecture: of learning_rate, batch_tokens."""
+    """The laws that `recommend` answers with for an architecture, by what they are of."""
     cells = fits.groups[name].cells
     if not len(cells):
         return {}
@@ -84,6 +84,18 @@ def ask(law: PowerLaw, target: Target) -> tuple[float, float, float]:
     return float(law.predict(inputs)), float(low), float(high)
 
 
+def apart(cells: pd.DataFrame) -> list[str]:
+    """The axes worth a panel: N alone where N, D and C move together in every family."""
+    shown = varying(cells)
+    if len(shown) < 2:
+        return shown or [PARAMS]
+    for _, family in cells.groupby("architecture"):
+        n, d = (family[c].to_numpy(float) for c in (PARAMS, TOKENS))
+        if _trend(n, d, n)[1] > TOGETHER:
+            return shown
+    return [PARAMS] if PARAMS in shown else shown[:1]
+
+
 def lines_along(
     cells: pd.DataFrame, law: PowerLaw | None, axis: str, reach: Sequence[float], several: bool
 ) -> list[Line]:
@@ -105,7 +117,8 @@ def lines_along(
             for n, d in zip(params, tokens, strict=True)
         ]
         y, low, high = np.array([ask(law, t) for t in targets]).T
-        lines.append(Line(x, y, low, high, held, tuple(t.setting() for t in targets)))
+        at = np.array([t.inputs[axis] for t in targets])
+        lines.append(Line(at, y, low, high, held, tuple(t.setting() for t in targets)))
     return lines
 
 
@@ -134,25 +147,33 @@ def _grid(values: np.ndarray, reach: Sequence[float]) -> np.ndarray:
 def _paths(
     cells: pd.DataFrame, axis: str, x: np.ndarray, several: bool
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(what is held, N [n], D [n]) along an axis."""
+    """(what is held, N [n], D [n]) along an axis; the first is the middle one, which has the band.
+
+    Along C the tokens a parameter are held, along N the tokens, along D the parameters."""
     n, d = cells[PARAMS].to_numpy(float), cells[TOKENS].to_numpy(float)
-    if axis == FLOPS:
-        at = cells[FLOPS].to_numpy(float)
-        return [("", _trend(at, n, x)[0], _trend(at, d, x)[0])]
-    at, other = (n, d) if axis == PARAMS else (d, n)
+    at = cells[axis].to_numpy(float)
+    other = {PARAMS: d, TOKENS: n, FLOPS: d / n}[axis]
+    cost = float(np.median(cells[FLOPS].to_numpy(float) / (n * d)))
+
+    def place(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if axis == PARAMS:
+            return x, values
+        if axis == TOKENS:
+            return values, x
+        params = np.sqrt(x / (cost * values))
+        return params, values * params
+
     along, stray = _trend(at, other, x)
     if stray < TOGETHER:
-        return [("", x, along) if axis == PARAMS else ("", along, x)]
-    values = np.unique(other)
+        return [("", *place(along))]
+    values = np.sort(other)
     middle = float(values[len(values) // 2])
-    chosen = sorted({float(values[0]), middle, float(values[-1])}) if several else [middle]
-    symbol = AXES[TOKENS if axis == PARAMS else PARAMS]
-    paths = []
-    for value in sorted(chosen, key=lambda v: v != middle):  # the middle line first: it has the band
-        constant = np.full_like(x, value)
-        held = f"{symbol}={value:.6g}"
-        paths.append((held, x, constant) if axis == PARAMS else (held, constant, x))
-    return paths
+    chosen = {float(values[0]), middle, float(values[-1])} if several else {middle}
+    symbol = {PARAMS: "D", TOKENS: "N", FLOPS: "D/N"}[axis]
+    return [
+        (f"{symbol}={value:.6g}", *place(np.full_like(x, value)))
+        for value in sorted(chosen, key=lambda v: (v != middle, v))
+    ]
 
 
 def _trend(at: np.ndarray, values: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
@@ -177,23 +198,24 @@ def reach_of(answers: Sequence[Recommendation], name: str, axis: str, cells: pd.
 
 
 def loss_along(
-    fits: Fits, name: str, key: str, reach: Sequence[float]
-) -> Mapping[str, np.ndarray] | None:
-    """The law of the loss `key` along compute: flops, loss, low, high, each [n]; None without it."""
-    own = fits.groups[name]
-    cells = own.cells
-    laws = own.loss_laws
-    if key not in laws or not laws[key].ok:
-        laws = fits.groups[ALL].loss_laws if ALL in fits.groups else {}
-    if key not in laws or not laws[key].ok:
-        return None
+    fits: Fits, name: str, key: str, reach: Sequence[float], several: bool
+) -> list[Line]:
+    """The law of the loss `key` of an architecture along compute; no line without it."""
+    groups = [fits.groups[g] for g in (name, ALL) if g in fits.groups]
+    laws = next((g.loss_laws for g in groups if key in g.loss_laws and g.loss_laws[key].ok), None)
+    if laws is None:
+        return []
+    cells = fits.groups[name].cells
     x = _grid(cells[FLOPS].to_numpy(float), reach)
     experts, top_k = int(cells["experts"].iloc[0]), int(cells["top_k"].iloc[0])
-    ((_, params, tokens),) = _paths(cells, FLOPS, x, False)
-    rows = []
-    for n, d in zip(params, tokens, strict=True):
-        target = describe_target(cells, float(n), float(d), experts, top_k)
-        answer = predict_loss(laws, [key], target.inputs)
-        rows.append((target.inputs["flops"], *(answer[1:] if answer else (math.nan,) * 3)))
-    flops, loss, low, high = np.array(rows).T
-    return {"flops": flops, "loss": loss, "low": low, "high": high}
+    lines = []
+    for held, params, tokens in _paths(cells, FLOPS, x, several):
+        targets = [
+            describe_target(cells, float(n), float(d), experts, top_k)
+            for n, d in zip(params, tokens, strict=True)
+        ]
+        answers = [predict_loss(laws, [key], t.inputs) for t in targets]
+        y, low, high = np.array([a[1:] if a else (math.nan,) * 3 for a in answers]).T
+        flops = np.array([t.inputs["flops"] for t in targets])
+        lines.append(Line(flops, y, low, high, held, tuple(t.setting() for t in targets)))
+    return lines
