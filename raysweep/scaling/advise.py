@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +45,7 @@ def advise(
     if own.kind == "dense" and (experts or 1) > 1:
         raise UserError(f"architecture {name!r} is dense: leave out experts, or ask for a MoE")
     experts, top_k, foreign = _routing(own.cells, experts, top_k)
-    warnings = []
+    warnings: list[str] = []
     candidates = [fits.groups[ALL]] if foreign and ALL in fits.groups else [own]
     if ALL in fits.groups and not foreign:
         candidates.append(fits.groups[ALL])
@@ -58,9 +59,11 @@ def advise(
     warnings += target.notes
 
     laws: dict[str, PowerLaw] = {}
+    missing: list[str] = []
     for quantity in ("learning_rate", "batch_tokens"):
         law = _pick(candidates, quantity, target.inputs)
         if law is None:
+            missing.append(quantity)
             warnings.append(f"no law of {quantity} can answer: {_why_none(own, quantity)}")
         else:
             laws[quantity] = law
@@ -70,41 +73,18 @@ def advise(
     length = _sequence_length(family)
     usable, sequences = usable_batch(batch, length)
 
-    groups = [] if foreign else [own]
-    groups += [fits.groups[ALL]] if ALL in fits.groups else []
-    predicted, loss_group = None, own
-    for loss_group in groups:
-        order = [k for k in (fits.loss_law,) if k] + loss_group.loss_order()
-        if loss_group.kind == "mixed":
-            order = [k for k in order if "experts" in LOSS_LAWS[k].inputs]
-        predicted = predict_loss(loss_group.loss_laws, order, target.inputs)
-        if predicted is not None:
-            break
-    if predicted is not None and loss_group.loss_laws[predicted[0]].status == "at bound":
-        warnings.append(f"the law of the loss is {loss_group.loss_laws[predicted[0]].message}")
-    if predicted is None:
-        warnings.append("no law of the loss could be fitted to predict this run's")
-    loss_key, loss, loss_low, loss_high = predicted or ("", math.nan, math.nan, math.nan)
+    loss = _expect(fits, own, foreign, target.inputs)
+    warnings += loss.warnings
 
-    used = family.loc[sorted({c for law in laws.values() for c in law.cells if c in family.index})]
-    factors = extrapolation(used if len(used) else family, target.inputs)
-    warnings += _cautions(laws, loss_key, factors, used if len(used) else family, params, tokens)
+    used = fits.cells.loc[sorted({c for law in laws.values() for c in law.cells})]
+    used = used if len(used) else family
+    factors = extrapolation(used, target.inputs)
+    warnings += _cautions(laws, loss.law, factors, used, params, tokens)
     rests_on = [
         f"{law.formula}, {law.n_cells} cells"
-        + (
-            f", {100 * law.held_out:.1f} % off on unseen cells"
-            if math.isfinite(law.held_out)
-            else ""
-        )
+        + (f", {100 * law.held_out:.1f} % off on unseen cells" if law.held_out >= 0 else "")
         for law in laws.values()
     ]
-    if loss_key:
-        n = int(loss_group.cells["loss"].count())
-        check = loss_group.loss_checks.get(loss_key)
-        off = ""
-        if check is not None and math.isfinite(check.error):
-            off = f", {100 * check.error:.2f} % off on the largest scale unseen"
-        rests_on.append(f"loss by the law '{loss_key}' on {n} cells{off}")
     return Recommendation(
         architecture=name,
         params=params,
@@ -118,11 +98,11 @@ def advise(
         batch_tokens_interval=(batch_low, batch_high),
         batch_sequences=sequences,
         sequence_length=length,
-        loss=loss,
-        loss_interval=(loss_low, loss_high),
-        laws={q: law.name for q, law in laws.items()} | ({"loss": loss_key} if loss_key else {}),
+        loss=loss.value,
+        loss_interval=loss.interval,
+        laws={q: law.name for q, law in laws.items()} | ({"loss": loss.law} if loss.law else {}),
         extrapolation=factors,
-        rests_on=tuple(rests_on),
+        rests_on=(*rests_on, *loss.rests_on),
         by_method=_by_method(candidates, laws, target.inputs),
         published=tuple(
             a
@@ -130,8 +110,43 @@ def advise(
             if a["learning_rate"] is not None or a["batch_tokens"] is not None
         ),
         warnings=tuple(warnings),
-        status="ok" if len(laws) == 2 else "no law",
+        status="ok" if len(laws) == 2 else " of ".join(["no law", *missing][: 2 if laws else 1]),
     )
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The loss a run should reach, by which law, and what is to be said of it."""
+
+    law: str
+    value: float
+    interval: tuple[float, float]
+    rests_on: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def _expect(fits: Fits, own: Group, foreign: bool, inputs: Mapping[str, float]) -> _Expected:
+    """By the law asked for, else the one that best predicted the largest scale: of the
+    architecture alone, then of all together."""
+    groups = [] if foreign else [own]
+    groups += [fits.groups[ALL]] if ALL in fits.groups else []
+    for group in groups:
+        order = [k for k in (fits.loss_law,) if k] + group.loss_order()
+        if group.kind == "mixed":
+            order = [k for k in order if "experts" in LOSS_LAWS[k].inputs]
+        found = predict_loss(group.loss_laws, order, inputs)
+        if found is None:
+            continue
+        key, value, low, high = found
+        check, fitted = group.loss_checks.get(key), group.loss_laws[key]
+        said = f"loss by the law '{key}' on {int(group.cells['loss'].count())} cells"
+        if check is not None and math.isfinite(check.error):
+            said += f", {100 * check.error:.2f} % off on the largest scale unseen"
+        bound = (f"the law of the loss is not certain: {fitted.message}",)
+        warnings = bound if fitted.status == "at bound" else ()
+        return _Expected(key, value, (low, high), (said,), warnings)
+    nothing = ("no law of the loss could be fitted to predict this run's",)
+    return _Expected("", math.nan, (math.nan, math.nan), (), nothing)
 
 
 def _architecture(fits: Fits, wanted: str | None, experts: int | None) -> str:

@@ -30,7 +30,7 @@ def planted(noise=0.0, seed=0):
 
 def fit(values, sd=0.05, **inputs):
     inputs = inputs or {"params": PARAMS, "tokens": TOKENS}
-    return fit_power_law("learning_rate", inputs, values, np.full(len(values), sd))
+    return fit_power_law("learning_rate", inputs, values, np.full(len(values), sd), n_boot=100)
 
 
 def table_of(frame):
@@ -146,7 +146,7 @@ def test_laws_from_trials_recover_the_planted_ones(planted_study):
 
 def test_intervals_from_trials_cover(planted_study):
     hits = []
-    for seed in range(50):
+    for seed in range(25):
         cells, _, optima = table_of(planted_study(noise=0.002, scatter=0.05, seed=seed))
         rate = fit_law("learning_rate", ("params", "tokens"), cells, optima)
         batch = fit_law("batch_tokens", ("tokens",), cells, optima)
