@@ -77,10 +77,9 @@ class _FeedForwardBlock(Function):
         gate, up = both.chunk(2, 1)
         gated = torch.nn.functional.silu(gate)
         hidden = gated * up
-        y = matmul(hidden, down).add_(x)
         ctx.save_for_backward(norm, gate_up, down)
         ctx.mine = unit, scale, folded, both, gated, hidden
-        return y.view_as(x_BTD)
+        return x_BTD + matmul(hidden, down).view_as(x_BTD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -75,10 +75,9 @@ class _AttentionBlock(Function):
         q, k = qk[:heads], qk[heads:]
         o_HBTC, probs = _attend(q, _repeat(k, heads), _repeat(v, heads))
         o_ND = o_HBTC.permute(1, 2, 0, 3).reshape(len(x), -1)
-        y = matmul(o_ND, out).add_(x)
         ctx.save_for_backward(norm, qkv, q_norm, k_norm, out)
         ctx.mine = unit, scale, folded, qk_unit, qk_scale, turn, q, k, v, probs, o_ND
-        return y.view_as(x_BTD)
+        return x_BTD + matmul(o_ND, out).view_as(x_BTD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -23,12 +23,12 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     temporary.replace(folder / NAME)
 
 
-def load(folder: Path, key: str, device: torch.device) -> dict[str, Any] | None:
-    """The folder's checkpoint if it has one of this trial key."""
+def load(folder: Path, key: str) -> dict[str, Any] | None:
+    """The folder's checkpoint, on the CPU, if it has one of this trial key."""
     path = folder / NAME
     if not path.exists():
         return None
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     return state if state["key"] == key else None
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from raysweep.data.batches import validation_batches
+from raysweep.data.batches import Batch, validation_batches
 from raysweep.data.tokens import TokenArray
+from raysweep.errors import UserError
 from raysweep.model import Decoder
 from raysweep.training.parallel import Workers
 
@@ -46,19 +48,22 @@ def evaluate(
     losses = torch.zeros(sequences, dtype=torch.float64, device=device)
     load = torch.zeros(model.expert_load.shape, dtype=torch.float64, device=device)
     confidence = torch.zeros(len(load), dtype=torch.float64, device=device)
-    at = workers.rank * sequences // workers.world_size
-    for inputs, targets in validation_batches(
+    batches = validation_batches(
         tokens,
         sequences=sequences,
         sequence_length=shape.sequence_length,
         batch_sequences=batch_sequences,
         rank=workers.rank,
         world_size=workers.world_size,
-    ):
+    )
+    at = workers.rank * sequences // workers.world_size
+    for inputs, targets, real in _equal_rounds(batches, sequences, batch_sequences, workers):
         with precision():
             batch, routing = model.evaluate(
                 torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
             )
+        if not real:
+            continue
         losses[at : at + len(batch)] = batch
         at += len(batch)
         if routing is not None:
@@ -78,3 +83,23 @@ def evaluate(
     return Evaluation(
         loss, loss_se, entropy.mean().item(), busiest.mean().item(), per_token.mean().item()
     )
+
+
+def _equal_rounds(
+    batches: Iterator[Batch], sequences: int, batch_sequences: int, workers: Workers
+) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """The batches; for workers that shard a model, then the last one again (False: not to be
+    counted) until all have made equally many passes, as gathering parameters requires."""
+    done, last = 0, None
+    for last in batches:
+        yield *last, True
+        done += 1
+    most = -(-sequences // workers.world_size)
+    while workers.sharded and done < -(-most // batch_sequences):
+        if last is None:
+            raise UserError(
+                f"data.validation_sequences {sequences} are fewer than the "
+                f"{workers.world_size} workers: raise it"
+            )
+        yield *last, False
+        done += 1

@@ -23,8 +23,6 @@ from raysweep.training.outcome import Reporter, Silent, Status, TrialOutcome
 from raysweep.training.parallel import Workers
 from raysweep.training.step import GradientMaker
 
-REPORT_SECONDS = 0.5
-
 
 def train(
     spec: TrialSpec,
@@ -138,7 +136,6 @@ class _Run:
         """Train to the horizon or to whatever ends the run before it."""
         spec, recipe = self.spec, self.spec.recipe
         started, before = time.perf_counter(), self.seconds
-        reported = -math.inf
         due = checkpoint.Timer(recipe.checkpoint_seconds)
         self.model.train()
         while self.step < spec.steps:
@@ -154,14 +151,14 @@ class _Run:
                 return "out_of_memory", reason
             if reason:
                 return "diverged", reason
-            if self.workers.rank == 0 and time.perf_counter() - reported > REPORT_SECONDS:
-                reported = time.perf_counter()
-                self.reporter.report(self.step, self.step * spec.batch_tokens, self.monitor.smooth)
+            self.reporter.report(self.step, self.step * spec.batch_tokens, self.monitor.smooth)
             stop, save = self._decide(due)
             if stop and self.step < spec.steps:
                 return "stopped", f"stopped after {self.step} of {spec.steps} steps"
-            if save and self.checkpoint_dir and self.workers.rank == 0:
-                checkpoint.save(self.checkpoint_dir, self._state())
+            if save and self.checkpoint_dir:
+                state = self._state()
+                if self.workers.rank == 0:
+                    checkpoint.save(self.checkpoint_dir, state)
         return "finished", None
 
     def _one_step(self, rate: float) -> None:
@@ -214,8 +211,7 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "micro": self.gradient.micro,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "learned": self.workers.gather_state(self.model, self.optimizer),
             "monitor": self.monitor.state(),
             "noise": self.noise.state(),
         }
@@ -224,7 +220,10 @@ class _Run:
         """Take up the checkpoint of an earlier attempt, if there is one."""
         if self.checkpoint_dir is None:
             return
-        state = checkpoint.load(self.checkpoint_dir, self.spec.key, self.device)
+        state = None
+        if self.workers.rank == 0:
+            state = checkpoint.load(self.checkpoint_dir, self.spec.key)
+        state = self.workers.from_leader(state)
         if state is None:
             return
         self.step, self.seconds, self.gradient.micro = (
@@ -232,8 +231,7 @@ class _Run:
             state["seconds"],
             state["micro"],
         )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.workers.scatter_state(self.model, self.optimizer, state["learned"])
         self.monitor.load(state["monitor"])
         self.noise = NoiseScale(**state["noise"])
 

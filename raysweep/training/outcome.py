@@ -9,14 +9,18 @@ Status = Literal["finished", "diverged", "out_of_memory", "stopped"]
 
 
 class Reporter(Protocol):
-    """Hears of progress, and may end the run. Called about once a second, on rank 0 only."""
+    """Hears of progress, and may end the run. Called at most about 500 times a run.
+
+    With several workers each has its own, and all are told the same at the same steps.
+    """
 
     def report(self, step: int, tokens: int, loss: float) -> None:
         """`step` steps and `tokens` tokens are done; `loss` is the smoothed training loss."""
         ...
 
     def should_stop(self) -> bool:
-        """True ends the run after the current step, with status `stopped`."""
+        """True ends the run after the current step, with status `stopped`. Only the first
+        worker's reporter is asked."""
         ...
 
 

@@ -8,10 +8,17 @@ block, gathers it for use and scatters its gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.optim import Optimizer
 
 from raysweep.model import Decoder
 from raysweep.training.optimizer import FlatParameters, Parameters, ShardedParameters
@@ -54,17 +61,37 @@ class Workers:
         """Spread the model, equal on all workers, and take hold of its parameters."""
         if not self.sharded:
             return FlatParameters(model)
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
         for block in (*model.attention, *model.feed_forward):
             fully_shard(block)
         fully_shard(model)
         register_fsdp_forward_method(model, "evaluate")
         return ShardedParameters(model)
 
+    def gather_state(self, model: Decoder, optimizer: Optimizer) -> dict[str, Any]:
+        """What has been learned, whole; all workers must call this, the first one gets it."""
+        if not self.sharded:
+            return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        values, moments = get_state_dict(model, optimizer, options=options)
+        return {"model": values, "optimizer": moments}
 
-def any_worker(workers: Workers, flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any worker."""
-    if workers.world_size == 1:
-        return flag
-    return bool(workers.sum(torch.tensor([float(flag)], device=device)).item())
+    def scatter_state(self, model: Decoder, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Load what `gather_state` gave; all workers must call this with the whole state."""
+        if not self.sharded:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
+
+    def from_leader(self, value: Any) -> Any:
+        """The first worker's value, on all."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
