@@ -116,8 +116,8 @@ def _train(
             spec,
             corpus,
             validation_sequences=validation,
-            reporter=reporter,
             checkpoint_dir=checkpoints,
+            storage_path=_ray_storage(context.results_uri),
         )
     from raysweep.training.loop import train  # here, so that the driver never imports torch
 
@@ -129,3 +129,10 @@ def _train(
         checkpoint_dir=checkpoints,
         threads=context.threads,
     )
+
+
+def _ray_storage(results_uri: str) -> str:
+    """Where Ray Train keeps its notes on runs of several workers: beside the results, since all
+    nodes must reach it."""
+    root = results_uri if "://" in results_uri else str(Path(results_uri).resolve())
+    return f"{root.rstrip('/')}/ray"

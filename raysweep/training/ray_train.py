@@ -89,7 +89,7 @@ def train_distributed(
     return result.return_value
 
 
-def _callbacks() -> list[TuneReportCallback]:
+def _callbacks() -> list[Any]:
     try:
         return [TuneReportCallback()]
     except RuntimeError:  # not inside a Tune trial
