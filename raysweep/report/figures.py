@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from raysweep.report.style import ARCHITECTURE_COLOURS, Drawing, short, spread
+from raysweep.report.style import (
+    ARCHITECTURE_COLOURS,
+    LIGHT,
+    MARKERS,
+    Drawing,
+    short,
+    spread,
+)
 from raysweep.report.trends import FLOPS, PARAMS, TOKENS, Line
 
 End = tuple[float, float, str, str]
@@ -43,6 +51,33 @@ def draw_line(axes: Axes, line: Line, colour: str, first: bool) -> None:
     axes.plot(line.x, line.y, color=colour, linewidth=1.5 if first else 0.9, ls=style, zorder=2)
     if first and np.isfinite(line.low).all():
         axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.12, lw=0, zorder=1)
+
+
+def draw_cells(
+    axes: Axes, x: np.ndarray, y: np.ndarray, full: np.ndarray, index: int, gid: str
+) -> None:
+    """The cells of the `index`-th architecture; those not `full` [n] are hollow."""
+    colour = LIGHT[ARCHITECTURE_COLOURS[index]]
+    axes.scatter(
+        x,
+        y,
+        s=26,
+        marker=MARKERS[index],
+        facecolors=[colour if k else LIGHT["paper"] for k in full],
+        edgecolors=[LIGHT["paper"] if k else colour for k in full],
+        linewidths=[0.6 if k else 1.2 for k in full],
+        zorder=4,
+        gid=gid,
+    )
+
+
+def draw_star(axes: Axes, x: float, y: float, index: int) -> None:
+    """The run asked about."""
+    if math.isfinite(x) and math.isfinite(y):
+        colour = LIGHT[ARCHITECTURE_COLOURS[index]]
+        axes.scatter(
+            [x], [y], marker="*", s=110, c=colour, edgecolors=LIGHT["paper"], lw=0.8, zorder=6
+        )
 
 
 def held_words(held: str) -> str:

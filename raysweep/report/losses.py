@@ -12,23 +12,25 @@ from matplotlib.axes import Axes
 from raysweep.report.figures import (
     AXIS_NAMES,
     MOST_ARCHITECTURES,
+    End,
     PlotFigure,
+    draw_cells,
     draw_line,
+    draw_star,
     held_words,
     label_ends,
 )
 from raysweep.report.style import (
     ARCHITECTURE_COLOURS,
     LIGHT,
-    MARKERS,
     finish,
     log_axis,
     new_figure,
     scientific,
     settings,
 )
-from raysweep.report.trends import FLOPS, Line, loss_along, names_of, reach_of
-from raysweep.scaling.fits import ALL, Fits
+from raysweep.report.trends import FLOPS, loss_along, loss_fit, names_of, reach_of
+from raysweep.scaling.fits import Fits
 from raysweep.scaling.group_loss import predict_loss
 from raysweep.scaling.recommend import Recommendation
 
@@ -38,107 +40,112 @@ def loss_figure(
 ) -> PlotFigure | None:
     """Loss at the optimum against compute with its law, and what the law leaves over.
 
-    `laws` names each architecture's law of the loss."""
+    `laws` names each architecture's law of the loss; None without any loss."""
     cells = fits.cells[fits.cells["loss"].notna()]
     names = [n for n in names_of(fits) if (cells["architecture"] == n).any()][:MOST_ARCHITECTURES]
     if not names:
         return None
+    residual = _residuals(fits, names, laws, cells)
     rows: list[dict[str, object]] = []
     tips: dict[str, list[str]] = {}
-    ends: list[tuple[Line, str]] = []
     with settings():
         figure = new_figure(10.2, 3.6)
-        left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
+        panels = 2 if residual.notna().any() else 1
+        axes = figure.subplots(1, panels, width_ratios=(1.7, 1)[:panels], squeeze=False)[0]
         for i, name in enumerate(names):
-            colour, marker = LIGHT[ARCHITECTURE_COLOURS[i]], MARKERS[i]
             own = cells[cells["architecture"] == name]
             x, y = own[FLOPS].to_numpy(float), own["loss"].to_numpy(float)
-            good = (own["loss_from"] == "optimum").to_numpy()
-            reach = reach_of(answers, name, FLOPS, own)
-            lines = (
-                loss_along(fits, name, laws[name], reach, len(names) == 1) if name in laws else []
-            )
-            for k, line in enumerate(lines):
-                draw_line(left, line, colour, first=k == 0)
-                rows += [
-                    {"what": "law", "architecture": name, "cell": line.held, "flops": c,
-                     "loss": m, "low": lo, "high": hi}
-                    for c, m, lo, hi in zip(line.x, line.y, line.low, line.high, strict=True)
-                ]  # fmt: skip
-            ends += [(line, colour) for line in lines if line.held]
-            predicted = _predicted(fits, name, laws.get(name), own)
-            for axes, values, gid in (
-                (left, y, "loss"),
-                (right, 100 * (y / predicted - 1), "rest"),
-            ):
-                axes.scatter(
-                    x,
-                    values,
-                    s=26,
-                    marker=marker,
-                    facecolors=[colour if k else LIGHT["paper"] for k in good],
-                    edgecolors=[LIGHT["paper"] if k else colour for k in good],
-                    linewidths=[0.6 if k else 1.2 for k in good],
-                    zorder=4,
-                    gid=f"{gid}{i}",
-                )
+            full = (own["loss_from"] == "optimum").to_numpy()
+            rest = 100 * residual[own.index].to_numpy(float)
+            draw_cells(axes[0], x, y, full, i, f"loss{i}")
             tips[f"loss{i}"] = [
                 f"{c}: {scientific(a)} FLOPs, loss {b:.4f}"
                 for c, a, b in zip(own.index, x, y, strict=True)
             ]
-            tips[f"rest{i}"] = [
-                f"{c}: {100 * (b / p - 1):+.2f} %"
-                for c, b, p in zip(own.index, y, predicted, strict=True)
-                if math.isfinite(p)
-            ]
+            known = np.isfinite(rest)
+            if known.any():
+                draw_cells(axes[1], x[known], rest[known], full[known], i, f"rest{i}")
+                tips[f"rest{i}"] = [
+                    f"{c}: {r:+.2f} %" for c, r in zip(own.index[known], rest[known], strict=True)
+                ]
             rows += [
                 {"what": "cell", "architecture": name, "cell": c, "flops": a, "loss": b,
-                 "low": math.nan, "high": math.nan, "predicted": p}
-                for c, a, b, p in zip(own.index, x, y, predicted, strict=True)
+                 "low": math.nan, "high": math.nan, "above_law": r / 100}
+                for c, a, b, r in zip(own.index, x, y, rest, strict=True)
             ]  # fmt: skip
-            for c, answer in zip(
-                reach, [a for a in answers if a.architecture == name], strict=True
-            ):
-                if math.isfinite(answer.loss):
-                    left.scatter(
-                        [c], [answer.loss], marker="*", s=110, c=colour,
-                        edgecolors=LIGHT["paper"], lw=0.8, zorder=6,
-                    )  # fmt: skip
-        _finish_loss_axes(left, right)
-        label_ends(left, [(x.x[-1], x.y[-1], held_words(x.held), c) for x, c in ends])
-        drawing = finish(
-            figure, "loss", "Loss against training compute with the fitted law", tips, png
-        )
+        ends = []
+        for i, name in enumerate(names):
+            drawn, more = _draw_law(axes[0], fits, answers, name, i, laws, len(names) == 1)
+            ends += drawn
+            rows += more
+        _finish_loss_axes(axes)
+        label_ends(axes[0], ends)
+        label = "Loss against training compute with the fitted law"
+        drawing = finish(figure, "loss", label, tips, png)
     return PlotFigure("loss", drawing, pd.DataFrame(rows), tuple(names))
 
 
-def _finish_loss_axes(left: Axes, right: Axes) -> None:
-    for axes in (left, right):
-        log_axis(axes, "x", "scientific", 6 if axes is left else 4)
-        axes.grid(True)
-        axes.set_axisbelow(True)
-        axes.set_xlabel(AXIS_NAMES[FLOPS])
-    log_axis(left, "y", "loss", 6)
-    left.set_ylabel("loss, nats a token")
-    right.set_ylabel("loss above the law, %")
-    right.axhline(0, color=LIGHT["faint"], linewidth=0.8, zorder=1)
-    reach = max(abs(v) for v in right.get_ylim())
-    right.set_ylim(-reach, reach)
+def _draw_law(
+    axes: Axes,
+    fits: Fits,
+    answers: Sequence[Recommendation],
+    name: str,
+    index: int,
+    laws: Mapping[str, str],
+    several: bool,
+) -> tuple[list[End], list[dict[str, object]]]:
+    """An architecture's law of the loss, and the runs asked about."""
+    colour = LIGHT[ARCHITECTURE_COLOURS[index]]
+    reach = reach_of(answers, name, FLOPS, fits.groups[name].cells)
+    lines = loss_along(fits, name, laws[name], reach, several) if name in laws else []
+    rows: list[dict[str, object]] = []
+    for k, line in enumerate(lines):
+        draw_line(axes, line, colour, first=k == 0)
+        rows += [
+            {"what": "law", "architecture": name, "cell": line.held, "flops": c, "loss": m,
+             "low": lo, "high": hi}
+            for c, m, lo, hi in zip(line.x, line.y, line.low, line.high, strict=True)
+        ]  # fmt: skip
+    for at, answer in zip(reach, [a for a in answers if a.architecture == name], strict=True):
+        draw_star(axes, at, answer.loss, index)
+    ends = [(x.x[-1], x.y[-1], held_words(x.held), colour) for x in lines if x.held]
+    return ends, rows
 
 
-def _predicted(fits: Fits, name: str, law: str | None, cells: pd.DataFrame) -> np.ndarray:
-    """What a law of the loss says of each cell, NaN where it cannot."""
-    for group in (name, ALL):
-        if law and group in fits.groups and law in fits.groups[group].loss_laws:
-            found = fits.groups[group].loss_laws[law]
-            if found.ok:
-                answers = [
-                    predict_loss({law: found}, [law], {str(k): v for k, v in row.items()})
-                    for row in cells.to_dict("records")
-                ]
-                return np.array([a[1] if a else math.nan for a in answers])
-    return np.full(len(cells), math.nan)
+def _finish_loss_axes(axes: Sequence[Axes]) -> None:
+    for one, most in zip(axes, (6, 4), strict=False):
+        log_axis(one, "x", "scientific", most)
+        one.grid(True)
+        one.set_axisbelow(True)
+        one.set_xlabel(AXIS_NAMES[FLOPS])
+    log_axis(axes[0], "y", "loss", 6)
+    axes[0].set_ylabel("loss, nats a token")
+    if len(axes) > 1:
+        axes[1].set_ylabel("loss above the law, %")
+        axes[1].axhline(0, color=LIGHT["faint"], linewidth=0.8, zorder=1)
+        reach = max(*(abs(v) for v in axes[1].get_ylim()), 0.01)
+        axes[1].set_ylim(-reach, reach)
 
+
+def _residuals(
+    fits: Fits, names: Sequence[str], laws: Mapping[str, str], cells: pd.DataFrame
+) -> pd.Series:
+    """Each cell's loss over its law's prediction, less 1; NaN where there is no law."""
+    found = pd.Series(math.nan, index=cells.index, dtype=float)
+    for name in names:
+        key = laws.get(name)
+        _, law = loss_fit(fits, name, key)
+        if law is None or key is None:
+            continue
+        own = cells[cells["architecture"] == name]
+        for cell, row in zip(own.index, own.to_dict("records"), strict=True):
+            answer = predict_loss({key: law}, [key], {str(k): v for k, v in row.items()})
+            if answer is not None:
+                found[cell] = row["loss"] / answer[1] - 1
+    return found
+
+
+# --- dense against MoE -------------------------------------------------------------------------
 
 RATIO_NAMES = {
     "batch_tokens": "optimal batch",

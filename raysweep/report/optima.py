@@ -15,14 +15,15 @@ from raysweep.report.figures import (
     MOST_ARCHITECTURES,
     End,
     PlotFigure,
+    draw_cells,
     draw_line,
+    draw_star,
     held_words,
     label_ends,
 )
 from raysweep.report.style import (
     ARCHITECTURE_COLOURS,
     LIGHT,
-    MARKERS,
     finish,
     log_axis,
     new_figure,
@@ -32,8 +33,8 @@ from raysweep.report.style import (
 )
 from raysweep.report.trends import (
     Line,
+    Rule,
     apart,
-    laws_used,
     lines_along,
     names_of,
     path_of,
@@ -41,7 +42,6 @@ from raysweep.report.trends import (
 )
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.optimum import Optimum
-from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import PUBLISHED_LAWS, PublishedLaw, Setting
 from raysweep.scaling.recommend import Recommendation
 
@@ -52,9 +52,15 @@ PUBLISHED_MARGIN = 6.0
 
 
 def optima_figure(
-    fits: Fits, answers: Sequence[Recommendation], *, png: bool = False
+    fits: Fits,
+    answers: Sequence[Recommendation],
+    rules: Mapping[str, Mapping[str, Rule]],
+    *,
+    png: bool = False,
 ) -> PlotFigure | None:
-    """lr* and batch* against N, D and C, each where it varies; None without any optimum."""
+    """lr* and batch* against N, D and C, each where it varies; None without any optimum.
+
+    `rules` holds the laws of each architecture, by what they are of."""
     names = names_of(fits)[:MOST_ARCHITECTURES]
     optima = fits.optima[fits.method]
     cells = fits.cells[fits.cells.index.isin(optima)]
@@ -62,7 +68,6 @@ def optima_figure(
     if not len(cells):
         return None
     axes_shown = apart(cells)
-    laws = {name: laws_used(fits, name) for name in names}
     rows, texts = [], {}
     with settings():
         figure = new_figure(10.2, 6.0 if len(axes_shown) > 1 else 3.7)
@@ -73,7 +78,7 @@ def optima_figure(
                 axes = grid[q, k] if len(axes_shown) > 1 else grid[0, q]
                 kind = "scientific" if quantity == "learning_rate" else "count"
                 data, tips = _optima_panel(
-                    axes, fits, cells, names, laws, answers, quantity, axis, f"{q}{k}"
+                    axes, fits, cells, names, rules, answers, quantity, axis, f"{q}{k}"
                 )
                 rows += data
                 texts |= tips
@@ -100,7 +105,7 @@ def _optima_panel(
     fits: Fits,
     cells: pd.DataFrame,
     names: Sequence[str],
-    laws: Mapping[str, Mapping[str, PowerLaw]],
+    rules: Mapping[str, Mapping[str, Rule]],
     answers: Sequence[Recommendation],
     quantity: str,
     axis: str,
@@ -113,7 +118,7 @@ def _optima_panel(
     drawn: list[tuple[str, Line]] = []
     held: list[End] = []
     for i, name in enumerate(names):
-        colour, marker = LIGHT[ARCHITECTURE_COLOURS[i]], MARKERS[i]
+        colour = LIGHT[ARCHITECTURE_COLOURS[i]]
         own = cells[cells["architecture"] == name]
         if not len(own):
             continue
@@ -134,17 +139,7 @@ def _optima_panel(
             zorder=3,
         )
         gid = f"points{tag}-{i}"
-        axes.scatter(
-            x,
-            y,
-            s=26,
-            marker=marker,
-            facecolors=[colour if k else LIGHT["paper"] for k in inside],
-            edgecolors=[LIGHT["paper"] if k else colour for k in inside],
-            linewidths=[0.6 if k else 1.2 for k in inside],
-            zorder=4,
-            gid=gid,
-        )
+        draw_cells(axes, x, y, inside, i, gid)
         tips[gid] = [
             f"{c}: {QUANTITIES[quantity].split(',')[0]} {_write(quantity, v)} ({o.status})"
             for c, v, o in zip(own.index, y, found, strict=True)
@@ -156,7 +151,7 @@ def _optima_panel(
             for c, a, b, h, o in zip(own.index, x, y, half, found, strict=True)
         ]  # fmt: skip
         reach = reach_of(answers, name, axis, own)
-        lines = lines_along(own, laws[name].get(quantity), axis, reach, len(names) == 1)
+        lines = lines_along(own, rules[name].get(quantity), quantity, axis, reach, len(names) == 1)
         for k, line in enumerate(lines):
             draw_line(axes, line, colour, first=k == 0)
             if line.held:
@@ -168,7 +163,9 @@ def _optima_panel(
                 for a, b, lo, hi in zip(line.x, line.y, line.low, line.high, strict=True)
             ]  # fmt: skip
         drawn += [(name, line) for line in lines[:1]]
-        _draw_targets(axes, answers, name, quantity, reach, colour)
+        for at, answer in zip(reach, [a for a in answers if a.architecture == name], strict=True):
+            rate = quantity == "learning_rate"
+            draw_star(axes, at, answer.learning_rate if rate else answer.batch_tokens_exact, i)
         if not lines:  # published laws need a path even where there is no law of one's own
             drawn.append((name, path_of(own, axis, reach)))
     finite = np.array([h for h in heights if math.isfinite(h) and h > 0])
@@ -193,22 +190,6 @@ def _half(optimum: Optimum, quantity: str) -> float:
 
 def _write(quantity: str, value: float) -> str:
     return scientific(value) if quantity == "learning_rate" else short(value)
-
-
-def _draw_targets(
-    axes: Axes,
-    answers: Sequence[Recommendation],
-    name: str,
-    quantity: str,
-    reach: Sequence[float],
-    colour: str,
-) -> None:
-    for x, answer in zip(reach, [a for a in answers if a.architecture == name], strict=True):
-        y = answer.learning_rate if quantity == "learning_rate" else answer.batch_tokens_exact
-        if math.isfinite(y):
-            axes.scatter(
-                [x], [y], marker="*", s=110, c=colour, edgecolors=LIGHT["paper"], lw=0.8, zorder=6
-            )
 
 
 def _draw_published(

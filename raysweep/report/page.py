@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,12 @@ from raysweep.report.numbers import STYLES, Numbers, written
 from raysweep.report.optima import optima_figure
 from raysweep.report.style import DARK, LIGHT
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures
-from raysweep.report.trends import laws_used, names_of
+from raysweep.report.trends import names_of, rests_on, rules_used
 from raysweep.report.trials import trial_table
 from raysweep.results.store import Results
 from raysweep.scaling.advise import FAR
 from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import ALL, Fits, fit
-
-_log = logging.getLogger("raysweep")
 
 LARGEST = 3_000_000
 """Bytes that the page may have."""
@@ -69,14 +67,15 @@ def _context(
     data = {**fits.to_dict(), "answers": [a.to_dict() for a in answers]}
     numbers = Numbers(data)
     names = names_of(fits)
-    laws = {name: laws_used(fits, name) for name in names}
-    loss_laws = {name: law for name in names if (law := _loss_law(fits, name))}
+    used = {name: rests_on(fits, name) for name in names}
+    rules = {name: rules_used(fits, name, used[name]) for name in names}
+    loss_laws = {name: law for name in names if (law := used[name].get("loss"))}
     table = cell_table(frame)
     cells = cell_figures(fits, table, png=png)
     figures = {
         figure.name: figure
         for figure in (
-            optima_figure(fits, answers, png=png),
+            optima_figure(fits, answers, rules, png=png),
             loss_figure(fits, answers, loss_laws, png=png),
             comparison_figure(fits, png=png),
         )
@@ -90,7 +89,7 @@ def _context(
         "fits": fits,
         "ALL": ALL,
         "studies": studies,
-        "answers": _answers(advice, numbers),
+        "answers": _answers(fits, advice),
         "names": names,
         "colours": colours(names),
         "kinds": {name: fits.groups[name].kind for name in names},
@@ -100,12 +99,12 @@ def _context(
         "figures": figures,
         "readings": {
             "surfaces": reading.surfaces(fits, len(cells)),
-            "optima": reading.laws(fits, laws),
+            "optima": reading.laws(fits, rules),
             "loss": reading.loss(fits, loss_laws),
             "comparison": reading.comparison(fits, numbers),
             "checks": reading.checks(fits, numbers),
         },
-        "laws": reading.law_rows(fits, numbers, laws),
+        "laws": reading.law_rows(fits, numbers, rules),
         "loss_laws": reading.loss_law_rows(fits, numbers, loss_laws),
         "methods": {
             name: reading.methods(numbers, name, group.methods)
@@ -127,11 +126,13 @@ def _context(
     return context, images
 
 
-def _answers(advice: Sequence[facts.Advice], n: Numbers) -> list[dict[str, Any]]:
+def _answers(fits: Fits, advice: Sequence[facts.Advice]) -> list[dict[str, Any]]:
     return [
         {
             "answer": a.answer,
             "named": a.named,
+            "law": math.isfinite(a.answer.learning_rate),
+            "cell": fits.cells.index.get_loc(a.best_cell) if a.best_cell else None,
             "at": ("answers", i),
             "reach": reading.extrapolation(a.answer),
             "far": a.answer.extrapolation.get("FLOPs", 1.0) > FAR,
@@ -139,13 +140,6 @@ def _answers(advice: Sequence[facts.Advice], n: Numbers) -> list[dict[str, Any]]
         }
         for i, a in enumerate(advice)
     ]
-
-
-def _loss_law(fits: Fits, name: str) -> str | None:
-    """The law of the loss that `recommend` predicts an architecture's losses with."""
-    advice = facts.advise(fits, [])
-    found = [a.answer.laws.get("loss") for a in advice if a.answer.architecture == name]
-    return found[0] if found else None
 
 
 def _by_architecture(cells: Sequence[CellFigure]) -> dict[str, list[CellFigure]]:

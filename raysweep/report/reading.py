@@ -7,14 +7,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup, escape
 
-from raysweep.report.numbers import Numbers
+from raysweep.report.numbers import NOTHING, STYLES, Numbers
 from raysweep.report.style import short
+from raysweep.report.trends import Rule, loss_fit
 from raysweep.scaling.fits import ALL, Fits
-from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.power_law import SYMBOLS, PowerLaw
 from raysweep.scaling.recommend import Recommendation
+from raysweep.scaling.surface import Surface
 
 TARGETS = {"learning_rate": "learning rate", "batch_tokens": "batch"}
 FEW_CELLS = 5
@@ -124,56 +126,81 @@ def surfaces(fits: Fits, drawn: int) -> list[Markup]:
 
 
 def law_rows(
-    fits: Fits, n: Numbers, used: Mapping[str, Mapping[str, PowerLaw]]
+    fits: Fits, n: Numbers, used: Mapping[str, Mapping[str, Rule]]
 ) -> list[tuple[object, ...]]:
     """The table of the laws that recommend: one row an architecture and quantity."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for name, by_target in used.items():
-        for target, law in by_target.items():
-            group = name if law.name in fits.groups[name].laws else ALL
-            at = ("groups", group, "laws", law.name)
+        for target, rule in by_target.items():
+            word = TARGETS[target]
+            if isinstance(rule, Surface):
+                rows.append((name, word, *_surface_row(rule, target), NOTHING, len(rule.cells)))
+                continue
+            group = name if rule.name in fits.groups[name].laws else ALL
+            at = ("groups", group, "laws", rule.name)
             spans = [
-                Markup("<i>{}</i> {}").format(
+                _span(
                     SYMBOLS[q][0],
                     n.interval(
                         "exponent", (at, "exponents", q, "low"), (at, "exponents", q, "high")
-                    )
-                    or "unknown",
+                    ),
                 )
-                for q in law.inputs
+                for q in rule.inputs
             ]
-            rows.append(
-                (
-                    name,
-                    TARGETS[target],
-                    formula(n, law, group),
-                    Markup(", ").join(spans),
-                    n("percent", at, "held_out_log_error"),
-                    n("count", at, "n_cells"),
-                )
-            )
+            off = n("percent", at, "held_out_log_error")
+            law = formula(n, rule, group)
+            rows.append((name, word, law, Markup(", ").join(spans), off, n("count", at, "n_cells")))
     return rows
 
 
-def laws(fits: Fits, used: Mapping[str, Mapping[str, PowerLaw]]) -> list[Markup]:
+def _span(symbol: str, span: Markup) -> Markup:
+    return Markup("<i>{}</i> {}").format(symbol, span or "unknown")
+
+
+def _surface_row(surface: Surface, target: str) -> tuple[Markup, Markup]:
+    """The exponents of the joint surface's law, with their intervals."""
+    quantity = "batch" if target == "batch_tokens" else target
+    powers_, spans = [], []
+    for column, symbol in (("params", "N"), ("tokens", "D")):
+        mean, low, high = (float(np.ravel(v)[-1]) for v in surface.laws.exponent(quantity, column))
+        write = STYLES["exponent"]
+        powers_.append(Markup("<i>{}</i><sup>{}</sup>").format(symbol, write(mean)))
+        spans.append(_span(symbol, Markup("{} to {}").format(write(low), write(high))))
+    return Markup("joint surface, ~ ") + Markup(" ").join(powers_), Markup(", ").join(spans)
+
+
+def laws(fits: Fits, used: Mapping[str, Mapping[str, Rule]]) -> list[Markup]:
     """What the laws say of direction, and what they do not support."""
     said: list[Markup] = []
-    for name in used:
-        for target, word in TARGETS.items():
-            law = used[name].get(target)
-            if law is None:
-                own = fits.groups[name].laws.values()
-                why = dict.fromkeys(x.message for x in own if x.target == target and not x.ok)
-                said.append(
-                    Markup("<b>{}</b> has no law of the {}: {}.").format(
-                        name, word, "; ".join(why) or "no cell has an interior optimum"
-                    )
-                )
-    fitted = [(name, law) for name, by in used.items() for law in by.values()]
     for name, by_target in used.items():
-        parts = [_direction(law) for law in by_target.values()]
-        if parts:
-            said.append(Markup("<b>{}</b>: {}.").format(name, Markup("; ").join(parts)))
+        for target, word in TARGETS.items():
+            if target in by_target:
+                continue
+            own = fits.groups[name].laws.values()
+            why = dict.fromkeys(x.message for x in own if x.target == target and not x.ok)
+            said.append(
+                Markup("<b>{}</b> has no law of the {}: {}.").format(
+                    name, word, "; ".join(why) or "no cell has an interior optimum"
+                )
+            )
+        laws_ = [rule for rule in by_target.values() if isinstance(rule, PowerLaw)]
+        if laws_:
+            parts = Markup("; ").join(_direction(law) for law in laws_)
+            said.append(Markup("<b>{}</b>: {}.").format(name, parts))
+    leaning = [n for n, by in used.items() if any(isinstance(r, Surface) for r in by.values())]
+    if leaning:
+        said.append(
+            Markup(
+                "{} {} too few cells for a law of {} own: the joint surface answers, whose "
+                "exponents lean on Step Law's where the cells do not say otherwise."
+            ).format(listed(leaning), *(("has", "its") if len(leaning) == 1 else ("have", "their")))
+        )
+    fitted = [
+        (name, rule)
+        for name, by in used.items()
+        for rule in by.values()
+        if isinstance(rule, PowerLaw)
+    ]
     few = dict.fromkeys(name for name, law in fitted if law.n_cells < FEW_CELLS)
     if few:
         said.append(
@@ -184,9 +211,11 @@ def laws(fits: Fits, used: Mapping[str, Mapping[str, PowerLaw]]) -> list[Markup]
         )
     if any(law.name not in fits.groups[name].laws for name, law in fitted):
         said.append(
-            Markup("A law with <i>R</i> or <i>E</i> is fitted to all architectures together, for "
-                   "want of cells of one alone.")
-        )  # fmt: skip
+            Markup(
+                "A law with <i>R</i> or <i>E</i> is fitted to all architectures together, for "
+                "want of cells of one alone."
+            )
+        )
     return said
 
 
@@ -229,15 +258,6 @@ def loss_law_rows(fits: Fits, n: Numbers, used: Mapping[str, str]) -> list[tuple
             )
         )
     return rows
-
-
-def loss_fit(fits: Fits, name: str, key: str | None) -> tuple[str, LossFit | None]:
-    """The fitted law `key` of an architecture, or of all together, with the group it is of."""
-    for group in (name, ALL):
-        found = fits.groups[group].loss_laws.get(key or "") if group in fits.groups else None
-        if isinstance(found, LossFit) and found.ok:
-            return group, found
-    return name, None
 
 
 def loss(fits: Fits, used: Mapping[str, str]) -> list[Markup]:

@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 
-from raysweep.errors import UserError
 from raysweep.report.style import (
     LIGHT,
     Drawing,
@@ -22,8 +20,8 @@ from raysweep.report.style import (
 )
 from raysweep.scaling.cells import CellTable, CellTrials
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.optimum import SURFACE_AT_LEAST, SURFACE_WITHIN, Optimum
-from raysweep.scaling.surface import Surface, fit_surface
+from raysweep.scaling.optimum import Optimum
+from raysweep.scaling.surface import Surface
 
 GAPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Borders between the six shades: loss above the cell's best, relative."""
@@ -50,30 +48,6 @@ class CellFigure:
     edges: tuple[str, ...]
 
 
-def display_surface(cells: list[CellTrials]) -> Surface | None:
-    """The joint surface behind the default optima, to be drawn; None where it cannot be fitted."""
-    if not cells:
-        return None
-    parts = []
-    for index, trials in enumerate(cells):
-        enough = np.sort(trials.loss)[:SURFACE_AT_LEAST][-1]
-        near = trials.loss <= max(enough, trials.loss.min() * (1 + SURFACE_WITHIN))
-        lost = len(trials.failed_learning_rate)
-        parts.append(
-            (
-                np.full(near.sum() + lost, index),
-                np.r_[trials.learning_rate[near], trials.failed_learning_rate],
-                np.r_[trials.batch_tokens[near], trials.failed_batch_tokens],
-                np.r_[trials.loss[near], np.full(lost, np.nan)],
-            )
-        )
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    try:
-        return fit_surface([t.features for t in cells], *columns)
-    except (UserError, np.linalg.LinAlgError):
-        return None
-
-
 def chosen_cells(fits: Fits) -> list[str]:
     """The cells to draw, smallest compute first: all, or `MOST` of them spread evenly."""
     names = [c for c in fits.cells.index if fits.cells.loc[c, "n_searched"] > 0]
@@ -87,7 +61,6 @@ def cell_figures(fits: Fits, table: CellTable, *, png: bool = False) -> list[Cel
     """One small figure a cell; all cells of an architecture share their axes."""
     searched = {t.name: t for t in table.searched()}
     names = [n for n in chosen_cells(fits) if n in searched]
-    surface = display_surface(list(searched.values())) if fits.method == "surface" else None
     tips = sum(len(searched[n].loss) for n in names) <= TIPS
     figures = []
     boxes: dict[str, np.ndarray] = {}
@@ -97,9 +70,7 @@ def cell_figures(fits: Fits, table: CellTable, *, png: bool = False) -> list[Cel
             same = fits.cells.index[fits.cells["architecture"] == architecture]
             boxes[architecture] = _box([searched[n] for n in same if n in searched])
         figures.append(
-            _cell_figure(
-                searched[name], fits, surface, boxes[architecture], len(figures), tips, png
-            )
+            _cell_figure(searched[name], fits, boxes[architecture], len(figures), tips, png)
         )
     return figures
 
@@ -107,7 +78,6 @@ def cell_figures(fits: Fits, table: CellTable, *, png: bool = False) -> list[Cel
 def _cell_figure(
     trials: CellTrials,
     fits: Fits,
-    surface: Surface | None,
     box: np.ndarray,
     number: int,
     tips: bool,
@@ -118,12 +88,12 @@ def _cell_figure(
     best = float(row["loss"]) if math.isfinite(row["loss"]) else float(trials.loss.min())
     gap = trials.loss / best - 1
     with settings():
-        figure = new_figure(2.42, 2.0)
-        axes = figure.subplots()
+        figure = new_figure(2.42, 2.0, layout=None)
+        axes = figure.add_axes((0.225, 0.19, 0.755, 0.79))
         axes.set_xlim(*np.exp(box[:, 0]))
         axes.set_ylim(*np.exp(box[:, 1]))
-        if surface is not None and surface.status == "converged":
-            _contours(axes, surface, trials, best)
+        if fits.surface is not None and fits.surface.status == "converged":
+            _contours(axes, fits.surface, trials, best)
         order = np.argsort(-gap, kind="stable")
         shade = np.searchsorted(GAPS, gap[order], side="right")
         axes.scatter(
@@ -236,9 +206,3 @@ def _mark_optimum(axes: Axes, optimum: Optimum) -> tuple[str, ...]:
         spine = axes.spines[sides[words]]
         spine.set(visible=True, color=LIGHT["bad"], linewidth=2.2)
     return hit
-
-
-def surface_data(table: CellTable) -> pd.DataFrame:
-    """The trials behind the drawings."""
-    columns = ["cell", "learning_rate", "batch_tokens", "seed", "loss", "trial_key"]
-    return table.trials[columns]

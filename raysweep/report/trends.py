@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from raysweep.errors import UserError
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.group_loss import predict_loss
+from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import Setting
 from raysweep.scaling.recommend import Recommendation
+from raysweep.scaling.surface import Surface
 from raysweep.scaling.target import Target, describe_target
 
 PARAMS, TOKENS, FLOPS = "params_active_non_embedding", "tokens", "flops"
 AXES: dict[str, str] = {PARAMS: "N", TOKENS: "D", FLOPS: "C"}
 
+QUANTITIES = ("learning_rate", "batch_tokens")
+
+Rule = PowerLaw | Surface
+"""What a quantity is read off: a law of the optima or, with few cells, the joint surface."""
+
 TOGETHER = 0.15
 """Where ln D strays less than this (sd) from its trend along N, a family has one line, not many."""
 
-POINTS = 24
+POINTS = 13
 
 
 @dataclass(frozen=True)
@@ -43,29 +51,30 @@ def names_of(fits: Fits) -> list[str]:
     return [name for name in fits.groups if name != ALL]
 
 
-def laws_used(fits: Fits, name: str) -> dict[str, PowerLaw]:
-    """The laws that `recommend` answers with for an architecture, by what they are of."""
+def rests_on(fits: Fits, name: str) -> dict[str, str]:
+    """The names of the laws that `recommend` answers with for an architecture, by quantity."""
     cells = fits.groups[name].cells
     if not len(cells):
         return {}
     largest = cells.iloc[-1]
     try:
-        found = fits.recommend(name, float(largest[PARAMS]), float(largest[TOKENS]))
+        return fits.recommend(name, float(largest[PARAMS]), float(largest[TOKENS])).laws
     except UserError:
         return {}
-    return {
-        quantity: law
-        for quantity in ("learning_rate", "batch_tokens")
-        if (law := law_named(fits, name, found.laws.get(quantity))) is not None
-    }
 
 
-def law_named(fits: Fits, name: str, law: str | None) -> PowerLaw | None:
-    """A law by its name: the architecture's own, or that of all architectures together."""
-    for group in (name, ALL):
-        if law is not None and group in fits.groups and law in fits.groups[group].laws:
-            return fits.groups[group].laws[law]
-    return None
+def rules_used(fits: Fits, name: str, named: Mapping[str, str]) -> dict[str, Rule]:
+    """What answers for learning_rate and batch_tokens: the laws that go by these names, or the
+    joint surface."""
+    found: dict[str, Rule] = {}
+    for quantity in QUANTITIES:
+        law = named.get(quantity)
+        if law == "surface" and fits.surface is not None:
+            found[quantity] = fits.surface
+        for group in (name, ALL):
+            if group in fits.groups and law in fits.groups[group].laws:
+                found.setdefault(quantity, fits.groups[group].laws[law])
+    return found
 
 
 def varying(cells: pd.DataFrame) -> list[str]:
@@ -73,15 +82,22 @@ def varying(cells: pd.DataFrame) -> list[str]:
     return [c for c in AXES if len(cells) and cells[c].max() > cells[c].min() * 1.02]
 
 
-def ask(law: PowerLaw, target: Target) -> tuple[float, float, float]:
-    """(value, low, high) of a law at a described run."""
+def ask(rule: Rule, quantity: str, target: Target) -> tuple[float, float, float]:
+    """(value, low, high) of a law, or of the joint surface, at a described run."""
+    if isinstance(rule, Surface):
+        axis = QUANTITIES.index(quantity)
+        posterior = rule.optimum(target.features())
+        degrees = np.broadcast_to(rule.laws.degrees, (2,))[axis]
+        half = stats.t.ppf(0.975, degrees) * math.sqrt(posterior.covariance[axis, axis])
+        middle = float(posterior.mean[axis])
+        return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
     inputs = dict(target.inputs)
-    if law.count:
-        inputs["params"] = inputs.get(law.count, math.nan)
-    if not all(inputs.get(n, 0) > 0 for n in law.inputs):
+    if rule.count:
+        inputs["params"] = inputs.get(rule.count, math.nan)
+    if not all(inputs.get(n, 0) > 0 for n in rule.inputs):
         return (math.nan,) * 3
-    low, high = law.interval(inputs)
-    return float(law.predict(inputs)), float(low), float(high)
+    low, high = rule.interval(inputs)
+    return float(rule.predict(inputs)), float(low), float(high)
 
 
 def apart(cells: pd.DataFrame) -> list[str]:
@@ -97,26 +113,29 @@ def apart(cells: pd.DataFrame) -> list[str]:
 
 
 def lines_along(
-    cells: pd.DataFrame, law: PowerLaw | None, axis: str, reach: Sequence[float], several: bool
+    cells: pd.DataFrame,
+    rule: Rule | None,
+    quantity: str,
+    axis: str,
+    reach: Sequence[float],
+    several: bool,
 ) -> list[Line]:
     """A law of one family along one axis, from its smallest cell to the farthest of `reach`.
 
     What is not on the axis follows the family's own trend where its cells leave no choice; else it
     is held at its middle value, and at its ends too where `several` lines may be drawn.
     """
-    if law is None or not law.ok or not len(cells):
+    if rule is None or not len(cells):
         return []
-    used = cells.loc[[c for c in law.cells if c in cells.index]]
-    used = used if len(used) else cells
-    x = _grid(used[axis].to_numpy(float), reach)
-    experts, top_k = int(used["experts"].iloc[0]), int(used["top_k"].iloc[0])
+    x = _grid(cells[axis].to_numpy(float), reach)
+    experts, top_k = int(cells["experts"].iloc[0]), int(cells["top_k"].iloc[0])
     lines = []
-    for held, params, tokens in _paths(used, axis, x, several):
+    for held, params, tokens in _paths(cells, axis, x, several):
         targets = [
-            describe_target(used, float(n), float(d), experts, top_k)
+            describe_target(cells, float(n), float(d), experts, top_k)
             for n, d in zip(params, tokens, strict=True)
         ]
-        y, low, high = np.array([ask(law, t) for t in targets]).T
+        y, low, high = np.array([ask(rule, quantity, t) for t in targets]).T
         at = np.array([t.inputs[axis] for t in targets])
         lines.append(Line(at, y, low, high, held, tuple(t.setting() for t in targets)))
     return lines
@@ -197,13 +216,21 @@ def reach_of(answers: Sequence[Recommendation], name: str, axis: str, cells: pd.
     return found
 
 
+def loss_fit(fits: Fits, name: str, key: str | None) -> tuple[str, LossFit | None]:
+    """The fitted law `key` of an architecture, or of all together, with the group it is of."""
+    for group in (name, ALL):
+        found = fits.groups[group].loss_laws.get(key or "") if group in fits.groups else None
+        if isinstance(found, LossFit) and found.ok:
+            return group, found
+    return name, None
+
+
 def loss_along(
     fits: Fits, name: str, key: str, reach: Sequence[float], several: bool
 ) -> list[Line]:
     """The law of the loss `key` of an architecture along compute; no line without it."""
-    groups = [fits.groups[g] for g in (name, ALL) if g in fits.groups]
-    laws = next((g.loss_laws for g in groups if key in g.loss_laws and g.loss_laws[key].ok), None)
-    if laws is None:
+    _, found = loss_fit(fits, name, key)
+    if found is None:
         return []
     cells = fits.groups[name].cells
     x = _grid(cells[FLOPS].to_numpy(float), reach)
@@ -214,7 +241,7 @@ def loss_along(
             describe_target(cells, float(n), float(d), experts, top_k)
             for n, d in zip(params, tokens, strict=True)
         ]
-        answers = [predict_loss(laws, [key], t.inputs) for t in targets]
+        answers = [predict_loss({key: found}, [key], t.inputs) for t in targets]
         y, low, high = np.array([a[1:] if a else (math.nan,) * 3 for a in answers]).T
         flops = np.array([t.inputs["flops"] for t in targets])
         lines.append(Line(flops, y, low, high, held, tuple(t.setting() for t in targets)))

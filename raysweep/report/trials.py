@@ -33,9 +33,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
 def trial_table(frame: pd.DataFrame, fits: Fits) -> dict[str, Any]:
     """{"columns": [...], "rows": n, "shown": n}; text columns are coded as words and indices."""
     finished = frame["status"].astype(str) == FINISHED
-    best = frame["loss"].where(finished & frame["excluded"].isna()).groupby(frame["cell"]).min()
+    loss = pd.to_numeric(frame["loss"], errors="coerce").astype(float).where(finished)
+    best = loss.where(frame["excluded"].isna()).groupby(frame["cell"]).transform("min")
     table = frame.assign(
-        gap=frame["loss"].where(finished) / frame["cell"].map(best) - 1,
+        gap=loss / best - 1,
         why=frame["excluded"].astype(object).where(frame["excluded"].notna(), frame["reason"]),
     )
     if len(table) > MOST_ROWS:

@@ -1,0 +1,162 @@
+"""Studies with planted optima, and results folders made of them, for the tests of the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raysweep.results.schema import make_row, row_table
+from raysweep.results.store import Results
+
+SPACE = """study: ladder
+description: Planted optima, dense and MoE.
+architectures: {dense: {}, moe: {experts: 8, top_k: 2}}
+targets:
+  - {architecture: dense, params: 1e9, tokens: 2e10}
+  - {architecture: moe, params: 1e9, tokens: 2e10}
+"""
+
+Row = dict[str, Any]
+
+
+def planted(
+    architectures: tuple[str, ...] = ("dense", "moe"),
+    scales: int = 4,
+    horizons: int = 1,
+    trials: int = 9,
+    **override: Any,
+) -> list[Row]:
+    """Rows around a known valley; one trial in nine diverged. `override` sets columns of all rows."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for architecture in architectures:
+        moe = architecture.startswith("moe")
+        for scale in range(scales):
+            for horizon in range(horizons):
+                params = 2e5 * 4.0 ** (scale % 8) * (1 + 0.01 * (scale // 8))
+                tokens = params * 20 * 3.0**horizon
+                for trial in range(trials):
+                    rows.append(
+                        _row(rng, architecture, moe, scale, horizon, params, tokens, trial)
+                        | override
+                    )
+    return rows
+
+
+def _row(
+    rng: np.random.Generator,
+    architecture: str,
+    moe: bool,
+    scale: int,
+    horizon: int,
+    params: float,
+    tokens: float,
+    trial: int,
+) -> Row:
+    best_rate = 0.6 * params**-0.4 * tokens**0.05 * (1.3 if moe else 1.0)
+    best_batch = 0.58 * tokens**0.571 * (0.7 if moe else 1.0)
+    sequences = int(2 ** max(0, round(np.log2(best_batch / 64) + rng.uniform(-2.5, 2.5))))
+    rate = best_rate * np.exp(rng.uniform(-1.8, 1.8))
+    u, v = np.log(rate / best_rate), np.log(sequences * 64 / best_batch)
+    floor = 1.6 + 30 / params**0.32 * (0.86 if moe else 1.0) + 60 / tokens**0.34
+    loss = float(floor * np.exp(0.018 * u * u + 0.014 * v * v - 0.012 * u * v))
+    loss *= float(np.exp(rng.normal(0, 0.001)))
+    lost = trial % 9 == 8
+    total = params * 2.98 if moe else params
+    name = f"{architecture}-{scale}-{horizon}"
+    return make_row(
+        trial_key=hashlib.sha256(f"{name}-{trial}".encode()).hexdigest()[:20],
+        study="ladder",
+        cell=name,
+        architecture=architecture,
+        architecture_kind="moe" if moe else "dense",
+        scale=f"s{scale}",
+        source="raysweep",
+        sequence_length=64,
+        experts=8 if moe else 1,
+        top_k=2 if moe else 1,
+        params_active_non_embedding=params,
+        params_total_non_embedding=total,
+        params_active=params + 32768,
+        params_total=total + 32768,
+        params_dense=params,
+        flops_per_token=6.6 * params,
+        flops=6.6 * params * tokens,
+        tokens=tokens,
+        learning_rate=float(rate),
+        batch_sequences=sequences,
+        batch_tokens=sequences * 64.0,
+        seed=trial % 3,
+        status="diverged" if lost else "finished",
+        reason="the loss is not finite at step 41" if lost else None,
+        loss=None if lost else loss,
+        loss_se=None if lost else 0.002,
+        tokens_seen=tokens,
+        noise_scale_tokens=None if lost else float(best_batch * np.exp(rng.normal(0, 0.1))),
+        seconds_train=params * tokens / 3e12,
+        tokens_per_second=3e5,
+        started_at=datetime(2025, 5, 1, 9, tzinfo=UTC) + timedelta(minutes=trial),
+        world_size=1,
+        device="test machine",
+        versions=json.dumps({"torch": "2.13.0"}),
+        git_revision="1a2b3c4",
+        data_hash="9f8e7d6c",
+    )
+
+
+RUN = {
+    "study": "ladder",
+    "started_at": "2025-05-01T09:00:00+00:00",
+    "seconds": 500.0,
+    "workers": 2.0,
+    "worker_seconds_available": 1000.0,
+    "worker_seconds_training": 912.0,
+    "trials": 72,
+    "cpus": 2.0,
+    "gpus": 0.0,
+    "strategy": "ladder",
+    "versions": {"ray": "2.60.0"},
+}
+
+
+def results_of(
+    folder: Path, rows: list[Row], space: str | None = None, runs: tuple[Row, ...] = ()
+) -> Results:
+    """A results folder that holds these rows."""
+    results = Results.open(folder, create=True)
+    if rows:
+        results.write_many(row_table(rows).to_pandas())
+    if space is not None:
+        results.save_search_space("ladder", space)
+    for run in runs:
+        results.save_run(run)
+    return results
+
+
+@pytest.fixture(scope="session")
+def make_rows() -> Callable[..., list[Row]]:
+    """`planted`, for tests that build rows of their own."""
+    return planted
+
+
+@pytest.fixture
+def make_results(tmp_path: Path) -> Callable[..., Results]:
+    """Rows -> an open results folder."""
+    return lambda rows, **more: results_of(tmp_path / "results", rows, **more)
+
+
+@pytest.fixture(scope="session")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+    """A dense and a MoE ladder with targets and a run: the results, and the page made of them."""
+    from raysweep.report import report
+
+    folder = tmp_path_factory.mktemp("ladder")
+    results = results_of(folder / "results", planted(), SPACE, (RUN,))
+    return results, report(results, folder / "report")

@@ -1,0 +1,207 @@
+"""The page: whole, self-contained, honest about what is missing, and the same numbers as the fits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysweep.report import report
+from raysweep.report.numbers import Numbers
+from raysweep.results import importers
+from raysweep.results.store import Results
+from raysweep.scaling.fits import fit
+
+LARGEST = 3_000_000
+
+
+class Page(HTMLParser):
+    """A page taken apart: its ids, links, marked numbers and JSON."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.numbers: list[tuple[str, str]] = []
+        self.json: dict[str, Any] = {}
+        self.words: list[str] = []
+        self._key: str | None = None
+        self._json: str | None = None
+        self._quiet = False
+        self.source = path.read_text()
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append(tag)
+        if given.get("id"):
+            self.ids.append(str(given["id"]))
+        self.links += [str(given[a]) for a in ("href", "src", "action") if given.get(a)]
+        self._key = given.get("data-key") if tag == "span" else None
+        self._json = given.get("id") if given.get("type") == "application/json" else None
+        self._quiet = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._key = self._json = None
+        self._quiet = False
+
+    def handle_data(self, data: str) -> None:
+        if self._key is not None:
+            self.numbers.append((self._key, data))
+        if self._json is not None:
+            self.json[self._json] = json.loads(data)
+        if not self._quiet:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def read_number(text: str) -> float:
+    """What a reader would take a written number for."""
+    text = text.replace("\N{MINUS SIGN}", "-").replace("\N{NARROW NO-BREAK SPACE}", "")
+    text = text.replace("\N{NO-BREAK SPACE}", "").replace(" ", "")
+    scale = 1.0
+    for letter, value in {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3, "%": 1e-2}.items():
+        if text.endswith(letter):
+            text, scale = text[: -len(letter)], value
+    return float(text) * scale
+
+
+def test_page_is_whole_and_needs_nothing_else(ladder: tuple[Results, Path]) -> None:
+    page = Page(ladder[1])
+    assert len(page.source.encode()) < LARGEST
+    assert [link for link in page.links if not link.startswith(("#", "data:"))] == []
+    assert "link" not in page.tags or page.source.count("<link") == 1  # the empty icon
+    assert len(page.ids) == len(set(page.ids))
+    assert {"answer", "surfaces", "laws", "loss", "comparison", "cells", "trials"} <= set(page.ids)
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids, link
+    assert "workers 91" in page.text
+    assert "raysweep report" in page.text
+
+
+def test_answers_stand_first_and_side_by_side(ladder: tuple[Results, Path]) -> None:
+    results, path = ladder
+    page = Page(path)
+    fits = fit(results)
+    for i, name in enumerate(("dense", "moe")):
+        answer = fits.recommend(name, 1e9, 2e10)
+        shown = dict(page.numbers)
+        assert read_number(shown[f"/answers/{i}/learning_rate"]) == pytest.approx(
+            answer.learning_rate, rel=5e-3
+        )
+        assert read_number(shown[f"/answers/{i}/batch_tokens"]) == pytest.approx(
+            answer.batch_tokens, rel=5e-3
+        )
+        assert read_number(shown[f"/answers/{i}/loss"]) == pytest.approx(answer.loss, abs=5e-5)
+    assert page.source.index("/answers/1/loss") < page.source.index('id="surfaces"')
+
+
+def test_every_number_is_that_of_the_fits(ladder: tuple[Results, Path]) -> None:
+    results, path = ladder
+    page = Page(path)
+    numbers = Numbers(fit(results).to_dict())
+    checked = 0
+    for key, text in page.numbers:
+        parts = [p.replace("~1", "/").replace("~0", "~") for p in key.split("/")[1:]]
+        if parts[0] == "answers":
+            continue  # compared with `recommend` above
+        value = numbers.at(*parts)
+        assert isinstance(value, int | float), key
+        shown = read_number(text)
+        assert shown == pytest.approx(value, rel=0.051, abs=5.1e-4), (key, text)
+        checked += 1
+    assert checked > 100
+
+
+def test_text_of_rows_is_inert(make_rows: Callable, make_results: Callable, tmp_path: Path) -> None:
+    evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
+    rows = make_rows(("dense",), 2, trials=9)
+    for row in rows:
+        row |= {"cell": row["cell"] + evil, "architecture": "dense" + evil, "device": evil}
+        row |= {"reason": evil if row["reason"] else None, "study": "ladder"}
+    space = f"study: ladder\ndescription: {json.dumps(evil)}\n"
+    page = Page(report(make_results(rows, space=space), tmp_path / "out"))
+    assert "img" not in page.tags
+    assert page.tags.count("script") == page.source.count("<script")
+    assert "alert(1)</script>" not in page.source
+    assert evil in "".join(page.words)  # shown as text
+
+
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "one architecture": ({"architectures": ("dense",)}, "What to run"),
+    "one scale": ({"scales": 1}, "No law to answer with yet"),
+    "one cell": ({"architectures": ("dense",), "scales": 1}, "No law to answer with yet"),
+    "one trial": ({"architectures": ("moe",), "scales": 1, "trials": 1}, "too few"),
+    "no finished trial": (
+        {"status": "stopped", "loss": None, "reason": "stopped by hand"},
+        "nothing to recommend yet",
+    ),
+    "only failures": (
+        {"status": "diverged", "loss": None, "reason": "the loss is not finite"},
+        "nothing to recommend yet",
+    ),
+    "only crashes without a setting": (
+        {"status": "crashed", "loss": None, "learning_rate": None, "batch_tokens": None},
+        "no reason recorded",
+    ),
+    "no learning rates": (
+        {"learning_rate": None, "batch_tokens": None, "batch_sequences": None},
+        "only laws of the loss are fitted",
+    ),
+    "several horizons": ({"architectures": ("dense",), "scales": 3, "horizons": 3}, "D/N"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_page_for_every_state(
+    case: str, make_rows: Callable, make_results: Callable, tmp_path: Path
+) -> None:
+    shape, expected = CASES[case]
+    page = Page(report(make_results(make_rows(**shape)), tmp_path / "out"))
+    assert expected in page.text
+    assert len(page.ids) == len(set(page.ids))
+    assert "nan" not in page.text.lower().replace("finance", "").split()
+    assert "None" not in page.text
+
+
+def test_a_page_for_an_empty_folder(make_results: Callable, tmp_path: Path) -> None:
+    page = Page(report(make_results([]), tmp_path / "out"))
+    assert "No results yet" in page.text
+    assert "nothing to recommend yet" in page.text
+
+
+def test_two_hundred_cells_fit_in_a_page(
+    make_rows: Callable, make_results: Callable, tmp_path: Path
+) -> None:
+    rows = make_rows(("dense",), 50, horizons=4, trials=2)
+    page = Page(report(make_results(rows), tmp_path / "out"))
+    assert len(page.source.encode()) < LARGEST
+    assert "36 of 200 cells are drawn" in page.text
+    assert page.json["data-trials"]["shown"] == 400
+
+
+def test_unreadable_search_space_does_not_stop_the_page(
+    make_rows: Callable, make_results: Callable, tmp_path: Path
+) -> None:
+    rows = make_rows(("dense",), 1, trials=3)
+    for i, space in enumerate(("targets: [{architecture: dense}", "- 1", "targets: {a: 1}")):
+        results = make_results(rows, space=space)
+        assert "What to run" in Page(report(results, tmp_path / f"out{i}")).text
+
+
+def test_published_sweep(shared_data: Path, tmp_path: Path) -> None:
+    results = Results.open(tmp_path / "results", create=True)
+    results.write_many(importers.read_chinchilla(shared_data / "chinchilla_points.csv"))
+    page = Page(report(results, tmp_path / "out"))
+    assert len(page.source.encode()) < LARGEST
+    assert "o trial tells its learning rate and batch" in page.text
