@@ -77,15 +77,12 @@ class _FeedForwardBlock(Function):
         gate, up = both.chunk(2, 1)
         gated = torch.nn.functional.silu(gate)
         hidden = gated * up
-        ctx.save_for_backward(norm, gate_up, down)
-        ctx.mine = unit, scale, folded, both, gated, hidden
+        ctx.save_for_backward(norm, gate_up, down, unit, scale, folded, both, gated, hidden)
         return x_BTD + matmul(hidden, down).view_as(x_BTD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        norm, gate_up, down = ctx.saved_tensors
-        unit, scale, folded, both, gated, hidden = ctx.mine
-        del ctx.mine
+        norm, gate_up, down, unit, scale, folded, both, gated, hidden = ctx.saved_tensors
         dy = grads[0].reshape(len(unit), -1)
         d_down = matmul_of_transposed(hidden, dy)
         d_both = swiglu_backward(matmul(dy, down.t()), both, gated)
@@ -130,8 +127,8 @@ class _HeadLoss(Function):
             d_folded += matmul_of_transposed(unit[part], d_logits)
             d_unit[part] = matmul(d_logits, folded.t())
         if d_unit is not None:
-            ctx.mine = x_BTD.shape, unit, scale, d_folded, d_unit
-            ctx.save_for_backward(norm, head_DV)
+            ctx.save_for_backward(norm, head_DV, unit, scale, d_folded, d_unit)
+            ctx.shape = x_BTD.shape
         token_losses = losses.view_as(targets_BT)
         ctx.mark_non_differentiable(token_losses)
         objective = losses.mean()
@@ -141,14 +138,12 @@ class _HeadLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        norm, head = ctx.saved_tensors
-        shape, unit, scale, d_folded, d_unit = ctx.mine
-        del ctx.mine
+        norm, head, unit, scale, d_folded, d_unit = ctx.saved_tensors
         share = grads[0] / len(unit)
-        d_folded *= share
+        d_folded = d_folded * share
         d_norm = (d_folded * head).sum(1)
-        dx = project_out(d_unit, unit) * (scale * share)
-        return dx.view(shape), d_norm, d_folded.mul_(norm[:, None]), None, None
+        dx = project_out(d_unit * share, unit).mul_(scale)
+        return dx.view(ctx.shape), d_norm, d_folded.mul_(norm[:, None]), None, None
 
 
 class _RMSNorm(Function):

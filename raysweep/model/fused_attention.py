@@ -75,15 +75,16 @@ class _AttentionBlock(Function):
         q, k = qk[:heads], qk[heads:]
         o_HBTC, probs = _attend(q, _repeat(k, heads), _repeat(v, heads))
         o_ND = o_HBTC.permute(1, 2, 0, 3).reshape(len(x), -1)
-        ctx.save_for_backward(norm, qkv, q_norm, k_norm, out)
-        ctx.mine = unit, scale, folded, qk_unit, qk_scale, turn, q, k, v, probs, o_ND
+        weights = norm, qkv, q_norm, k_norm, out
+        ctx.save_for_backward(
+            *weights, unit, scale, folded, qk_unit, qk_scale, turn, q, k, v, o_ND, *probs
+        )
         return x_BTD + matmul(o_ND, out).view_as(x_BTD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        norm, qkv, q_norm, k_norm, out = ctx.saved_tensors
-        unit, scale, folded, qk_unit, qk_scale, turn, q, k, v, probs, o_ND = ctx.mine
-        del ctx.mine
+        norm, qkv, q_norm, k_norm, out, *saved = ctx.saved_tensors
+        unit, scale, folded, qk_unit, qk_scale, turn, q, k, v, o_ND, *probs = saved
         (heads, n_batch, length, head_dim), kv_heads = q.shape, len(k)
         dy = grads[0].reshape(len(unit), -1)
         d_out = matmul_of_transposed(o_ND, dy)

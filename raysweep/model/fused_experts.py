@@ -67,16 +67,16 @@ class _Mix(Function):
         hidden = gated * up
         weighted = hidden * weight_R1
         y_RD = _each(weighted, down_EFD, sizes)
-        ctx.save_for_backward(gate_up_EDF, down_EFD)
-        ctx.mine = x_RD, weight_R1, both, gated, hidden, weighted, token_R, row_M, sizes
-        ctx.top_k = weights_NK.shape[1]
+        activations = x_RD, weight_R1, both, gated, hidden, weighted
+        ctx.save_for_backward(gate_up_EDF, down_EFD, *activations, token_R, row_M)
+        ctx.sizes, ctx.top_k = sizes, weights_NK.shape[1]
         return _sum_of_pairs(y_RD, row_M, ctx.top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gate_up, down = ctx.saved_tensors
-        x_RD, weight_R1, both, gated, hidden, weighted, token_R, row_M, sizes = ctx.mine
-        del ctx.mine
+        gate_up, down, *activations, token_R, row_M = ctx.saved_tensors
+        x_RD, weight_R1, both, gated, hidden, weighted = activations
+        sizes = ctx.sizes
         dy_RD = grads[0].index_select(0, token_R)
         d_down = _each_gradient(weighted, dy_RD, sizes)
         d_weighted = _each(dy_RD, down.transpose(1, 2), sizes)

@@ -1,0 +1,98 @@
+"""Routing, dispatch and balance of experts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from raysweep.config import Architecture
+from raysweep.model import build, functional, moe
+from raysweep.scale import ModelShape
+
+UNIFORM = torch.full((4,), 0.25)
+NO_BIAS = torch.zeros(4)
+LOGITS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+
+def route(logits=LOGITS, top_k=2, share=UNIFORM, bias=NO_BIAS, **settings) -> moe.Routing:
+    return moe.route(logits, top_k, share, bias, Architecture(experts=4, top_k=top_k, **settings))
+
+
+def test_best_experts_with_weights_that_sum_to_one():
+    routing = route()
+    torch.testing.assert_close(routing.weights_NK.sum(1), torch.ones(64))
+    torch.testing.assert_close(routing.experts_NK, LOGITS.topk(2).indices)
+    ratio = (LOGITS.gather(1, routing.experts_NK)).diff(dim=1).exp().squeeze(1)
+    torch.testing.assert_close(routing.weights_NK[:, 1] / routing.weights_NK[:, 0], ratio)
+
+
+def test_one_expert_keeps_its_probability_so_that_the_router_learns():
+    routing = route(top_k=1)
+    torch.testing.assert_close(routing.weights_NK[:, 0], LOGITS.softmax(1).amax(1))
+
+
+def test_balance_loss_is_its_weight_when_even_and_more_when_not():
+    even = route(torch.zeros(8, 4), balance_loss=0.5, router_z_loss=0.0)
+    assert even.loss.item() == pytest.approx(0.5)
+    lopsided = torch.tensor([[9.0, 0, 0, 0]]).expand(8, 4)
+    share = torch.tensor([1.0, 0, 0, 0])
+    routing = route(lopsided, share=share, balance_loss=0.5, router_z_loss=0.0)
+    assert routing.loss.item() == pytest.approx(0.5 * 4, rel=0.01)
+
+
+def test_balance_loss_lowers_the_logits_of_busy_experts():
+    logits = torch.zeros(8, 4, requires_grad=True)
+    share = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    route(logits, share=share, router_z_loss=0.0).loss.backward()
+    assert logits.grad is not None
+    assert (logits.grad[:, 0] > 0).all()
+    assert (logits.grad[:, 1:] < 0).all()
+
+
+def test_router_z_loss():
+    routing = route(balance="none", router_z_loss=0.1)
+    assert routing.loss.item() == pytest.approx(0.1 * LOGITS.logsumexp(1).square().mean().item())
+
+
+def test_bias_changes_the_choice_but_not_the_weights():
+    bias = torch.tensor([0.0, 0.0, 0.0, 5.0])
+    routing = route(bias=bias, balance="bias", router_z_loss=0.0)
+    assert (routing.experts_NK == 3).any(1).all()
+    chosen = LOGITS.softmax(1).gather(1, routing.experts_NK)
+    torch.testing.assert_close(routing.weights_NK, chosen / chosen.sum(1, keepdim=True))
+    assert routing.loss == 0
+
+
+def test_grouped_kernel_equals_the_loop():
+    x, weight = torch.randn(24, 16).bfloat16(), torch.randn(4, 16, 32).bfloat16()
+    ends = torch.tensor([5, 5, 20, 24], dtype=torch.int32)
+    expected = moe.expert_loop(x, weight, ends)
+    torch.testing.assert_close(F.grouped_mm(x, weight, offs=ends), expected, rtol=0.02, atol=0.1)
+    torch.testing.assert_close(moe.grouped_matmul(x, weight, ends), expected)
+
+
+def test_no_token_is_dropped():
+    routing = route(torch.tensor([[9.0, 8.0, 0, 0]]).expand(64, 4))
+    order, ends = moe.dispatch(routing.experts_NK, 4)
+    assert moe.loads(ends).tolist() == [64, 64, 0, 0]
+    assert sorted(order.tolist()) == list(range(128))
+
+
+def test_equal_experts_are_one_dense_feed_forward():
+    x, gate_up, down = torch.randn(64, 8), torch.randn(8, 12), torch.randn(6, 8)
+    y, _ = moe.mix(x, gate_up.expand(4, 8, 12), down.expand(4, 6, 8), route())
+    torch.testing.assert_close(y, functional.swiglu(x @ gate_up) @ down, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("balance", ["loss", "bias"])
+def test_loads_of_a_step_steer_the_next(balance):
+    shape = ModelShape(
+        d_model=16, layers=1, heads=2, kv_heads=2, d_ff=16, vocab_size=20, sequence_length=8,
+        experts=4, top_k=1, expert_ff=8, moe_layers=(0,),
+    )  # fmt: skip
+    model = build(shape, Architecture(experts=4, balance=balance), rope_base=1e4, seed=0)
+    model.expert_load.copy_(torch.tensor([[6.0, 1, 1, 0]]))
+    model.finish_step()
+    assert model.expert_share.tolist() == [[0.75, 0.125, 0.125, 0]]
+    step = moe.BIAS_STEP if balance == "bias" else 0
+    torch.testing.assert_close(model.expert_bias, step * torch.tensor([[-1.0, 1, 1, 1]]))
+    assert not model.expert_load.any()
