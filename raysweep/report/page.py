@@ -17,9 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from raysweep.report import facts, reading
-from raysweep.report.figures import PlotFigure, colours
+from raysweep.report.calculator import calculator
+from raysweep.report.figures import colours
 from raysweep.report.losses import comparison_figure, loss_figure
-from raysweep.report.numbers import STYLES, Numbers, written
+from raysweep.report.numbers import Numbers, written
 from raysweep.report.optima import optima_figure
 from raysweep.report.style import DARK, LIGHT
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures
@@ -30,8 +31,8 @@ from raysweep.scaling.advise import FAR
 from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import ALL, Fits, fit
 
-LARGEST = 3_000_000
-"""Bytes that the page may have."""
+SCRIPTS = ("common.js", "calculator.js", "ask.js", "page.js")
+"""What the page runs, in order."""
 
 
 def report(
@@ -116,6 +117,7 @@ def _context(
         "failures": facts.failures(frame),
         "provenance": facts.provenance(frame, results.runs()),
         "problems": results.problems,
+        "calculator": calculator(fits),
         "trials": trials,
         "csv": {name: _csv(figure.data) for name, figure in figures.items()},
         "light": LIGHT,
@@ -191,10 +193,10 @@ def _render(context: Mapping[str, Any]) -> str:
     )
     env.filters["num"] = lambda value, style: written(value, style)
     env.filters["script"] = _script
-    assert set(STYLES)
     folder = files("raysweep.report") / "templates"
-    css, js = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return env.get_template("page.html").render(css=Markup(css), js=Markup(js), **context)
+    css, *scripts = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", *SCRIPTS))
+    js = Markup("".join(scripts))
+    return env.get_template("page.html").render(css=Markup(css), js=js, **context)
 
 
 def _script(value: Any) -> Markup:
@@ -208,6 +210,3 @@ def _replace(path: Path, content: bytes) -> None:
     part = path.with_suffix(".part")
     part.write_bytes(content)
     part.replace(path)
-
-
-__all__ = ["LARGEST", "PlotFigure", "report"]

@@ -1,31 +1,6 @@
-"use strict";
+// Hover texts, downloads, and the table of trials.
 (() => {
-  const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const make = (tag, text, className) => {
-    const element = document.createElement(tag);
-    if (text !== undefined) element.textContent = text;
-    if (className) element.className = className;
-    return element;
-  };
-
-  // --- numbers, written as the rest of the page writes them ---
-  const trim = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
-  const significant = (value, digits) => trim(Number(value).toPrecision(digits));
-  const short = (value, digits = 3) => {
-    for (const [limit, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
-      if (Math.abs(value) >= limit * (1 - 0.5 * 10 ** -digits)) return significant(value / limit, digits) + letter;
-    return significant(value, digits);
-  };
-  const scientific = (value, digits = 3) => {
-    if (value === 0 || (Math.abs(value) >= 1e-2 && Math.abs(value) < 1e3)) return significant(value, digits);
-    const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
-    return `${trim(mantissa)}e${Number(exponent)}`;
-  };
-  const styles = {
-    rate: scientific, tokens: short, loss: (v) => v.toFixed(4), count: String,
-    percent: (v) => `${(100 * v).toFixed(2)} %`, seconds: (v) => significant(v, 3), text: String, key: String,
-  };
-
+  const { read, make, styles } = page;
   // --- hover texts ---
   const tip = document.getElementById("tip");
   const hint = (event) => {

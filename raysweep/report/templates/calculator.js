@@ -1,0 +1,144 @@
+// The calculator: the same arithmetic as Fits.recommend, on the coefficients in the page.
+const recommend = (() => {
+  const dot = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
+  const quadratic = (x, m) => dot(x, m.map((row) => dot(row, x)));
+  const rounded = (value, digits) => Number(Number(value).toPrecision(digits));
+
+  /** Every count of a run, after the cells of its family. */
+  const describe = (family, params, tokens, experts, topK) => {
+    const total = experts === 1 ? params : params * (1 - family.share + (family.share * experts) / topK);
+    const embedding = family.embedding === null ? NaN : family.embedding * Math.cbrt(params);
+    const each = Math.max(6 * params, Math.exp(family.flops[0] + family.flops[1] * Math.log(params)));
+    return {
+      params_active_non_embedding: params, params_total_non_embedding: total,
+      params_active: params + embedding, params_total: total + embedding,
+      params_dense: family.dense === null ? NaN : family.dense * params,
+      tokens, flops: each * tokens, experts, top_k: topK, active_ratio: params / total,
+      sparsity: 1 - topK / experts, head: embedding / 2,
+    };
+  };
+
+  const byLaw = (law, inputs) => {
+    const named = { ...inputs, params: inputs[law.count] };
+    const x = [1, ...law.inputs.map((name, i) => Math.log(named[name]) - law.centre[i])];
+    const middle = dot(x, law.theta);
+    const half = law.reach === null ? NaN : law.reach * Math.sqrt(quadratic(x, law.covariance) + law.variance);
+    return { ...law, value: Math.exp(middle), low: Math.exp(middle - half), high: Math.exp(middle + half) };
+  };
+  const speaks = (law, inputs) =>
+    Object.entries(law.near).every(([column, at]) => Math.abs(Math.log(inputs[column]) - at) <= Math.LN2);
+
+  const bySurface = (surface, quantity, inputs) => {
+    const side = surface && surface.sides[quantity];
+    if (!side) return null;
+    const sparsity = Math.max(0, -Math.log(inputs.active_ratio));
+    const x = [1, Math.log(inputs.params_active_non_embedding) - surface.centre[0], Math.log(inputs.tokens) - surface.centre[1]];
+    if (surface.sparse) x.push(sparsity);
+    for (const [e, k] of surface.families) x.push(Number(e === inputs.experts && k === inputs.top_k));
+    const untaught = surface.sparse ? 0 : sparsity;
+    const middle = dot(x, side.exponents) + side.mean[0] + side.mean[1] * untaught;
+    const variance = quadratic(x, side.covariance) + side.variance[0] + side.variance[1] * untaught ** 2;
+    const half = side.reach * Math.sqrt(variance);
+    return {
+      name: "surface", formula: "the joint surface, whose exponents lean on Step Law's", cells: side.cells, range: side.range,
+      left_out: 0, value: Math.exp(middle), low: Math.exp(middle - half), high: Math.exp(middle + half),
+    };
+  };
+
+  const answer = (data, candidates, quantity, inputs) => {
+    for (const group of candidates) {
+      const law = group.laws[quantity].find((l) => speaks(l, inputs));
+      if (law && law.dof >= 2) return byLaw(law, inputs);
+    }
+    return bySurface(data.surface, quantity, inputs);
+  };
+
+  /** ln of the loss for one row of coefficients. */
+  const logLoss = (law, row, inputs) => {
+    const value = (name) => row[law.names.indexOf(name)];
+    const logs = {
+      N: Math.log(inputs[law.count]), D: Math.log(inputs.tokens), C: Math.log(inputs.flops),
+      E: Math.log(inputs.experts), "1-S": Math.log(1 - inputs.sparsity),
+    };
+    if (law.names.includes("E_start")) {
+      const top = 1 / value("E_max");
+      const share = 1 / value("E_start") - top;
+      logs.Eh = -Math.log(share / (1 + share * (inputs.experts - 1)) + top);
+    }
+    const power = (p) => p.scale * value(p.coefficient) * p.symbols.reduce((product, s) => product * logs[s], 1);
+    const terms = law.terms.map((term) => {
+      const stated = value(term.amplitude);
+      const kind = law.kinds[law.names.indexOf(term.amplitude)];
+      const amplitude = kind === "log10" ? stated * Math.LN10 : Math.log(Math.max(stated, 1e-200));
+      return term.powers.reduce((sum, p) => sum + power(p), amplitude);
+    });
+    const most = Math.max(...terms);
+    const sum = Math.log(terms.reduce((total, z) => total + Math.exp(z - most), 0)) + most;
+    return law.tilt.reduce((total, p) => total + power(p), sum);
+  };
+  const quantile = (sorted, q) => {
+    const at = q * (sorted.length - 1), below = Math.floor(at);
+    return sorted[below] + (at - below) * ((sorted[below + 1] ?? sorted[below]) - sorted[below]);
+  };
+  const expect = (groups, inputs) => {
+    const law = groups.map((g) => g.loss).find((l) => l);
+    if (!law) return { value: NaN, low: NaN, high: NaN };
+    const value = Math.exp(logLoss(law, law.rows[0], inputs));
+    if (!law.noise) return { ...law, value, low: NaN, high: NaN };
+    const draws = law.rows.slice(1).map((row, i) => logLoss(law, row, inputs) + law.noise[i]).sort((a, b) => a - b);
+    return { ...law, value, low: Math.exp(quantile(draws, 0.025)), high: Math.exp(quantile(draws, 0.975)) };
+  };
+
+  const usable = (tokens, length) => {
+    if (!Number.isFinite(tokens)) return [NaN, null];
+    if (!length) return [rounded(tokens, 2), null];
+    const wanted = Math.max(tokens / length, 1);
+    const quarter = Math.max(1, 2 ** (Math.floor(Math.log2(wanted)) - 2));
+    const choices = [1, 2, 3, 4, 5, 6, 7, 8].map((k) => k * quarter);
+    const off = (c) => Math.abs(Math.log(c / wanted));
+    const sequences = choices.reduce((best, c) => (off(c) < off(best) ? c : best));
+    return [sequences * length, sequences];
+  };
+
+  const distance = (ranges, inputs) => {
+    const columns = { params: "params_active_non_embedding", tokens: "tokens", FLOPs: "flops" };
+    return Object.fromEntries(Object.entries(columns).map(([name, column]) => {
+      const low = Math.min(...ranges.map((r) => r[name][0])), high = Math.max(...ranges.map((r) => r[name][1]));
+      const value = inputs[column];
+      return [name, value > high ? value / high : value < low ? value / low : 1];
+    }));
+  };
+
+  const published = (laws, inputs) => {
+    const features = [inputs.params_active_non_embedding, inputs.params_total_non_embedding,
+      inputs.params_active_non_embedding + (Number.isFinite(inputs.head) ? inputs.head : 0),
+      inputs.tokens, inputs.flops, inputs.experts].map(Math.log);
+    const kind = inputs.experts > 1 ? "moe" : "dense";
+    const side = (c) => (c ? Math.exp(c[0] + dot(features, c.slice(1))) : null);
+    return laws.filter((l) => l.applies === "both" || l.applies === kind)
+      .map((l) => ({ source: l.source, verified: l.verified, learning_rate: side(l.learning_rate), batch_tokens: side(l.batch_tokens) }));
+  };
+
+  return (data, architecture, params, tokens, experts, topK) => {
+    const own = data.groups[architecture], all = data.groups[data.all];
+    const e = experts ?? own.pairs[0][0];
+    const same = own.pairs.find((p) => p[0] === e);
+    const k = topK ?? (experts === undefined ? own.pairs[0][1] : same ? same[1] : Math.min(own.pairs[0][1], e));
+    const foreign = !own.pairs.some((p) => p[0] === e && p[1] === k);
+    const candidates = foreign && all ? [all] : !foreign && all ? [own, all] : [own];
+    const inputs = describe(candidates[0].family, params, tokens, e, k);
+    const rate = answer(data, candidates, "learning_rate", inputs);
+    const batch = answer(data, candidates, "batch_tokens", inputs);
+    const loss = expect([...(foreign ? [] : [own]), ...(all ? [all] : [])], inputs);
+    const length = candidates[0].sequence_length;
+    const [batchTokens, sequences] = usable(batch ? batch.value : NaN, length);
+    const ranges = [rate, batch].filter((x) => x).map((x) => x.range);
+    return {
+      experts: e, top_k: k, foreign, rate, batch, loss,
+      learning_rate: rate ? rounded(rate.value, 3) : NaN,
+      batch_tokens: batchTokens, batch_sequences: sequences, sequence_length: length,
+      extrapolation: distance(ranges.length ? ranges : [candidates[0].range], inputs),
+      published: published(data.published, inputs),
+    };
+  };
+})();

@@ -1,0 +1,29 @@
+// What the scripts of the page share: reading its data, and writing numbers as the page does.
+const page = (() => {
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const make = (tag, text, className) => {
+    const element = document.createElement(tag);
+    if (text !== undefined) element.textContent = text;
+    if (className) element.className = className;
+    return element;
+  };
+
+  const trim = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
+  const significant = (value, digits) => trim(Number(value).toPrecision(digits));
+  const full = (value, digits) => Number(value).toPrecision(digits).replace(/\.$/, "");
+  const short = (value, digits = 3, write = significant) => {
+    for (const [limit, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"], [1, ""]])
+      if (Math.abs(value) >= limit * (1 - 0.5 * 10 ** -digits)) return write(value / limit, digits) + letter;
+    return write(value, digits);
+  };
+  const scientific = (value, digits = 3) => {
+    if (value === 0 || (Math.abs(value) >= 1e-2 && Math.abs(value) < 1e3)) return full(value, digits);
+    const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
+    return `${mantissa}e${Number(exponent)}`;
+  };
+  const styles = {
+    rate: (v) => scientific(v), tokens: (v) => short(v), batch: (v) => short(v, 3, full), loss: (v) => v.toFixed(4), count: String,
+    percent: (v) => `${(100 * v).toFixed(2)} %`, seconds: (v) => significant(v, 3), text: String, key: String,
+  };
+  return { read, make, styles, short, scientific };
+})();
