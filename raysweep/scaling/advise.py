@@ -9,20 +9,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from raysweep.errors import UserError
 from raysweep.scaling.group_loss import predict_loss
 from raysweep.scaling.groups import ALL, Group
 from raysweep.scaling.laws import LOSS_LAWS
+from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.optima_laws import KNOWN_AHEAD, best_law
 from raysweep.scaling.optimum import OPTIMUM_METHODS
 from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import published_answers
 from raysweep.scaling.recommend import Recommendation, usable_batch
-from raysweep.scaling.target import describe_target, extrapolation
+from raysweep.scaling.target import Target, describe_target, extrapolation
 
 if TYPE_CHECKING:
     from raysweep.scaling.fits import Fits
+
+QUANTITIES = ("learning_rate", "batch_tokens")
+
+SURFACE_CELLS = 3
+"""Cells with a known optimum that the joint surface needs before it may answer."""
 
 FAR = 30.0
 """Beyond this factor in FLOPs an extrapolation is called long."""
@@ -58,60 +65,73 @@ def advise(
     target = describe_target(family, params, tokens, experts, top_k)
     warnings += target.notes
 
-    laws: dict[str, PowerLaw] = {}
-    missing: list[str] = []
-    for quantity in ("learning_rate", "batch_tokens"):
-        law = _pick(candidates, quantity, target.inputs)
-        if law is None:
-            missing.append(quantity)
+    answers: dict[str, _Answer] = {}
+    for quantity in QUANTITIES:
+        answer = _answer(fits, candidates, quantity, target)
+        if answer is None:
             warnings.append(f"no law of {quantity} can answer: {_why_none(own, quantity)}")
         else:
-            laws[quantity] = law
-    answers = {q: _ask(law, target.inputs) for q, law in laws.items()}
-    rate, rate_low, rate_high = answers.get("learning_rate", (math.nan,) * 3)
-    batch, batch_low, batch_high = answers.get("batch_tokens", (math.nan,) * 3)
+            answers[quantity] = answer
+    nothing = _Answer("", math.nan, (math.nan, math.nan), "", (), None)
+    rate, batch = (answers.get(q, nothing) for q in QUANTITIES)
     length = _sequence_length(family)
-    usable, sequences = usable_batch(batch, length)
+    usable, sequences = usable_batch(batch.value, length)
 
     loss = _expect(fits, own, foreign, target.inputs)
     warnings += loss.warnings
 
-    used = fits.cells.loc[sorted({c for law in laws.values() for c in law.cells})]
+    used = fits.cells.loc[sorted({c for answer in answers.values() for c in answer.cells})]
     used = used if len(used) else family
     factors = extrapolation(used, target.inputs)
-    warnings += _cautions(laws, loss.law, factors, used, params, tokens)
-    rests_on = [
-        f"{law.formula}, {law.n_cells} cells"
-        + (f", {100 * law.held_out:.1f} % off on unseen cells" if law.held_out >= 0 else "")
-        for law in laws.values()
-    ]
+    warnings += _cautions(answers, loss.law, factors, used, params, tokens)
+    laws = {q: answer.name for q, answer in answers.items()}
     return Recommendation(
         architecture=name,
         params=params,
         tokens=tokens,
         experts=experts,
         top_k=top_k,
-        learning_rate=float(f"{rate:.3g}"),
-        learning_rate_interval=(rate_low, rate_high),
+        learning_rate=float(f"{rate.value:.3g}"),
+        learning_rate_interval=rate.interval,
         batch_tokens=usable,
-        batch_tokens_exact=batch,
-        batch_tokens_interval=(batch_low, batch_high),
+        batch_tokens_exact=batch.value,
+        batch_tokens_interval=batch.interval,
         batch_sequences=sequences,
         sequence_length=length,
         loss=loss.value,
         loss_interval=loss.interval,
-        laws={q: law.name for q, law in laws.items()} | ({"loss": loss.law} if loss.law else {}),
+        laws=laws | ({"loss": loss.law} if loss.law else {}),
         extrapolation=factors,
-        rests_on=(*rests_on, *loss.rests_on),
-        by_method=_by_method(candidates, laws, target.inputs),
+        rests_on=(*dict.fromkeys(a.rests_on for a in answers.values()), *loss.rests_on),
+        by_method=_by_method(candidates, answers, target.inputs),
         published=tuple(
             a
             for a in published_answers(target.setting())
             if a["learning_rate"] is not None or a["batch_tokens"] is not None
         ),
         warnings=tuple(warnings),
-        status="ok" if len(laws) == 2 else " of ".join(["no law", *missing][: 2 if laws else 1]),
+        status=_status(answers),
     )
+
+
+def _status(answers: Mapping[str, _Answer]) -> str:
+    missing = [q for q in QUANTITIES if q not in answers]
+    if missing:
+        return "no law" if len(missing) == 2 else f"no law of {missing[0]}"
+    return "ok" if all(a.law is not None for a in answers.values()) else "few cells"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One quantity of a run: by which law, how sure, and from which cells."""
+
+    name: str
+    value: float
+    interval: tuple[float, float]
+    rests_on: str
+    cells: tuple[str, ...]
+    law: PowerLaw | None
+    """None where the joint surface answers."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +162,14 @@ def _expect(fits: Fits, own: Group, foreign: bool, inputs: Mapping[str, float]) 
         said = f"loss by the law '{key}' on {int(group.cells['loss'].count())} cells"
         if check is not None and math.isfinite(check.error):
             said += f", {100 * check.error:.2f} % off on the largest scale unseen"
-        bound = (f"the law of the loss is not certain: {fitted.message}",)
-        warnings = bound if fitted.status == "at bound" else ()
-        return _Expected(key, value, (low, high), (said,), warnings)
+        warnings = []
+        if fitted.status == "at bound":
+            warnings.append(f"the law of the loss is not certain: {fitted.message}")
+        if isinstance(fitted, LossFit) and fitted.fixed:
+            warnings.append(
+                "three cells: the law of the loss has no floor, so it is too low far out"
+            )
+        return _Expected(key, value, (low, high), (said,), tuple(warnings))
     nothing = ("no law of the loss could be fitted to predict this run's",)
     return _Expected("", math.nan, (math.nan, math.nan), (), nothing)
 
@@ -183,18 +208,41 @@ def _routing(cells: pd.DataFrame, experts: int | None, top_k: int | None) -> tup
     return e, k, not bool(((pairs["experts"] == e) & (pairs["top_k"] == k)).any())
 
 
-def _pick(
-    candidates: Sequence[Group], quantity: str, inputs: Mapping[str, float]
-) -> PowerLaw | None:
-    """The architecture's own law where it has two cells to spare, else the joint one's."""
-    found = []
+def _answer(
+    fits: Fits, candidates: Sequence[Group], quantity: str, target: Target
+) -> _Answer | None:
+    """By the architecture's own law where it has two cells to spare, else the joint one's; with
+    fewer cells by the joint surface, whose exponents lean on a published law."""
     for group in candidates:
-        laws = {n: x for n, x in group.laws.items() if _speaks(x, group, inputs)}
+        laws = {n: x for n, x in group.laws.items() if _speaks(x, group, target.inputs)}
         law = best_law(laws, quantity, KNOWN_AHEAD)
-        if law is not None:
-            found.append(law)
-    spare = [law for law in found if law.dof >= 2]
-    return spare[0] if spare else found[0] if found else None
+        if law is not None and law.dof >= 2:
+            value, low, high = _ask(law, target.inputs)
+            off = law.held_out
+            said = f", {100 * off:.1f} % off on unseen cells" if math.isfinite(off) else ""
+            said = f"{law.formula}, {law.n_cells} cells{said}"
+            return _Answer(law.name, value, (low, high), said, law.cells, law)
+    axis = QUANTITIES.index(quantity)
+    known = [
+        name
+        for name, optimum in fits.optima["surface"].items()
+        if optimum.interior and math.isfinite(optimum.covariance[axis, axis])
+    ]
+    if fits.surface is None or len(known) < SURFACE_CELLS:
+        return None
+    posterior = fits.surface.optimum(target.features())
+    degrees = np.broadcast_to(fits.surface.laws.degrees, len(QUANTITIES))[axis]
+    reach = stats.t.ppf(0.975, degrees)
+    half = float(reach * np.sqrt(posterior.covariance[axis, axis]))
+    middle = float(posterior.mean[axis])
+    return _Answer(
+        "surface",
+        math.exp(middle),
+        (math.exp(middle - half), math.exp(middle + half)),
+        f"the joint surface of {len(known)} cells, whose exponents lean on Step Law's",
+        tuple(known),
+        None,
+    )
 
 
 def _speaks(law: PowerLaw, group: Group, inputs: Mapping[str, float]) -> bool:
@@ -235,23 +283,23 @@ def _ask(law: PowerLaw, inputs: Mapping[str, float]) -> tuple[float, float, floa
 
 
 def _by_method(
-    candidates: Sequence[Group], laws: Mapping[str, PowerLaw], inputs: Mapping[str, float]
+    candidates: Sequence[Group], answers: Mapping[str, _Answer], inputs: Mapping[str, float]
 ) -> dict[str, tuple[float, float]]:
     """The same laws on the optima of every method that can fit them."""
-    if len(laws) < 2:
+    if any(q not in answers or answers[q].law is None for q in QUANTITIES):
         return {}
-    answers = {}
+    found = {}
     for method in OPTIMUM_METHODS:
         values = []
-        for law in laws.values():
+        for quantity in QUANTITIES:
             for group in candidates:
-                other = group.methods[method].laws.get(law.name)
+                other = group.methods[method].laws.get(answers[quantity].name)
                 if other is not None and other.ok:
                     values.append(_ask(other, inputs)[0])
                     break
-        if len(values) == 2:
-            answers[method] = (values[0], values[1])
-    return answers
+        if len(values) == len(QUANTITIES):
+            found[method] = (values[0], values[1])
+    return found
 
 
 def _sequence_length(cells: pd.DataFrame) -> int | None:
@@ -260,7 +308,7 @@ def _sequence_length(cells: pd.DataFrame) -> int | None:
 
 
 def _cautions(
-    laws: Mapping[str, PowerLaw],
+    answers: Mapping[str, _Answer],
     loss_key: str,
     factors: Mapping[str, float],
     cells: pd.DataFrame,
@@ -272,17 +320,20 @@ def _cautions(
         said.append(f"a long extrapolation: {factors['FLOPs']:.3g}x the FLOPs of the largest cell")
     ratio = cells["tokens"] / cells["params_active_non_embedding"]
     asked = tokens / params
-    compute_only = [q for q, law in laws.items() if law.inputs[0] == "flops"]
+    compute_only = [q for q, a in answers.items() if a.law and a.law.inputs[0] == "flops"]
     compute_only += ["loss"] if loss_key == "kaplan" else []
     if compute_only and not ratio.min() / 2 <= asked <= ratio.max() * 2:
         said.append(
             f"the laws of {' and '.join(compute_only)} know compute only, from cells of "
             f"{ratio.min():.3g} to {ratio.max():.3g} tokens a parameter; asked for {asked:.3g}"
         )
-    for quantity, law in laws.items():
-        if law.dof < 2:
-            said.append(f"the law of {quantity} has {law.n_cells} cells: its interval says little")
-        if law.left_out:
-            n = len(law.left_out)
-            said.append(f"the law of {quantity} leaves out {n} of {n + law.n_cells} cells")
+    for quantity, answer in answers.items():
+        if answer.law is None:
+            said.append(
+                f"too few cells for a law of {quantity} of their own: the answer leans on "
+                "Step Law's exponents"
+            )
+        elif answer.law.left_out:
+            n = len(answer.law.left_out)
+            said.append(f"the law of {quantity} leaves out {n} of {n + answer.law.n_cells} cells")
     return said

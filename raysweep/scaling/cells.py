@@ -132,6 +132,9 @@ def cell_table(frame: pd.DataFrame) -> CellTable:
         .astype(object)
         .where(rows["architecture_kind"].notna(), np.where(rows["experts"] > 1, "moe", "dense"))
     )
+    active, is_dense = rows["params_active_non_embedding"], rows["experts"] <= 1
+    for name in ("params_total_non_embedding", "params_dense"):
+        rows[name] = rows[name].where(rows[name].notna() | ~is_dense, active)
     rows["why"] = _why_left_out(rows)
     rows["cell"] = _unique_cells(rows)
     usable = rows["why"] == ""

@@ -15,10 +15,17 @@ from raysweep.scaling.advise import advise
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.groups import ALL, Group, Sources, fit_group
 from raysweep.scaling.noise import Ratio, cell_noise_scale, compare_kinds
-from raysweep.scaling.optimum import OPTIMUM_METHODS, Optimum, find_optima
+from raysweep.scaling.optimum import (
+    OPTIMUM_METHODS,
+    Optimum,
+    find_optima,
+    surface_of,
+    surface_optima,
+)
 from raysweep.scaling.plain import plain
 from raysweep.scaling.recommend import Recommendation
 from raysweep.scaling.summary import summary
+from raysweep.scaling.surface import Surface
 
 __all__ = ["ALL", "Fits", "Group", "Recommendation", "fit"]
 
@@ -51,6 +58,7 @@ class Fits:
     groups: dict[str, Group]
     comparison: dict[str, dict[str, Ratio]]
     noise_scale: pd.DataFrame
+    surface: Surface | None
     loss_law: str | None
     messages: tuple[str, ...]
 
@@ -113,7 +121,14 @@ def fit(
     frame = results if isinstance(results, pd.DataFrame) else results.frame()
     table = cell_table(frame)
     trials = table.searched()
-    optima = {m: {o.cell: o for o in find_optima(trials, m)} for m in OPTIMUM_METHODS}
+    surface = surface_of(trials) if trials else None
+    optima: dict[str, dict[str, Optimum]] = {}
+    for method in OPTIMUM_METHODS:
+        if method == "surface" and surface is not None:
+            found = surface_optima(surface, trials)
+        else:
+            found = find_optima(trials, method)
+        optima[method] = {o.cell: o for o in found}
     cells = _with_optima(table.cells, optima[optimum_method])
     noise = cell_noise_scale(cells, table.trials)
     data = Sources(table, trials, optima, noise, optimum_method, n_boot, seed)
@@ -146,6 +161,7 @@ def fit(
         groups=groups,
         comparison=comparison,
         noise_scale=noise,
+        surface=surface,
         loss_law=loss_law,
         messages=tuple(_messages(table, trials, optima[optimum_method])),
     )

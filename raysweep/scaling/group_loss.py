@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.scaling.fitting import HUBER
 from raysweep.scaling.holdout import Candidate, aicc, held_out, levels
 from raysweep.scaling.laws import LOSS_LAWS
 from raysweep.scaling.loss_fit import LossFit
@@ -128,13 +129,19 @@ def fit_loss_law(
         return NotFitted(law, str(error))
     if not len(known):
         return NotFitted(law, "no cell has a finished trial that counts", "too few cells")
-    noise = _trial_noise(known)
+    loss = known["loss"].to_numpy(float)
+    groups = known["cell_group"].to_numpy() if "cell_group" in known else known.index.to_numpy()
+    # Three cells leave no freedom for a floor, and cannot tell which of them is a stray: Kaplan's
+    # own form by least squares is all there is.
+    bare = law == "kaplan" and len(known) == 3
     return LOSS_LAWS[law].fit(
         inputs,
-        known["loss"].to_numpy(float),
-        cells=known["cell_group"].to_numpy() if "cell_group" in known else known.index.to_numpy(),
+        loss,
+        cells=groups,
+        fixed={"E0": 0.0} if bare else None,
+        huber=1.0 if bare else HUBER,
         bootstrap=n_boot,
-        trial_noise=noise,
+        trial_noise=_trial_noise(known),
         seed=seed,
     )
 

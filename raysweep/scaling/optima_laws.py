@@ -121,6 +121,7 @@ def fit_law(
         np.array([math.sqrt(o.own_covariance[axis, axis]) for o in used]),
         cells=[str(c) for c in cells.index[keep]],
         left_out=left_out,
+        families=cells["architecture"].to_numpy()[keep].astype(str),
         count=count if "params" in inputs else "",
         n_boot=n_boot,
         seed=seed,

@@ -14,7 +14,14 @@ from raysweep.scaling.optimum_result import TOO_FEW, Optimum, optimum_at, search
 from raysweep.scaling.surface import Surface, fit_surface
 from raysweep.scaling.unpooled import unpooled_optimum
 
-__all__ = ["OPTIMUM_METHODS", "Optimum", "OptimumMethod", "find_optima", "surface_of"]
+__all__ = [
+    "OPTIMUM_METHODS",
+    "Optimum",
+    "OptimumMethod",
+    "find_optima",
+    "surface_of",
+    "surface_optima",
+]
 
 SURFACE_TRIALS = 4
 """Fewer trials than this and a cell's optimum on the surface is mostly that of the other cells."""
@@ -58,9 +65,8 @@ def surface_of(cells: Sequence[CellTrials]) -> Surface:
     )
 
 
-def surface(cells: Sequence[CellTrials]) -> list[Optimum]:
-    """The joint surface: each cell borrows the valley's shape and the law from the others."""
-    fitted = surface_of(cells)
+def surface_optima(fitted: Surface, cells: Sequence[CellTrials]) -> list[Optimum]:
+    """Optima on a joint surface: each cell borrows the valley's shape and law from the others."""
     optima = []
     for trials in cells:
         posterior = fitted.optimum(trials.name)
@@ -100,7 +106,12 @@ def _each(find: Callable[[CellTrials], Optimum]) -> Callable[[Sequence[CellTrial
 OPTIMUM_METHODS: dict[str, OptimumMethod] = {
     m.name: m
     for m in (
-        OptimumMethod("surface", "joint surface model of all cells", "raysweep", surface),
+        OptimumMethod(
+            "surface",
+            "joint surface model of all cells",
+            "raysweep",
+            lambda cells: surface_optima(surface_of(cells), cells),
+        ),
         OptimumMethod(
             "quadratic",
             "convex quadratic in ln lr and ln batch",

@@ -179,6 +179,7 @@ def fit_power_law(
     *,
     cells: Sequence[str] | None = None,
     left_out: Mapping[str, str] | None = None,
+    families: np.ndarray | None = None,
     count: str = "",
     n_boot: int = 200,
     seed: int = 0,
@@ -205,7 +206,8 @@ def fit_power_law(
     cells = tuple(c for c, k in zip(cells, keep, strict=True) if k)
     n, p = len(y), 1 + len(names)
 
-    status, message = _check(names, logs, y)
+    groups = np.zeros(len(keep)) if families is None else np.asarray(families)
+    status, message = _check(names, logs, y, groups[keep])
     centre = logs.mean(0) if n else np.full(len(names), np.nan)
     common = {
         "target": target,
@@ -261,7 +263,9 @@ def _exp(value: float) -> float:
     return math.exp(min(max(value, -700.0), 700.0))
 
 
-def _check(names: Sequence[str], logs: np.ndarray, y: np.ndarray) -> tuple[str, str]:
+def _check(
+    names: Sequence[str], logs: np.ndarray, y: np.ndarray, families: np.ndarray
+) -> tuple[str, str]:
     """Whether the cells can tell the exponents; else a status and what to do."""
     n, p = len(y), 1 + len(names)
     if n < p + 1:
@@ -273,19 +277,36 @@ def _check(names: Sequence[str], logs: np.ndarray, y: np.ndarray) -> tuple[str, 
     for k, name in enumerate(names):
         if spread[k] < 1e-9:
             return ONE_VALUE, f"all cells have one value of {name}: its exponent cannot be told"
-    centred = (logs - logs.mean(0)) / spread
-    for k in range(len(names)):
-        others = np.delete(centred, k, axis=1)
-        rest = centred[:, k]
+    told = " and ".join(names)
+    apart = f"{told} move together in all cells: add horizons or scales to part them"
+    if _collinear(logs):
+        return COLLINEAR, apart
+    sizes = [k for k, name in enumerate(names) if name in ("params", "tokens")]
+    _, family = np.unique(families, return_inverse=True)
+    size = np.bincount(family)
+    within = np.column_stack(
+        [logs[:, k] - (np.bincount(family, logs[:, k]) / size)[family] for k in sizes]
+        or [np.empty((n, 0))]
+    )
+    if len(sizes) == 2 and _collinear(within):
+        return COLLINEAR, apart.replace("all cells", "the cells of each architecture")
+    return CONVERGED, ""
+
+
+def _collinear(logs: np.ndarray) -> bool:
+    """Whether a column [n, k] keeps next to nothing once the others are regressed out."""
+    centred = logs - logs.mean(0)
+    spread = centred.std(0)
+    if (spread < 1e-9).any():
+        return True
+    centred = centred / spread
+    for k in range(centred.shape[1]):
+        others, rest = np.delete(centred, k, axis=1), centred[:, k]
         if others.shape[1]:
             rest = rest - others @ np.linalg.lstsq(others, rest, rcond=None)[0]
         if rest.std() < COLLINEAR_BELOW:
-            told = " and ".join(names)
-            return (
-                COLLINEAR,
-                f"{told} move together in all cells: add horizons or scales to part them",
-            )
-    return CONVERGED, ""
+            return True
+    return False
 
 
 def _weights(x: np.ndarray, y: np.ndarray, sd: np.ndarray) -> tuple[np.ndarray, float]:

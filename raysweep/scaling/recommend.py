@@ -14,10 +14,10 @@ class Recommendation:
     """What to run, how sure that is, and what it rests on.
 
     Intervals are 95 %, (nan, nan) where the cells are too few for one. `batch_tokens` is rounded to
-    2^k or 3 * 2^k sequences; `batch_tokens_exact` is what the law says. `extrapolation` is the
-    factor by which the run lies beyond the cells behind the laws (below 1: beneath them; 1:
-    inside). `by_method` holds (learning rate, batch tokens) as each way of reading optima would
-    have it.
+    4, 5, 6 or 7 times a power of two sequences; `batch_tokens_exact` is what the law says.
+    `extrapolation` is the factor by which the run lies beyond the cells behind the laws (below 1:
+    beneath them; 1: inside). `by_method` holds (learning rate, batch tokens) as each way of
+    reading optima would have it.
     """
 
     architecture: str
@@ -70,7 +70,7 @@ class Recommendation:
 
 
 def usable_batch(tokens: float, sequence_length: int | None) -> tuple[float, int | None]:
-    """The batch rounded to 2^k or 3 * 2^k sequences, as (tokens, sequences).
+    """The batch rounded to 4, 5, 6 or 7 times a power of two sequences, as (tokens, sequences).
 
     Without a sequence length: to two significant digits, and None sequences."""
     if not math.isfinite(tokens):
@@ -78,9 +78,9 @@ def usable_batch(tokens: float, sequence_length: int | None) -> tuple[float, int
     if not sequence_length:
         return float(f"{tokens:.2g}"), None
     wanted = max(tokens / sequence_length, 1.0)
-    power = 2.0 ** math.floor(math.log2(wanted))
-    choices = (power, 1.5 * power, 2 * power) if power >= 2 else (power, 2 * power)
-    sequences = int(min(choices, key=lambda c: abs(math.log(c / wanted))))
+    quarter = max(1, 2 ** (math.floor(math.log2(wanted)) - 2))
+    choices = {quarter * k for k in range(1, 9)}
+    sequences = min(choices, key=lambda c: abs(math.log(c / wanted)))
     return float(sequences * sequence_length), sequences
 
 

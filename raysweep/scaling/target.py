@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from raysweep.scaling.published import Setting
+from raysweep.scaling.surface_features import CellFeatures
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,18 @@ class Target:
     inputs: dict[str, float]
     """By column: the parameter counts, tokens, flops, experts, top_k, active_ratio."""
     notes: tuple[str, ...]
+
+    def features(self) -> CellFeatures:
+        """As the surface model takes it."""
+        return CellFeatures(
+            name="run",
+            params=self.inputs["params_active_non_embedding"],
+            tokens=self.inputs["tokens"],
+            experts=int(self.inputs["experts"]),
+            top_k=int(self.inputs["top_k"]),
+            params_total=self.inputs["params_total_non_embedding"],
+            flops=self.inputs["flops"],
+        )
 
     def setting(self) -> Setting:
         """As the published laws take it."""

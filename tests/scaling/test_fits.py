@@ -44,7 +44,7 @@ def test_a_recommendation_follows_the_planted_laws(dense):
     ):
         assert low < value < high
     assert answer.sequence_length == 1024
-    assert answer.batch_sequences in (512, 768)
+    assert answer.batch_sequences in (512, 640, 768)
     assert answer.batch_tokens == answer.batch_sequences * 1024
     assert answer.extrapolation["params"] == pytest.approx(1e9 / 2.7e8)
     assert answer.extrapolation["FLOPs"] == pytest.approx(2e19 / (2.7e8 * 2.7e8 * 40))
@@ -197,6 +197,27 @@ def test_collinear_sizes_and_horizons_leave_compute(planted_study):
     assert any("know compute only" in w for w in off.warnings)
 
 
+def test_three_cells_are_answered_by_the_surface_and_kaplans_own_form(planted_study):
+    fits = quick(planted_study(scales=(1e7, 3e7, 9e7), tokens_per_param=(20,), per_cell=8))
+    answer = fits.recommend("dense", 1e9, 2e10)
+    assert answer.status == "few cells"
+    assert answer.laws == {"learning_rate": "surface", "batch_tokens": "surface", "loss": "kaplan"}
+    assert sum("leans on Step Law" in w for w in answer.warnings) == 2
+    low, high = answer.learning_rate_interval
+    assert low < 3e-3 * 10**-0.6 * 10**0.25 < high
+    assert 1.5 < high / low < 100
+    kaplan = fits.groups["dense"].loss_laws["kaplan"]
+    assert isinstance(kaplan, LossFit)
+    assert kaplan.fixed == {"E0": 0.0}
+
+
+def test_one_horizon_cannot_tell_sizes_from_tokens_within_architectures(planted_study):
+    # Total parameters differ between the two kinds, which must not pass for an exponent of N.
+    fits = quick(planted_study(kinds=("dense", "moe"), tokens_per_param=(20,), per_cell=14))
+    law = fits.groups[ALL].laws["learning_rate(params, tokens)"]
+    assert law.status == "collinear"
+
+
 def test_edges_are_left_out_and_said(planted_study):
     frame = planted_study(per_cell=14)
     name = frame["cell"].iloc[0]
@@ -245,6 +266,7 @@ def test_unknown_options_and_columns_are_named(planted_study):
         (1000.0, 1024, (1024.0, 1)),
         (70_000.0, 1024, (65536.0, 64)),
         (95_000.0, 1024, (98304.0, 96)),
+        (80_000.0, 1024, (81920.0, 80)),
         (3_100_000.0, 2048, (3145728.0, 1536)),
         (123_456.0, None, (120_000.0, None)),
     ],
