@@ -30,7 +30,7 @@ from raysweep.scaling.surface_features import (
     prior_exponents,
     prior_optimum,
 )
-from raysweep.scaling.surface_fit import Mode, fit_mode
+from raysweep.scaling.surface_fit import Mode, fit_mode, kinship
 from raysweep.scaling.surface_parameters import (
     DEFAULT,
     Layout,
@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger("raysweep")
+_FEWEST_DEGREES = 3.0  # of freedom of the laws' intervals; fewer make them wider than they need be
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Surface:
             # The published law is itself a power law of the same columns.
             exponents=prior_exponents(self.covariates) + self.mode.shared[both].reshape(2, -1),
             covariance=self.mode.covariance.shared[np.ix_(both, both)],
-            degrees=self.mode.widths.known[1:],
+            degrees=np.maximum(self.mode.widths.known[1:], _FEWEST_DEGREES),
             covariates=self.covariates,
         )
 
@@ -137,7 +138,7 @@ class Surface:
 
         A trial's deviation from the surface is partly luck and partly the fine grain of that spot:
         `roughness_share` of it is taken to recur. A trial is recommended where its loss, so shrunk,
-        lies below the expected loss at the optimum.
+        lies below the expected loss at the optimum; runs of one point are averaged.
         """
         optimum = self.optimum(cell)
         features, index = self._find(cell)
@@ -146,8 +147,9 @@ class Surface:
             return optimum.learning_rate, optimum.batch_tokens
         learning_rate, batch = np.exp(self.observed.point[rows]).T
         expected = np.log(self.predict(features, learning_rate, batch)[0])
-        share = self.settings.roughness_share
-        shrunk = expected + share * (self.observed.log_loss[rows] - expected)
+        alike = kinship(self.observed.point[rows], 0.2 * self.settings.roughness_length)
+        deviation = alike @ (self.observed.log_loss[rows] - expected) / alike.sum(1)
+        shrunk = expected + self.settings.roughness_share * deviation
         best = int(shrunk.argmin())
         if shrunk[best] < optimum.log_loss:
             return float(learning_rate[best]), float(batch[best])

@@ -224,13 +224,18 @@ def _diagonals(blocks: np.ndarray) -> np.ndarray:
     return np.einsum("...ii->...i", blocks)
 
 
+def kinship(point: np.ndarray, length: float) -> np.ndarray:
+    """[n, n], how far runs at points [n, 2] share their luck: 1 at the same place, 0 far off."""
+    square = ((point[:, None] - point) ** 2).sum(-1)
+    return np.exp(-0.5 * square / length**2)
+
+
 def _repeats(observed: Observations, length: float) -> np.ndarray:
     """[n], how many runs of its cell each run shares its luck with, itself counted."""
     repeats = np.ones(len(observed.cell))
     for cell in np.unique(observed.cell):
         rows = np.flatnonzero(observed.cell == cell)
-        square = ((observed.point[rows, None] - observed.point[rows]) ** 2).sum(-1)
-        repeats[rows] = np.exp(-0.5 * square / length**2).sum(1)
+        repeats[rows] = kinship(observed.point[rows], length).sum(1)
     return repeats
 
 

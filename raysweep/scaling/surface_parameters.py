@@ -40,7 +40,7 @@ class SurfaceSettings:
     level_guess: float = 0.03  # random effect of a cell on its ln loss
     noise_guess: float = 0.002  # sd of ln loss at the optimum
     growth_guess: float = 0.2  # noise sd per unit of gap
-    guess_weight: float = 2.0
+    guess_weight: float = 1.0
     far: float = 0.1  # a gap beyond this carries no more than "at least this far"
     diverged_distance: float = 1.0  # ln lr of a diverged run above its cell's optimum, at least
     diverged_sd: float = 0.5  # and how surely

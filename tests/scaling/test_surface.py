@@ -164,7 +164,7 @@ def test_recovers_planted_optima_losses_and_laws(fitted: Surface):
         mean, low, high = fitted.laws.exponent(target, name)
         assert low < exponent < high
         assert low < mean < high
-        assert high - low < 0.4
+        assert high - low < 0.45
     samples = fitted.laws.samples(4000)
     np.testing.assert_allclose(samples.mean(0), fitted.laws.exponents, atol=0.03)
 
@@ -361,3 +361,15 @@ def test_names_that_are_not_there_are_user_errors(fitted: Surface):
         CellFeatures("bad", -1, 1e9)
     with pytest.raises(UserError, match="params_total"):
         CellFeatures("bad", 1e8, 1e9, params_total=1e7)
+
+
+def test_one_lucky_repeat_among_others_is_not_recommended(fitted: Surface):
+    cell = LADDER[0]
+    optimum = fitted.optimum(cell)
+    data = trials(LADDER, 8, seed=1)
+    place = optimum.learning_rate * 1.3, optimum.batch_tokens
+    losses = optimum.loss * np.array([0.996, 1.004, 1.004, 1.004])
+    repeats = np.zeros(4), np.full(4, place[0]), np.full(4, place[1]), losses
+    index, rate, batch, loss = (np.r_[a, b] for a, b in zip(data, repeats, strict=True))
+    surface = fit_surface(LADDER, index.astype(int), rate, batch, loss)
+    assert surface.recommend(cell) != pytest.approx(place)
