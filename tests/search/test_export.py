@@ -26,7 +26,7 @@ def test_optuna_opens_what_was_exported(tmp_path: Path, shared_data: Path) -> No
         assert len(study.trials) == len(cell)
         usable = cell[cell["status"] == "finished"]
         assert study.best_value == usable["loss"].min()
-        best = usable.loc[usable["loss"].idxmin()]
+        best = usable.sort_values("loss").iloc[0]
         assert study.best_params["learning_rate"] == best["learning_rate"]
 
 
