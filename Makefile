@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check fast clean
+.PHONY: install demo test check fast browser clean
 
 install: $(STAMP)
 
@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/raysweep run search_spaces/laptop.yaml
 
 # ruff, pyright and import-linter, then every test that needs no GPU.
-test: check
+test: check browser
 	$(BIN)/python -m pytest -m "not gpu"
 
 check: $(STAMP)
@@ -31,6 +31,14 @@ check: $(STAMP)
 # The tests without Ray or a browser: under three minutes.
 fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not ray and not browser"
+
+# Headless Chromium for the tests of the report's page.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	command -v google-chrome >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	echo "no Chromium found and none could be installed: the browser tests will be skipped"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -28,9 +28,9 @@ _SETTINGS = {
 """Our rows replace Tune's own logs and snapshots; output is ours too; nothing phones home."""
 
 LOCAL_OBJECT_STORE_BYTES = 200_000_000
-_SCRATCH = "raysweep-"
-LONGEST_TEMP_DIR = 60
-"""Ray puts sockets under its folder, and a socket's path may have 107 bytes."""
+LONGEST_TEMP_DIR = 40
+"""Ray puts sockets under its folder: 64 bytes more, and a socket's path may have 107."""
+_SCRATCH = "run"
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
                 logging_level=logging.ERROR,
                 object_store_memory=LOCAL_OBJECT_STORE_BYTES,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=str(scratch / "ray"),
+                _temp_dir=str(scratch),
             )
         else:
             try:
@@ -87,15 +87,16 @@ def cluster_nodes() -> Mapping[str, Mapping[str, float]]:
 
 def _scratch_folder() -> Path:
     """A new folder in the user's cache, or in the temporary folder where that path is too long."""
-    base = cache_folder.root() / "scratch"
-    if len(str(base)) > LONGEST_TEMP_DIR:
-        base = Path(tempfile.gettempdir())
-    base.mkdir(parents=True, exist_ok=True)
-    for folder in base.glob(f"{_SCRATCH}*"):  # of drivers that were killed
-        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
-        if owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=base))
+    folder = cache_folder.root() / f"{_SCRATCH}{os.getpid()}"
+    if len(str(folder)) > LONGEST_TEMP_DIR:
+        folder = Path(tempfile.gettempdir()) / folder.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{_SCRATCH}*"):  # by drivers that were killed
+        owner = left.name.removeprefix(_SCRATCH)
+        if owner.isdigit() and (int(owner) == os.getpid() or not _alive(int(owner))):
+            shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def _alive(pid: int) -> bool:

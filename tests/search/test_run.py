@@ -114,6 +114,6 @@ def test_running_again_does_nothing_and_more_trials_extend(continued) -> None:
 
 
 def test_nothing_is_left_behind(continued) -> None:
-    scratch = Path(os.environ.get("RAYSWEEP_CACHE", Path.home() / ".cache/raysweep")) / "scratch"
-    left = {int(p.name.split("-")[1]) for p in scratch.glob("raysweep-*")}
-    assert not [pid for pid in left if not Path(f"/proc/{pid}").exists()]
+    cache = Path(os.environ.get("RAYSWEEP_CACHE", Path.home() / ".cache/raysweep"))
+    left = [p.name for p in cache.glob("run*") if p.name.removeprefix("run").isdigit()]
+    assert not [n for n in left if not Path(f"/proc/{n.removeprefix('run')}").exists()]

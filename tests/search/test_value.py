@@ -23,9 +23,7 @@ def surface_with(trials: list[int]):
             rates.append(np.exp(best + u))
             batches.append(np.exp(centre + v))
             losses.append(3.0 * np.exp(0.02 * u**2 + 0.01 * v**2 - 0.05 * i + 1e-3 * rng.normal()))
-    return fit_surface(
-        CELLS, np.array(index), np.array(rates), np.array(batches), np.array(losses)
-    )
+    return fit_surface(CELLS, np.array(index), np.array(rates), np.array(batches), np.array(losses))
 
 
 def test_an_unknown_cell_teaches_more_than_a_well_known_one() -> None:
