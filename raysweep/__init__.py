@@ -6,7 +6,7 @@ The public API, loaded on first use so that `import raysweep` costs neither torc
     raysweep.run(study)                                   # rows in results/laptop
     fits = raysweep.fit(raysweep.Results.open("results/laptop"))
     print(fits.recommend("dense", params=7e9, tokens=1.4e12))
-    raysweep.report(raysweep.Results.open("results/laptop"), "reports/laptop")
+    raysweep.write_report(raysweep.Results.open("results/laptop"), "reports/laptop")
 """
 
 from importlib import import_module
@@ -15,28 +15,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raysweep.config import Study
     from raysweep.errors import UserError
-    from raysweep.report import report
+    from raysweep.report import report as write_report
     from raysweep.results import Results
     from raysweep.scaling.fits import Fits, fit
     from raysweep.search.run import run
 
-__all__ = ["Fits", "Results", "Study", "UserError", "fit", "report", "run"]
+__all__ = ["Fits", "Results", "Study", "UserError", "fit", "run", "write_report"]
 
 _HOMES = {
-    "Fits": "raysweep.scaling.fits",
-    "Results": "raysweep.results",
-    "Study": "raysweep.config",
-    "UserError": "raysweep.errors",
-    "fit": "raysweep.scaling.fits",
-    "report": "raysweep.report",
-    "run": "raysweep.search.run",
+    "Fits": ("raysweep.scaling.fits", "Fits"),
+    "Results": ("raysweep.results", "Results"),
+    "Study": ("raysweep.config", "Study"),
+    "UserError": ("raysweep.errors", "UserError"),
+    "fit": ("raysweep.scaling.fits", "fit"),
+    "run": ("raysweep.search.run", "run"),
+    # Not `report`: that name is the subpackage's, once it is imported.
+    "write_report": ("raysweep.report", "report"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'raysweep' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:
