@@ -22,7 +22,7 @@ from raysweep.search.cells import CellState
 from raysweep.search.early_stopping import make_pruner
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.ledger import Bundle, Ledger
-from raysweep.search.strategies import make_sampler
+from raysweep.search.strategies import RESTARTING, make_sampler
 from raysweep.search.value import targets_of, trial_value
 
 _log = logging.getLogger("raysweep")
@@ -217,6 +217,9 @@ class Campaign:
         features = state.features
         length = state.cell.shape.sequence_length
         self._ladder.register(features, state.study, sequence_length=length)
+        seed = self.study.space.seed
+        if self._search.strategy in RESTARTING:
+            seed += len(state.study.get_trials(deepcopy=False))
         state.study.sampler = make_sampler(
             self._search.strategy,
             cell=features,
@@ -225,7 +228,7 @@ class Campaign:
             log2_batch=state.bounds.log2_batch,
             sequence_length=length,
             trials=state.budget,
-            seed=self.study.space.seed,
+            seed=seed,
         )
 
     def _propose(self, state: CellState, trial_id: str) -> tuple[Proposal, optuna.Trial]:

@@ -96,6 +96,9 @@ def make_sampler(
 
 
 STRATEGIES = ("ladder", "tpe", "gp", "qmc", "random", "grid", "cmaes")
+RESTARTING = ("tpe", "gp", "cmaes")
+"""Strategies whose random stream begins anew when they are made again: give them another seed then.
+The others' proposals depend on seed and history alone."""
 
 
 class DesignSampler(BaseSampler):
