@@ -39,7 +39,8 @@ def bootstrap(
 
     `trial_noise`, a number or [n], is the sd of log loss between repeated trials; it is drawn
     afresh for every point of every resample, for losses that are the best of a noisy few. Refits
-    that do not converge are left out and counted in `n_failed`."""
+    that do not converge, or rest on fewer cells than coefficients, are left out and counted in
+    `n_failed`."""
     if not fit.ok:
         return fit
     if resamples < 2:
@@ -62,8 +63,10 @@ def bootstrap(
         first_width=WARM_WIDTH * fit.huber,
         workers=workers,
     )
-    samples = law.form.state(problem.design.uncentre(solution.theta[solution.converged]))
+    # A draw of fewer distinct cells than coefficients has a minimum, but not only one.
+    first = np.unique(fit.cells, return_index=True)[1]
+    usable = solution.converged & ((weights[:, first] > 0).sum(axis=1) >= fit.n_free)
+    samples = law.form.state(problem.design.uncentre(solution.theta[usable]))
     for name, value in fit.fixed.items():
         samples[:, law.names.index(name)] = value
-    failed = int((~solution.converged).sum())
-    return replace(fit, samples=samples, n_failed=failed)
+    return replace(fit, samples=samples, n_failed=int((~usable).sum()))

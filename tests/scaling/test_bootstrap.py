@@ -101,3 +101,18 @@ def test_intervals_cover_the_truth() -> None:
             inside[name] += bool(ends[0] <= truth[name] <= ends[1])
     assert all(hits >= 25 for hits in inside.values()), inside
     assert sum(inside.values()) < 90  # intervals that never miss say nothing
+
+
+def test_resamples_of_too_few_cells_are_counted_not_used() -> None:
+    """Of seven cells a draw often holds fewer than the five that five coefficients need."""
+    inputs = {k: v[[0, 3, 7, 20, 24, 40, 47]] for k, v in ladder().items()}
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.001, 7))
+    loss = CHINCHILLA.predict(CHINCHILLA.published, inputs) * noise
+    fit = CHINCHILLA.fit(inputs, loss, bootstrap=200)
+    assert fit.ok, fit.message
+    counts = cell_multiplicities(fit.cells, 200, np.random.default_rng(0))
+    too_few = int(((counts > 0).sum(axis=1) < 5).sum())
+    assert too_few > 20
+    assert fit.samples is not None
+    assert len(fit.samples) + fit.n_failed == 200
+    assert fit.n_failed >= too_few
