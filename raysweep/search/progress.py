@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from rich.console import Console, Group
@@ -24,26 +25,43 @@ class Timing:
     """How long trials take, to say when a study will end."""
 
     begun: float = field(default_factory=time.monotonic)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Durations of concluded trials by cell."""
-    seconds_per_flop: list[float] = field(default_factory=list)
+    seconds: dict[float, list[float]] = field(default_factory=dict)
+    """Durations of finished trials by FLOPs of their cell."""
 
-    def add(self, state: CellState, seconds: float) -> None:
+    def add(self, flops: float, seconds: float) -> None:
         """Note one finished trial."""
-        self.seconds.setdefault(state.cell.name, []).append(seconds)
-        self.seconds_per_flop.append(seconds / state.cell.flops)
+        self.seconds.setdefault(flops, []).append(seconds)
+
+    def one(self, flops: float) -> float:
+        """Seconds expected of a trial: its cell's mean, or a power law through the other cells.
+
+        Tiny models take time a step and large ones a FLOP, so the exponent is learned, between
+        0.3 and 1.1; the line goes through the nearest cell known.
+        """
+        if flops in self.seconds:
+            return _mean(self.seconds[flops])
+        known = {math.log(f): math.log(_mean(s)) for f, s in self.seconds.items()}
+        x, near = math.log(flops), min(known, key=lambda k: abs(k - math.log(flops)))
+        spread = sum((k - _mean(known)) ** 2 for k in known)
+        slope = 0.7
+        if spread > 0:
+            level = _mean(known.values())
+            slope = sum((k - _mean(known)) * (v - level) for k, v in known.items()) / spread
+        return math.exp(known[near] + min(1.1, max(0.3, slope)) * (x - near))
 
     def left(self, campaign: Campaign, workers: float) -> float | None:
         """Seconds until the end at the present pace; None before the first trial is through."""
-        if not self.seconds_per_flop:
+        if not self.seconds:
             return None
-        work = 0.0
-        recent = self.seconds_per_flop[-8:]
-        for state in campaign.states.values():
-            own = self.seconds.get(state.cell.name)
-            each = sum(own) / len(own) if own else state.cell.flops * sum(recent) / len(recent)
-            work += each * (state.wanted + 0.5 * len(state.running))
+        work = sum(
+            self.one(s.cell.flops) * (s.wanted + 0.5 * len(s.running))
+            for s in campaign.states.values()
+        )
         return work / max(1.0, workers)
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
 
 
 class Progress:
@@ -72,7 +90,7 @@ class Progress:
     def trial_done(self, cell: str, status: str, seconds: float) -> None:
         """Note one concluded trial."""
         if status == "finished":
-            self._timing.add(self._campaign.states[cell], seconds)
+            self._timing.add(self._campaign.states[cell].cell.flops, seconds)
 
     def refresh(self, *, force: bool = False) -> None:
         """Draw again, at most five times a second; or print a line now and then."""

@@ -198,6 +198,39 @@ def test_an_optimum_beyond_the_range_widens_it_within_the_hard_limits() -> None:
         assert best == pytest.approx(8e-3, rel=1.0)
 
 
+def test_imported_results_teach_the_first_trial() -> None:
+    # A sweep of someone else's whose optimum lies far from the published law.
+    study = make_study()
+    cell = study.cells[-1]
+    rows = []
+    for i, j in itertools.product(range(8), range(5)):
+        rate, sequences = 1e-4 * 2.7**i, 4 * 4**j
+        u, v = math.log(rate / 5e-4), math.log(sequences / 64)
+        row = dict.fromkeys(COLUMNS) | {
+            "source": "import:csv",
+            "cell": "theirs",
+            "status": "finished",
+            "experts": cell.shape.experts,
+            "top_k": cell.shape.top_k,
+            "params_active_non_embedding": cell.counts.params_active_non_embedding * 0.7,
+            "params_total_non_embedding": cell.counts.params_total_non_embedding * 0.7,
+            "tokens": cell.tokens * 0.7,
+            "learning_rate": rate,
+            "batch_tokens": sequences * 64.0,
+            "loss": 3.0 + 0.05 * u**2 + 0.02 * v**2,
+        }
+        rows.append(row)
+    history = pd.DataFrame(rows, columns=list(COLUMNS))
+    one = Study.from_dict({**BASE, "scales": BASE["scales"][-1:]})
+    first = {}
+    for taught in (False, True):
+        campaign = Campaign(one, "d", two_workers(), history=history if taught else None)
+        proposals = [campaign.ask(f"t{i}") for i in range(2)]
+        first[taught] = [abs(math.log(p.spec.learning_rate / 5e-4)) for p in proposals if p]
+    assert min(first[True]) < 1.0
+    assert min(first[True]) < 0.5 * min(first[False])
+
+
 def test_repeats_rerun_the_best_point_with_other_seeds() -> None:
     log = simulate(Campaign(make_study(repeats_at_optimum=2), "data", two_workers()))
     for _, trials in itertools.groupby(
