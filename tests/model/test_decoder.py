@@ -13,11 +13,11 @@ from raysweep.scale import ModelShape, count
 
 
 def shape(**changes) -> ModelShape:
-    given = dict(d_model=32, layers=2, heads=4, kv_heads=4, d_ff=24, vocab_size=50)
+    given = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 4, "d_ff": 24, "vocab_size": 50}
     return ModelShape(**{**given, "sequence_length": 16, **changes})
 
 
-MOE = dict(experts=4, top_k=2, expert_ff=16, moe_layers=(1,))
+MOE = {"experts": 4, "top_k": 2, "expert_ff": 16, "moe_layers": (1,)}
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,9 @@ def test_active_parameters_are_those_a_token_passes():
     # One token: its experts alone get a gradient.
     losses = model(tokens[:, :1], tokens[:, 1:2])
     losses.objective.backward()
-    layer = model.feed_forward[1]
-    used = [bool(e.abs().sum() > 0) for e in layer.gate_up.grad]
+    gradient = model.get_parameter("feed_forward.1.gate_up").grad
+    assert gradient is not None
+    used = [bool(expert.abs().sum() > 0) for expert in gradient]
     assert sum(used) == moe.top_k
     idle = (moe.experts - sum(used)) * 3 * moe.d_model * moe.expert_ff
     assert count(moe).params_total - idle == count(moe).params_active
@@ -96,11 +97,14 @@ def test_weights_come_from_the_seed_alone():
 def test_initial_scale():
     wide = shape(d_model=256, d_ff=640, heads=8, kv_heads=8)
     model = build(wide, Architecture(), rope_base=1e4, seed=0)
-    assert model.embedding.std().item() == pytest.approx(1.0, rel=0.05)
-    assert model.attention[0].qkv.std().item() == pytest.approx(1 / 16, rel=0.05)
-    assert model.feed_forward[0].down.std().item() == pytest.approx(640**-0.5 / 2, rel=0.05)
     fixed = build(wide, Architecture(), rope_base=1e4, init_std=0.02, seed=0)
-    assert fixed.attention[0].qkv.std().item() == pytest.approx(0.02, rel=0.05)
+    for name, expected in (
+        ("embedding", 1.0),
+        ("attention.0.qkv", 1 / 16),
+        ("feed_forward.0.down", 640**-0.5 / 2),
+    ):
+        assert model.get_parameter(name).std().item() == pytest.approx(expected, rel=0.05)
+    assert fixed.get_parameter("attention.0.qkv").std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_evaluation_gives_sequences_and_agrees_with_training():

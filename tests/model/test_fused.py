@@ -7,8 +7,8 @@ from raysweep.config import Architecture
 from raysweep.model import build, functional, fused, fused_attention, fused_experts, moe
 from raysweep.scale import ModelShape
 
-DENSE = dict(d_model=32, layers=2, heads=4, kv_heads=4, d_ff=24, vocab_size=20, sequence_length=9)
-EXPERTS = dict(experts=4, top_k=2, expert_ff=16, moe_layers=(1,))
+DENSE = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 4, "d_ff": 24, "vocab_size": 20}
+EXPERTS = {"experts": 4, "top_k": 2, "expert_ff": 16, "moe_layers": (1,)}
 CASES = {
     "plain": {},
     "grouped queries": {"kv_heads": 2},
@@ -26,7 +26,7 @@ CASES = {
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c)
 def test_model_equals_plain_code(monkeypatch, case, z_loss):
-    shape = ModelShape(**{**DENSE, **CASES[case]})
+    shape = ModelShape(**{**DENSE, "sequence_length": 9, **CASES[case]})
     settings = Architecture(
         experts=shape.experts, top_k=shape.top_k, shared_experts=shape.shared_experts
     )
@@ -65,9 +65,11 @@ class TestFiniteDifferences:
     def test_attention_block(self):
         rope = functional.rope_table(5, 4, 100.0)
         arguments = double(2, 5, 8), double(8), double(8, 16), double(4), double(4), double(8, 8)
-        assert torch.autograd.gradcheck(
-            lambda *a: fused_attention.attention_block(*a, rope, 1), arguments
-        )
+
+        def block(x, norm, qkv, q_norm, k_norm, out):
+            return fused_attention.attention_block(x, norm, qkv, q_norm, k_norm, out, rope, 1)
+
+        assert torch.autograd.gradcheck(block, arguments)
 
     def test_feed_forward_block(self):
         arguments = double(2, 3, 6), double(6), double(6, 10), double(5, 6)
@@ -75,8 +77,11 @@ class TestFiniteDifferences:
 
     def test_head_loss(self):
         targets = torch.randint(0, 7, (2, 3))
-        arguments = double(2, 3, 6), double(6), double(6, 7)
-        assert torch.autograd.gradcheck(lambda *a: fused.head_loss(*a, targets, 0.3)[0], arguments)
+
+        def loss(x, norm, head):
+            return fused.head_loss(x, norm, head, targets, 0.3)[0]
+
+        assert torch.autograd.gradcheck(loss, (double(2, 3, 6), double(6), double(6, 7)))
 
     def test_rms_norm(self):
         assert torch.autograd.gradcheck(fused.rms_norm, (double(2, 3, 6), double(6)))

@@ -1,0 +1,62 @@
+"""One of two workers of a process group, started as a script by test_parallel.py."""
+
+import importlib.util
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from raysweep.training.loop import train
+from raysweep.training.outcome import Silent
+from raysweep.training.parallel import Workers
+
+
+class Killed(Silent):
+    """Dies after some steps, as all workers do when one is lost."""
+
+    def report(self, step: int, tokens: int, loss: float) -> None:
+        if step == 11:
+            raise KeyboardInterrupt
+
+
+def main(rank: int, folder: Path) -> None:
+    conftest = importlib.util.spec_from_file_location(
+        "toys", Path(__file__).with_name("conftest.py")
+    )
+    assert conftest is not None
+    assert conftest.loader is not None
+    toys = importlib.util.module_from_spec(conftest)
+    conftest.loader.exec_module(toys)
+    corpus = toys.ToyCorpus()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+
+    outcomes = {}
+    for strategy in ("ddp", "fsdp"):
+        workers = Workers.of_process_group(strategy)
+        for architecture in ("dense", "moe"):
+            trial = toys.make_spec(
+                architecture, tokens=16 * 8 * 20, recipe={"checkpoint_seconds": 1e-9}
+            )
+            outcome = train(trial, corpus, validation_sequences=33, workers=workers)
+            outcomes[strategy, architecture] = outcome
+            states = folder / f"{strategy}-{architecture}"
+            options = {"validation_sequences": 33, "workers": workers, "checkpoint_dir": states}
+            try:
+                train(trial, corpus, reporter=Killed(), **options)
+            except KeyboardInterrupt:
+                dist.barrier()
+            outcomes[strategy, architecture, "resumed"] = train(trial, corpus, **options)
+        single = toys.make_spec(batch_sequences=2, tokens=16 * 2 * 10)
+        outcomes[strategy, "one sequence each"] = train(
+            single, corpus, validation_sequences=33, workers=workers
+        )
+    with (folder / f"outcomes{rank}").open("wb") as file:
+        pickle.dump(outcomes, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,222 @@
+"""Whole runs: outcomes, exactness, divergence, memory, stopping and resuming."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from raysweep.errors import UserError
+from raysweep.model import Decoder
+from raysweep.training import checkpoint
+from raysweep.training.loop import train
+from raysweep.training.outcome import Silent, TrialOutcome
+
+
+def run(spec, corpus, **options) -> TrialOutcome:
+    return train(spec, corpus, validation_sequences=options.pop("sequences", 33), **options)
+
+
+def result(outcome: TrialOutcome) -> dict[str, object]:
+    """All that must not vary: no times, no memory."""
+    kept = dataclasses.asdict(outcome)
+    for name in ("seconds_train", "tokens_per_second", "peak_memory_bytes"):
+        del kept[name]
+    return kept
+
+
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
+def test_a_run_learns_and_says_all_about_itself(corpus, spec, architecture):
+    trial = spec(architecture)
+    outcome = run(trial, corpus)
+    assert outcome.status == "finished"
+    assert outcome.reason is None
+    assert outcome.step == trial.steps == 40
+    assert outcome.tokens_seen == trial.cell.tokens
+    assert outcome.loss is not None
+    assert outcome.train_loss is not None
+    assert outcome.loss < 0.95 * outcome.curve["train_loss"][0]
+    assert outcome.train_loss == pytest.approx(outcome.loss, rel=0.1)
+    assert outcome.bits_per_byte == pytest.approx(outcome.loss / math.log(2))
+    assert outcome.loss_se is not None
+    assert 0 < outcome.loss_se < 0.2
+    assert outcome.peak_memory_bytes > 10e6
+    assert outcome.tokens_per_second > 0
+    assert outcome.noise_trace is not None
+    assert outcome.noise_trace > 0
+    assert outcome.curve["step"] == list(range(1, 41))
+    assert outcome.curve["tokens"][-1] == outcome.tokens_seen
+    assert all(norm > 0 for norm in outcome.curve["grad_norm"])
+    routed = (
+        outcome.expert_load_entropy, outcome.expert_load_max_over_mean, outcome.router_confidence
+    )  # fmt: skip
+    if architecture == "dense":
+        assert routed == (None, None, None)
+    else:
+        entropy, busiest, confidence = routed
+        assert entropy is not None
+        assert 0 < entropy <= 1
+        assert busiest is not None
+        assert 1 <= busiest <= 2
+        assert confidence is not None
+        assert 0.5 < confidence <= 1
+
+
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
+def test_bit_identical_whatever_ran_before(corpus, spec, architecture):
+    first = run(spec(architecture), corpus)
+    run(spec("moe", seed=5, batch_sequences=4, tokens=16 * 8 * 5), corpus)
+    torch.manual_seed(99)
+    torch.randn(7)
+    assert result(run(spec(architecture), corpus)) == result(first)
+    assert result(run(spec(architecture, seed=1), corpus)) != result(first)
+
+
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
+def test_accumulation_never_changes_the_result(corpus, spec, architecture):
+    whole = run(spec(architecture), corpus)
+    parts = run(spec(architecture, resources={"micro_batch_sequences": 2}), corpus)
+    assert (whole.micro_batch_sequences, whole.accumulation) == (8, 1)
+    assert (parts.micro_batch_sequences, parts.accumulation) == (2, 4)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert parts.curve["grad_norm"] == pytest.approx(whole.curve["grad_norm"], rel=1e-3)
+
+
+def test_global_state_is_put_back(corpus, spec):
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(2)
+    run(spec(tokens=16 * 8 * 2), corpus, threads=1)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before[0])
+    assert torch.get_float32_matmul_precision() == before[1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [({"clip_norm": None, "eps": 1e-30}, "step"), ({"clip_norm": None, "init_std": 1e15}, "non-")],
+)
+def test_divergence_is_an_outcome(corpus, spec, recipe, reason):
+    outcome = run(spec(recipe=recipe, learning_rate=50.0, tokens=16 * 8 * 400), corpus)
+    assert outcome.status == "diverged"
+    assert outcome.reason is not None
+    assert reason in outcome.reason
+    assert outcome.step < 200
+    assert outcome.loss is None
+
+
+def fail_above(monkeypatch, sequences: int, error: Exception | None = None) -> list[int]:
+    """Make the model run out of memory on micro-batches of more than some sequences."""
+    tried: list[int] = []
+    forward = Decoder.forward
+
+    def limited(self, tokens, targets):
+        tried.append(len(tokens))
+        if len(tokens) > sequences:
+            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+        return forward(self, tokens, targets)
+
+    monkeypatch.setattr(Decoder, "forward", limited)
+    return tried
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(corpus, spec, monkeypatch):
+    whole = run(spec("moe"), corpus)
+    tried = fail_above(monkeypatch, 2)
+    outcome = run(spec("moe"), corpus)
+    assert tried[:3] == [8, 4, 2]
+    assert (outcome.micro_batch_sequences, outcome.accumulation) == (2, 4)
+    assert outcome.status == "finished"
+    assert outcome.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_no_memory_at_all_is_an_outcome(corpus, spec, monkeypatch):
+    fail_above(monkeypatch, 0, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"))
+    outcome = run(spec(), corpus)
+    assert outcome.status == "out_of_memory"
+    assert outcome.reason == "no memory for one sequence at step 1"
+    assert outcome.loss is None
+
+
+def test_other_errors_pass_through(corpus, spec, monkeypatch):
+    fail_above(monkeypatch, 0, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(spec(), corpus)
+
+
+class Stopper(Silent):
+    """Hears of progress and stops, or is killed, after some steps."""
+
+    def __init__(self, stop_at: int | None = None, die_at: int | None = None) -> None:
+        self.stop_at, self.die_at, self.heard = stop_at, die_at, []
+
+    def report(self, step: int, tokens: int, loss: float) -> None:
+        self.heard.append((step, tokens, loss))
+        if step == self.die_at:
+            raise KeyboardInterrupt
+
+    def should_stop(self) -> bool:
+        return self.heard[-1][0] == self.stop_at
+
+
+def test_the_reporter_hears_and_stops(corpus, spec):
+    reporter = Stopper(stop_at=7)
+    outcome = run(spec(), corpus, reporter=reporter)
+    assert outcome.status == "stopped"
+    assert outcome.reason == "stopped after 7 of 40 steps"
+    assert (outcome.step, outcome.loss) == (7, None)
+    assert [step for step, _, _ in reporter.heard] == list(range(1, 8))
+    assert reporter.heard[-1][1] == 7 * 128
+    assert reporter.heard[-1][2] < 4
+
+
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
+@pytest.mark.parametrize("die_at", [1, 25])
+def test_killed_and_resumed_is_bit_identical(corpus, spec, tmp_path, architecture, die_at):
+    changes = {"moe": {"balance": "bias"}, "recipe": {"checkpoint_seconds": 1e-9}}
+    trial = spec(architecture, **changes)
+    whole = run(trial, corpus)
+    with pytest.raises(KeyboardInterrupt):
+        run(trial, corpus, reporter=Stopper(die_at=die_at + 1), checkpoint_dir=tmp_path)
+    state = checkpoint.load(tmp_path, trial.key)
+    assert state is not None
+    assert state["step"] == die_at
+    again = Stopper()
+    resumed = run(trial, corpus, reporter=again, checkpoint_dir=tmp_path)
+    assert again.heard[0][0] == die_at + 1
+    assert result(resumed) == result(whole)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_trial_is_not_taken(corpus, spec, tmp_path):
+    recipe = {"checkpoint_seconds": 1e-9}
+    with pytest.raises(KeyboardInterrupt):
+        run(spec(recipe=recipe), corpus, reporter=Stopper(die_at=9), checkpoint_dir=tmp_path)
+    other = Stopper()
+    run(spec(recipe=recipe, seed=1), corpus, reporter=other, checkpoint_dir=tmp_path)
+    assert other.heard[0][0] == 1
+
+
+def test_bad_resources_are_one_clear_line(corpus, spec):
+    with pytest.raises(UserError, match="sees no GPU here: set it to 0"):
+        run(spec(resources={"gpus_per_worker": 1}), corpus)
+
+
+def test_compiled_equals_eager_on_request(corpus, spec, monkeypatch):
+    """`compile: on` is honoured; what a GPU would run is traced here without a backend."""
+    seen = []
+
+    def traced(model, **options):
+        seen.append(options)
+        return model
+
+    monkeypatch.setattr(torch, "compile", traced)
+    run(spec(recipe={"compile": "on"}, tokens=16 * 8), corpus)
+    run(spec(recipe={"compile": "auto"}, tokens=16 * 8), corpus)
+    assert seen == [{"dynamic": False}]
+
+
+def test_bfloat16_autocast_takes_the_plain_path_and_learns(corpus, spec):
+    full = run(spec("moe"), corpus)
+    half = run(spec("moe", recipe={"precision": "bfloat16"}), corpus)
+    assert half.loss == pytest.approx(full.loss, rel=0.02)
+    assert half.loss != full.loss

@@ -1,0 +1,76 @@
+"""Two workers agree with one, replicated (DDP) and sharded (FSDP2), also after a kill."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysweep.errors import UserError
+from raysweep.training.loop import train
+from raysweep.training.parallel import Workers
+
+SHORT = 16 * 8 * 20
+SCRIPT = Path(__file__).with_name("one_of_two.py")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, repo):
+    """What each of two workers said of the same trials."""
+    folder = tmp_path_factory.mktemp("workers")
+    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error:::raysweep", str(SCRIPT), str(rank), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=240)
+            assert process.returncode == 0, error[-2000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return [pickle.loads((folder / f"outcomes{rank}").read_bytes()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
+def test_two_workers_agree_with_one(outcomes, corpus, spec, strategy, architecture):
+    one = train(spec(architecture, tokens=SHORT), corpus, validation_sequences=33)
+    first, second = (o[strategy, architecture] for o in outcomes)
+    assert first.world_size == 2
+    assert (first.micro_batch_sequences, first.accumulation) == (4, 1)
+    assert first.loss == second.loss
+    assert first.loss == pytest.approx(one.loss, rel=1e-5)
+    assert first.loss_se == pytest.approx(one.loss_se, rel=1e-4)
+    assert first.curve["grad_norm"] == pytest.approx(one.curve["grad_norm"], rel=1e-3)
+    if architecture == "moe":
+        assert first.expert_load_entropy == pytest.approx(one.expert_load_entropy, rel=1e-3)
+    assert first.noise_trace == pytest.approx(one.noise_trace, rel=0.5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
+def test_lost_workers_resume(outcomes, strategy, architecture):
+    for of_rank in outcomes:
+        whole = of_rank[strategy, architecture]
+        resumed = of_rank[strategy, architecture, "resumed"]
+        assert resumed.loss == whole.loss
+        assert resumed.curve == whole.curve
+
+
+def test_noise_from_workers_that_cannot_split_their_part(outcomes):
+    assert outcomes[0]["ddp", "one sequence each"].noise_trace > 0
+    assert outcomes[0]["fsdp", "one sequence each"].noise_trace is None
+
+
+def test_a_batch_that_does_not_divide_is_refused(corpus, spec):
+    with pytest.raises(UserError, match="8 sequences does not divide by 3 workers"):
+        train(spec(), corpus, validation_sequences=8, workers=Workers(0, 3))
