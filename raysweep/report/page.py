@@ -36,15 +36,22 @@ SCRIPTS = ("common.js", "calculator.js", "ask.js", "page.js")
 
 
 def report(
-    results: Results, folder: str | os.PathLike[str], *, png: bool = False, title: str | None = None
+    results: Results,
+    folder: str | os.PathLike[str],
+    *,
+    fits: Fits | None = None,
+    title: str | None = None,
+    png: bool = False,
 ) -> Path:
     """Fit the results and write `folder/index.html`, one file that needs nothing else.
 
-    With `png`, each figure is written beside it too, as `folder/NAME.png`. Returns the page's path.
-    A results folder in any state gives a page, which says what the results do not support.
+    `fits` are those of these results, where they have been made already; `title` stands for the
+    names of the studies. With `png`, each figure is written beside it too, as `folder/NAME.png`.
+    Returns the page's path. A results folder in any state gives a page, which says what the
+    results do not support.
     """
     frame = results.frame()
-    fits = fit(frame)
+    fits = fit(frame) if fits is None else fits
     context, drawings = _context(results, frame, fits, png)
     context["title"] = title or _title(context["studies"])
     context["command"] = _command(results.uri, folder, png)
@@ -83,7 +90,7 @@ def _context(
         if figure is not None
     }
     runs = facts.runs_table(results.runs())
-    trials = trial_table(frame, fits)
+    trials = trial_table(frame, results.curves(), fits)
     context = {
         "n": numbers,
         "data": data,

@@ -261,8 +261,8 @@ def loss_law_rows(fits: Fits, n: Numbers, used: Mapping[str, str]) -> list[tuple
 
 
 def loss(fits: Fits, used: Mapping[str, str]) -> list[Markup]:
-    """What the laws of the loss cannot tell."""
-    said: list[Markup] = []
+    """What the laws of the loss cannot tell; architectures of which the same is true together."""
+    said: dict[Markup, list[str]] = {}
     for name in fits.groups:
         if name == ALL:
             continue
@@ -270,34 +270,26 @@ def loss(fits: Fits, used: Mapping[str, str]) -> list[Markup]:
         if found is None:
             tried = fits.groups[name].loss_laws.items()
             why = "; ".join(dict.fromkeys(f"{k}: {f.message}" for k, f in tried))
-            said.append(
-                Markup("<b>{}</b> has no law of the loss, so no loss is predicted ({}).").format(
-                    name, why or "nothing to fit"
-                )
+            text = Markup("no law of the loss, so none is predicted ({})").format(
+                why or "nothing to fit"
             )
+            said.setdefault(text, []).append(name)
             continue
         if found.status == "at bound":
-            said.append(
-                Markup("<b>{}</b>: {}. Do not read its coefficients one by one.").format(
-                    name, found.message[:1].upper() + found.message[1:]
-                )
-            )
+            text = Markup("{}; do not read the coefficients one by one").format(found.message)
+            said.setdefault(text, []).append(name)
         if found.n_points - found.n_free < 3:
-            said.append(
-                Markup("<b>{}</b>: {} for {} would follow almost any data, so a small residual "
-                       "shows nothing.").format(
-                    name,
-                    plural(found.n_points, "point"),
-                    plural(found.n_free, "coefficient"),
-                )
-            )  # fmt: skip
-    return said
+            text = Markup(
+                "{} for {} would follow almost any data, so a small residual shows nothing"
+            ).format(plural(found.n_points, "point"), plural(found.n_free, "coefficient"))
+            said.setdefault(text, []).append(name)
+    return [Markup("{}: {}.").format(listed(names), text) for text, names in said.items()]
 
 
 RATIO_WORDS = {
     "batch_tokens": ("optimal batch", "smaller", "larger"),
     "learning_rate": ("optimal learning rate", "lower", "higher"),
-    "noise_scale_tokens": ("gradient noise scale", "lower", "higher"),
+    "noise_scale_tokens": ("average gradient noise scale", "lower", "higher"),
 }
 
 
@@ -312,20 +304,16 @@ def comparison(fits: Fits, n: Numbers) -> list[Markup]:
             word, less, more = RATIO_WORDS.get(quantity, (quantity, "less", "more"))
             at = ("comparison", label, quantity)
             span = n.interval("ratio", (at, "low"), (at, "high"))
-            text = Markup("{} {} times ({})").format(
+            text = Markup("{} {} times that of dense ({})").format(
                 word, n("ratio", at, "ratio"), span or "no interval"
             )
             if span and (ratio.low > 1 or ratio.high < 1):
-                differ.append(Markup("{} {}").format(less if ratio.ratio < 1 else more, text))
+                differ.append(text + Markup(", {}").format(less if ratio.ratio < 1 else more))
             else:
                 same.append(text)
         title = Markup("<b>{}</b>").format(label[:1].upper() + label[1:])
         if differ:
-            said.append(
-                Markup("{}, MoE against dense wants or shows: {}.").format(
-                    title, Markup("; ").join(differ)
-                )
-            )
+            said.append(Markup("{} MoE has an {}.").format(title, Markup("; an ").join(differ)))
         if same:
             said.append(
                 Markup("{}, no difference is shown in: {}.").format(title, Markup("; ").join(same))

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from raysweep.errors import UserError
+from raysweep.scaling.cells import COUNTS
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.group_loss import predict_loss
 from raysweep.scaling.loss_fit import LossFit
@@ -31,7 +32,11 @@ Rule = PowerLaw | Surface
 TOGETHER = 0.15
 """Where ln D strays less than this (sd) from its trend along N, a family has one line, not many."""
 
-POINTS = 13
+POINTS, CURVE_POINTS = 13, 41
+"""Along a power law, straight in logs, and along a law of the loss, which bends."""
+
+DESCRIBED = (*COUNTS, "experts", "top_k", "flops_exact", "flops_per_token")
+"""The columns of cells that describe a run: a narrow table is faster to look into."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,8 @@ def lines_along(
     """
     if rule is None or not len(cells):
         return []
-    x = _grid(cells[axis].to_numpy(float), reach)
-    experts, top_k = int(cells["experts"].iloc[0]), int(cells["top_k"].iloc[0])
     lines = []
-    for held, params, tokens in _paths(cells, axis, x, several):
-        targets = [
-            describe_target(cells, float(n), float(d), experts, top_k)
-            for n, d in zip(params, tokens, strict=True)
-        ]
+    for held, targets in _runs(cells, axis, reach, several):
         y, low, high = np.array([ask(rule, quantity, t) for t in targets]).T
         at = np.array([t.inputs[axis] for t in targets])
         lines.append(Line(at, y, low, high, held, tuple(t.setting() for t in targets)))
@@ -143,24 +142,38 @@ def lines_along(
 
 def path_of(cells: pd.DataFrame, axis: str, reach: Sequence[float]) -> Line:
     """A family's own path along an axis, without a law: for the published ones."""
-    x = _grid(cells[axis].to_numpy(float), reach)
-    held, params, tokens = _paths(cells, axis, x, False)[0]
+    held, targets = _runs(cells, axis, reach, False)[0]
+    at = np.array([t.inputs[axis] for t in targets])
+    nothing = np.full_like(at, math.nan)
+    return Line(at, nothing, nothing, nothing, held, tuple(t.setting() for t in targets))
+
+
+def _runs(
+    cells: pd.DataFrame, axis: str, reach: Sequence[float], several: bool, points: int = POINTS
+) -> list[tuple[str, list[Target]]]:
+    """(what is held, runs along the axis) of one family, from its smallest cell to `reach`."""
+    family = cells[list(DESCRIBED)]
+    x = _grid(cells[axis].to_numpy(float), reach, points)
     experts, top_k = int(cells["experts"].iloc[0]), int(cells["top_k"].iloc[0])
-    runs = tuple(
-        describe_target(cells, float(n), float(d), experts, top_k).setting()
-        for n, d in zip(params, tokens, strict=True)
-    )
-    nothing = np.full_like(x, math.nan)
-    return Line(x, nothing, nothing, nothing, held, runs)
+    return [
+        (
+            held,
+            [
+                describe_target(family, float(n), float(d), experts, top_k)
+                for n, d in zip(params, tokens, strict=True)
+            ],
+        )
+        for held, params, tokens in _paths(cells, axis, x, several)
+    ]
 
 
-def _grid(values: np.ndarray, reach: Sequence[float]) -> np.ndarray:
+def _grid(values: np.ndarray, reach: Sequence[float], points: int) -> np.ndarray:
     ends = np.concatenate([values, np.asarray(reach, dtype=float)])
     ends = ends[np.isfinite(ends) & (ends > 0)]
     low, high = ends.min(), ends.max()
     if high < low * 1.02:
         low, high = low / 2, high * 2
-    return np.geomspace(low, high, POINTS)
+    return np.geomspace(low, high, points)
 
 
 def _paths(
@@ -232,15 +245,8 @@ def loss_along(
     _, found = loss_fit(fits, name, key)
     if found is None:
         return []
-    cells = fits.groups[name].cells
-    x = _grid(cells[FLOPS].to_numpy(float), reach)
-    experts, top_k = int(cells["experts"].iloc[0]), int(cells["top_k"].iloc[0])
     lines = []
-    for held, params, tokens in _paths(cells, FLOPS, x, several):
-        targets = [
-            describe_target(cells, float(n), float(d), experts, top_k)
-            for n, d in zip(params, tokens, strict=True)
-        ]
+    for held, targets in _runs(fits.groups[name].cells, FLOPS, reach, several, CURVE_POINTS):
         answers = [predict_loss({key: found}, [key], t.inputs) for t in targets]
         y, low, high = np.array([a[1:] if a else (math.nan,) * 3 for a in answers]).T
         flops = np.array([t.inputs["flops"] for t in targets])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from raysweep.results.schema import FINISHED
@@ -13,25 +14,29 @@ from raysweep.scaling.fits import Fits
 MOST_ROWS = 12_000
 """Rows in the page. Beyond it the worst losses of each cell are left to the Parquet table."""
 
+CURVE_NUMBERS = 60_000
+"""Points of curves in the page, shared by all trials that have one."""
+
 COLUMNS: dict[str, tuple[str, str]] = {
+    "trial_key": ("trial", "key"),
     "cell": ("cell", "text"),
     "architecture": ("architecture", "text"),
     "learning_rate": ("learning rate", "rate"),
-    "batch_tokens": ("batch", "tokens"),
+    "batch_tokens": ("batch", "batch"),
     "loss": ("loss", "loss"),
     "gap": ("above best", "percent"),
     "status": ("status", "text"),
     "seed": ("seed", "count"),
     "seconds_train": ("seconds", "seconds"),
-    "tokens_per_second": ("tokens/s", "tokens"),
+    "tokens_per_second": ("tokens/s", "batch"),
     "why": ("why", "text"),
-    "trial_key": ("trial", "key"),
 }
 """Column -> heading and kind."""
 
 
-def trial_table(frame: pd.DataFrame, fits: Fits) -> dict[str, Any]:
-    """{"columns": [...], "rows": n, "shown": n}; text columns are coded as words and indices."""
+def trial_table(frame: pd.DataFrame, curves: pd.DataFrame, fits: Fits) -> dict[str, Any]:
+    """{"columns": [...], "rows": n, "shown": n, "curves": {...}} of a table of trials and their
+    loss curves; text columns are coded as words and indices."""
     finished = frame["status"].astype(str) == FINISHED
     loss = pd.to_numeric(frame["loss"], errors="coerce").astype(float).where(finished)
     best = loss.where(frame["excluded"].isna()).groupby(frame["cell"]).transform("min")
@@ -50,7 +55,28 @@ def trial_table(frame: pd.DataFrame, fits: Fits) -> dict[str, Any]:
         if not values.notna().any():
             continue
         columns.append({"name": name, "heading": heading, "kind": kind, **_coded(values, kind)})
-    return {"columns": columns, "rows": len(frame), "shown": len(table)}
+    return {
+        "columns": columns,
+        "rows": len(frame),
+        "shown": len(table),
+        "curves": _curves(table["trial_key"], curves),
+    }
+
+
+def _curves(keys: pd.Series, curves: pd.DataFrame) -> dict[str, list[float]]:
+    """Trial -> its training loss at even steps in tokens, from the first logged to the last."""
+    known = curves[curves["trial_key"].isin(set(keys)) & np.isfinite(curves["train_loss"])]
+    groups = [(key, part) for key, part in known.groupby("trial_key") if len(part) > 1]
+    if not groups:
+        return {}
+    points = int(np.clip(CURVE_NUMBERS // len(groups), 6, 48))
+    found = {}
+    for key, part in groups:
+        tokens = part["tokens"].to_numpy(float)
+        at = np.linspace(tokens[0], tokens[-1], points)
+        losses = np.interp(at, tokens, part["train_loss"].to_numpy(float))
+        found[str(key)] = [float(f"{v:.4g}") for v in losses]
+    return found
 
 
 def _coded(values: pd.Series, kind: str) -> dict[str, Any]:

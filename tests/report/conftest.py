@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,7 +36,7 @@ def planted(
     trials: int = 9,
     **override: Any,
 ) -> list[Row]:
-    """Rows around a known valley; one trial in nine diverged. `override` sets columns of all rows."""
+    """Rows around a known valley, one in nine diverged; `override` sets columns of all rows."""
     rng = np.random.default_rng(0)
     rows = []
     for architecture in architectures:
@@ -140,6 +143,18 @@ def results_of(
     return results
 
 
+def curve_of(row: Row) -> dict[str, list[float]]:
+    """A loss curve that falls from 5 to the row's loss."""
+    share = np.linspace(0.05, 1, 20)
+    return {
+        "step": [int(100 * s) for s in share],
+        "tokens": [float(row["tokens"] * s) for s in share],
+        "train_loss": [float(row["loss"] + (5 - row["loss"]) * (1 - s) ** 2) for s in share],
+        "learning_rate": [float(row["learning_rate"] * s) for s in share],
+        "grad_norm": [1.0] * len(share),
+    }
+
+
 @pytest.fixture(scope="session")
 def make_rows() -> Callable[..., list[Row]]:
     """`planted`, for tests that build rows of their own."""
@@ -158,5 +173,88 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
     from raysweep.report import report
 
     folder = tmp_path_factory.mktemp("ladder")
-    results = results_of(folder / "results", planted(), SPACE, (RUN,))
+    rows = planted()
+    results = results_of(folder / "results", rows, SPACE, (RUN,))
+    for row in rows[:5]:
+        results.write(row, curve_of(row))
     return results, report(results, folder / "report")
+
+
+# --- a browser ---------------------------------------------------------------------------------
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--hide-scrollbars",
+    "--window-size=1200,900",
+    "--virtual-time-budget=20000",
+)
+WATCH = """<script>
+window.seen = { errors: [], blocked: [] };
+addEventListener("error", (e) => seen.errors.push(String(e.message)));
+addEventListener("unhandledrejection", (e) => seen.errors.push(String(e.reason)));
+addEventListener("securitypolicyviolation", (e) => seen.blocked.push(e.blockedURI));
+for (const kind of ["error", "warn"]) console[kind] = (...all) => seen.errors.push(all.join(" "));
+</script>"""
+HARNESS = """<script>
+addEventListener("load", async () => {
+  let result;
+  try { result = await (async () => { %s })(); } catch (e) { seen.errors.push(String(e)); }
+  const loaded = performance.getEntriesByType("resource").map((e) => e.name);
+  const out = document.createElement("script");
+  out.type = "application/json";
+  out.id = "driven";
+  out.textContent = JSON.stringify({ result, loaded, ...seen }).replaceAll("<", "\\\\u003c");
+  document.body.append(out);
+});
+</script>"""
+
+Drive = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """The path of a Chromium."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser found: install one of {', '.join(BROWSERS)}")
+    return found
+
+
+@pytest.fixture
+def drive(browser: str, tmp_path: Path) -> Drive:
+    """drive(page, script, *flags): open a page from disk, run the body of an async function in it.
+
+    Returns what the script returns. Fails on a console error, and on any attempt to load anything.
+    """
+
+    def run(page: Path, script: str, *flags: str, before: str = "") -> Any:
+        html = page.read_text()
+        html = html.replace("<head>", "<head>" + WATCH, 1)
+        html = html.replace("</body>", before + HARNESS % script + "</body>", 1)
+        copy = tmp_path / "driven.html"
+        copy.write_text(html)
+        profile = tmp_path / "profile"
+        command = [browser, *FLAGS, f"--user-data-dir={profile}", *flags, "--dump-dom"]
+        done = subprocess.run(
+            [*command, copy.as_uri()], capture_output=True, text=True, timeout=180, check=False
+        )
+        found = re.search(
+            r'<script type="application/json" id="driven">(.*?)</script>', done.stdout
+        )
+        assert found, f"the page did not finish: {done.stderr[-2000:]}"
+        seen = json.loads(found.group(1))
+        assert seen["errors"] == []
+        assert seen["blocked"] == []
+        assert seen["loaded"] == []
+        return seen.get("result")
+
+    return run

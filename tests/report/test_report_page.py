@@ -1,4 +1,4 @@
-"""The page: whole, self-contained, honest about what is missing, and the same numbers as the fits."""
+"""The page: whole, self-contained, honest about what is missing, its numbers those of the fits."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 (() => {
   const form = document.getElementById("ask");
   if (!form) return;
-  const { read, make, styles, short } = page;
+  const { read, make, styles, short } = kit;
   const data = read("data-calculator");
   const out = (name) => document.querySelector(`#ask-answer [data-out="${name}"]`);
   const field = (name) => form.elements[name];

@@ -1,5 +1,5 @@
 // What the scripts of the page share: reading its data, and writing numbers as the page does.
-const page = (() => {
+const kit = (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const make = (tag, text, className) => {
     const element = document.createElement(tag);

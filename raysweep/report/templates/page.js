@@ -1,6 +1,6 @@
 // Hover texts, downloads, and the table of trials.
 (() => {
-  const { read, make, styles } = page;
+  const { read, make, styles } = kit;
   // --- hover texts ---
   const tip = document.getElementById("tip");
   const hint = (event) => {
@@ -76,6 +76,59 @@
   }
   table.tHead.append(head);
 
+  // A trial's loss curve, beside that of the best trial of its cell.
+  const named = (name) => columns.find((c) => c.name === name);
+  const bestOf = (row) => {
+    const cell = named("cell"), loss = named("loss"), keys = named("trial_key");
+    let best = null;
+    for (let other = 0; other < trials.shown; other++)
+      if (value(cell, other) === value(cell, row) && value(loss, other) !== null && trials.curves[value(keys, other)])
+        if (best === null || value(loss, other) < value(loss, best)) best = other;
+    return best === null ? null : value(keys, best);
+  };
+  const chart = (row, key) => {
+    const best = bestOf(row);
+    const lines = [[trials.curves[best] ?? [], "var(--faint)"], [trials.curves[key], "var(--c0)"]];
+    const all = lines.flatMap(([losses]) => losses);
+    const low = Math.min(...all), high = Math.max(...all);
+    const x = (i, n) => 46 + (560 * i) / (n - 1), y = (v) => 12 + 118 * (1 - (v - low) / (high - low || 1));
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const add = (tag, attributes, text) => {
+      const element = document.createElementNS(svg.namespaceURI, tag);
+      for (const [name, v] of Object.entries(attributes)) element.setAttribute(name, v);
+      if (text !== undefined) element.textContent = text;
+      svg.append(element);
+    };
+    svg.setAttribute("viewBox", "0 0 620 160");
+    svg.setAttribute("role", "img");
+    svg.setAttribute("aria-label", `Training loss of trial ${key} from ${all.length ? trials.curves[key][0] : ""} to ${trials.curves[key].at(-1)}`);
+    for (const level of [low, high]) {
+      add("line", { x1: 46, x2: 606, y1: y(level), y2: y(level), stroke: "var(--grid)" });
+      add("text", { x: 40, y: y(level) + 4, "text-anchor": "end" }, level.toFixed(2));
+    }
+    for (const [losses, colour] of lines)
+      add("polyline", { fill: "none", stroke: colour, "stroke-width": 1.6, points: losses.map((v, i) => `${x(i, losses.length).toFixed(1)},${y(v).toFixed(1)}`).join(" ") });
+    add("text", { x: 46, y: 150 }, "training loss, from the first step logged to the last" + (best === key ? "; the best trial of its cell" : "; grey: the best trial of its cell"));
+    return svg;
+  };
+  const curveButton = (line, row, key) => {
+    const button = make("button", key.slice(0, 8), "link");
+    button.type = "button";
+    button.setAttribute("aria-expanded", "false");
+    button.addEventListener("click", () => {
+      const open = button.getAttribute("aria-expanded") === "true";
+      button.setAttribute("aria-expanded", String(!open));
+      if (open) { line.nextSibling.remove(); return; }
+      const below = make("tr", undefined, "curve");
+      const cell = make("td");
+      cell.colSpan = columns.length;
+      cell.append(chart(row, key));
+      below.append(cell);
+      line.after(below);
+    });
+    return button;
+  };
+
   const keep = () => {
     const text = form.elements.text.value.trim().toLowerCase();
     const wanted = { cell: form.elements.cell.value, status: form.elements.status.value };
@@ -112,7 +165,10 @@
         const numeric = !["text", "key"].includes(column.kind);
         const text = v === null ? "–" : styles[column.kind](v);
         const cell = make("td", column.kind === "key" ? text.slice(0, 8) : text, numeric ? "num" : column.name === "why" ? "wrap" : "");
-        if (column.kind === "key") cell.title = text;
+        if (column.kind === "key") {
+          cell.title = text;
+          if (trials.curves[v]) cell.replaceChildren(curveButton(line, row, v));
+        }
         line.append(cell);
       }
       body.append(line);
