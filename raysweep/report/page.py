@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from raysweep.report import facts, reading
+from raysweep.report import facts, reading, reading_laws
 from raysweep.report.calculator import calculator
 from raysweep.report.figures import colours
 from raysweep.report.losses import comparison_figure, loss_figure
@@ -107,18 +107,15 @@ def _context(
         "figures": figures,
         "readings": {
             "surfaces": reading.surfaces(fits, len(cells)),
-            "optima": reading.laws(fits, rules),
-            "loss": reading.loss(fits, loss_laws),
+            "optima": reading_laws.laws(fits, rules),
+            "loss": reading_laws.loss(fits, loss_laws),
             "comparison": reading.comparison(fits, numbers),
             "checks": reading.checks(fits, numbers),
         },
-        "laws": reading.law_rows(fits, numbers, rules),
-        "loss_laws": reading.loss_law_rows(fits, numbers, loss_laws),
-        "methods": {
-            name: reading.methods(numbers, name, group.methods)
-            for name, group in fits.groups.items()
-            if name != ALL
-        },
+        "laws": reading_laws.law_rows(fits, numbers, rules),
+        "loss_laws": reading_laws.loss_law_rows(fits, numbers, loss_laws),
+        "checks": reading_laws.check_rows(fits, numbers),
+        "methods": reading_laws.method_rows(fits, numbers),
         "runs": runs,
         "utilisation": facts.utilisation(runs),
         "failures": facts.failures(frame),

@@ -68,7 +68,7 @@ _XLINK = "http://www.w3.org/1999/xlink"
 _ROLE = {value: name for name, value in LIGHT.items()}
 assert len(_ROLE) == len(LIGHT) == len(DARK)
 
-_RC: dict[str, Any] = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -264,7 +264,7 @@ def log_axis(axes: Axes, which: str, kind: str = "count", most: int = 5) -> None
 def log_ticks(low: float, high: float, most: int = 5) -> np.ndarray:
     """At most about `most` round numbers within [low, high]: whole decades, or 1-2-5, or finer."""
     if high < 3 * low:
-        plain = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        plain = np.asarray(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
         return plain[(plain >= low) & (plain <= high) & (plain > 0)]
     first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
     decades = 10.0 ** np.arange(first, last + 1)

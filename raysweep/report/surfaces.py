@@ -40,17 +40,16 @@ REGION = 5.991
 
 @dataclass(frozen=True)
 class CellFigure:
-    """One cell's drawing and the words beside it."""
+    """One cell's drawing."""
 
     cell: str
     architecture: str
     drawing: Drawing
-    edges: tuple[str, ...]
 
 
 def chosen_cells(fits: Fits) -> list[str]:
     """The cells to draw, smallest compute first: all, or `MOST` of them spread evenly."""
-    names = [c for c in fits.cells.index if fits.cells.loc[c, "n_searched"] > 0]
+    names = [str(c) for c in fits.cells.index[(fits.cells["n_searched"] > 0).to_numpy()]]
     if len(names) <= MOST:
         return names
     spread = np.unique(np.linspace(0, len(names) - 1, MOST).round().astype(int))
@@ -83,7 +82,7 @@ def _cell_figure(
     tips: bool,
     png: bool,
 ) -> CellFigure:
-    row = fits.cells.loc[trials.name]
+    row = fits.cells.loc[[trials.name]].to_dict("records")[0]
     optimum = fits.optima[fits.method].get(trials.name)
     best = float(row["loss"]) if math.isfinite(row["loss"]) else float(trials.loss.min())
     gap = trials.loss / best - 1
@@ -117,7 +116,8 @@ def _cell_figure(
                 zorder=3,
                 gid="diverged",
             )
-        edges = _mark_optimum(axes, optimum) if optimum is not None else ()
+        if optimum is not None:
+            _mark_optimum(axes, optimum)
         axes.set_xlabel("learning rate", labelpad=2)
         axes.set_ylabel("batch, tokens", labelpad=2)
         log_axis(axes, "x", "scientific", 4)
@@ -143,7 +143,7 @@ def _cell_figure(
             {"trials": texts, "diverged": lost} if tips else {},
             png,
         )
-    return CellFigure(trials.name, str(row["architecture"]), drawing, edges)
+    return CellFigure(trials.name, str(row["architecture"]), drawing)
 
 
 def _size(trials: int) -> float:
@@ -170,7 +170,7 @@ def _contours(axes: Axes, surface: Surface, trials: CellTrials, best: float) -> 
     axes.contour(x, y, gap, levels=GAPS[:3], colors=LIGHT["paper"], linewidths=0.5, zorder=2)
 
 
-def _mark_optimum(axes: Axes, optimum: Optimum) -> tuple[str, ...]:
+def _mark_optimum(axes: Axes, optimum: Optimum) -> None:
     """The optimum with its 95 % region; a side that it runs into is marked on the frame."""
     interior = optimum.interior
     axes.scatter(
@@ -201,8 +201,6 @@ def _mark_optimum(axes: Axes, optimum: Optimum) -> tuple[str, ...]:
         "batch low": "bottom",
         "batch high": "top",
     }
-    hit = tuple(words for words in sides if words in optimum.status)
-    for words in hit:
-        spine = axes.spines[sides[words]]
-        spine.set(visible=True, color=LIGHT["bad"], linewidth=2.2)
-    return hit
+    for words, side in sides.items():
+        if words in optimum.status:
+            axes.spines[side].set(visible=True, color=LIGHT["bad"], linewidth=2.2)

@@ -100,7 +100,7 @@ def ask(rule: Rule, quantity: str, target: Target) -> tuple[float, float, float]
     if rule.count:
         inputs["params"] = inputs.get(rule.count, math.nan)
     if not all(inputs.get(n, 0) > 0 for n in rule.inputs):
-        return (math.nan,) * 3
+        return math.nan, math.nan, math.nan
     low, high = rule.interval(inputs)
     return float(rule.predict(inputs)), float(low), float(high)
 
