@@ -33,17 +33,22 @@ RANGES = {"params": PARAMS, "tokens": TOKENS, "FLOPs": FLOPS}
 
 
 def calculator(fits: Fits) -> dict[str, Any] | None:
-    """Everything that the page needs to answer as `fits.recommend` does; None without any cell."""
+    """Everything that the page needs to answer as `fits.recommend` does; None if nothing can."""
     names = [n for n in names_of(fits) if len(fits.groups[n].cells)]
     if not names:
         return None
     groups = [*names, ALL] if ALL in fits.groups else names
+    described = {name: _group(fits, fits.groups[name]) for name in groups}
+    surface = _surface(fits)
+    lawless = all(not any(g["laws"].values()) and g["loss"] is None for g in described.values())
+    if lawless and (surface is None or not any(surface["sides"].values())):
+        return None
     data = {
         "architectures": names,
         "all": ALL,
         "far": FAR,
-        "groups": {name: _group(fits, fits.groups[name]) for name in groups},
-        "surface": _surface(fits),
+        "groups": described,
+        "surface": surface,
         "published": [law for p in PUBLISHED_LAWS.values() if (law := _published(p)) is not None],
     }
     return _rounded(data)

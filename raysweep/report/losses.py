@@ -29,7 +29,7 @@ from raysweep.report.style import (
     scientific,
     settings,
 )
-from raysweep.report.trends import FLOPS, loss_along, loss_fit, names_of, reach_of
+from raysweep.report.trends import FLOPS, asked_of, loss_along, loss_fit, names_of
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.group_loss import predict_loss
 from raysweep.scaling.recommend import Recommendation
@@ -96,8 +96,9 @@ def _draw_law(
 ) -> tuple[list[End], list[dict[str, object]]]:
     """An architecture's law of the loss, and the runs asked about."""
     colour = LIGHT[ARCHITECTURE_COLOURS[index]]
-    reach = reach_of(answers, name, FLOPS, fits.groups[name].cells)
-    lines = loss_along(fits, name, laws[name], reach, several) if name in laws else []
+    asked = asked_of(answers, name, fits.groups[name].cells)
+    targets = [target for _, target in asked]
+    lines = loss_along(fits, name, laws[name], targets, several) if name in laws else []
     rows: list[dict[str, object]] = []
     for k, line in enumerate(lines):
         draw_line(axes, line, colour, first=k == 0)
@@ -106,8 +107,8 @@ def _draw_law(
              "low": lo, "high": hi}
             for c, m, lo, hi in zip(line.x, line.y, line.low, line.high, strict=True)
         ]  # fmt: skip
-    for at, answer in zip(reach, [a for a in answers if a.architecture == name], strict=True):
-        draw_star(axes, at, answer.loss, index)
+    for answer, target in asked:
+        draw_star(axes, target.inputs[FLOPS], answer.loss, index)
     ends = [(x.x[-1], x.y[-1], held_words(x.held), colour) for x in lines if x.held]
     return ends, rows
 

@@ -35,10 +35,10 @@ from raysweep.report.trends import (
     Line,
     Rule,
     apart,
+    asked_of,
     lines_along,
     names_of,
     path_of,
-    reach_of,
 )
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.optimum import Optimum
@@ -150,8 +150,11 @@ def _optima_panel(
              "x": a, "y": b, "low": b * math.exp(-h), "high": b * math.exp(h), "status": o.status}
             for c, a, b, h, o in zip(own.index, x, y, half, found, strict=True)
         ]  # fmt: skip
-        reach = reach_of(answers, name, axis, own)
-        lines = lines_along(own, rules[name].get(quantity), quantity, axis, reach, len(names) == 1)
+        asked = asked_of(answers, name, own)
+        targets = [target for _, target in asked]
+        lines = lines_along(
+            own, rules[name].get(quantity), quantity, axis, targets, len(names) == 1
+        )
         for k, line in enumerate(lines):
             draw_line(axes, line, colour, first=k == 0)
             if line.held:
@@ -163,11 +166,13 @@ def _optima_panel(
                 for a, b, lo, hi in zip(line.x, line.y, line.low, line.high, strict=True)
             ]  # fmt: skip
         drawn += [(name, line) for line in lines[:1]]
-        for at, answer in zip(reach, [a for a in answers if a.architecture == name], strict=True):
+        for answer, target in asked:
             rate = quantity == "learning_rate"
-            draw_star(axes, at, answer.learning_rate if rate else answer.batch_tokens_exact, i)
+            star = answer.learning_rate if rate else answer.batch_tokens_exact
+            draw_star(axes, target.inputs[axis], star, i)
+            heights.append(star)
         if not lines:  # published laws need a path even where there is no law of one's own
-            drawn.append((name, path_of(own, axis, reach)))
+            drawn.append((name, path_of(own, axis, targets)))
     finite = np.array([h for h in heights if math.isfinite(h) and h > 0])
     low, high = finite.min() / 1.6, finite.max() * 1.6
     published, ends, low, high = _draw_published(axes, drawn, quantity, axis, low, high)

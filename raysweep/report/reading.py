@@ -40,7 +40,7 @@ def answer_limits(answer: Recommendation) -> list[Markup]:
 
 
 def _sentence(text: str) -> str:
-    text = text.strip()
+    text = text.strip().replace("learning_rate", "learning rate").replace("batch_tokens", "batch")
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 

@@ -117,7 +117,7 @@ def _cell_figure(
                 gid="diverged",
             )
         if optimum is not None:
-            _mark_optimum(axes, optimum)
+            _mark_optimum(axes, optimum, _box([trials]))
         axes.set_xlabel("learning rate", labelpad=2)
         axes.set_ylabel("batch, tokens", labelpad=2)
         log_axis(axes, "x", "scientific", 4)
@@ -170,8 +170,8 @@ def _contours(axes: Axes, surface: Surface, trials: CellTrials, best: float) -> 
     axes.contour(x, y, gap, levels=GAPS[:3], colors=LIGHT["paper"], linewidths=0.5, zorder=2)
 
 
-def _mark_optimum(axes: Axes, optimum: Optimum) -> None:
-    """The optimum with its 95 % region; a side that it runs into is marked on the frame."""
+def _mark_optimum(axes: Axes, optimum: Optimum, box: np.ndarray) -> None:
+    """The optimum with its 95 % region; a side of the range that it runs into is marked."""
     interior = optimum.interior
     axes.scatter(
         [optimum.learning_rate],
@@ -195,12 +195,13 @@ def _mark_optimum(axes: Axes, optimum: Optimum) -> None:
             linewidth=1.1,
             zorder=4,
         )
+    (left, bottom), (right, top) = np.exp(box)
     sides = {
-        "learning_rate low": "left",
-        "learning_rate high": "right",
-        "batch low": "bottom",
-        "batch high": "top",
+        "learning_rate low": ((left, left), (bottom, top)),
+        "learning_rate high": ((right, right), (bottom, top)),
+        "batch low": ((left, right), (bottom, bottom)),
+        "batch high": ((left, right), (top, top)),
     }
-    for words, side in sides.items():
+    for words, (x, y) in sides.items():
         if words in optimum.status:
-            axes.spines[side].set(visible=True, color=LIGHT["bad"], linewidth=2.2)
+            axes.plot(x, y, color=LIGHT["bad"], linewidth=2, solid_capstyle="butt", zorder=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,8 +53,9 @@ class Line:
 
 
 def names_of(fits: Fits) -> list[str]:
-    """The architectures, without the group of all."""
-    return [name for name in fits.groups if name != ALL]
+    """The architectures, dense ones first, without the group of all."""
+    names = [name for name in fits.groups if name != ALL]
+    return sorted(names, key=lambda name: fits.groups[name].kind != "dense")
 
 
 def rests_on(fits: Fits, name: str) -> dict[str, str]:
@@ -122,38 +124,39 @@ def lines_along(
     rule: Rule | None,
     quantity: str,
     axis: str,
-    reach: Sequence[float],
+    asked: Sequence[Target],
     several: bool,
 ) -> list[Line]:
-    """A law of one family along one axis, from its smallest cell to the farthest of `reach`.
+    """A law of one family along one axis, from its smallest cell to the farthest run `asked` about.
 
     What is not on the axis follows the family's own trend where its cells leave no choice; else it
-    is held at its middle value, and at its ends too where `several` lines may be drawn.
+    is held at its middle value and at that of the first run asked about, and at its ends too where
+    `several` lines may be drawn.
     """
     if rule is None or not len(cells):
         return []
     lines = []
-    for held, targets in _runs(cells, axis, reach, several):
+    for held, targets in _runs(cells, axis, asked, several):
         y, low, high = np.array([ask(rule, quantity, t) for t in targets]).T
         at = np.array([t.inputs[axis] for t in targets])
         lines.append(Line(at, y, low, high, held, tuple(t.setting() for t in targets)))
     return lines
 
 
-def path_of(cells: pd.DataFrame, axis: str, reach: Sequence[float]) -> Line:
+def path_of(cells: pd.DataFrame, axis: str, asked: Sequence[Target]) -> Line:
     """A family's own path along an axis, without a law: for the published ones."""
-    held, targets = _runs(cells, axis, reach, False)[0]
+    held, targets = _runs(cells, axis, asked, False)[0]
     at = np.array([t.inputs[axis] for t in targets])
     nothing = np.full_like(at, math.nan)
     return Line(at, nothing, nothing, nothing, held, tuple(t.setting() for t in targets))
 
 
 def _runs(
-    cells: pd.DataFrame, axis: str, reach: Sequence[float], several: bool, points: int = POINTS
+    cells: pd.DataFrame, axis: str, asked: Sequence[Target], several: bool, points: int = POINTS
 ) -> list[tuple[str, list[Target]]]:
-    """(what is held, runs along the axis) of one family, from its smallest cell to `reach`."""
+    """(what is held, runs along the axis) of one family, from its smallest cell to those asked."""
     family = cells[list(DESCRIBED)]
-    x = _grid(cells[axis].to_numpy(float), reach, points)
+    x = _grid(cells[axis].to_numpy(float), [t.inputs[axis] for t in asked], points)
     experts, top_k = int(cells["experts"].iloc[0]), int(cells["top_k"].iloc[0])
     return [
         (
@@ -163,7 +166,7 @@ def _runs(
                 for n, d in zip(params, tokens, strict=True)
             ],
         )
-        for held, params, tokens in _paths(cells, axis, x, several)
+        for held, params, tokens in _paths(cells, axis, x, asked, several)
     ]
 
 
@@ -177,14 +180,14 @@ def _grid(values: np.ndarray, reach: Sequence[float], points: int) -> np.ndarray
 
 
 def _paths(
-    cells: pd.DataFrame, axis: str, x: np.ndarray, several: bool
+    cells: pd.DataFrame, axis: str, x: np.ndarray, asked: Sequence[Target], several: bool
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """(what is held, N [n], D [n]) along an axis; the first is the middle one, which has the band.
 
     Along C the tokens a parameter are held, along N the tokens, along D the parameters."""
     n, d = cells[PARAMS].to_numpy(float), cells[TOKENS].to_numpy(float)
     at = cells[axis].to_numpy(float)
-    other = {PARAMS: d, TOKENS: n, FLOPS: d / n}[axis]
+    other = _held(n, d, axis)
     cost = float(np.median(cells[FLOPS].to_numpy(float) / (n * d)))
 
     def place(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,11 +204,18 @@ def _paths(
     values = np.sort(other)
     middle = float(values[len(values) // 2])
     chosen = {float(values[0]), middle, float(values[-1])} if several else {middle}
+    for target in asked[:1]:
+        chosen.add(float(_held(target.inputs[PARAMS], target.inputs[TOKENS], axis)))
     symbol = {PARAMS: "D", TOKENS: "N", FLOPS: "D/N"}[axis]
     return [
         (f"{symbol}={value:.6g}", *place(np.full_like(x, value)))
         for value in sorted(chosen, key=lambda v: (v != middle, v))
     ]
+
+
+def _held(n: Any, d: Any, axis: str) -> Any:
+    """What is held along an axis: D along N, N along D, D/N along C."""
+    return d if axis == PARAMS else n if axis == TOKENS else d / n
 
 
 def _trend(at: np.ndarray, values: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
@@ -218,15 +228,15 @@ def _trend(at: np.ndarray, values: np.ndarray, x: np.ndarray) -> tuple[np.ndarra
     return np.exp(level + slope * np.log(x)), float(stray.std())
 
 
-def reach_of(answers: Sequence[Recommendation], name: str, axis: str, cells: pd.DataFrame) -> list:
-    """Where the asked-for runs of an architecture lie on an axis."""
-    found = []
-    for answer in answers:
-        if answer.architecture != name:
-            continue
-        target = describe_target(cells, answer.params, answer.tokens, answer.experts, answer.top_k)
-        found.append(target.inputs[axis])
-    return found
+def asked_of(
+    answers: Sequence[Recommendation], name: str, cells: pd.DataFrame
+) -> list[tuple[Recommendation, Target]]:
+    """The recommendations of an architecture, each with every count of its run."""
+    return [
+        (a, describe_target(cells, a.params, a.tokens, a.experts, a.top_k))
+        for a in answers
+        if a.architecture == name
+    ]
 
 
 def loss_fit(fits: Fits, name: str, key: str | None) -> tuple[str, LossFit | None]:
@@ -239,14 +249,14 @@ def loss_fit(fits: Fits, name: str, key: str | None) -> tuple[str, LossFit | Non
 
 
 def loss_along(
-    fits: Fits, name: str, key: str, reach: Sequence[float], several: bool
+    fits: Fits, name: str, key: str, asked: Sequence[Target], several: bool
 ) -> list[Line]:
     """The law of the loss `key` of an architecture along compute; no line without it."""
     _, found = loss_fit(fits, name, key)
     if found is None:
         return []
     lines = []
-    for held, targets in _runs(fits.groups[name].cells, FLOPS, reach, several, CURVE_POINTS):
+    for held, targets in _runs(fits.groups[name].cells, FLOPS, asked, several, CURVE_POINTS):
         answers = [predict_loss({key: found}, [key], t.inputs) for t in targets]
         y, low, high = np.array([a[1:] if a else (math.nan,) * 3 for a in answers]).T
         flops = np.array([t.inputs["flops"] for t in targets])

@@ -107,7 +107,6 @@ def test_calculator_equals_recommend(ladder: tuple[Results, Path], drive: Drive)
         {"scales": 3, "horizons": 2},
         {"architectures": ("dense",), "scales": 3},  # too few cells: the joint surface answers
         {"architectures": ("moe",), "scales": 3},
-        {"architectures": ("dense",), "scales": 1},  # nothing can answer
     ],
 )
 def test_calculator_equals_recommend_whatever_answers(

@@ -174,6 +174,15 @@ def test_a_page_for_every_state(
     assert "None" not in page.text
 
 
+def test_no_calculator_where_nothing_can_answer(
+    make_rows: Callable, make_results: Callable, tmp_path: Path
+) -> None:
+    rows = make_rows(("dense",), 1, trials=4)
+    page = Page(report(make_results(rows), tmp_path / "out"))
+    assert "calculator" not in page.ids
+    assert page.json["data-calculator"] is None
+
+
 def test_a_page_for_an_empty_folder(make_results: Callable, tmp_path: Path) -> None:
     page = Page(report(make_results([]), tmp_path / "out"))
     assert "No results yet" in page.text
