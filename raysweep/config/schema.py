@@ -89,6 +89,10 @@ class Resources(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.workers & (self.workers - 1):
+            raise ValueError(
+                f"workers {self.workers} is no power of two, as batches are: change it"
+            )
         if self.workers > 1 and self.gpus_per_worker % 1:
             raise ValueError("a fraction of a GPU means one worker: set workers: 1")
         return self

@@ -69,7 +69,7 @@ class CellState:
     def __post_init__(self) -> None:
         rate, batch = self.search.learning_rate, self.search.batch_sequences
         high = min(int(math.log2(batch.high)), self._largest_log2_batch())
-        low = min(int(math.log2(batch.low)), high)
+        low = min(max(int(math.log2(batch.low)), self._smallest_log2_batch()), high)
         self.bounds = Bounds((rate.low, rate.high), (low, high))
 
     @property
@@ -162,7 +162,8 @@ class CellState:
         if ("learning_rate", "high") in edges:
             high = min(rate.hard_high, high * 4)
         if ("batch", "low") in edges:
-            small = max(int(math.log2(batch.hard_low)), small - 2)
+            limit = max(int(math.log2(batch.hard_low)), self._smallest_log2_batch())
+            small = min(small, max(limit, small - 2))
         if ("batch", "high") in edges:
             limit = min(int(math.log2(batch.hard_high)), self._largest_log2_batch())
             large = max(large, min(limit, large + 2))
@@ -173,4 +174,8 @@ class CellState:
 
     def _largest_log2_batch(self) -> int:
         sequences = self.cell.tokens / FEWEST_STEPS / self.cell.shape.sequence_length
-        return max(0, int(math.log2(max(1.0, sequences))))
+        return max(self._smallest_log2_batch(), int(math.log2(max(1.0, sequences))))
+
+    def _smallest_log2_batch(self) -> int:
+        """Every worker needs a sequence."""
+        return int(math.log2(self.cell.resources.workers))

@@ -174,8 +174,9 @@ def _placement(study: Study, cell_name: str) -> Any:
     cell = study.cell(cell_name)
     bundles = bundles_of(cell)
     if len(bundles) > 1:
-        # Ray Train reserves the workers' bundles itself; the trial only waits for them.
-        return tune.PlacementGroupFactory([{"CPU": 0.001}])
+        # Ray Train reserves the workers' bundles itself; the trial only waits for them. It takes a
+        # byte of memory because Tune wants something, and even 0.001 CPU would be one too few.
+        return tune.PlacementGroupFactory([{"memory": 1}])
     return tune.PlacementGroupFactory([dict(bundles[0])])
 
 

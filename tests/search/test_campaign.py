@@ -231,6 +231,16 @@ def test_imported_results_teach_the_first_trial() -> None:
     assert min(first[True]) < 0.5 * min(first[False])
 
 
+def test_every_worker_gets_a_sequence() -> None:
+    scales = [dict(s) for s in BASE["scales"]]
+    scales[0]["resources"] = {"workers": 4}
+    search = {**BASE["search"], "batch_sequences": {"low": 1, "high": 64}}
+    study = Study.from_dict({**BASE, "scales": scales, "search": search})
+    log = simulate(Campaign(study, "data", Ledger({"n": {"CPU": 4.0}})))
+    batches = [p.spec.batch_sequences for p, *_ in log if p.spec.cell.scale == "xs"]
+    assert min(batches) >= 4
+
+
 def test_repeats_rerun_the_best_point_with_other_seeds() -> None:
     log = simulate(Campaign(make_study(repeats_at_optimum=2), "data", two_workers()))
     for _, trials in itertools.groupby(

@@ -103,14 +103,45 @@ def test_a_log_file_gets_plain_lines(continued) -> None:
 
 
 def test_running_again_does_nothing_and_more_trials_extend(continued) -> None:
+    """The added trials of the larger scale run on two workers: resources are not the result's."""
     folder, _ = continued
     before = Results.open(folder / "results").frame()
     again = complete(folder)
     assert "nothing to run" in again.stderr
-    complete(folder, "--set", "search.trials_per_cell=3", "--set", "search.strategy=qmc")
+    changes = (
+        "search.trials_per_cell=3",
+        "search.strategy=qmc",
+        "scales.1.resources={workers: 2}",
+    )
+    complete(folder, *(word for change in changes for word in ("--set", change)))
     frame = Results.open(folder / "results").frame()
     assert len(frame) == len(before) + 4
     assert set(before["trial_key"]) < set(frame["trial_key"])
+    added = frame[~frame["trial_key"].isin(before["trial_key"])].set_index("cell")
+    assert (added["status"] == "finished").all()
+    assert added["world_size"].to_dict() == {
+        cell: 2 if "-b-" in cell else 1 for cell in sorted(added.index)
+    }
+
+
+def test_early_stopping_leaves_rows_with_a_reason(tmp_path: Path) -> None:
+    changes = (
+        "architectures={dense: {}}",
+        "scales=[{d_model: 8, layers: 1, heads: 1}]",
+        "horizons=[{tokens: 100000}]",
+        "search.strategy=random",
+        "search.trials_per_cell=6",
+        "search.learning_rate={low: 1e-6, high: 1e-1}",
+        "search.early_stopping={method: asha, grace_fraction: 0.1}",
+    )
+    complete(tmp_path, *(word for change in changes for word in ("--set", change)))
+    frame = Results.open(tmp_path / "results").frame()
+    stopped = frame[frame["status"] == "stopped"]
+    assert 1 <= len(stopped) < len(frame)
+    assert stopped["reason"].str.contains("early stopping").all()
+    assert stopped["loss"].isna().all()
+    assert (stopped["tokens_seen"] < 100_000).all()
+    assert stopped["train_loss"].min() > frame["train_loss"].min()
 
 
 def test_nothing_is_left_behind(continued) -> None:
