@@ -1,0 +1,147 @@
+"""Training speed: `python -m benchmarks.throughput [--repeats 5] [--part cpu|pair|noise|gpu]`.
+
+- cpu: tokens/s of one thread in float32 against Hugging Face's LlamaForCausalLM and
+  MixtralForCausalLM of the same shapes, all without QK-norm; ours measures the noise scale
+  besides. Goal: 1.5 times, geometric mean, of each.
+- pair: two trials at once on two cores against one. Goal: 1.8 times.
+- noise: what measuring the gradient noise scale costs. Goal: at most 3 %.
+- gpu: model FLOPs utilisation in bfloat16, compiled, where there is a GPU; and 16 tiny trials that
+  share it. Goals: 45 % dense; MoE at 60 % of its dense twin's tokens/s.
+
+Every number is the median of as many fresh processes as `--repeats` says, peers in turn with ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from raysweep.training.record import library_versions
+from raysweep.training.runtime import device_name
+
+SHAPES = ((32, 2, 2), (64, 4, 4), (128, 4, 4))
+"""(d_model, layers, heads)."""
+CPU_CASE = {"vocab_size": 256, "sequence_length": 128, "batch": 16, "qk_norm": False}
+STEPS = {32: 150, 64: 60, 128: 30}
+GPU_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bfloat16 FLOP/s from the makers' data sheets (SXM)."""
+
+
+def start(case: dict[str, Any]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "benchmarks.throughput_worker", json.dumps(case)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> float:
+    out, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"a measurement failed: {process.args}")
+    return json.loads(out.splitlines()[-1])["tokens_per_second"]
+
+
+def measure(case: dict[str, Any], together: int = 1) -> float:
+    """Tokens/s of a case, in all if several run together."""
+    return sum(map(finish, [start(case) for _ in range(together)]))
+
+
+def show(name: str, values: list[float]) -> str:
+    middle = statistics.median(values)
+    return f"{name} {middle:,.0f} ({min(values):,.0f} to {max(values):,.0f})"
+
+
+def cpu(repeats: int) -> None:
+    for kind, experts in (("LlamaForCausalLM", 1), ("MixtralForCausalLM", 8)):
+        ratios = []
+        for d_model, layers, heads in SHAPES:
+            case = CPU_CASE | {
+                "d_model": d_model, "layers": layers, "heads": heads, "steps": STEPS[d_model],
+            } | ({"experts": experts} if experts > 1 else {})  # fmt: skip
+            us, them = [], []
+            for _ in range(repeats):
+                them.append(measure(case | {"peer": True}))
+                us.append(measure(case))
+            ratios.append(statistics.median(us) / statistics.median(them))
+            texts = show("tokens/s", us), show(kind, them)
+            print(f"  {d_model, layers, heads}: {texts[0]}, {texts[1]}: {ratios[-1]:.2f}x")
+        print(f"cpu: {math.prod(ratios) ** (1 / len(ratios)):.2f}x {kind}, geometric mean")
+
+
+def pair(repeats: int) -> None:
+    case = CPU_CASE | {"d_model": 64, "layers": 4, "heads": 4, "steps": 100, "wall": True}
+    one, two = [], []
+    for _ in range(repeats):
+        one.append(measure(case))
+        two.append(measure(case, together=2))
+    ratio = statistics.median(two) / statistics.median(one)
+    print(f"pair: {show('one', one)}, {show('two', two)} tokens/s: {ratio:.2f}x")
+
+
+def noise(repeats: int) -> None:
+    costs = []
+    for d_model, layers, heads in SHAPES:
+        shape = {"d_model": d_model, "layers": layers, "heads": heads}
+        case = CPU_CASE | shape | {"steps": 2 * STEPS[d_model]}
+        without, with_it = [], []
+        for _ in range(repeats):
+            without.append(measure(case | {"recipe": {"noise_scale": False}}))
+            with_it.append(measure(case))
+        costs.append(statistics.median(without) / statistics.median(with_it) - 1)
+        print(f"  {d_model, layers, heads}: {show('on', with_it)}, {show('off', without)} tokens/s")
+    print(f"noise: costs {', '.join(f'{100 * c:.1f} %' for c in costs)}")
+
+
+def gpu(repeats: int) -> None:
+    if not torch.cuda.is_available():
+        print("gpu: PyTorch sees no GPU here; nothing measured")
+        return
+    name = torch.cuda.get_device_name()
+    peak = next((flops for key, flops in GPU_PEAK.items() if key in name), None)
+    from benchmarks.throughput_worker import make_spec
+
+    base = {"vocab_size": 50_304, "sequence_length": 1024, "steps": 40, "gpus": 1, "compile": "on"}
+    speeds: dict[str, float] = {}
+    for label, case in {
+        "124M": base | {"d_model": 768, "layers": 12, "heads": 12, "batch": 256},
+        "350M": base | {"d_model": 1024, "layers": 24, "heads": 16, "batch": 128},
+        "124M, 16 experts": base
+        | {"d_model": 768, "layers": 12, "heads": 12, "batch": 256, "experts": 16},
+    }.items():
+        values = [measure(case) for _ in range(repeats)]
+        speeds[label] = statistics.median(values)
+        used = make_spec(case).cell.counts.flops_per_token * speeds[label]
+        share = f"{100 * used / peak:.1f} % of peak" if peak else "peak of this GPU unknown"
+        print(f"  {label}: {show('tokens/s', values)}, {used / 1e12:.0f} TFLOP/s, {share}")
+    print(f"gpu: MoE at {speeds['124M, 16 experts'] / speeds['124M']:.0%} of its twin's tokens/s")
+    tiny = CPU_CASE | {"d_model": 128, "layers": 4, "heads": 4, "steps": 400, "gpus": 1}
+    alone = [measure(tiny) for _ in range(repeats)]
+    shared = [measure(tiny | {"gpus": 1 / 16}, together=16) for _ in range(repeats)]
+    ratio = statistics.median(shared) / statistics.median(alone)
+    print(f"gpu: {show('one', alone)}, {show('16 sharing', shared)} tokens/s: {ratio:.1f}x")
+
+
+PARTS = {"cpu": cpu, "pair": pair, "noise": noise, "gpu": gpu}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--part", choices=PARTS, action="append")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    versions = ", ".join(f"{k} {v}" for k, v in library_versions().items())
+    print(f"{device_name(device)}, {os.cpu_count()} cores; {versions}; n = {arguments.repeats}")
+    for part in arguments.part or PARTS:
+        PARTS[part](arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
