@@ -69,6 +69,7 @@ def run_command(
     summary = run(study, results_uri=results, address=address)
     for problem in summary.results.problems:
         typer.echo(f"warning: {problem}", err=True)
+    typer.echo("fitting the laws and writing the report", err=True)
     page = _write_report(summary.results.uri, report or Path("reports") / study.name)
     typer.echo(str(page))
 

@@ -15,13 +15,12 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from raysweep.config import Cell, Study, TrialSpec
-from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
-from raysweep.scaling.surface import CellFeatures
 from raysweep.search.cells import CellState
 from raysweep.search.early_stopping import make_pruner
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.ledger import Bundle, Ledger
+from raysweep.search.resume import take_up, teach
 from raysweep.search.strategies import RESTARTING, make_sampler
 from raysweep.search.value import targets_of, trial_value
 
@@ -80,10 +79,14 @@ class Campaign:
         self._open: dict[str, tuple[CellState, Proposal, optuna.Trial]] = {}
         self._waiting_said: set[str] = set()
         if history is not None:
-            self._add_history(history)
+            teach(self._ladder, history)
         self.states = {cell.name: self._state(cell) for cell in study.cells}
         if rows is not None:
-            self._continue(rows)
+            self._flops_spent = take_up(rows, study, data_hash, self.states)
+            for state in self._ordered():
+                self._attach_sampler(state)
+            for state in self._ordered():
+                self._maybe_extend(state)
 
     @property
     def running(self) -> int:
@@ -274,64 +277,6 @@ class Campaign:
                 if untouched and other.extend(edges):
                     self._attach_sampler(other)
 
-    def _continue(self, rows: pd.DataFrame) -> None:
-        """Take up the rows of an earlier run of this study."""
-        other_recipe: list[str] = []
-        for row in rows.to_dict("records"):
-            state = self.states.get(row["cell"])
-            if state is None or row["status"] == "crashed":
-                continue
-            rate, sequences, seed = (
-                row["learning_rate"],
-                int(row["batch_sequences"]),
-                int(row["seed"]),
-            )
-            spec = self.study.trial(state.cell, self._data_hash, rate, sequences, seed)
-            if spec.key != row["trial_key"]:
-                other_recipe.append(row["cell"])
-                continue
-            log2_batch = int(math.log2(sequences))
-            while (rate, log2_batch) not in state.bounds:
-                edges = _edges_beyond(state, rate, log2_batch)
-                if not state.extend(edges):
-                    break
-                state.extensions = min(state.extensions + 1, self._search.max_extensions)
-            state.add_finished_row(rate, log2_batch, row["status"], row["loss"])
-            state.next_seed(rate, log2_batch)
-            self._flops_spent += state.cell.flops
-        if other_recipe:
-            raise UserError(
-                f"the results hold {len(other_recipe)} trials of study {self.study.name} (first in "
-                f"cell {other_recipe[0]}) made with another recipe, shape, seed or corpus: "
-                "give the study another name, or name another --results"
-            )
-        for state in self._ordered():
-            self._attach_sampler(state)
-        for state in self._ordered():
-            self._maybe_extend(state)
-
-    def _add_history(self, rows: pd.DataFrame) -> None:
-        usable = rows[rows["learning_rate"].notna() & rows["batch_tokens"].notna()]
-        usable = usable[usable["status"].isin([FINISHED, "diverged"]) & usable["excluded"].isna()]
-        for name, cell in usable.groupby("cell", sort=True):
-            first = cell.iloc[0]
-            total = first["params_total_non_embedding"]
-            features = CellFeatures(
-                name=f"{first['source']}:{name}",
-                params=float(first["params_active_non_embedding"]),
-                tokens=float(first["tokens"]),
-                experts=int(first["experts"]),
-                top_k=int(first["top_k"]),
-                params_total=None if pd.isna(total) else float(total),
-            )
-            self._ladder.add_history(
-                features,
-                cell["learning_rate"].to_numpy(float),
-                cell["batch_tokens"].to_numpy(float),
-                cell["loss"].to_numpy(float),
-                (cell["status"] == "diverged").to_numpy(),
-            )
-
     def _say_waiting(self, state: CellState) -> None:
         name = state.cell.name
         if name not in self._waiting_said:
@@ -343,17 +288,6 @@ class Campaign:
                 len(needs),
                 dict(needs[0]),
             )
-
-
-def _edges_beyond(state: CellState, rate: float, log2_batch: int) -> tuple[tuple[str, str], ...]:
-    (low, high), (small, large) = state.bounds.learning_rate, state.bounds.log2_batch
-    beyond = [
-        (rate < low, ("learning_rate", "low")),
-        (rate > high, ("learning_rate", "high")),
-        (log2_batch < small, ("batch", "low")),
-        (log2_batch > large, ("batch", "high")),
-    ]
-    return tuple(edge for is_beyond, edge in beyond if is_beyond)
 
 
 def _where(trial: optuna.trial.FrozenTrial) -> tuple[float, int]:

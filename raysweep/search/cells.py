@@ -28,7 +28,7 @@ class Bounds:
     learning_rate: tuple[float, float]
     log2_batch: tuple[int, int]
 
-    def __contains__(self, point: tuple[float, int]) -> bool:
+    def __contains__(self, point: tuple[float, float]) -> bool:
         low, high = self.learning_rate
         inside = low * (1 - 1e-9) <= point[0] <= high * (1 + 1e-9)
         return inside and self.log2_batch[0] <= point[1] <= self.log2_batch[1]
@@ -63,7 +63,7 @@ class CellState:
     crashes: int = 0
     running: set[int] = field(default_factory=set)
     """Numbers of running trials of `study`."""
-    tried: dict[tuple[str, int], int] = field(default_factory=dict)
+    tried: dict[tuple[str, float], int] = field(default_factory=dict)
     """How often each (learning rate, log2 batch) was given out: the seed of the next such trial."""
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class CellState:
         done = [t for t in self.trials("finished") if t.state is TrialState.COMPLETE]
         return min(done, key=lambda t: t.value or math.inf, default=None)
 
-    def next_seed(self, learning_rate: float, log2_batch: int) -> int:
+    def next_seed(self, learning_rate: float, log2_batch: float) -> int:
         """How many trials were given out at this very point; counts this one."""
         key = (f"{learning_rate:.9e}", log2_batch)
         used = self.tried.get(key, 0)
@@ -130,14 +130,14 @@ class CellState:
         key = (f"{learning_rate:.9e}", log2_batch)
         self.tried[key] = max(0, self.tried.get(key, 0) - 1)
 
-    def add_finished_row(
-        self, learning_rate: float, log2_batch: int, status: str, loss: float | None
+    def add_row(
+        self, learning_rate: float, log2_batch: float, status: str, loss: float | None
     ) -> None:
         """Rebuild one trial of an earlier run. It may lie outside the range searched now."""
         rate, batch = self.bounds.learning_rate, self.bounds.log2_batch
         params = {
             LEARNING_RATE: min(max(learning_rate, rate[0]), rate[1]),
-            LOG2_BATCH: min(max(log2_batch, batch[0]), batch[1]),
+            LOG2_BATCH: min(max(round(log2_batch), batch[0]), batch[1]),
         }
         finished = status == "finished"
         self.study.add_trial(

@@ -21,7 +21,33 @@ _GRAIN = 1.7  # half a grid's step over the rms distance to its nearest point, s
 _LAW_WEIGHT = 0.5  # of the laws' expected gap beside the cell's own
 
 
-class LadderSampler(BaseSampler):
+class RelativeSampler(BaseSampler):
+    """A sampler of one given space, whose parameters it proposes together."""
+
+    def __init__(self, space: dict[str, BaseDistribution], seed: int) -> None:
+        self._space = space
+        self._seed = seed
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The space given at construction."""
+        return self._space
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Any other parameter is drawn at random."""
+        return RandomSampler(seed=self._seed + trial.number).sample_independent(
+            study, trial, param_name, param_distribution
+        )
+
+
+class LadderSampler(RelativeSampler):
     """Asks where a run should lower this cell's loss gap and the laws' uncertainty the most.
 
     Of each candidate point it adds, in units of relative loss: the expected improvement over the
@@ -40,17 +66,10 @@ class LadderSampler(BaseSampler):
         *,
         seed: int,
     ) -> None:
+        super().__init__(space, seed)
         self._cell = cell
         self._ladder = ladder
-        self._space = space
         self._sequence_length = sequence_length
-        self._seed = seed
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """The space given at construction."""
-        return self._space
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -88,18 +107,6 @@ class LadderSampler(BaseSampler):
             LEARNING_RATE: learning_rate,
             LOG2_BATCH: float(np.clip(log2_batch, batch.low, batch.high)),
         }
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Any other parameter is drawn at random."""
-        return RandomSampler(seed=self._seed + trial.number).sample_independent(
-            study, trial, param_name, param_distribution
-        )
 
     def _candidates(self, surface: Surface) -> np.ndarray:
         """Points (ln learning rate, ln batch tokens): a grid, finer about the optimum."""

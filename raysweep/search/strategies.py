@@ -18,7 +18,7 @@ from scipy.stats import qmc
 from raysweep.errors import UserError
 from raysweep.scaling.surface import CellFeatures
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
-from raysweep.search.sampler import LadderSampler
+from raysweep.search.sampler import LadderSampler, RelativeSampler
 
 Range = tuple[float, float]
 
@@ -101,7 +101,7 @@ RESTARTING = ("tpe", "gp", "cmaes")
 The others' proposals depend on seed and history alone."""
 
 
-class DesignSampler(BaseSampler):
+class DesignSampler(RelativeSampler):
     """Walks a fixed sequence of points: "grid", "qmc" (low discrepancy), or "random" ones.
 
     The next point is the first of the sequence that no trial of the study has been given, so a
@@ -112,16 +112,9 @@ class DesignSampler(BaseSampler):
     def __init__(
         self, space: dict[str, BaseDistribution], design: str, *, trials: int, seed: int
     ) -> None:
-        self._space = space
+        super().__init__(space, seed)
         self._design = design
         self._trials = trials
-        self._seed = seed
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """The space given at construction."""
-        return self._space
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -129,9 +122,8 @@ class DesignSampler(BaseSampler):
         """The first point of the design that is still free."""
         taken: dict[tuple[float, float], int] = {}
         for other in study.get_trials(deepcopy=False):
-            crashed = (
-                other.state == TrialState.FAIL and other.user_attrs.get("status") != "diverged"
-            )
+            told = other.user_attrs.get("status") in ("diverged", "out_of_memory")
+            crashed = other.state == TrialState.FAIL and not told
             if other.number != trial.number and not crashed and LOG2_BATCH in other.params:
                 point = _key(other.params[LEARNING_RATE], other.params[LOG2_BATCH])
                 taken[point] = taken.get(point, 0) + 1
@@ -141,18 +133,6 @@ class DesignSampler(BaseSampler):
                 return {LEARNING_RATE: learning_rate, LOG2_BATCH: log2_batch}
             taken[point] -= 1  # an integer batch can make a sequence repeat itself
         raise AssertionError("designs never end")
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Any other parameter is drawn at random."""
-        return RandomSampler(seed=self._seed + trial.number).sample_independent(
-            study, trial, param_name, param_distribution
-        )
 
     def _points(self) -> Iterator[tuple[float, float]]:
         rate, batch = self._space[LEARNING_RATE], self._space[LOG2_BATCH]

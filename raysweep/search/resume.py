@@ -1,0 +1,86 @@
+"""Taking up what stands in the results folder: the study's own rows, and sweeps to learn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pandas as pd
+
+from raysweep.config import Study
+from raysweep.errors import UserError
+from raysweep.results.schema import FINISHED
+from raysweep.scaling.surface import CellFeatures
+from raysweep.search.cells import CellState
+from raysweep.search.ladder import Ladder
+
+
+def take_up(
+    rows: pd.DataFrame, study: Study, data_hash: str, states: Mapping[str, CellState]
+) -> float:
+    """Rebuild the trials of earlier runs of this study in its cells; crashed ones are run again.
+
+    Returns the FLOPs spent on them. Raises UserError where rows of these cells were made otherwise
+    than the study says now: losses of two recipes must not be compared.
+    """
+    other_recipe: list[str] = []
+    spent = 0.0
+    for row in rows.to_dict("records"):
+        state = states.get(row["cell"])
+        if state is None or row["status"] == "crashed":
+            continue
+        rate, sequences = row["learning_rate"], int(row["batch_sequences"])
+        spec = study.trial(state.cell, data_hash, rate, sequences, int(row["seed"]))
+        if spec.key != row["trial_key"]:
+            other_recipe.append(row["cell"])
+            continue
+        log2_batch = math.log2(sequences)
+        while (rate, log2_batch) not in state.bounds:
+            if not state.extend(_edges_beyond(state, rate, log2_batch)):
+                break
+            state.extensions = min(state.extensions + 1, state.search.max_extensions)
+        state.add_row(rate, log2_batch, row["status"], row["loss"])
+        state.next_seed(rate, log2_batch)
+        spent += state.cell.flops
+    if other_recipe:
+        raise UserError(
+            f"the results hold {len(other_recipe)} trials of study {study.name} (first in cell "
+            f"{other_recipe[0]}) made with another recipe, shape, seed or corpus: give the study "
+            "another name, or name another --results"
+        )
+    return spent
+
+
+def teach(ladder: Ladder, rows: pd.DataFrame) -> None:
+    """Let the ladder learn from other rows, with the schema's columns: imported sweeps, say."""
+    usable = rows[rows["learning_rate"].notna() & rows["batch_tokens"].notna()]
+    usable = usable[usable["status"].isin([FINISHED, "diverged"]) & usable["excluded"].isna()]
+    for name, cell in usable.groupby("cell", sort=True):
+        first = cell.iloc[0]
+        total = first["params_total_non_embedding"]
+        features = CellFeatures(
+            name=f"{first['source']}:{name}",
+            params=float(first["params_active_non_embedding"]),
+            tokens=float(first["tokens"]),
+            experts=int(first["experts"]),
+            top_k=int(first["top_k"]),
+            params_total=None if pd.isna(total) else float(total),
+        )
+        ladder.add_history(
+            features,
+            cell["learning_rate"].to_numpy(float),
+            cell["batch_tokens"].to_numpy(float),
+            cell["loss"].to_numpy(float),
+            (cell["status"] == "diverged").to_numpy(),
+        )
+
+
+def _edges_beyond(state: CellState, rate: float, log2_batch: float) -> tuple[tuple[str, str], ...]:
+    (low, high), (small, large) = state.bounds.learning_rate, state.bounds.log2_batch
+    beyond = [
+        (rate < low, ("learning_rate", "low")),
+        (rate > high, ("learning_rate", "high")),
+        (log2_batch < small, ("batch", "low")),
+        (log2_batch > large, ("batch", "high")),
+    ]
+    return tuple(edge for is_beyond, edge in beyond if is_beyond)
