@@ -81,7 +81,7 @@ def loss_figure(
         _finish_loss_axes(axes)
         label_ends(axes[0], ends)
         label = "Loss against training compute with the fitted law"
-        drawing = finish(figure, "loss", label, tips, png)
+        drawing = finish(figure, "loss", label, tips, png, names)
     return PlotFigure("loss", drawing, pd.DataFrame(rows), tuple(names))
 
 

@@ -96,6 +96,7 @@ def optima_figure(
             "Optimal learning rate and batch of each cell against its size, with fitted laws",
             texts,
             png,
+            names,
         )
     return PlotFigure("optima", drawing, pd.DataFrame(rows), tuple(axes_shown))
 

@@ -102,7 +102,7 @@ def _context(
         "colours": colours(names),
         "kinds": {name: fits.groups[name].kind for name in names},
         "totals": facts.totals(frame),
-        "cell_figures": _by_architecture(cells),
+        "cell_figures": _by_architecture(cells, names),
         "gaps": GAPS,
         "figures": figures,
         "readings": {
@@ -148,11 +148,11 @@ def _answers(fits: Fits, advice: Sequence[facts.Advice]) -> list[dict[str, Any]]
     ]
 
 
-def _by_architecture(cells: Sequence[CellFigure]) -> dict[str, list[CellFigure]]:
-    grouped: dict[str, list[CellFigure]] = {}
-    for cell in cells:
-        grouped.setdefault(cell.architecture, []).append(cell)
-    return grouped
+def _by_architecture(
+    cells: Sequence[CellFigure], names: Sequence[str]
+) -> dict[str, list[CellFigure]]:
+    grouped = {name: [c for c in cells if c.architecture == name] for name in names}
+    return {name: own for name, own in grouped.items() if own}
 
 
 def _images(cells: Sequence[CellFigure], figures: Any) -> dict[str, bytes]:

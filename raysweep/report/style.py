@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 LIGHT: dict[str, str] = {
@@ -133,11 +134,12 @@ def finish(
     label: str,
     tips: Mapping[str, Sequence[str]] | None = None,
     png: bool = False,
+    names: Sequence[str] = (),
 ) -> Drawing:
     """The figure as inline SVG. `name` makes its ids unique, `label` says what it shows.
 
     `tips` maps the gid of a scatter (or of a group of bars) to one hover text an element, in
-    order.
+    order. `names` are the architectures drawn: a key to them goes into the PNG, which stands alone.
     """
     out = io.StringIO()
     with mpl.rc_context({**_RC, "svg.hashsalt": name}):
@@ -145,9 +147,20 @@ def finish(
         image = None
         if png:
             raster = io.BytesIO()
+            if names:
+                _add_key(figure, names)
             figure.savefig(raster, format="png", dpi=192, facecolor=LIGHT["paper"])
             image = raster.getvalue()
     return Drawing(_inline(out.getvalue(), name, label, tips or {}), image)
+
+
+def _add_key(figure: Figure, names: Sequence[str]) -> None:
+    """The architectures' colours and markers, above the panels."""
+    handles = [
+        Line2D([], [], ls="none", marker=marker, color=LIGHT[colour], label=name)
+        for name, marker, colour in zip(names, MARKERS, ARCHITECTURE_COLOURS, strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
 
 
 def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) -> str:
@@ -283,7 +296,7 @@ def log_ticks(low: float, high: float, most: int = 5) -> np.ndarray:
 
 def spread(values: np.ndarray, apart: float) -> np.ndarray:
     """Positions for labels at `values` [n], moved as little as needed to lie `apart`."""
-    order = np.argsort(values)
+    order = np.argsort(values, kind="stable")
     placed = np.asarray(values, dtype=float)[order].copy()
     for _ in range(100):
         gaps = np.diff(placed)

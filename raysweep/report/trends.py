@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,7 +140,14 @@ def lines_along(
         y, low, high = np.array([ask(rule, quantity, t) for t in targets]).T
         at = np.array([t.inputs[axis] for t in targets])
         lines.append(Line(at, y, low, high, held, tuple(t.setting() for t in targets)))
-    return lines
+    return _distinct(lines)
+
+
+def _distinct(lines: list[Line]) -> list[Line]:
+    """The first line and those that differ from it; one alone holds nothing worth naming."""
+    first = lines[0]
+    different = [x for x in lines[1:] if not np.allclose(x.y, first.y, rtol=2e-3, equal_nan=True)]
+    return [first, *different] if different else [replace(first, held="")]
 
 
 def path_of(cells: pd.DataFrame, axis: str, asked: Sequence[Target]) -> Line:
@@ -205,7 +212,9 @@ def _paths(
     middle = float(values[len(values) // 2])
     chosen = {float(values[0]), middle, float(values[-1])} if several else {middle}
     for target in asked[:1]:
-        chosen.add(float(_held(target.inputs[PARAMS], target.inputs[TOKENS], axis)))
+        value = float(_held(target.inputs[PARAMS], target.inputs[TOKENS], axis))
+        if all(abs(math.log(value / c)) > TOGETHER for c in chosen):
+            chosen.add(value)
     symbol = {PARAMS: "D", TOKENS: "N", FLOPS: "D/N"}[axis]
     return [
         (f"{symbol}={value:.6g}", *place(np.full_like(x, value)))
@@ -261,4 +270,4 @@ def loss_along(
         y, low, high = np.array([a[1:] if a else (math.nan,) * 3 for a in answers]).T
         flops = np.array([t.inputs["flops"] for t in targets])
         lines.append(Line(flops, y, low, high, held, tuple(t.setting() for t in targets)))
-    return lines
+    return _distinct(lines)
