@@ -158,7 +158,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"learning_rate": None, "batch_tokens": None, "batch_sequences": None},
         "only laws of the loss are fitted",
     ),
-    "several horizons": ({"architectures": ("dense",), "scales": 3, "horizons": 3}, "D/N"),
+    "several horizons": ({"architectures": ("dense",), "scales": 3, "horizons": 2}, "D/N"),
 }
 
 
