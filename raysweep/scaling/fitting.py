@@ -324,7 +324,11 @@ def _step(
     hessian = np.where(open_[:, :, None] & open_[:, None, :], point.hessian, 0.0)
     values, vectors = np.linalg.eigh(hessian)
     values = np.abs(values)
-    top = np.maximum(values.max(axis=1, keepdims=True), 1e-300)
+    # With every point beyond its Huber width the Hessian of a plain power law is zero: there the
+    # damping takes its scale from the gradient, or no amount of it would shorten the step.
+    steepest = np.abs(np.where(blocked, 0.0, point.gradient)).max(axis=1, keepdims=True)
+    top = np.maximum(values.max(axis=1, keepdims=True), steepest / MAX_STEP)
+    top = np.maximum(top, 1e-300)
     values = np.maximum(values, 1e-14 * top) + damping[:, None] * top
 
     def solve(right: np.ndarray) -> np.ndarray:

@@ -147,3 +147,32 @@ def test_result_does_not_depend_on_units() -> None:
     two = law.fit({"params": params / 1e6, "tokens": tokens}, loss).coefficients
     assert two["a"] == pytest.approx(one["a"], rel=1e-6)
     assert two["A"] == pytest.approx(one["A"] * 1e6 ** -one["a"], rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_a_straight_line_converges_where_every_point_lies_beyond_the_width(n: int) -> None:
+    """Without a floor Kaplan's law is linear in its coefficients: no Hessian beyond the width."""
+    law, rng = LOSS_LAWS["kaplan"], np.random.default_rng(n)
+    for _ in range(10):
+        flops = np.exp(rng.uniform(np.log(1e17), np.log(1e21), n))
+        truth = law.predict({"E0": 0.0, "A": 90.0, "a": 0.12}, {"flops": flops})
+        exact = law.fit({"flops": flops}, truth, fixed={"E0": 0.0})
+        assert exact.status == "converged"
+        assert exact.coefficients["a"] == pytest.approx(0.12, rel=1e-6)
+        loss = truth * np.exp(0.02 * rng.standard_normal(n))
+        fit = law.fit({"flops": flops}, loss, fixed={"E0": 0.0})
+        assert fit.status == "converged", fit.message
+        # A line of least absolute values passes through two points: none of those does better.
+        x, y = np.log(flops), np.log(loss)
+        for i, j in zip(*np.triu_indices(n, 1), strict=True):
+            slope = (y[i] - y[j]) / (x[i] - x[j])
+            off = fitting.huber(y - y[i] - slope * (x - x[i]), fit.huber).sum()
+            assert fit.objective <= off * (1 + 1e-9)
+
+
+def test_fewer_cells_than_coefficients_are_refused() -> None:
+    law, flops = LOSS_LAWS["kaplan"], np.array([1e18, 1e19, 1e20])
+    loss = law.predict({"E0": 1.7, "A": 90.0, "a": 0.12}, {"flops": flops})
+    assert law.fit({"flops": flops}, loss).status == "too few cells"
+    few = law.fit({"flops": flops[:2]}, loss[:2], fixed={"E0": 0.0})
+    assert few.status == "too few cells"
