@@ -21,6 +21,9 @@ ONE_ARCHITECTURE_LAWS = ("chinchilla", "kaplan")
 JOINT_LAWS = ("wang", "yun", "clark", "joint_moe", "sparsity", "fine_grained")
 """Tried on dense and MoE cells together."""
 
+BINS_PER_OCTAVE = 2
+"""Batches this near count as one for the three-term law."""
+
 NON_EMBEDDING = {
     "params_total": "params_total_non_embedding",
     "params_active": "params_active_non_embedding",
@@ -154,12 +157,17 @@ def fit_loss_laws(
 
 
 def batch_table(cells: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
-    """The best trial of each batch of each cell: what the three-term law is fitted on.
+    """The best trial of each half octave of batch of each cell: what the three-term law is
+    fitted on.
 
     Columns as in `cells`, with `batch_tokens`, `steps`, `loss`, and `cell_group` for resampling.
     """
     known = trials[(trials["batch_tokens"] > 0) & trials["cell"].isin(cells.index)]
-    best = known.loc[known.groupby(["cell", "batch_tokens"])["loss"].idxmin()]
+    # Where batches are drawn from a continuous range each has one trial, at any learning rate: only
+    # neighbours tell what a batch can reach. Grids of powers of two, or of sqrt 2, stay as they
+    # are.
+    bins = np.round(BINS_PER_OCTAVE * np.log2(known["batch_tokens"].to_numpy(float)))
+    best = known.loc[known["loss"].groupby([known["cell"], bins]).idxmin()]
     table = cells.loc[best["cell"]].drop(columns=["loss"], errors="ignore").reset_index()
     batch = best["batch_tokens"].to_numpy(float)
     return table.assign(

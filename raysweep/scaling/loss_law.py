@@ -30,6 +30,10 @@ COLLINEAR = 0.02
 # Relative singular value of the Jacobian below which a direction of the coefficients is
 # undetermined.
 UNDETERMINED = 1e-7
+# The same at a mere starting point, where only an exact trade-off is one of the law and the inputs.
+CONFOUNDED = 1e-11
+# Starting points looked at for such a trade-off.
+LOOKED_AT = 8
 # Range of a log amplitude where it is not measured at the centre of the data.
 UNCENTRED_REACH = 100.0
 
@@ -180,6 +184,10 @@ class Law:
             self.candidates,
             self.starts,
         )
+        mixed = self._confounded(problem, starts, weight)
+        if mixed is not None:
+            nothing = np.full(len(self.names), np.nan)
+            return result("collinear", _trade_off(mixed), nothing, np.nan, np.full(n, np.nan))
         solution = fitting.minimise(
             problem.design, target, weight, starts, problem.bounds, huber, workers=1
         )
@@ -267,6 +275,18 @@ class Law:
         used = [s for ps in groups for p in ps if p.coefficient in names for s in p.symbols.split()]
         return list({SYMBOL_INPUTS[s]: s for s in reversed(used)}.values())[::-1]
 
+    def _confounded(
+        self, problem: Problem, starts: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray | None:
+        """Names of coefficients that trade off exactly on these inputs, wherever one starts: say,
+        four that shape the experts' term where experts take two values."""
+        free = problem.bounds.free
+        jacobian = evaluate(problem.design, starts[:LOOKED_AT]).jacobian()[..., free]
+        found = [_undetermined(j, weights, CONFOUNDED) for j in jacobian]
+        if any(mixed is None for mixed in found):
+            return None
+        return np.array(self.names)[free][np.any(found, axis=0)]
+
     def _judge(
         self,
         problem: Problem,
@@ -283,16 +303,9 @@ class Law:
             )
         inside = problem.bounds.free & ~solution.at_bound[best]
         names = np.array(self.names)
-        columns = (np.sqrt(weights)[:, None] * jacobian)[:, inside]
-        size = np.linalg.norm(columns, axis=0)
-        if (size > 0).all() and columns.shape[1] > 1:
-            _, singular, directions = np.linalg.svd(columns / size, full_matrices=False)
-            if singular[-1] < UNDETERMINED * singular[0]:
-                mixed = names[inside][np.abs(directions[-1]) > 0.2]
-                return "collinear", (
-                    f"{', '.join(mixed)} can trade off against each other without changing "
-                    "any prediction: more varied cells are needed"
-                )
+        mixed = _undetermined(jacobian[:, inside], weights, UNDETERMINED)
+        if mixed is not None:
+            return "collinear", _trade_off(names[inside][mixed])
         if solution.at_bound[best].any():
             stuck = names[solution.at_bound[best]]
             return "at bound", (
@@ -311,6 +324,26 @@ class Problem:
     design: Design
     bounds: fitting.Bounds
     held: np.ndarray  # [p] centred values of held coefficients, NaN elsewhere
+
+
+def _undetermined(jacobian: np.ndarray, weights: np.ndarray, threshold: float) -> np.ndarray | None:
+    """Columns [p] of a Jacobian [n, p] that mix in its flattest direction; None where it has
+    none."""
+    columns = np.sqrt(weights)[:, None] * jacobian
+    size = np.linalg.norm(columns, axis=0)
+    if not (size > 0).all() or columns.shape[1] < 2:
+        return None
+    _, singular, directions = np.linalg.svd(columns / size, full_matrices=False)
+    if singular[-1] >= threshold * singular[0]:
+        return None
+    return np.abs(directions[-1]) > 0.2
+
+
+def _trade_off(names: np.ndarray) -> str:
+    return (
+        f"{', '.join(names)} can trade off against each other without changing any prediction: "
+        "more varied cells are needed"
+    )
 
 
 def _best(solution: fitting.Solution) -> int:

@@ -8,7 +8,9 @@ import pytest
 
 from raysweep.errors import UserError
 from raysweep.results.importers import read_chinchilla, read_isoflop, read_steplaw
+from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import ALL, fit
+from raysweep.scaling.group_loss import batch_table
 from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.recommend import usable_batch
 from raysweep.scaling.target import describe_target
@@ -97,6 +99,24 @@ def test_laws_of_the_loss_are_ordered_by_their_error_on_the_largest_scale(dense,
     assert check.n_test == 2
     assert check.extrapolation == pytest.approx(3)
     assert dense.recommend("dense", 1e9, 2e10).laws["loss"] == dense.groups["dense"].loss_order()[0]
+
+
+def test_the_three_term_law_rests_on_the_best_trial_near_each_batch(planted_study):
+    frame = planted_study(per_cell=200)  # every trial its own batch, at any learning rate
+    table = cell_table(frame)
+    chosen = batch_table(table.cells, table.trials)
+    assert len(chosen) < 0.06 * len(frame)
+    # Within half an octave of batch the best trial has nearly the best rate: its loss is near what
+    # the valley allows there, where the median trial lies far above.
+    above = {}
+    for name, rows in (("chosen", chosen), ("all", table.trials)):
+        least = rows["cell"].map(table.trials.groupby("cell")["loss"].min())
+        above[name] = float(np.median(np.log(rows["loss"] / least)))
+    assert above["chosen"] < 0.5 * above["all"]
+    grid = table.trials.assign(
+        batch_tokens=2.0 ** np.tile(np.arange(15, 25) / 2 + 8, len(frame) // 10)
+    )
+    assert len(batch_table(table.cells, grid)) == 10 * len(table.cells)
 
 
 def test_experts_without_a_cell_are_answered_with_a_warning(both):

@@ -157,6 +157,19 @@ def test_degenerate_data_have_a_status_and_no_numbers() -> None:
             fit.interval({"params": 1e9, "tokens": 1e10})
 
 
+@pytest.mark.parametrize("key", ["yun", "clark", "joint_moe", "sparsity"])
+def test_two_numbers_of_experts_cannot_shape_an_experts_term(key: str) -> None:
+    law, inputs = LOSS_LAWS[key], simulated_cells(key)
+    two = np.where(np.arange(120) % 2, 8.0, 1.0)
+    few = {"experts": two, "sparsity": 1 - 1 / two}
+    inputs = {name: few.get(name, column) for name, column in inputs.items()}
+    noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(120))
+    fit = law.fit(inputs, law.predict(PLANTED[key], inputs) * noise)
+    assert fit.status == "collinear", fit.message
+    assert "trade off" in fit.message
+    assert _everything_nan(fit)
+
+
 @pytest.mark.parametrize("bad", [np.nan, 0.0, -1.0, np.inf])
 @pytest.mark.parametrize("column", ["params", "tokens", "loss"])
 def test_impossible_values_name_column_and_row(bad: float, column: str) -> None:
