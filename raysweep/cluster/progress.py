@@ -1,0 +1,97 @@
+"""How far a study is, read from its results: from any machine that reaches them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from raysweep.config import Study
+from raysweep.results import Results
+from raysweep.results.schema import FINISHED
+
+
+@dataclass(frozen=True)
+class CellProgress:
+    """One cell of one study."""
+
+    study: str
+    cell: str
+    statuses: dict[str, int]
+    """Rows by status."""
+    wanted: int | None
+    """Trials that the search space gives a cell; None where it is not among the results."""
+    best_loss: float | None
+    last: str | None
+    """When the latest of its trials started, UTC."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def progress(uri: str) -> list[CellProgress]:
+    """Every cell of the studies at a results URI, planned ones without rows included.
+
+    Raises UserError where there are no results.
+    """
+    results = Results.open(uri)
+    frame = results.frame()
+    planned: dict[tuple[str, str], int] = {}
+    for name, text in results.search_spaces().items():
+        study = _plan(text)
+        if study is not None:
+            planned |= {(name, c.name): study.space.search.trials_per_cell for c in study.cells}
+    keys = frame["study"], frame["cell"]
+    rows = {(str(s), str(c)): group for (s, c), group in frame.groupby([*keys], dropna=False)}
+    names = [*planned, *(key for key in rows if key not in planned)]
+    return [_cell(*key, rows.get(key, frame[:0]), planned.get(key)) for key in names]
+
+
+def render(cells: list[CellProgress]) -> str:
+    """A plain table, and a line of totals for each study; fit for log files."""
+    header = ("cell", "done", "finished", "other", "best loss", "last started (UTC)")
+    table = [header]
+    for cell in cells:
+        done = sum(cell.statuses.values())
+        others = {s: n for s, n in sorted(cell.statuses.items()) if s != FINISHED}
+        table.append(
+            (
+                cell.cell,
+                f"{done}/{cell.wanted}" if cell.wanted is not None else str(done),
+                str(cell.statuses.get(FINISHED, 0)),
+                ", ".join(f"{n} {s}" for s, n in others.items()) or "-",
+                "-" if cell.best_loss is None else f"{cell.best_loss:.4f}",
+                cell.last or "-",
+            )
+        )
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = ["  ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)).rstrip() for r in table]
+    for study in dict.fromkeys(cell.study for cell in cells):
+        own = [cell for cell in cells if cell.study == study]
+        done = sum(sum(cell.statuses.values()) for cell in own)
+        complete = sum(c.wanted is not None and sum(c.statuses.values()) >= c.wanted for c in own)
+        lines.append(f"{study}: {complete} of {len(own)} cells complete, {done} trials concluded")
+    return "\n".join(lines)
+
+
+def _plan(text: str) -> Study | None:
+    """The study that a saved search space describes; None where that needs files not here."""
+    try:
+        return Study.from_dict(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, TypeError):
+        return None  # the rows say what was done all the same
+
+
+def _cell(study: str, cell: str, rows: pd.DataFrame, wanted: int | None) -> CellProgress:
+    losses = rows.loc[rows["status"] == FINISHED, "loss"].dropna()
+    last = rows["started_at"].max()
+    return CellProgress(
+        study=study,
+        cell=cell,
+        statuses={str(s): int(n) for s, n in rows["status"].value_counts().items()},
+        wanted=wanted,
+        best_loss=float(losses.min()) if len(losses) else None,
+        last=None if pd.isna(last) else last.strftime("%Y-%m-%d %H:%M:%S"),
+    )

@@ -1,0 +1,167 @@
+"""What travels to a cluster and what stays; env files; results asked about from anywhere."""
+
+import datetime as dt
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysweep.cluster import package
+from raysweep.cluster.jobs import Jobs, read_env_file
+from raysweep.cluster.package import collect, stage
+from raysweep.cluster.progress import progress, render
+from raysweep.config import Study
+from raysweep.errors import UserError
+from raysweep.results import Results
+from raysweep.results.schema import make_row
+
+SMOKE = Path(__file__).resolve().parents[2] / "search_spaces/smoke.yaml"
+
+EVERYTHING = (
+    *("pyproject.toml", "README.md", "corpus/a.txt", "search_spaces/mine.yaml"),
+    *("raysweep/cluster/package.py", "raysweep/results/store.py", "raysweep/report/page.py"),
+    "raysweep/data/tokenizer.py",
+    # and what must stay where it is
+    *(".git/config", ".env", "prod.env", "key.pem", "raysweep/id_rsa", "auth_token"),
+    *("credentials.json", "raysweep/__pycache__/x.pyc", "env/pyvenv.cfg", "env/lib/big.so"),
+    *("results/mine/trials/a.parquet", "reports/mine/index.html", "tests/test_x.py"),
+)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout as it looks after months of use."""
+    root = tmp_path / "checkout"
+    for name in EVERYTHING:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    (root / "search_spaces/mine.yaml").write_text(SMOKE.read_text())
+    (root / "link").symlink_to("/")
+    monkeypatch.setattr(package, "__file__", str(root / "raysweep/cluster/package.py"))
+    return root
+
+
+def test_code_travels_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+    space = checkout / "search_spaces/mine.yaml"
+    files, place = collect(space, Study.load(space))
+    assert place == "search_spaces/mine.yaml"
+    assert sorted(files) == [
+        "README.md",
+        "corpus/a.txt",
+        "pyproject.toml",
+        "raysweep/cluster/package.py",
+        "raysweep/data/tokenizer.py",
+        "raysweep/report/page.py",
+        "raysweep/results/store.py",
+        "search_spaces/mine.yaml",
+    ]
+    stage(files, tmp_path / "staged")
+    staged = [p for p in (tmp_path / "staged").rglob("*") if p.is_file()]
+    assert sorted(p.relative_to(tmp_path / "staged").as_posix() for p in staged) == sorted(files)
+
+
+def test_search_space_from_elsewhere_and_its_data(checkout: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "mine.yaml"
+    outside.write_text(SMOKE.read_text())
+    files, place = collect(outside, Study.load(outside))
+    assert (place, files[place]) == ("submitted/mine.yaml", outside)
+
+    text = SMOKE.read_text().replace("source: machine", "source: text\n  paths: [../tests]")
+    (checkout / "search_spaces/own.yaml").write_text(text)
+    files, _ = collect(
+        checkout / "search_spaces/own.yaml", Study.load(checkout / "search_spaces/own.yaml")
+    )
+    assert "tests/test_x.py" in files, "data that the search space names travels from anywhere"
+    outside.write_text(text.replace("../tests", "."))
+    with pytest.raises(UserError, match="does not travel: name an absolute path"):
+        collect(outside, Study.load(outside))
+
+
+def test_env_file_stays_and_a_large_checkout_is_refused(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = checkout / "settings.txt"
+    secret.write_text("A=1")
+    (checkout / "corpus/b.bin").write_bytes(b"x" * 3000)
+    space = checkout / "search_spaces/mine.yaml"
+    assert "settings.txt" not in collect(space, Study.load(space), leave_out=(secret,))[0]
+    monkeypatch.setattr(package, "LARGEST_PACKAGE_BYTES", 3000)
+    with pytest.raises(UserError, match=r"largest: corpus/b.bin .*move them out"):
+        collect(space, Study.load(space))
+
+
+def test_the_real_checkout_is_small() -> None:
+    files, _ = collect(SMOKE, Study.load(SMOKE))
+    assert "raysweep/results/store.py" in files
+    assert "raysweep/report/templates/page.html" in files
+    assert not [n for n in files if n.startswith(("tests/", "results/", "reports/", "."))]
+    assert sum(p.stat().st_size for p in files.values()) < 5_000_000
+
+
+def test_env_files(tmp_path: Path) -> None:
+    path = tmp_path / "job.env"
+    path.write_text("# note\n\nexport A=1\nB = 'two words'\nC=x=y\n")
+    assert read_env_file(path) == {"A": "1", "B": "two words", "C": "x=y"}
+    path.write_text("A=1\nhunter2\n")
+    with pytest.raises(UserError, match=r"job.env:2: write it as KEY=VALUE$") as caught:
+        read_env_file(path)
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot read"):
+        read_env_file(tmp_path / "none")
+
+
+@pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "http://", "http://h:port"])
+def test_addresses_that_are_none(address: str) -> None:
+    with pytest.raises(UserError, match="write it as http://HEAD:8265"):
+        Jobs(address)
+
+
+def test_status_of_results_without_ray(tmp_path: Path) -> None:
+    store = Results.open(tmp_path / "r", create=True)
+    store.save_search_space("smoke", SMOKE.read_text())
+    cell = Study.load(SMOKE).cells[0]
+    for second, (status, loss) in enumerate(
+        [("finished", 2.5), ("diverged", None), ("finished", 2.0)], start=5
+    ):
+        row = make_row(
+            trial_key=f"k{second}",
+            study="smoke",
+            cell=cell.name,
+            architecture=cell.architecture,
+            architecture_kind="dense",
+            scale=cell.scale,
+            source="raysweep",
+            experts=1,
+            top_k=1,
+            params_active_non_embedding=1.0,
+            tokens=1.0,
+            status=status,
+            loss=loss,
+            started_at=dt.datetime(2026, 1, 2, 3, 4, second, tzinfo=dt.UTC),
+        )
+        store.write(row)
+    cells = progress(str(tmp_path / "r"))
+    assert [c.cell for c in cells] == [c.name for c in Study.load(SMOKE).cells]
+    assert cells[0].statuses == {"finished": 2, "diverged": 1}
+    assert (cells[0].wanted, cells[0].best_loss) == (2, 2.0)
+    assert cells[0].last == "2026-01-02 03:04:07"
+    assert (cells[1].statuses, cells[1].best_loss, cells[1].last) == ({}, None, None)
+    text = render(cells)
+    assert "1 diverged" in text
+    assert text.endswith("smoke: 1 of 4 cells complete, 3 trials concluded")
+    code = (
+        "import sys; from raysweep.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert not {'ray', 'torch'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "status", str(tmp_path / "r"), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=SMOKE.parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["best_loss"] == 2.0
