@@ -23,8 +23,8 @@ from raysweep.scaling.published import PUBLISHED_LAWS, PublishedLaw, Setting
 from raysweep.scaling.surface import CellFeatures, Surface
 from raysweep.scaling.target import describe_target, expert_share
 
-DIGITS = 12
-"""Significant digits of what is embedded: the answers are compared at four."""
+DIGITS, SAMPLE_DIGITS = 12, 8
+"""Significant digits of coefficients and of their resamples: answers are compared at four."""
 
 KNOWN_INPUTS = {"params", "tokens", "flops", "experts", "sparsity"}
 """Inputs of a law of the loss that are known of a run asked about."""
@@ -226,7 +226,8 @@ def _loss_law(fit: LossFit, count: str | None) -> dict[str, Any]:
     if samples is not None:
         # A new run strays from the law as the fitted cells do: the same draws as LossFit.interval.
         spread = fit.residuals * math.sqrt(fit.n_points / max(fit.n_points - fit.n_free, 1))
-        noise = np.random.default_rng(0).choice(spread, size=(len(samples), 1))[:, 0].tolist()
+        noise = np.random.default_rng(0).choice(spread, size=(len(samples), 1))[:, 0]
+        noise = [_short(v) for v in noise]
     return {
         "law": fit.name,
         "formula": fit.law.formula,
@@ -238,10 +239,14 @@ def _loss_law(fit: LossFit, count: str | None) -> dict[str, Any]:
             {"amplitude": t.amplitude, "powers": [_power(p) for p in t.powers]} for t in form.terms
         ],
         "tilt": [_power(p) for p in form.tilt],
-        "rows": rows.tolist(),
+        "rows": [rows[0].tolist(), *([_short(v) for v in row] for row in rows[1:])],
         "noise": noise,
         "cells": fit.n_cells,
     }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{SAMPLE_DIGITS}g}")
 
 
 def _power(power: Any) -> dict[str, Any]:

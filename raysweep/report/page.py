@@ -23,13 +23,16 @@ from raysweep.report.losses import comparison_figure, loss_figure
 from raysweep.report.numbers import Numbers, written
 from raysweep.report.optima import optima_figure
 from raysweep.report.style import DARK, LIGHT
-from raysweep.report.surfaces import GAPS, CellFigure, cell_figures
+from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, dots_of
 from raysweep.report.trends import names_of, rests_on, rules_used
 from raysweep.report.trials import trial_table
 from raysweep.results.store import Results
 from raysweep.scaling.advise import FAR
 from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import ALL, Fits, fit
+
+LARGEST = 3_000_000
+"""Bytes that the page should not exceed."""
 
 SCRIPTS = ("common.js", "calculator.js", "ask.js", "page.js")
 """What the page runs, in order."""
@@ -58,8 +61,13 @@ def report(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     page = target / "index.html"
-    html = _render(context)
-    _replace(page, html.encode())
+    html = _render(context).encode()
+    for rows in (2000, 200):  # the table of trials is what grows without bound
+        if len(html) <= LARGEST:
+            break
+        context["trials"] = trial_table(frame, results.curves(), fits, rows)
+        html = _render(context).encode()
+    _replace(page, html)
     for name, image in drawings.items():
         (target / f"{name}.png").write_bytes(image)
     return page
@@ -106,7 +114,7 @@ def _context(
         "gaps": GAPS,
         "figures": figures,
         "readings": {
-            "surfaces": reading.surfaces(fits, len(cells)),
+            "surfaces": reading.surfaces(fits, len(cells), dots_of(len(cells))),
             "optima": reading_laws.laws(fits, rules),
             "loss": reading_laws.loss(fits, loss_laws),
             "comparison": reading.comparison(fits, numbers),

@@ -44,8 +44,10 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-def surfaces(fits: Fits, drawn: int) -> list[Markup]:
-    """Which optima are found, which run into an edge, and what would settle them."""
+def surfaces(fits: Fits, drawn: int, dots: int) -> list[Markup]:
+    """Which optima are found, which run into an edge, and what would settle them.
+
+    `drawn` cells are shown, each with at most `dots` trials."""
     optima = fits.optima[fits.method]
     inside = [o for o in optima.values() if o.interior]
     edges = [o for o in optima.values() if o.status.startswith("edge")]
@@ -90,6 +92,12 @@ def surfaces(fits: Fits, drawn: int) -> list[Markup]:
         )  # fmt: skip
     if len(inside) < len(optima):
         said.append(Markup("Only interior optima enter the laws below."))
+    if (fits.cells["n_searched"] > dots).any():
+        said.append(
+            Markup("Of cells with more than {} trials so many are drawn, thinned by loss.").format(
+                dots
+            )
+        )
     if drawn < len(optima):
         said.append(
             Markup("{} of {} cells are drawn, spread evenly over compute; the table of cells has "

@@ -177,7 +177,9 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
             element.set("href", href)
     for group, texts in tips.items():
         _add_tips(root, group, texts)
-    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", ET.tostring(root, "unicode")))
+    for group in list(root.iter(f"{{{_SVG}}}g")):
+        _share_style(group)
+    used = sorted(set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", ET.tostring(root, "unicode"))))
     for element in root.iter():
         if "id" in element.attrib and element.attrib["id"] not in used:
             del element.attrib["id"]
@@ -189,10 +191,8 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
     for key in ("version",):
         root.attrib.pop(key, None)
     text = ET.tostring(root, "unicode")
-    for old in sorted(used, key=len, reverse=True):
-        text = re.sub(
-            rf'(id="|url\(#|href="#){re.escape(old)}(?=["\)])', rf"\g<1>{name}-{old}", text
-        )
+    new = {old: f"{name}-{i}" for i, old in enumerate(used)}
+    text = re.sub(r'((?: id="|url\(#|href="#))([^")]+)', lambda m: m[1] + new[m[2]], text)
     text = re.sub(r"#[0-9a-f]{6}\b", _as_variable, text)
     text = text.replace("'DejaVu Sans'", "var(--sans,sans-serif)")
     text = re.sub(
@@ -203,7 +203,28 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
 
 def _as_variable(match: re.Match[str]) -> str:
     role = _ROLE.get(match.group())
-    return f"var(--{role},{match.group()})" if role else match.group()
+    return f"var(--{role})" if role else match.group()
+
+
+def _share_style(group: ET.Element) -> None:
+    """Gather neighbouring <use> of one style in a <g> that has it: it is most of their length."""
+    children = list(group)
+    runs: list[list[ET.Element]] = []
+    for child in children:
+        style = child.get("style") if child.tag == f"{{{_SVG}}}use" else None
+        if style is not None and runs and runs[-1][0].get("style") == style:
+            runs[-1].append(child)
+        else:
+            runs.append([child])
+    for run in runs:
+        if len(run) < 2 or run[0].tag != f"{{{_SVG}}}use":
+            continue
+        shared = ET.Element(f"{{{_SVG}}}g", {"style": run[0].get("style", "")})
+        group.insert(list(group).index(run[0]), shared)
+        for element in run:
+            del element.attrib["style"]
+            group.remove(element)
+            shared.append(element)
 
 
 def _add_tips(root: ET.Element, group: str, texts: Sequence[str]) -> None:

@@ -31,7 +31,10 @@ SHADES = tuple(LIGHT[f"h{i}"] for i in range(len(GAPS) + 1))
 MOST = 36
 """Cells drawn; of more, this many spread evenly over compute."""
 
-TIPS = 4000
+MOST_DOTS = 8000
+"""Trials drawn in all cells together; of more, each cell's are thinned evenly by loss."""
+
+TIPS = 3000
 """Trials with a hover text; beyond this many in the page none has one."""
 
 REGION = 5.991
@@ -56,11 +59,17 @@ def chosen_cells(fits: Fits) -> list[str]:
     return [names[i] for i in spread]
 
 
+def dots_of(cells: int) -> int:
+    """The most trials drawn in each of so many cells."""
+    return max(MOST_DOTS // max(cells, 1), 40)
+
+
 def cell_figures(fits: Fits, table: CellTable, *, png: bool = False) -> list[CellFigure]:
     """One small figure a cell; all cells of an architecture share their axes."""
     searched = {t.name: t for t in table.searched()}
     names = [n for n in chosen_cells(fits) if n in searched]
     tips = sum(len(searched[n].loss) for n in names) <= TIPS
+    dots = dots_of(len(names))
     figures = []
     boxes: dict[str, np.ndarray] = {}
     for name in names:
@@ -69,7 +78,7 @@ def cell_figures(fits: Fits, table: CellTable, *, png: bool = False) -> list[Cel
             same = fits.cells.index[fits.cells["architecture"] == architecture]
             boxes[architecture] = _box([searched[n] for n in same if n in searched])
         figures.append(
-            _cell_figure(searched[name], fits, boxes[architecture], len(figures), tips, png)
+            _cell_figure(searched[name], fits, boxes[architecture], len(figures), dots, tips, png)
         )
     return figures
 
@@ -79,6 +88,7 @@ def _cell_figure(
     fits: Fits,
     box: np.ndarray,
     number: int,
+    dots: int,
     tips: bool,
     png: bool,
 ) -> CellFigure:
@@ -94,6 +104,8 @@ def _cell_figure(
         if fits.surface is not None and fits.surface.status == "converged":
             _contours(axes, fits.surface, trials, best)
         order = np.argsort(-gap, kind="stable")
+        if len(order) > dots:
+            order = order[np.linspace(0, len(order) - 1, dots).round().astype(int)]
         shade = np.searchsorted(GAPS, gap[order], side="right")
         axes.scatter(
             trials.learning_rate[order],
@@ -104,6 +116,7 @@ def _cell_figure(
             linewidths=[0.7 if i < 4 else 0.4 for i in shade],
             zorder=3,
             gid="trials",
+            clip_on=False,
         )
         if len(trials.failed_learning_rate):
             axes.scatter(

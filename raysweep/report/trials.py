@@ -11,10 +11,10 @@ import pandas as pd
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.fits import Fits
 
-MOST_ROWS = 12_000
+MOST_ROWS = 8000
 """Rows in the page. Beyond it the worst losses of each cell are left to the Parquet table."""
 
-CURVE_NUMBERS = 60_000
+CURVE_NUMBERS = 50_000
 """Points of curves in the page, shared by all trials that have one."""
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -34,8 +34,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
 """Column -> heading and kind."""
 
 
-def trial_table(frame: pd.DataFrame, curves: pd.DataFrame, fits: Fits) -> dict[str, Any]:
-    """{"columns": [...], "rows": n, "shown": n, "curves": {...}} of a table of trials and their
+def trial_table(
+    frame: pd.DataFrame, curves: pd.DataFrame, fits: Fits, most: int = MOST_ROWS
+) -> dict[str, Any]:
+    """{"columns": [...], "rows": n, "shown": n, "curves": [...]} of a table of trials and their
     loss curves; text columns are coded as words and indices."""
     finished = frame["status"].astype(str) == FINISHED
     loss = pd.to_numeric(frame["loss"], errors="coerce").astype(float).where(finished)
@@ -44,8 +46,8 @@ def trial_table(frame: pd.DataFrame, curves: pd.DataFrame, fits: Fits) -> dict[s
         gap=loss / best - 1,
         why=frame["excluded"].astype(object).where(frame["excluded"].notna(), frame["reason"]),
     )
-    if len(table) > MOST_ROWS:
-        table = table.sort_values("gap", na_position="first", kind="stable").iloc[:MOST_ROWS]
+    if len(table) > most:
+        table = table.sort_values("gap", na_position="first", kind="stable").iloc[:most]
     order = {str(c): i for i, c in enumerate(fits.cells.index)}
     place = table["cell"].astype(str).map(order).fillna(len(order))
     table = table.assign(_place=place).sort_values(["_place", "loss"], kind="stable")
@@ -63,20 +65,19 @@ def trial_table(frame: pd.DataFrame, curves: pd.DataFrame, fits: Fits) -> dict[s
     }
 
 
-def _curves(keys: pd.Series, curves: pd.DataFrame) -> dict[str, list[float]]:
-    """Trial -> its training loss at even steps in tokens, from the first logged to the last."""
+def _curves(keys: pd.Series, curves: pd.DataFrame) -> list[list[float] | None]:
+    """Each trial's training loss at even steps in tokens, from the first logged to the last."""
     known = curves[curves["trial_key"].isin(set(keys)) & np.isfinite(curves["train_loss"])]
-    groups = [(key, part) for key, part in known.groupby("trial_key") if len(part) > 1]
-    if not groups:
-        return {}
-    points = int(np.clip(CURVE_NUMBERS // len(groups), 6, 48))
-    found = {}
-    for key, part in groups:
-        tokens = part["tokens"].to_numpy(float)
-        at = np.linspace(tokens[0], tokens[-1], points)
-        losses = np.interp(at, tokens, part["train_loss"].to_numpy(float))
-        found[str(key)] = [float(f"{v:.4g}") for v in losses]
-    return found
+    groups = {str(key): part for key, part in known.groupby("trial_key") if len(part) > 1}
+    points = int(np.clip(CURVE_NUMBERS // max(len(groups), 1), 6, 48))
+    return [_thinned(groups[key], points) if key in groups else None for key in keys.astype(str)]
+
+
+def _thinned(curve: pd.DataFrame, points: int) -> list[float]:
+    tokens = curve["tokens"].to_numpy(float)
+    at = np.linspace(tokens[0], tokens[-1], points)
+    losses = np.interp(at, tokens, curve["train_loss"].to_numpy(float))
+    return [float(f"{v:.4g}") for v in losses]
 
 
 def _coded(values: pd.Series, kind: str) -> dict[str, Any]:

@@ -79,16 +79,16 @@
   // A trial's loss curve, beside that of the best trial of its cell.
   const named = (name) => columns.find((c) => c.name === name);
   const bestOf = (row) => {
-    const cell = named("cell"), loss = named("loss"), keys = named("trial_key");
+    const cell = named("cell"), loss = named("loss");
     let best = null;
     for (let other = 0; other < trials.shown; other++)
-      if (value(cell, other) === value(cell, row) && value(loss, other) !== null && trials.curves[value(keys, other)])
+      if (value(cell, other) === value(cell, row) && value(loss, other) !== null && trials.curves[other])
         if (best === null || value(loss, other) < value(loss, best)) best = other;
-    return best === null ? null : value(keys, best);
+    return best;
   };
   const chart = (row, key) => {
     const best = bestOf(row);
-    const lines = [[trials.curves[best] ?? [], "var(--faint)"], [trials.curves[key], "var(--c0)"]];
+    const lines = [[trials.curves[best] ?? [], "var(--faint)"], [trials.curves[row], "var(--c0)"]];
     const all = lines.flatMap(([losses]) => losses);
     const low = Math.min(...all), high = Math.max(...all);
     const x = (i, n) => 46 + (560 * i) / (n - 1), y = (v) => 12 + 118 * (1 - (v - low) / (high - low || 1));
@@ -101,14 +101,14 @@
     };
     svg.setAttribute("viewBox", "0 0 620 160");
     svg.setAttribute("role", "img");
-    svg.setAttribute("aria-label", `Training loss of trial ${key} from ${all.length ? trials.curves[key][0] : ""} to ${trials.curves[key].at(-1)}`);
+    svg.setAttribute("aria-label", `Training loss of trial ${key} from ${trials.curves[row][0]} to ${trials.curves[row].at(-1)}`);
     for (const level of [low, high]) {
       add("line", { x1: 46, x2: 606, y1: y(level), y2: y(level), stroke: "var(--grid)" });
       add("text", { x: 40, y: y(level) + 4, "text-anchor": "end" }, level.toFixed(2));
     }
     for (const [losses, colour] of lines)
       add("polyline", { fill: "none", stroke: colour, "stroke-width": 1.6, points: losses.map((v, i) => `${x(i, losses.length).toFixed(1)},${y(v).toFixed(1)}`).join(" ") });
-    add("text", { x: 46, y: 150 }, "training loss, from the first step logged to the last" + (best === key ? "; the best trial of its cell" : "; grey: the best trial of its cell"));
+    add("text", { x: 46, y: 150 }, "training loss, from the first step logged to the last" + (best === row ? "; the best trial of its cell" : "; grey: the best trial of its cell"));
     return svg;
   };
   const curveButton = (line, row, key) => {
@@ -167,7 +167,7 @@
         const cell = make("td", column.kind === "key" ? text.slice(0, 8) : text, numeric ? "num" : column.name === "why" ? "wrap" : "");
         if (column.kind === "key") {
           cell.title = text;
-          if (trials.curves[v]) cell.replaceChildren(curveButton(line, row, v));
+          if (trials.curves[row]) cell.replaceChildren(curveButton(line, row, v));
         }
         line.append(cell);
       }
