@@ -52,7 +52,7 @@ def progress(uri: str) -> list[CellProgress]:
 def render(cells: list[CellProgress]) -> str:
     """A plain table, and a line of totals for each study; fit for log files."""
     header = ("cell", "done", "finished", "other", "best loss", "last started (UTC)")
-    table = [header]
+    table: list[tuple[str, ...]] = [header]
     for cell in cells:
         done = sum(cell.statuses.values())
         others = {s: n for s, n in sorted(cell.statuses.items()) if s != FINISHED}
