@@ -65,7 +65,7 @@ def compute_optimal(
         nan = float("nan")
         return Allocation(flops, nan, nan, nan, nan, "numeric", "no fit", {})
     cost = flops_per_token or six_n
-    closed = fit.law.key in _CLOSED and flops_per_token is None
+    closed = _has_closed_form(fit, cost)
     draws = fit.values[None] if fit.samples is None else np.vstack([fit.values, fit.samples])
     extra = dict(given or {})
     budgets = flops * np.exp([-0.05, 0.0, 0.05])
@@ -103,19 +103,24 @@ def optimal_params(
     fit: LossFit, draws: np.ndarray, flops: np.ndarray, given: Inputs, cost: Count = six_n
 ) -> np.ndarray:
     """The N [B] of the lowest loss that each of `draws` [B, p] reaches with its own budget [B]."""
-    return np.exp(_numeric(fit, draws, flops, dict(given), cost))
+    solve = _closed_form if _has_closed_form(fit, cost) else _numeric
+    return np.exp(solve(fit, draws, flops, dict(given), cost))
 
 
 def optimal_loss(
     fit: LossFit, draws: np.ndarray, flops: np.ndarray, given: Inputs, cost: Count = six_n
 ) -> np.ndarray:
     """The lowest loss [B] that each of `draws` [B, p] reaches with its own budget `flops` [B]."""
-    best = _numeric(fit, draws, flops, dict(given), cost)
+    best = np.log(optimal_params(fit, draws, flops, given, cost))
     return _along(fit, draws, best, flops, dict(given), cost)
 
 
+def _has_closed_form(fit: LossFit, cost: Count) -> bool:
+    return fit.law.key in _CLOSED and cost is six_n
+
+
 def _closed_form(
-    fit: LossFit, draws: np.ndarray, flops: float, given: dict, cost: Count
+    fit: LossFit, draws: np.ndarray, flops: float | np.ndarray, given: dict, cost: Count
 ) -> np.ndarray:
     """log N_opt [B] = (log(a A / (b B)) + b log(C/6)) / (a + b), with A / E^g for experts."""
     c = dict(zip(fit.law.names, draws.T, strict=True))

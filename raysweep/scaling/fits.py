@@ -12,6 +12,7 @@ import pandas as pd
 
 from raysweep.errors import UserError
 from raysweep.scaling.advise import advise
+from raysweep.scaling.budgets import Saving, Split, savings, split_budget, usable_experts_law
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.groups import ALL, Group, Sources, fit_group
 from raysweep.scaling.noise import Ratio, cell_noise_scale, compare_kinds
@@ -24,6 +25,7 @@ from raysweep.scaling.optimum import (
 )
 from raysweep.scaling.plain import plain
 from raysweep.scaling.recommend import Recommendation
+from raysweep.scaling.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.summary import summary
 from raysweep.scaling.surface import Surface
 
@@ -47,7 +49,8 @@ class Fits:
     the default method's `learning_rate`, `batch_tokens`, `status`. `optima[method][cell]` are the
     optima by every method. `groups` are the architectures by name, and `ALL` where there are
     several. `comparison` holds MoE over dense, `at equal loss` and `at equal N and D`; empty
-    without both.
+    without both. `allocation` tells how each architecture best splits a budget, `efficiency` what
+    each MoE architecture saves over dense (empty without both).
     """
 
     method: str
@@ -57,6 +60,8 @@ class Fits:
     optima: dict[str, dict[str, Optimum]]
     groups: dict[str, Group]
     comparison: dict[str, dict[str, Ratio]]
+    allocation: dict[str, Split]
+    efficiency: dict[str, Saving]
     noise_scale: pd.DataFrame
     surface: Surface | None
     loss_law: str | None
@@ -74,6 +79,8 @@ class Fits:
                 "optima": self.optima,
                 "groups": self.groups,
                 "comparison": self.comparison,
+                "allocation": self.allocation,
+                "efficiency": self.efficiency,
                 "noise_scale": self.noise_scale,
                 "messages": self.messages,
             }
@@ -99,6 +106,15 @@ class Fits:
         status.
         """
         return advise(self, architecture, params, tokens, experts, top_k)
+
+    def serve(
+        self, flops: float, serving: Serving, experts: Sequence[float] = (2, 4, 8, 16, 32, 64)
+    ) -> list[Solution]:
+        """What a training budget buys with each number of experts, at equal quality and at equal
+        serving cost; see `serving.serving_solutions`.
+
+        Raises UserError where no law over dense and MoE cells was fitted."""
+        return serving_solutions(usable_experts_law(self.groups), flops, serving, experts)
 
 
 def fit(
@@ -160,6 +176,10 @@ def fit(
         optima=optima,
         groups=groups,
         comparison=comparison,
+        allocation={
+            name: split_budget(group, n_boot, seed) for name, group in groups.items() if name != ALL
+        },
+        efficiency=savings(groups),
         noise_scale=noise,
         surface=surface,
         loss_law=loss_law,

@@ -131,7 +131,7 @@ def fit_loss_law(
     except UserError as error:
         return NotFitted(law, str(error))
     if not len(known):
-        return NotFitted(law, "no cell has a finished trial that counts", "too few cells")
+        return NotFitted(law, f"no finished trial tells all of {_listed(law)}", "too few cells")
     loss = known["loss"].to_numpy(float)
     groups = known["cell_group"].to_numpy() if "cell_group" in known else known.index.to_numpy()
     # Three cells leave no freedom for a floor, and cannot tell which of them is a stray: Kaplan's
@@ -205,6 +205,10 @@ def predict_loss(
         low, high = fit.interval(wanted, new_observation=True)
         return key, value, float(low[0]), float(high[0])
     return None
+
+
+def _listed(law: str) -> str:
+    return ", ".join((*LOSS_LAWS[law].inputs, "loss"))
 
 
 def _complete(cells: pd.DataFrame, column: str) -> bool:

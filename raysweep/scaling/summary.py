@@ -11,6 +11,7 @@ from raysweep.scaling.noise import Ratio
 from raysweep.scaling.power_law import SYMBOLS, PowerLaw
 
 if TYPE_CHECKING:
+    from raysweep.scaling.budgets import Saving, Split
     from raysweep.scaling.fits import Fits
     from raysweep.scaling.groups import Group
 
@@ -24,11 +25,15 @@ def summary(fits: Fits) -> str:
     lines += ["", f"Optima by the method '{fits.method}'", *_cells(fits)]
     for group in fits.groups.values():
         lines += ["", f"{group.name} ({group.kind}, {len(group.cells)} cells)", *_group(group)]
+        if group.name in fits.allocation:
+            lines += _split(fits.allocation[group.name])
     for label, ratios in fits.comparison.items():
         lines += ["", f"MoE over dense {label}"]
         for name, r in ratios.items():
             text = f"{r.ratio:.3g} (95 %: {r.low:.3g} to {r.high:.3g})" if r.ok else _why(r)
             lines.append(f"  {name:<20} {text}")
+    for saving in fits.efficiency.values():
+        lines += ["", f"Experts of {saving.architecture} against a dense model", *_saving(saving)]
     return "\n".join(lines)
 
 
@@ -58,16 +63,74 @@ def _group(group: Group) -> list[str]:
         lines.append("    * predicts unseen cells best; N is " + group.count)
     for key, fit in group.loss_laws.items():
         if isinstance(fit, LossFit) and fit.ok:
-            values = ", ".join(f"{k} {v:.4g}" for k, v in fit.coefficients.items())
-            lines.append(f"    {fit.law.formula}: {values} ({fit.status})")
+            first = "*" if key == next(iter(group.loss_order()), None) else " "
+            lines.append(
+                f"  {first} {fit.law.formula}: {_coefficients(fit)} ({_trust(group, key)})"
+            )
         else:
             lines.append(f"    {key}: {_why(fit)}")
+    if group.loss_order():
+        lines.append("    * predicts the largest scale best, fitted without it")
     for label, gap in (("all cells", group.in_sample), ("held-out cells", group.held_out)):
         if gap is not None and gap.gaps:
             lines.append(
                 f"    loss gap of the laws on {label}: mean {100 * gap.mean:.3f} %, max "
                 f"{100 * gap.max:.3f} %, {len(gap.gaps)} cells, fitted on {gap.n_train}"
             )
+    return lines
+
+
+def _coefficients(fit: LossFit) -> str:
+    """Every coefficient, exponents with their intervals."""
+    exponents = {c.name for c in fit.law.form.coefficients if c.kind == "exponent"}
+    texts = []
+    for name, value in fit.coefficients.items():
+        text = f"{name} {value:.4g}"
+        if name in exponents and fit.samples is not None and len(fit.samples) > 1:
+            low, high = fit.coefficient_interval(name)
+            text += f" (95 %: {low:.3g}..{high:.3g})"
+        texts.append(text)
+    return ", ".join(texts)
+
+
+def _trust(group: Group, key: str) -> str:
+    check, fit = group.loss_checks.get(key), group.loss_laws[key]
+    known = check is not None and math.isfinite(check.error)
+    off = f"; {100 * check.error:.2f} % off the largest scale" if check and known else ""
+    return fit.status + off
+
+
+def _split(split: Split) -> list[str]:
+    if split.optimum is None:
+        return [f"    split of a budget: {split.status}: {split.message}"]
+    best = split.optimum
+    ends = best.intervals.get("exponent")
+    between = f" (95 %: {ends[0]:.3f}..{ends[1]:.3f})" if ends else ""
+    lines = [
+        f"    best split of {best.flops:.3g} FLOPs: N {best.params:.4g}, D {best.tokens:.4g}; "
+        f"N_opt ~ C^{best.exponent:.3f}{between}, N is {split.count} ({split.status})"
+    ]
+    if split.parabolas is not None:
+        ends = split.parabolas.interval
+        between = f" (95 %: {ends[0]:.3f}..{ends[1]:.3f})" if ends else ""
+        lines.append(
+            f"    by IsoFLOP parabolas: N_opt ~ C^{split.parabolas.exponent:.3f}{between}, of "
+            f"which {split.bias:+.3f} is their bias on these sizes; prefer the line above"
+        )
+    return lines
+
+
+def _saving(saving: Saving) -> list[str]:
+    tokens, compute = saving.tokens_for_equal_loss, saving.compute_for_equal_loss
+    if tokens is None or compute is None:
+        return [f"  {saving.status}: {saving.message}"]
+    lines = [
+        f"  at N {saving.params:.4g} active, D {saving.tokens:.4g}, by the law '{saving.law}' "
+        f"({saving.status}):"
+    ]
+    for name, e in (("tokens for equal loss", tokens), ("compute for equal loss", compute)):
+        ends = f" (95 %: {e.interval[0]:.3g} to {e.interval[1]:.3g})" if e.interval else ""
+        lines.append(f"  {name:<23} {e.ratio:.3g} times as many{ends}: {e.message}")
     return lines
 
 
