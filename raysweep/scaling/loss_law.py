@@ -282,8 +282,9 @@ class Law:
         four that shape the experts' term where experts take two values."""
         free = problem.bounds.free
         jacobian = evaluate(problem.design, starts[:LOOKED_AT]).jacobian()[..., free]
-        found = [_undetermined(j, weights, CONFOUNDED) for j in jacobian]
-        if any(mixed is None for mixed in found):
+        looked = [_undetermined(j, weights, CONFOUNDED) for j in jacobian]
+        found = [mixed for mixed in looked if mixed is not None]
+        if len(found) < len(looked):
             return None
         return np.array(self.names)[free][np.any(found, axis=0)]
 
