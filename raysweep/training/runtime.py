@@ -17,7 +17,7 @@ from raysweep.scale import ModelShape
 
 COMPILE_FLOPS = 1e16
 """A run of fewer floating-point operations is over before a compiled model has paid for itself."""
-CPU_MICRO_TOKENS = 4096
+CPU_MICRO_TOKENS = 2048
 """More tokens at once than this are no faster on a CPU: activations leave its cache."""
 
 
