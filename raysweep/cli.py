@@ -185,9 +185,10 @@ def recommend_command(
 def report_command(
     results: ResultsArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")],
+    png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
 ) -> None:
     """Write the HTML report of a results folder."""
-    typer.echo(str(_write_report(results, output)))
+    typer.echo(str(_write_report(results, output, png=png)))
 
 
 @app.command("submit")
@@ -310,11 +311,11 @@ def _fit(uri: str) -> Any:
     return fits
 
 
-def _write_report(uri: str, folder: Path) -> Path:
+def _write_report(uri: str, folder: Path, *, png: bool = False) -> Path:
     from raysweep.report import report
     from raysweep.results import Results
 
-    return report(Results.open(uri), folder)
+    return report(Results.open(uri), folder, png=png)
 
 
 def main() -> None:

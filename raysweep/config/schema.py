@@ -320,7 +320,7 @@ class Target(Section):
 
     architecture: Name
     params: Positive
-    """Active non-embedding parameters of the dense twin."""
+    """Active non-embedding parameters."""
     tokens: Positive
 
 
