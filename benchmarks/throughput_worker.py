@@ -88,7 +88,7 @@ def ours(case: dict[str, Any]) -> float:
 
 
 def peer(case: dict[str, Any]) -> float:
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]  # the bench extra
 
     d, heads = case["d_model"], case["heads"]
     d_ff = 8 * d // 3 // 8 * 8

@@ -75,9 +75,11 @@ def test_parabolas_need_budgets_and_tell_their_bias(shared_data) -> None:
         read_isoflop(shared_data / "isoflop_marin_comma.csv"), n_boot=40
     ).allocation.values()
     assert held.parabolas is not None
+    assert held.optimum is not None
     assert held.parabolas.exponent - held.bias == pytest.approx(held.optimum.exponent, abs=0.1)
     (scattered,) = fit(
         read_chinchilla(shared_data / "chinchilla_points.csv"), n_boot=40
     ).allocation.values()
     assert scattered.parabolas is None
+    assert scattered.optimum is not None
     assert np.isfinite(scattered.optimum.exponent)
