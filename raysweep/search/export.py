@@ -28,7 +28,7 @@ def export_optuna(frame: pd.DataFrame, path: Path) -> int:
         raise UserError(f"{path} exists: name a new file, or remove it")
     rows = frame[frame["learning_rate"].notna() & frame["batch_sequences"].notna()]
     if rows.empty:
-        raise UserError("no trial with a learning rate and a batch: nothing to export")
+        raise UserError("no trial with a learning rate and batch_sequences: nothing to export")
     path.parent.mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(path)))
     verbosity = optuna.logging.get_verbosity()
