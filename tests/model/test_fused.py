@@ -105,7 +105,7 @@ def test_matmul_below_and_above_the_threshold(rows):
     torch.testing.assert_close(fused.matmul_of_transposed(y, x), y.t() @ x, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("tokens", [40, 3000], ids=["equal rows", "rows in multiples"])
+@pytest.mark.parametrize("tokens", [40, 4000], ids=["all at once", "one by one"])
 def test_experts_in_float32(tokens):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, 64, generator=generator)
