@@ -22,8 +22,8 @@ from raysweep.model.functional import NORM_EPS
 
 ONEDNN_FROM = 1 << 20
 """Multiply-adds from which oneDNN's product is faster than BLAS despite its cost a call."""
-ONEDNN_TRANSPOSED_FROM = 1 << 23
-"""The same of products whose first factor it must copy."""
+ONEDNN_GRADIENT_FROM = 1 << 12
+"""Elements of a weight from which its gradient pays for the copy that oneDNN makes."""
 LOGITS_IN_CACHE = 1 << 18
 
 
@@ -39,25 +39,31 @@ def usable(x: Tensor) -> bool:
 
 def matmul(x_NI: Tensor, w_IO: Tensor) -> Tensor:
     """x @ w. oneDNN is about twice as fast as MKL on AMD processors, and no slower elsewhere."""
-    return _matmul(x_NI, w_IO, ONEDNN_FROM)
+    if x_NI.shape[0] * w_IO.numel() < ONEDNN_FROM or not _onednn_takes(x_NI):
+        return x_NI @ w_IO
+    return _onednn(x_NI, w_IO)
 
 
 def matmul_of_transposed(x_NI: Tensor, y_NO: Tensor) -> Tensor:
     """x.t() @ y, the gradient of a weight: of the two, oneDNN copies the narrower."""
+    out = x_NI.shape[1] * y_NO.shape[1]
+    if out < ONEDNN_GRADIENT_FROM or len(x_NI) * out < ONEDNN_FROM or not _onednn_takes(x_NI):
+        return x_NI.t() @ y_NO
     if x_NI.shape[1] <= y_NO.shape[1]:
-        return _matmul(x_NI.t(), y_NO, ONEDNN_TRANSPOSED_FROM)
-    return _matmul(y_NO.t(), x_NI, ONEDNN_TRANSPOSED_FROM).t()
+        return _onednn(x_NI.t(), y_NO)
+    return _onednn(y_NO.t(), x_NI).t()
 
 
-def _matmul(x_NI: Tensor, w_IO: Tensor, onednn_from: int) -> Tensor:
-    work = x_NI.shape[0] * x_NI.shape[1] * w_IO.shape[1]
-    if work < onednn_from or x_NI.dtype != torch.float32 or not _has_onednn():
-        return x_NI @ w_IO
+def _onednn(x_NI: Tensor, w_IO: Tensor) -> Tensor:
     # Of matrices with gaps between rows oneDNN makes a product a hundred times as slow.
     x, w = (
         m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x_NI, w_IO)
     )
     return torch.ops.mkldnn._linear_pointwise(x, w.t(), None, "none", [], "")
+
+
+def _onednn_takes(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and _has_onednn()
 
 
 def feed_forward_block(x_BTD: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

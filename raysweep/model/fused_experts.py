@@ -77,7 +77,9 @@ class _Mix(Function):
         activations = []
         for rows, experts in groups:
             x = x_ND.index_select(0, token_R[rows])
-            gate, up = (_product(x, w, ends_E) for w in gate_up_EDF[experts].chunk(2, -1))
+            both = _product(x, gate_up_EDF[experts], ends_E)
+            # Copies pay: elementwise kernels are slow on rows of odd width.
+            gate, up = (half.contiguous() for half in both.chunk(2, 1))
             gated = torch.nn.functional.silu(gate)
             hidden = gated * up
             weighted = hidden * weight_R1[rows]
@@ -101,12 +103,9 @@ class _Mix(Function):
             d_weighted = _product(dy, down[experts].mT, ends)
             d_weight_R[rows] = torch.linalg.vecdot(d_weighted, hidden)
             d_weighted.mul_(weight_R1[rows])
-            d_gate, d_up = swiglu_backward(d_weighted, gate, up, gated)
-            w_gate, w_up = gate_up[experts].chunk(2, -1)
-            d_w = _gradient(x, d_gate, w_gate, ends), _gradient(x, d_up, w_up, ends)
-            d_gate_up[experts] = torch.cat(d_w, -1)
-            dx = _product(d_gate, w_gate.mT, ends)
-            torch.add(dx, _product(d_up, w_up.mT, ends), out=dx_RD[rows])
+            d_both = torch.cat(swiglu_backward(d_weighted, gate, up, gated), 1)
+            d_gate_up[experts] = _gradient(x, d_both, gate_up[experts], ends)
+            dx_RD[rows] = _product(d_both, gate_up[experts].mT, ends)
         d_weights = d_weight_R.index_select(0, row_M).view(-1, ctx.top_k)
         dx = _sum_of_pairs(dx_RD, row_M, ctx.top_k)
         return dx, d_weights, d_gate_up, d_down, *[None] * 6
