@@ -1,0 +1,88 @@
+"""Commands that read results: import, export, fit, recommend, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raysweep.cli.common import AsJson, ResultsArgument, app, fit_results, write_report
+from raysweep.errors import UserError
+
+
+@app.command("import")
+def import_command(
+    format_: Annotated[
+        str, typer.Argument(help="steplaw, chinchilla, isoflop or csv.", metavar="FORMAT")
+    ],
+    file: Annotated[Path, typer.Argument(help="File to read.")],
+    results: Annotated[str, typer.Option("--results", help="Results folder or URI.")],
+    map_: Annotated[
+        str | None, typer.Option("--map", help="For csv: column=name,... ours to the file's.")
+    ] = None,
+) -> None:
+    """Bring results that exist already: published sweeps, or your own as CSV."""
+    from raysweep.results import Results
+    from raysweep.results.importers import import_file
+
+    rows = import_file(format_, file, map_)
+    store = Results.open(results, create=True)
+    new = store.write_many(rows)
+    left_out = rows[rows["excluded"].notna()]
+    typer.echo(f"{new} new rows of {len(rows)} in {store.uri}; {len(left_out)} kept out of fits")
+    for reason, count in left_out["excluded"].value_counts().items():
+        typer.echo(f"  {count} x {reason}")
+
+
+@app.command("export")
+def export_command(
+    format_: Annotated[str, typer.Argument(help="optuna.", metavar="FORMAT")],
+    results: ResultsArgument,
+    file: Annotated[Path, typer.Argument(help="Journal to write, e.g. journal.log.")],
+) -> None:
+    """Write results for other tools: `optuna` is a journal that optuna-dashboard opens."""
+    from raysweep.results import Results
+    from raysweep.search.export import export_optuna
+
+    if format_ != "optuna":
+        raise UserError(f"unknown export format {format_!r}; known: optuna")
+    count = export_optuna(Results.open(results).frame(), file)
+    typer.echo(f"{count} trials in {file}")
+
+
+@app.command("fit")
+def fit_command(results: ResultsArgument, as_json: AsJson = False) -> None:
+    """Fit the optima and the laws, and print them."""
+    fits = fit_results(results)
+    typer.echo(json.dumps(fits.to_dict(), indent=1) if as_json else str(fits))
+
+
+@app.command("recommend")
+def recommend_command(
+    results: ResultsArgument,
+    params: Annotated[float, typer.Option(help="Active non-embedding parameters, e.g. 7e9.")],
+    tokens: Annotated[float, typer.Option(help="Token budget, e.g. 1.4e12.")],
+    architecture: Annotated[
+        str | None, typer.Option(help="Architecture of the study; default: the one that fits.")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="Routed experts of a MoE.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts a token is sent to.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend learning rate and batch size for a run, with the expected loss."""
+    answer = fit_results(results).recommend(
+        architecture, params=params, tokens=tokens, experts=experts, top_k=top_k
+    )
+    typer.echo(json.dumps(answer.to_dict(), indent=1) if as_json else str(answer))
+
+
+@app.command("report")
+def report_command(
+    results: ResultsArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")],
+    png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
+) -> None:
+    """Write the HTML report of a results folder."""
+    typer.echo(str(write_report(results, output, png=png)))

@@ -1,0 +1,81 @@
+"""Commands that make results: run, plan, train, schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raysweep.cli.common import (
+    AsJson,
+    ResultsOption,
+    Set,
+    Space,
+    app,
+    load_study,
+    write_report,
+)
+
+
+@app.command("run")
+def run_command(
+    space: Space,
+    results: ResultsOption = None,
+    set_: Set = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; default: start Ray on this machine.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of the report; default: reports/STUDY.")
+    ] = None,
+) -> None:
+    """Search every cell of a study, fit the laws, write the report. Run again to continue."""
+    from raysweep.search.run import run
+
+    study = load_study(space, set_)
+    summary = run(study, results_uri=results, address=address)
+    for problem in summary.results.problems:
+        typer.echo(f"warning: {problem}", err=True)
+    typer.echo("fitting the laws and writing the report", err=True)
+    page = write_report(summary.results.uri, report or Path("reports") / study.name)
+    typer.echo(str(page))
+
+
+@app.command("plan")
+def plan_command(space: Space, set_: Set = None, as_json: AsJson = False) -> None:
+    """Show a study's cells, parameters, tokens and FLOPs. Trains nothing."""
+    from raysweep.plan import make_plan, render_plan
+
+    plan = make_plan(load_study(space, set_))
+    if as_json:
+        typer.echo(json.dumps(plan.to_dict(), indent=1))
+    else:
+        render_plan(plan)
+
+
+@app.command("train")
+def train_command(
+    space: Space,
+    cell: Annotated[str, typer.Option(help="Name of the cell; 'plan' lists them.")],
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")],
+    batch_tokens: Annotated[int, typer.Option(help="Global batch in tokens.")],
+    seed: Annotated[int | None, typer.Option(help="Seed; default: the study's.")] = None,
+    results: ResultsOption = None,
+    set_: Set = None,
+) -> None:
+    """Train one trial here, without Tune. With --results its row is kept."""
+    from raysweep.training.single import train_one
+
+    row = train_one(load_study(space, set_), cell, lr, batch_tokens, seed=seed, results_uri=results)
+    shown = ("status", "reason", "loss", "loss_se", "bits_per_byte", "tokens_seen", "seconds_train")
+    typer.echo(json.dumps({"trial_key": row["trial_key"], **{k: row[k] for k in shown}}, indent=1))
+
+
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of search-space files, for editors."""
+    from raysweep.config.schema import SearchSpace
+
+    typer.echo(json.dumps(SearchSpace.model_json_schema(), indent=1))
