@@ -23,6 +23,9 @@ from raysweep.training.outcome import Reporter, Silent, Status, TrialOutcome
 from raysweep.training.parallel import Workers
 from raysweep.training.step import GradientMaker
 
+LOOK_SECONDS = 5.0
+"""A run asks this often whether to stop or to save, however far apart its curve's points are."""
+
 
 def train(
     spec: TrialSpec,
@@ -128,7 +131,7 @@ class _Run:
             self.seconds += time.perf_counter() - started
             if not math.isfinite(evaluation.loss):
                 status, reason, evaluation = "diverged", "non-finite validation loss", None
-        if self.checkpoint_dir and self.workers.rank == 0:
+        if self.checkpoint_dir and self.workers.rank == 0 and status != "stopped":
             checkpoint.remove(self.checkpoint_dir)
         return self._outcome(status, reason, evaluation, seconds_steps)
 
@@ -137,28 +140,35 @@ class _Run:
         spec, recipe = self.spec, self.spec.recipe
         started, before = time.perf_counter(), self.seconds
         due = checkpoint.Timer(recipe.checkpoint_seconds)
+        first, look = self.step, self.step + 1
         self.model.train()
         while self.step < spec.steps:
             rate = schedule.learning_rate(
                 recipe, spec.learning_rate, (self.step + 0.5) * spec.batch_tokens, self.horizon
             )
             self._one_step(rate)
-            if self.step % self.monitor.every and self.step < spec.steps:
+            point = self.step % self.monitor.every == 0 or self.step == spec.steps
+            if not point and self.step < look:
                 continue
-            reason = self._read_numbers(rate)
-            self.seconds = before + time.perf_counter() - started
+            reason = self._read_numbers(rate) if point else None
+            seconds = time.perf_counter() - started
+            self.seconds = before + seconds
             if self.out_of_memory:
                 return "out_of_memory", reason
             if reason:
                 return "diverged", reason
-            self.reporter.report(self.step, self.step * spec.batch_tokens, self.monitor.smooth)
-            stop, save = self._decide(due)
-            if stop and self.step < spec.steps:
-                return "stopped", f"stopped after {self.step} of {spec.steps} steps"
-            if save and self.checkpoint_dir:
+            if point:
+                self.reporter.report(self.step, self.step * spec.batch_tokens, self.monitor.smooth)
+            pause = max(1, int(LOOK_SECONDS / (seconds / (self.step - first))))
+            stop, save, pause = self._decide(due, min(pause, self.monitor.every))
+            look = self.step + pause
+            stop = stop and self.step < spec.steps
+            if (stop or save) and self.checkpoint_dir:
                 state = self._state()
                 if self.workers.rank == 0:
                     checkpoint.save(self.checkpoint_dir, state)
+            if stop:
+                return "stopped", f"stopped after {self.step} of {spec.steps} steps"
         return "finished", None
 
     def _one_step(self, rate: float) -> None:
@@ -195,15 +205,15 @@ class _Run:
         self.traces.clear()
         return reason
 
-    def _decide(self, due: checkpoint.Timer) -> tuple[bool, bool]:
-        """Whether to stop and to save now: rank 0 decides for all."""
+    def _decide(self, due: checkpoint.Timer, pause: int) -> tuple[bool, bool, int]:
+        """Whether to stop and to save now, and steps to the next look: rank 0 decides for all."""
         leader = self.workers.rank == 0
         stop, save = leader and self.reporter.should_stop(), leader and due.due()
         if self.workers.world_size == 1:
-            return stop, save
-        flags = torch.tensor([float(stop), float(save)], device=self.device)
-        stop, save = self.workers.sum(flags).bool().tolist()
-        return stop, save
+            return stop, save, pause
+        flags = torch.tensor([stop, save, pause if leader else 0], device=self.device).float()
+        stop, save, pause = self.workers.sum(flags).tolist()
+        return bool(stop), bool(save), int(pause)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -214,6 +224,8 @@ class _Run:
             "learned": self.workers.gather_state(self.model, self.optimizer),
             "monitor": self.monitor.state(),
             "noise": self.noise.state(),
+            "pending": [numbers.cpu() for numbers in self.pending],
+            "traces": [trace.cpu() for trace in self.traces],
         }
 
     def _resume(self) -> None:
@@ -234,6 +246,8 @@ class _Run:
         self.workers.scatter_state(self.model, self.optimizer, state["learned"])
         self.monitor.load(state["monitor"])
         self.noise = NoiseScale(**state["noise"])
+        self.pending = [numbers.to(self.device) for numbers in state["pending"]]
+        self.traces = [trace.to(self.device) for trace in state["traces"]]
 
     def _outcome(
         self, status: Status, reason: str | None, measured: Evaluation | None, seconds_steps: float

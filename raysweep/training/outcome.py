@@ -19,8 +19,8 @@ class Reporter(Protocol):
         ...
 
     def should_stop(self) -> bool:
-        """True ends the run after the current step, with status `stopped`. Only the first
-        worker's reporter is asked."""
+        """True ends the run after the current step, with status `stopped` and a checkpoint from
+        which it goes on. Asked every few seconds at least; only the first worker's reporter is."""
         ...
 
 

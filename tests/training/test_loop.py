@@ -8,7 +8,7 @@ import torch
 
 from raysweep.errors import UserError
 from raysweep.model import Decoder
-from raysweep.training import checkpoint
+from raysweep.training import checkpoint, loop, monitor
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent, TrialOutcome
 
@@ -184,6 +184,32 @@ def test_killed_and_resumed_is_bit_identical(corpus, spec, tmp_path, architectur
     resumed = run(trial, corpus, reporter=again, checkpoint_dir=tmp_path)
     assert again.heard[0][0] == die_at + 1
     assert result(resumed) == result(whole)
+    assert not list(tmp_path.iterdir())
+
+
+class StopsWhenAsked(Silent):
+    def __init__(self, at: int) -> None:
+        self.asked, self.at = 0, at
+
+    def should_stop(self) -> bool:
+        self.asked += 1
+        return self.asked == self.at
+
+
+@pytest.mark.parametrize("stop_at", [3, 8, 19])
+def test_stopped_between_points_of_the_curve_and_continued(
+    corpus, spec, tmp_path, monkeypatch, stop_at
+):
+    monkeypatch.setattr(monitor, "POINTS", 5)  # a point each 8 of the 40 steps
+    trial = spec("moe", recipe={"checkpoint_seconds": 600})
+    whole = run(trial, corpus)
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
+    stopped = run(trial, corpus, reporter=StopsWhenAsked(stop_at), checkpoint_dir=tmp_path)
+    assert (stopped.status, stopped.step) == ("stopped", stop_at)
+    state = checkpoint.load(tmp_path, trial.key)
+    assert state is not None
+    assert len(state["pending"]) == stop_at % 8
+    assert result(run(trial, corpus, checkpoint_dir=tmp_path)) == result(whole)
     assert not list(tmp_path.iterdir())
 
 
