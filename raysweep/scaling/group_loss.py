@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
@@ -49,40 +49,75 @@ class NotFitted:
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """A cell that a law of the loss predicted without having seen it; the interval, NaN without
+    resamples, is that of a new run."""
+
+    cell: str
+    observed: float
+    predicted: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class LossCheck:
     """How a law of the loss does on scales it has not seen; NaN where it could not be tried.
 
     `error` is the mean |ln(predicted / observed)| over the largest scale, predicted from the
     smaller ones; `extrapolation` the factor in parameters between the two; `aicc` as of
-    `holdout.aicc`.
+    `holdout.aicc`; `unseen` each cell of that scale.
     """
 
     error: float
     n_test: int
     extrapolation: float
     aicc: float
+    unseen: tuple[Unseen, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, NaN kept."""
-        return {
-            "error": self.error,
-            "n_test": self.n_test,
-            "extrapolation": self.extrapolation,
-            "aicc": self.aicc,
-        }
+        return asdict(self)
 
 
-def check_loss_law(fit: LossFit | NotFitted, scale: np.ndarray) -> LossCheck:
-    """Leave out the largest scale [n] (say, parameters) of a fit's points, and predict it."""
+def check_loss_law(
+    fit: LossFit | NotFitted, cells: pd.DataFrame, *, n_boot: int = 200, seed: int = 0
+) -> LossCheck:
+    """Leave out the largest scale of the cells that a law was fitted to, and predict it.
+
+    `cells` are those of `fit_loss_law`: rows without a loss are left."""
+    known = cells[cells["loss"].notna()]
     if not isinstance(fit, LossFit) or not fit.ok:
         return LossCheck(math.nan, 0, math.nan, math.nan)
+    scale = known["params_active_non_embedding"].to_numpy(float)
     level = levels(scale)
     held = level == level.max()
     if held.all():
         return LossCheck(math.nan, 0, math.nan, aicc(fit))
-    tried = held_out(Candidate(fit.law), fit.inputs, fit.loss, scale, held, cells=fit.cells)
-    error = tried.mean_log_error if tried.fit.ok else math.nan
-    return LossCheck(error, int(held.sum()), tried.extrapolation, aicc(fit))
+    tried = held_out(
+        Candidate(fit.law),
+        fit.inputs,
+        fit.loss,
+        scale,
+        held,
+        cells=fit.cells,
+        bootstrap=n_boot,
+        trial_noise=_trial_noise(known),
+    )
+    if not tried.fit.ok:
+        return LossCheck(math.nan, int(held.sum()), tried.extrapolation, aicc(fit))
+    low = high = np.full(int(held.sum()), math.nan)
+    if tried.fit.samples is not None and len(tried.fit.samples) > 1:
+        columns = {name: np.asarray(v)[held] for name, v in fit.inputs.items()}
+        low, high = tried.fit.interval(columns, new_observation=True, seed=seed)
+    unseen = zip(known.index[held], tried.observed, tried.predicted, low, high, strict=True)
+    return LossCheck(
+        error=tried.mean_log_error,
+        n_test=int(held.sum()),
+        extrapolation=tried.extrapolation,
+        aicc=aicc(fit),
+        unseen=tuple(Unseen(str(c), *(float(v) for v in values)) for c, *values in unseen),
+    )
 
 
 def loss_inputs(cells: pd.DataFrame, law: str) -> tuple[dict[str, np.ndarray], str]:

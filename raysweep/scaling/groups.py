@@ -168,7 +168,6 @@ def fit_group(name: str, cells: pd.DataFrame, data: Sources, loss_law: str | Non
         losses |= fit_loss_laws(cells, JOINT_LAWS, n_boot=data.n_boot, seed=data.seed)
     if loss_law is not None and loss_law not in losses:
         losses[loss_law] = fit_loss_law(cells, loss_law, n_boot=data.n_boot, seed=data.seed)
-    known = cells[cells["loss"].notna()]
     return Group(
         name=name,
         kind=kinds.pop() if len(kinds) == 1 else "mixed",
@@ -176,7 +175,7 @@ def fit_group(name: str, cells: pd.DataFrame, data: Sources, loss_law: str | Non
         laws=laws,
         loss_laws=losses,
         loss_checks={
-            key: check_loss_law(fitted, known["params_active_non_embedding"].to_numpy(float))
+            key: check_loss_law(fitted, cells, n_boot=min(data.n_boot, 100), seed=data.seed)
             for key, fitted in losses.items()
             if key != "three_term"  # fitted on batches, not on cells
         },

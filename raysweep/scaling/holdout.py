@@ -110,10 +110,13 @@ def held_out(
     weights: np.ndarray | None = None,
     cells: np.ndarray | None = None,
     huber: float = HUBER,
+    bootstrap: int = 0,
+    trial_noise: np.ndarray | float = 0.0,
 ) -> HeldOut:
     """Fit a candidate without the points `held` [n] bool, and predict them.
 
-    `scale` [n] is what the hold-out extrapolates in: FLOPs, a budget, or parameters."""
+    `scale` [n] is what the hold-out extrapolates in: FLOPs, a budget, or parameters. Resamples
+    (`bootstrap` of them, with `trial_noise` [n] or one for all) give the fit intervals."""
     loss, scale = np.asarray(loss, dtype=float), np.asarray(scale, dtype=float)
     if held.all() or not held.any():
         raise UserError("a hold-out needs points on both sides: none, or all, are held out")
@@ -127,6 +130,8 @@ def held_out(
         None if weights is None else weights[seen],
         None if cells is None else cells[seen],
         huber,
+        bootstrap,
+        trial_noise[seen] if isinstance(trial_noise, np.ndarray) else trial_noise,
     )
     predicted = fit.predict({k: v[held] for k, v in columns.items()})
     reach = float(scale[held].max() / scale[seen].max())
@@ -211,6 +216,8 @@ def _fit(
     weights: np.ndarray | None,
     cells: np.ndarray | None,
     huber: float,
+    bootstrap: int = 0,
+    trial_noise: np.ndarray | float = 0.0,
 ) -> LossFit:
     emphasis = (scale / scale.max()) ** candidate.emphasis
     return candidate.law.fit(
@@ -220,4 +227,6 @@ def _fit(
         cells=cells,
         fixed=candidate.fixed,
         huber=huber,
+        bootstrap=bootstrap,
+        trial_noise=trial_noise,
     )

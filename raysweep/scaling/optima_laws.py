@@ -51,6 +51,8 @@ class LossGap:
     log_error_learning_rate: float
     log_error_batch: float
     n_train: int
+    predicted: dict[str, dict[str, tuple[float, float, float]]]
+    """cell -> target -> (value, low, high) of its optimum by the laws; 95 %."""
 
     @property
     def mean(self) -> float:
@@ -71,6 +73,7 @@ class LossGap:
             "log_error_batch": self.log_error_batch,
             "n_train": self.n_train,
             "n_test": len(self.gaps) + len(self.unmeasured),
+            "predicted": self.predicted,
         }
 
 
@@ -243,6 +246,8 @@ def loss_gap(
     inputs = law_inputs(cells, count)
     rates = np.log(learning_rate.predict(inputs))
     batches = np.log(batch.predict(inputs))
+    ends = {law.target: law.interval(inputs) for law in (learning_rate, batch)}
+    middles = {"learning_rate": np.exp(rates), "batch_tokens": np.exp(batches)}
     at = {name: k for k, name in enumerate(cells.index)}
     gaps: dict[str, float] = {}
     unmeasured = []
@@ -263,7 +268,22 @@ def loss_gap(
             )
         )
     mean = np.mean(errors, axis=0) if errors else (math.nan, math.nan)
-    return LossGap(gaps, tuple(unmeasured), float(mean[0]), float(mean[1]), learning_rate.n_cells)
+    predicted = {
+        t.name: {
+            target: (float(middles[target][k]), float(low[k]), float(high[k]))
+            for target, (low, high) in ends.items()
+        }
+        for t in trials
+        for k in (at[t.name],)
+    }
+    return LossGap(
+        gaps,
+        tuple(unmeasured),
+        float(mean[0]),
+        float(mean[1]),
+        learning_rate.n_cells,
+        predicted,
+    )
 
 
 def held_out_gap(
@@ -287,7 +307,7 @@ def held_out_gap(
     if not small or not large:
         return None
     seen = {o.cell: o for o in find_optima([by_name[n] for n in small], method)}
-    fitted = fit_laws(cells.loc[small], seen, count=count, n_boot=20)
+    fitted = fit_laws(cells.loc[small], seen, count=count, n_boot=50)
     rate = best_law(fitted, "learning_rate", KNOWN_AHEAD)
     batch = best_law(fitted, "batch_tokens", KNOWN_AHEAD)
     if rate is None or batch is None:
