@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,8 @@ from raysweep.scaling.isoflop import IsoFlop, isoflop, parabola_bias
 from raysweep.scaling.loss_fit import LossFit
 
 SPLIT_LAW = "chinchilla"
+PATH_BUDGETS, PATH_BEYOND = 7, 10.0
+"""How many budgets a split is followed over, and how far beyond the largest."""
 SAVING_LAWS = ("wang", "yun", "joint_moe")
 """Laws of experts whose N is the active count, so that equal N is about equal FLOPs a token."""
 
@@ -27,15 +29,17 @@ SAVING_LAWS = ("wang", "yun", "joint_moe")
 class Split:
     """How one architecture best splits the budget of its largest cell, by two methods.
 
-    `optimum` minimises the law at `flops`; its `params` are of the kind `count`. `parabolas` is
-    None unless budgets were held while sizes varied; `bias` is what the parabolas' exponent would
-    be off on these very sizes if the law were the truth (NaN where that cannot be told).
+    `optimum` minimises the law at `flops`; its `params` are of the kind `count`. `path` does so
+    at budgets from the smallest cell's to `PATH_BEYOND` times the largest's. `parabolas` is None
+    unless budgets were held while sizes varied; `bias` is what the parabolas' exponent would be
+    off on these very sizes if the law were the truth (NaN where that cannot be told).
     """
 
     law: str
     count: str
     flops: float
     optimum: Allocation | None
+    path: tuple[Allocation, ...]
     parabolas: IsoFlop | None
     bias: float
     status: str
@@ -53,6 +57,7 @@ class Split:
             "count": self.count,
             "flops": self.flops,
             "optimum": None if self.optimum is None else asdict(self.optimum),
+            "path": [asdict(a) for a in self.path],
             "parabolas": None if parabolas is None else {**parabolas, "exponent_bias": self.bias},
             "status": self.status,
             "message": self.message,
@@ -92,13 +97,19 @@ def split_budget(group: Group, n_boot: int, seed: int) -> Split:
     fit = group.loss_laws.get(SPLIT_LAW)
     if not isinstance(fit, LossFit) or not fit.ok:
         status, why = (fit.status, fit.message) if fit else ("no law", "not fitted")
-        return Split(SPLIT_LAW, "", math.nan, None, None, math.nan, status, why)
+        return Split(SPLIT_LAW, "", math.nan, None, (), None, math.nan, status, why)
     flops = known["flops"].to_numpy(float)
     params, tokens = (np.asarray(fit.inputs[name], dtype=float) for name in ("params", "tokens"))
     # FLOPs a token for each of the law's parameters: 6 on the average where N is what acts.
     per_parameter = float(np.exp(np.mean(np.log(flops / (params * tokens)))))
     budget = float(flops.max())
-    optimum = compute_optimal(fit, budget, flops_per_token=lambda n: per_parameter * n)
+
+    def best(budget: float) -> Allocation:
+        # At 6 FLOPs a token and parameter, where the split has a closed form, it is the same one.
+        return replace(compute_optimal(fit, 6 / per_parameter * budget), flops=budget)
+
+    optimum = best(budget)
+    path = np.geomspace(flops.min(), PATH_BEYOND * budget, PATH_BUDGETS)
     parabolas, bias = None, math.nan
     if _held_budgets(flops):
         parabolas = isoflop(params, tokens, fit.loss, flops, resamples=n_boot, seed=seed)
@@ -108,6 +119,7 @@ def split_budget(group: Group, n_boot: int, seed: int) -> Split:
         count=fit.law.parameter_count,
         flops=budget,
         optimum=optimum,
+        path=tuple(best(float(c)) for c in path),
         parabolas=parabolas if parabolas and math.isfinite(parabolas.exponent) else None,
         bias=bias,
         status=optimum.status if fit.status == "converged" else fit.status,
