@@ -32,10 +32,15 @@ def run_command(
     ] = None,
 ) -> None:
     """Search every cell of a study, fit the laws, write the report. Run again to continue."""
+    from raysweep.search.interruption import Interrupted
     from raysweep.search.run import run
 
     study = load_study(space, set_)
-    summary = run(study, results_uri=results, address=address)
+    try:
+        summary = run(study, results_uri=results, address=address)
+    except Interrupted as interrupted:
+        typer.echo(f"interrupted: {interrupted}", err=True)
+        raise typer.Exit(interrupted.exit_code) from None
     for problem in summary.results.problems:
         typer.echo(f"warning: {problem}", err=True)
     typer.echo("fitting the laws and writing the report", err=True)

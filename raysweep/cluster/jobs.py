@@ -30,6 +30,8 @@ STUDY, RESULTS = "raysweep_study", "raysweep_results"
 """Keys of a job's metadata."""
 
 CONNECT_SECONDS = 10.0
+DRIVER_SECONDS = 40
+"""What a driver gets to wind down: its trials finish or leave a checkpoint within 30 s."""
 STOP_SECONDS = 60.0
 RECONNECTS = 20
 """Times that following a job takes a lost connection up again, a few seconds apart."""
@@ -67,7 +69,8 @@ class Jobs:
         Raises UserError where the study runs already, or something given cannot be used.
         """
         study = Study.load(space, overrides)
-        variables = read_env_file(env_file) if env_file else {}
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(DRIVER_SECONDS)}
+        variables |= read_env_file(env_file) if env_file else {}
         results = self._results(results, allow_local)
         for job in self.all():
             if not finished(job) and job.metadata and job.metadata.get(STUDY) == study.name:

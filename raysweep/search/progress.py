@@ -101,7 +101,11 @@ class Progress:
                 self._live.update(self._panel(), refresh=True)
         elif force or now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
-            self._console.print(self._line(), highlight=False)
+            self.say(self._line())
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, above the display."""
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def _totals(self) -> tuple[int, int]:
         states = self._campaign.states.values()

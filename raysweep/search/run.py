@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from raysweep.data.shipping import publish
 from raysweep.results import Results
 from raysweep.results.lock import study_lock
 from raysweep.search.campaign import Campaign, bundles_of
+from raysweep.search.interruption import Interrupted, Interruption
 from raysweep.search.ledger import Ledger
 from raysweep.search.progress import Progress, clock
 from raysweep.search.runtime import cluster_nodes, ray_runtime
@@ -57,11 +59,14 @@ def run(
 
     Raises:
         UserError: corpus, results folder or cluster cannot be used, or another run is writing.
+        Interrupted: SIGINT or SIGTERM came. Finished trials have their rows, running ones were
+            given time to finish or to leave a checkpoint, and the next run goes on from there.
     """
     console = console or Console(stderr=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     results = Results.open(results_uri or str(Path("results") / study.name), create=True)
-    with study_lock(results.storage):
+    interruption = Interruption()
+    with interruption.listening(), study_lock(results.storage):
         corpus = prepare(
             study.space.data,
             study.folder,
@@ -81,8 +86,8 @@ def run(
         if campaign.done:
             console.print(f"{study.name}: all trials are done: nothing to run", highlight=False)
             return RunSummary(results, 0, 0.0, 0.0, tuple(results.problems))
-        with ray_runtime(address) as scratch:
-            summary = _run_on_ray(study, corpus, results, campaign, scratch, console)
+        with ray_runtime(address) as scratch, interruption.listening():
+            summary = _run_on_ray(study, corpus, results, campaign, scratch, console, interruption)
         results.compact()
     return summary
 
@@ -94,6 +99,7 @@ def _run_on_ray(
     campaign: Campaign,
     scratch: Path,
     console: Console,
+    interruption: Interruption,
 ) -> RunSummary:
     from ray import tune
 
@@ -123,12 +129,12 @@ def _run_on_ray(
         lambda config: _placement(study, config["cell"]),  # pyright: ignore[reportArgumentType]
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
-    with Progress(campaign, console, workers) as progress:
-        watcher = Watcher(study, corpus.hash, results, progress)
+    with interruption.gently(), Progress(campaign, console, workers) as progress:
+        watcher = Watcher(study, corpus.hash, results, progress, interruption)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=CampaignSearcher(campaign, cluster_nodes),
+                search_alg=CampaignSearcher(campaign, cluster_nodes, interruption),
                 scheduler=EarlyStop(campaign),
                 num_samples=-1,
                 reuse_actors=True,
@@ -141,7 +147,8 @@ def _run_on_ray(
                 verbose=0,
             ),
         )
-        tuner.fit()
+        with contextlib.suppress(Interrupted):
+            tuner.fit()
     seconds = time.monotonic() - begun
     available = workers * seconds
     record: dict[str, Any] = {
@@ -165,6 +172,8 @@ def _run_on_ray(
         f"workers {utilisation:.0%} in the training loop",
         highlight=False,
     )
+    if interruption.signum is not None:
+        raise Interrupted(interruption.signum)
     return RunSummary(results, watcher.concluded, seconds, utilisation, tuple(results.problems))
 
 

@@ -22,10 +22,12 @@ _SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Our rows replace Tune's own logs and snapshots; output is ours too; nothing phones home."""
+"""Our rows replace Tune's own logs and snapshots; output and signals are ours; nothing phones
+home."""
 
 LOCAL_OBJECT_STORE_BYTES = 200_000_000
 LONGEST_TEMP_DIR = 40

@@ -13,6 +13,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from raysweep.search.campaign import Campaign
+from raysweep.search.interruption import INTERRUPTED, Interruption
 from raysweep.search.ledger import Bundle
 
 NODES_SECONDS = 5.0
@@ -25,14 +26,22 @@ class CampaignSearcher(Searcher):
     A config holds plain values only: `cell`, `learning_rate`, `batch_sequences`, `seed`.
     """
 
-    def __init__(self, campaign: Campaign, nodes: Callable[[], Mapping[str, Bundle]]) -> None:
+    def __init__(
+        self,
+        campaign: Campaign,
+        nodes: Callable[[], Mapping[str, Bundle]],
+        interruption: Interruption,
+    ) -> None:
         super().__init__(metric="loss", mode="min")
         self.campaign = campaign
         self._nodes = nodes
+        self._interruption = interruption
         self._looked = -math.inf
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial; None while nothing fits or all waits on running trials."""
+        if self._interruption.signum is not None:
+            return Searcher.FINISHED
         now = time.monotonic()
         if now - self._looked > NODES_SECONDS:
             self._looked = now
@@ -58,7 +67,7 @@ class CampaignSearcher(Searcher):
             self.campaign.tell(trial_id, "crashed")
         elif not result or "status" not in result:
             self.campaign.tell(trial_id, "stopped")
-        else:
+        elif result["status"] != INTERRUPTED:  # else it is not over: the next run takes it up
             self.campaign.tell(trial_id, result["status"], result.get("loss"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CampaignSearcher:

@@ -16,6 +16,7 @@ from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import obtain
 from raysweep.results import Results
 from raysweep.search.early_stopping import REPORT_PERCENT
+from raysweep.search.interruption import INTERRUPTED, StopRequest
 from raysweep.training.record import trial_row
 
 if TYPE_CHECKING:
@@ -38,10 +39,13 @@ class TrialContext:
 class TuneReporter:
     """Sends progress to the driver now and then; at equal shares of the horizon if that counts."""
 
-    def __init__(self, horizon: float, early_stopping: bool) -> None:
+    def __init__(
+        self, horizon: float, early_stopping: bool, stop: StopRequest | None = None
+    ) -> None:
         self._last = time.monotonic()
         self._horizon = horizon
         self._early_stopping = early_stopping
+        self._stop = stop
         self._percent = 0
 
     def report(self, step: int, tokens: float, loss: float) -> None:
@@ -60,8 +64,8 @@ class TuneReporter:
             tune.report(progress)
 
     def should_stop(self) -> bool:
-        """Tune stops a function by raising in `report`: nothing to ask."""
-        return False
+        """Whether the driver winds down. (Early stopping raises in `report`.)"""
+        return self._stop is not None and self._stop()
 
 
 def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
@@ -75,7 +79,11 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
 
 
 def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
-    """Train one trial and write its row; a trial whose row stands already is not run again."""
+    """Train one trial and write its row; a trial whose row stands already is not run again.
+
+    One that was interrupted has left a checkpoint, and no row: only `status`, `loss` and
+    `seconds_train` are returned.
+    """
     started_at, begun = datetime.now(UTC), time.monotonic()
     study, results = context.study, Results.open(context.results_uri)
     corpus = obtain(context.corpus, results.storage)
@@ -90,6 +98,8 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
     if results.storage.is_local and spec.recipe.checkpoint_seconds:
         checkpoints = Path(results.storage.path("checkpoints", spec.key))
     outcome = _train(context, spec, corpus, checkpoints)
+    if outcome.status == "stopped":
+        return {"status": INTERRUPTED, "loss": None, "seconds_train": outcome.seconds_train}
     row = trial_row(
         spec,
         outcome,
@@ -107,7 +117,9 @@ def _train(
 ) -> TrialOutcome:
     resources = spec.cell.resources
     early_stopping = context.study.space.search.early_stopping is not None
-    reporter = TuneReporter(spec.cell.tokens, early_stopping)
+    # Without checkpoints a trial that stopped would be lost: it gets the time there is to finish.
+    stop = StopRequest() if checkpoints else None
+    reporter = TuneReporter(spec.cell.tokens, early_stopping, stop)
     validation = context.study.space.data.validation_sequences
     if resources.workers > 1:
         from raysweep.training.ray_train import train_distributed
@@ -118,6 +130,7 @@ def _train(
             validation_sequences=validation,
             checkpoint_dir=checkpoints,
             storage_path=_ray_storage(context.results_uri),
+            stop=stop,
         )
     from raysweep.training.loop import train  # here, so that the driver never imports torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,6 +15,13 @@ from ray.tune.experiment import Trial
 
 from raysweep.config import Study
 from raysweep.results import Results
+from raysweep.search.interruption import (
+    GRACE_SECONDS,
+    INTERRUPTED,
+    Interrupted,
+    Interruption,
+    tell_trials_to_stop,
+)
 from raysweep.search.progress import Progress
 from raysweep.training.record import unfinished_row
 
@@ -23,7 +31,14 @@ _log = logging.getLogger("raysweep")
 class Watcher(tune.Callback):
     """Hears of every trial from Tune."""
 
-    def __init__(self, study: Study, data_hash: str, results: Results, progress: Progress) -> None:
+    def __init__(
+        self,
+        study: Study,
+        data_hash: str,
+        results: Results,
+        progress: Progress,
+        interruption: Interruption,
+    ) -> None:
         self.training_seconds = 0.0
         """Worker-seconds spent inside training loops."""
         self.concluded = 0
@@ -31,6 +46,8 @@ class Watcher(tune.Callback):
         self._data_hash = data_hash
         self._results = results
         self._progress = progress
+        self._interruption = interruption
+        self._winding_down = False
         self._starts: dict[str, tuple[float, datetime]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -42,8 +59,20 @@ class Watcher(tune.Callback):
         return self
 
     def on_step_end(self, iteration: int, trials: Sequence[Trial], **info: Any) -> None:
-        """The refresh tick."""
+        """The refresh tick. Raises Interrupted once an interrupted run has wound down."""
         self._progress.refresh()
+        signum = self._interruption.signum
+        if signum is None:
+            return
+        if not self._winding_down:
+            self._winding_down = True
+            tell_trials_to_stop()
+            self._progress.say(
+                f"{signal.Signals(signum).name}: running trials finish or leave a checkpoint, "
+                f"{GRACE_SECONDS:g} s at most; another one ends at once"
+            )
+        if self._interruption.overdue or not any(t.status == Trial.RUNNING for t in trials):
+            raise Interrupted(signum)
 
     def on_trial_start(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
@@ -56,7 +85,10 @@ class Watcher(tune.Callback):
     ) -> None:
         """Count a trial that ended; write the row of one that early stopping ended."""
         result = trial.last_result or {}
-        if "status" in result:
+        if result.get("status") == INTERRUPTED:
+            self._starts.pop(trial.trial_id, None)
+            self.training_seconds += float(result["seconds_train"])
+        elif "status" in result:
             self._conclude(trial, result["status"])
         else:
             self._write_unfinished(trial, "stopped", "early stopping: behind others of its cell")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ REPORT_PERCENT = 5
 class WorkerReporter:
     """Hands progress to Ray Train. All workers report at the same steps, as Ray requires."""
 
-    def __init__(self, horizon: int) -> None:
+    def __init__(self, horizon: int, stop: Callable[[], bool] | None = None) -> None:
         self._horizon = horizon
+        self._stop = stop
         self._percent = 0
 
     def report(self, step: int, tokens: int, loss: float) -> None:
@@ -37,8 +39,8 @@ class WorkerReporter:
             train.report(progress)
 
     def should_stop(self) -> bool:
-        """Runs on several workers go to their end."""
-        return False
+        """Whether the run should leave a checkpoint and end."""
+        return self._stop is not None and self._stop()
 
 
 def train_distributed(
@@ -48,13 +50,15 @@ def train_distributed(
     validation_sequences: int,
     checkpoint_dir: Path | None = None,
     storage_path: str | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> TrialOutcome:
     """Train one model on `spec.cell.resources.workers` workers, as `loop.train` does on one.
 
     May be called inside a Tune trial, which then sees the progress: `step`, `tokens`,
     `train_loss` and `percent` of the horizon. A run that loses a worker starts again from its
-    checkpoint. `checkpoint_dir` and `storage_path`, where Ray keeps its notes on the run, must be
-    reachable from all nodes. Raises what the workers raised, as Ray's TrainingFailedError.
+    checkpoint. The first worker asks `stop`, which must pickle, whether to end early.
+    `checkpoint_dir` and `storage_path`, where Ray keeps its notes on the run, must be reachable
+    from all nodes. Raises what the workers raised, as Ray's TrainingFailedError.
     """
     # Ray looks after its workers every 2 s and starts a watcher a run: too slow for short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -71,6 +75,7 @@ def train_distributed(
                 "corpus": corpus,
                 "validation_sequences": validation_sequences,
                 "checkpoint_dir": checkpoint_dir,
+                "stop": stop,
             },
             scaling_config=train.ScalingConfig(
                 num_workers=resources.workers,
@@ -105,7 +110,7 @@ def _worker(config: dict[str, Any]) -> TrialOutcome:
         config["spec"],
         config["corpus"],
         validation_sequences=config["validation_sequences"],
-        reporter=WorkerReporter(config["spec"].steps * config["spec"].batch_tokens),
+        reporter=WorkerReporter(config["spec"].steps * config["spec"].batch_tokens, config["stop"]),
         checkpoint_dir=config["checkpoint_dir"],
         device=get_device(),
         threads=max(1, int(resources.cpus_per_worker)),

@@ -1,0 +1,117 @@
+"""Ending a run in good order on SIGINT and SIGTERM: nothing finished is lost, the rest goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+GRACE_SECONDS = 25.0
+"""What running trials get to finish or to leave a checkpoint."""
+INTERRUPTED = "interrupted"
+"""Status that a trial reports which has left a checkpoint. It writes no row: it is not over."""
+ASK_SECONDS = 1.0
+"""Least time between two looks of a trial at what its driver wants."""
+
+_NAMESPACE = "raysweep"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was ended by a signal. Its text says how to continue."""
+
+    def __init__(self, signum: int, text: str = "run the same command again to continue") -> None:
+        super().__init__(text)
+        self.exit_code = 128 + signum
+
+
+class Interruption:
+    """Listens for signals while a study runs. Off the main thread, where none arrive, it is idle.
+
+    The first signal raises Interrupted, unless trials run (`gently`): then it is noted, and the
+    driver winds down. The second ends the process at once; Ray's processes end with it.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        """The signal that came, if one did."""
+        self._since = 0.0
+        self._gentle = False
+
+    @property
+    def overdue(self) -> bool:
+        """Whether trials have had their time."""
+        return self.signum is not None and time.monotonic() - self._since > GRACE_SECONDS
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Interruption]:
+        """Hear signals for the time of the block."""
+        before: dict[signal.Signals, Any] = {}
+        with contextlib.suppress(ValueError):  # not the main thread
+            for each in _SIGNALS:
+                before[each] = signal.signal(each, self._heard)
+        try:
+            yield self
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    @contextlib.contextmanager
+    def gently(self) -> Iterator[None]:
+        """Only note the first signal for the time of the block. Ray, once started, listens for
+        SIGTERM itself: here it is our turn again."""
+        with self.listening():
+            self._gentle = True
+            try:
+                yield
+            finally:
+                self._gentle = False
+
+    def _heard(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            if os.isatty(2):
+                os.write(2, _SHOW_CURSOR)
+            os.write(2, b"ended at once: run the same command again to continue\n")
+            os._exit(128 + signum)
+        self.signum, self._since = signum, time.monotonic()
+        if not self._gentle:
+            raise Interrupted(signum)
+
+
+def tell_trials_to_stop() -> None:
+    """Let the trials of this Ray job know that they should leave a checkpoint and return."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(_key(), b"1", namespace=_NAMESPACE)
+
+
+class StopRequest:
+    """What a trial asks: whether its driver wants it to stop."""
+
+    def __init__(self) -> None:
+        self._asked = -math.inf
+        self._answer = False
+
+    def __call__(self) -> bool:
+        """Ask the head, which all nodes reach; one that is away has asked for nothing."""
+        from ray.exceptions import RaySystemError, RpcError
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        now = time.monotonic()
+        if not self._answer and now - self._asked >= ASK_SECONDS:
+            self._asked = now
+            with contextlib.suppress(RpcError, RaySystemError):
+                self._answer = _internal_kv_get(_key(), namespace=_NAMESPACE) is not None
+        return self._answer
+
+
+def _key() -> str:
+    import ray
+
+    return f"stop:{ray.get_runtime_context().get_job_id()}"
