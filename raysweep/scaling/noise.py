@@ -140,13 +140,29 @@ def compare_kinds(
     n_boot: int = 200,
     seed: int = 0,
 ) -> dict[str, Ratio]:
-    """MoE over dense at equal `at_equal`: batch_tokens, learning_rate and noise_scale_tokens.
-
-    One power law over both kinds, with the same exponents and a factor for MoE: the factor is the
-    ratio. Says how far the two kinds overlap, since beyond that the ratio is an extrapolation.
-    """
+    """MoE over dense at equal `at_equal`; see `compare_halves`."""
     moe = (cells["architecture_kind"] == "moe").to_numpy()
-    factor = {"moe": np.where(moe, math.e, 1.0)}
+    return compare_halves(cells, optima, noise, moe, at_equal=at_equal, n_boot=n_boot, seed=seed)
+
+
+def compare_halves(
+    cells: pd.DataFrame,
+    optima: Mapping[str, Optimum],
+    noise: pd.DataFrame,
+    other: np.ndarray,
+    *,
+    at_equal: tuple[str, ...],
+    n_boot: int = 200,
+    seed: int = 0,
+) -> dict[str, Ratio]:
+    """The cells `other` [n] over the rest at equal `at_equal`: batch_tokens, learning_rate and
+    noise_scale_tokens.
+
+    One power law over both halves, with the same exponents and a factor for the other one: the
+    factor is the ratio. Says how far the two overlap, since beyond that the ratio is an
+    extrapolation.
+    """
+    factor = {"moe": np.where(other, math.e, 1.0)}
     inputs = (*at_equal, "moe")
     laws = {
         target: fit_law(target, inputs, cells, optima, extra=factor, n_boot=n_boot, seed=seed)
@@ -157,7 +173,7 @@ def compare_kinds(
         cells, noise, {**{k: columns[k] for k in at_equal}, **factor}, n_boot, seed
     )
     return {
-        target: _ratio(law, at_equal, cells, moe, columns[at_equal[0]])
+        target: _ratio(law, at_equal, cells, other, columns[at_equal[0]])
         for target, law in laws.items()
     }
 
