@@ -1,4 +1,4 @@
-"""Commands that read results: import, export, fit, recommend, report."""
+"""Commands that read results: import, export, fit, recommend, serving, report."""
 
 from __future__ import annotations
 
@@ -78,6 +78,51 @@ def recommend_command(
     typer.echo(json.dumps(answer.to_dict(), indent=1) if as_json else str(answer))
 
 
+@app.command("serving")
+def serving_command(
+    results: ResultsArgument,
+    flops: Annotated[float, typer.Option(help="Training budget in FLOPs, e.g. 1e22.")],
+    gpu: Annotated[str, typer.Option(help="GPU to serve on, e.g. h100.")],
+    dollars: Annotated[float, typer.Option(help="Price of one GPU an hour.")],
+    experts: Annotated[
+        str, typer.Option(help="Numbers of experts to weigh.", metavar="E,E,...")
+    ] = "2,4,8,16,32,64",
+    reference: Annotated[
+        float | None, typer.Option(help="Experts of the model to match; default: the fewest.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Experts a token is sent to.")] = 2,
+    moe_share: Annotated[
+        float, typer.Option(help="Share of a dense model that experts replace.")
+    ] = 1 / 3,
+    prompt: Annotated[float, typer.Option(help="Tokens a request brings.")] = 1024,
+    generated: Annotated[float, typer.Option(help="Tokens a request gets.")] = 256,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="CSV of measured latencies, in place of the GPU's roofline."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Weigh quality against the cost of serving: loss-optimal and over-trained models."""
+    from raysweep.scaling.roofline import Profile, ServedModel, find_gpu
+    from raysweep.scaling.serving import GPU_COUNTS, Serving
+    from raysweep.scaling.serving_text import serving_dict, serving_text
+
+    latency = Profile.read(profile) if profile else None
+    serving = Serving(
+        find_gpu(gpu),
+        dollars,
+        latency=latency,
+        prompt=prompt,
+        generated=generated,
+        gpu_counts=latency.gpus if latency else GPU_COUNTS,
+        model=ServedModel(1e9, top_k=top_k, moe_share=moe_share),
+    )
+    solutions = fit_results(results).serve(flops, serving, _numbers(experts), reference)
+    show = serving_dict if as_json else serving_text
+    said = show(solutions, serving, flops)
+    typer.echo(json.dumps(said, indent=1) if as_json else said)
+
+
 @app.command("report")
 def report_command(
     results: ResultsArgument,
@@ -86,3 +131,10 @@ def report_command(
 ) -> None:
     """Write the HTML report of a results folder."""
     typer.echo(str(write_report(results, output, png=png)))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--experts {text}: give numbers, as in 2,4,8") from None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.optimize.elementwise import find_minimum
 
 from raysweep.errors import UserError
 from raysweep.scaling.form import Inputs
@@ -134,20 +135,21 @@ def _closed_form(
 def _numeric(
     fit: LossFit, draws: np.ndarray, flops: float | np.ndarray, given: dict, cost: Count
 ) -> np.ndarray:
-    """log N_opt [B] by a grid and then golden sections, for all draws together."""
+    """log N_opt [B] by a grid and then Chandrupatla's method, for all draws together."""
     flops = np.broadcast_to(np.asarray(flops, dtype=float), (len(draws),))
+
+    def loss(log_params: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return _along(fit, draws[rows], log_params, flops[rows], given, cost)
+
     grid = np.linspace(np.log(SMALLEST), np.log(LARGEST), 40)
-    everyone = np.ones(len(draws))
-    values = np.stack([_along(fit, draws, x * everyone, flops, given, cost) for x in grid])
-    best = np.clip(np.argmin(values, axis=0), 1, len(grid) - 2)
-    low, high = grid[best - 1], grid[best + 1]
-    ratio = (np.sqrt(5.0) - 1.0) / 2.0
-    for _ in range(34):
-        one, two = high - ratio * (high - low), low + ratio * (high - low)
-        left = _along(fit, draws, one, flops, given, cost)
-        smaller = left < _along(fit, draws, two, flops, given, cost)
-        low, high = np.where(smaller, low, one), np.where(smaller, two, high)
-    return 0.5 * (low + high)
+    rows = np.arange(len(draws))
+    everywhere = loss(np.repeat(grid, len(rows)), np.tile(rows, len(grid)))
+    lowest = np.argmin(everywhere.reshape(len(grid), -1), axis=0)
+    middle = np.clip(lowest, 1, len(grid) - 2)
+    bracket = grid[middle - 1], grid[middle], grid[middle + 1]
+    found = find_minimum(loss, bracket, args=(rows,))
+    # No bracket holds a minimum that lies at an end of the grid.
+    return np.where(found.success, found.x, grid[lowest])
 
 
 def _along(

@@ -135,20 +135,19 @@ def _held_budgets(flops: np.ndarray) -> bool:
 
 
 def experts_law(groups: Mapping[str, Group]) -> LossFit | NotFitted | None:
-    """The law over dense and MoE cells together that best predicts the largest scale; None without
-    such cells."""
-    both = groups.get(ALL)
-    if both is None or both.kind != "mixed":
+    """The law over all numbers of experts together that best predicts the largest scale; None
+    where there is but one number."""
+    everything = groups.get(ALL)
+    if everything is None:
         return None
-    usable = [key for key in both.loss_order() if key in SAVING_LAWS]
-    found = both.loss_laws[usable[0]] if usable else both.loss_laws.get(SAVING_LAWS[0])
-    return found
+    best = [key for key in everything.loss_order() if key in SAVING_LAWS]
+    return everything.loss_laws.get((*best, SAVING_LAWS[0])[0])
 
 
 def savings(groups: Mapping[str, Group]) -> dict[str, Saving]:
     """By MoE architecture, what its experts save; empty without both dense and MoE cells."""
     fit = experts_law(groups)
-    if fit is None:
+    if fit is None or groups[ALL].kind != "mixed":
         return {}
     return {
         name: _saving(name, group.cells, fit)
@@ -190,5 +189,8 @@ def usable_experts_law(groups: Mapping[str, Group]) -> LossFit:
     if isinstance(fit, LossFit) and fit.ok:
         return fit
     if fit is None:
-        raise UserError("results with both dense and MoE cells are needed to weigh experts")
+        raise UserError(
+            "these results know one number of experts only: serving weighs several, so search a "
+            "dense and a MoE architecture, or MoEs of different sizes"
+        )
     raise UserError(f"no law of experts can answer: {fit.name}: {fit.status}: {fit.message}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize.elementwise import find_root
 
 from raysweep.scaling.allocation import Count, optimal_loss, six_n
 from raysweep.scaling.form import Inputs
@@ -52,7 +53,7 @@ def data_efficiency(
     def loss(tokens_needed: np.ndarray) -> np.ndarray:
         return fit.law.predict_each(draws, {**reference, "params": params, "tokens": tokens_needed})
 
-    return _summary(_solve(loss, target, tokens) / tokens, target, level, "tokens")
+    return _summary(amount_for(loss, target, tokens) / tokens, target, level, "tokens")
 
 
 def efficiency_leverage(
@@ -79,7 +80,7 @@ def efficiency_leverage(
             fit, draws, budget_needed, reference, reference_flops_per_token or six_n
         )
 
-    return _summary(_solve(loss, target, flops, steps=30) / flops, target, level, "compute")
+    return _summary(amount_for(loss, target, flops) / flops, target, level, "compute")
 
 
 def _draws(fit: LossFit) -> np.ndarray | None:
@@ -94,18 +95,26 @@ def _nothing(fit: LossFit) -> Efficiency:
     return Efficiency(nan, nan, None, nan, nan, f"no fit ({fit.status}): {fit.message}")
 
 
-def _solve(
-    loss: Callable[[np.ndarray], np.ndarray], target: np.ndarray, about: float, steps: int = 50
+def amount_for(
+    loss: Callable[[np.ndarray], np.ndarray], target: np.ndarray, about: float
 ) -> np.ndarray:
-    """The amount [B] at which a falling `loss` meets `target` [B], by bisection in its log."""
-    low = np.full(len(target), np.log(about / FARTHEST))
-    high = np.full(len(target), np.log(about * FARTHEST))
-    unreachable = loss(np.exp(high)) > target
-    for _ in range(steps):
-        middle = 0.5 * (low + high)
-        above = loss(np.exp(middle)) > target
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
-    return np.where(unreachable, np.inf, np.exp(0.5 * (low + high)))
+    """The amount [B] at which a falling `loss` meets `target` [B], solved in logs.
+
+    It is looked for within a factor of `FARTHEST` of `about`; infinite where it lies beyond, and
+    the lower end where even that is enough."""
+    low, high = (np.full(len(target), np.log(about * f)) for f in (1 / FARTHEST, FARTHEST))
+    known = low.copy()
+
+    def excess(log_amount: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        amounts = known.copy()
+        amounts[rows] = log_amount
+        return np.log(loss(np.exp(amounts)) / target)[rows]
+
+    rows = np.arange(len(target))
+    enough, unreachable = excess(low, rows) <= 0, excess(high, rows) > 0
+    found = find_root(excess, (low, high), args=(rows,), tolerances={"xatol": 1e-9})
+    solved = np.where(unreachable, np.inf, found.x)
+    return np.exp(np.where(enough, low, solved))
 
 
 def _summary(ratios: np.ndarray, losses: np.ndarray, level: float, what: str) -> Efficiency:

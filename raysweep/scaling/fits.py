@@ -14,6 +14,7 @@ from raysweep.errors import UserError
 from raysweep.scaling.advise import advise
 from raysweep.scaling.budgets import Saving, Split, savings, split_budget, usable_experts_law
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
+from raysweep.scaling.expert_load import cell_expert_load
 from raysweep.scaling.groups import ALL, Group, Sources, fit_group
 from raysweep.scaling.noise import Ratio, cell_noise_scale, compare_kinds
 from raysweep.scaling.optimum import (
@@ -25,6 +26,7 @@ from raysweep.scaling.optimum import (
 )
 from raysweep.scaling.plain import plain
 from raysweep.scaling.recommend import Recommendation
+from raysweep.scaling.sensitivity import Sensitivity, group_sensitivity
 from raysweep.scaling.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.summary import summary
 from raysweep.scaling.surface import Surface
@@ -50,7 +52,8 @@ class Fits:
     optima by every method. `groups` are the architectures by name, and `ALL` where there are
     several. `comparison` holds MoE over dense, `at equal loss` and `at equal N and D`; empty
     without both. `allocation` tells how each architecture best splits a budget, `efficiency` what
-    each MoE architecture saves over dense (empty without both).
+    each MoE architecture saves over dense (empty without both). `expert_load` is that of the MoE
+    cells that measured it, `sensitivity[architecture][target]` how a law depends on choices.
     """
 
     method: str
@@ -63,6 +66,8 @@ class Fits:
     allocation: dict[str, Split]
     efficiency: dict[str, Saving]
     noise_scale: pd.DataFrame
+    expert_load: pd.DataFrame
+    sensitivity: dict[str, dict[str, Sensitivity]]
     surface: Surface | None
     loss_law: str | None
     messages: tuple[str, ...]
@@ -82,6 +87,8 @@ class Fits:
                 "allocation": self.allocation,
                 "efficiency": self.efficiency,
                 "noise_scale": self.noise_scale,
+                "expert_load": self.expert_load,
+                "sensitivity": self.sensitivity,
                 "messages": self.messages,
             }
         )
@@ -108,13 +115,19 @@ class Fits:
         return advise(self, architecture, params, tokens, experts, top_k)
 
     def serve(
-        self, flops: float, serving: Serving, experts: Sequence[float] = (2, 4, 8, 16, 32, 64)
+        self,
+        flops: float,
+        serving: Serving,
+        experts: Sequence[float] = (2, 4, 8, 16, 32, 64),
+        reference: float | None = None,
     ) -> list[Solution]:
         """What a training budget buys with each number of experts, at equal quality and at equal
         serving cost; see `serving.serving_solutions`.
 
-        Raises UserError where no law over dense and MoE cells was fitted."""
-        return serving_solutions(usable_experts_law(self.groups), flops, serving, experts)
+        Raises UserError where no law over several numbers of experts was fitted."""
+        return serving_solutions(
+            usable_experts_law(self.groups), flops, serving, experts, reference
+        )
 
 
 def fit(
@@ -181,6 +194,12 @@ def fit(
         },
         efficiency=savings(groups),
         noise_scale=noise,
+        expert_load=cell_expert_load(cells, table.trials),
+        sensitivity={
+            name: group_sensitivity(group, optima, optimum_method, seed)
+            for name, group in groups.items()
+            if name != ALL
+        },
         surface=surface,
         loss_law=loss_law,
         messages=tuple(_messages(table, trials, optima[optimum_method])),

@@ -22,6 +22,9 @@ from raysweep.scaling.roofline import BYTES, Gpu, Latency, Roofline, ServedModel
 
 Kind = Literal["loss-optimal", "equal quality", "equal cost", "same quality, more compute"]
 
+GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+"""GPUs that may share one model."""
+
 # Laws whose N is the corresponding dense model, whatever is active.
 _DENSE_N = ("yun", "wang", "clark")
 
@@ -36,7 +39,7 @@ class Serving:
     gpu: Gpu
     dollars_per_hour: float  # of one GPU
     latency: Latency | None = None
-    gpu_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    gpu_counts: tuple[int, ...] = GPU_COUNTS
     prompt: float = 1024.0
     generated: float = 256.0
     usable_memory: float = 0.9  # the rest holds activations and the runtime
@@ -65,7 +68,7 @@ class Solution:
 
     `params` is the corresponding dense model; `size_share` is `params` over the loss-optimal size
     of the same number of experts and budget, `training_share` the FLOPs over the budget, `beyond`
-    how many times outside the fit's range of params or tokens the model lies (1 inside)."""
+    how many times outside the fitted params, tokens or experts the model lies (1 inside)."""
 
     kind: Kind
     experts: float
@@ -278,8 +281,9 @@ class _Budget:
     def _beyond(self, params: float, tokens: float) -> float:
         ranges = self.fit.ranges()
         factor = 1.0
-        for name, value in (("params", self._law_params(params)), ("tokens", tokens)):
-            low, high = ranges[name]
+        given = {"params": self._law_params(params), "tokens": tokens, "experts": self.experts}
+        for name, value in given.items():
+            low, high = ranges.get(name, (value, value))
             factor = max(factor, low / value, value / high)
         return factor
 

@@ -1,5 +1,6 @@
 """Serving: counts of parameters, the cost model by hand, and the inference-aware solutions."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from raysweep.errors import UserError
 from raysweep.scaling.laws import LOSS_LAWS, LossFit
 from raysweep.scaling.roofline import Profile, Roofline, ServedModel, find_gpu
 from raysweep.scaling.serving import Serving, Solution, serving_cost, serving_solutions
+from raysweep.scaling.serving_text import serving_dict, serving_text
 
 A100 = find_gpu("a100-80gb")
 
@@ -190,3 +192,22 @@ def test_misuse_is_one_line(joint_fit: LossFit) -> None:
     few = law.fit({k: v[:2] for k, v in inputs.items()}, [3.0, 2.9])
     with pytest.raises(UserError, match="not usable"):
         serving_solutions(few, 1e20, Serving(A100, 2.0))
+
+
+def test_table_and_json_tell_the_same(joint_fit: LossFit, solutions: list[Solution]) -> None:
+    serving = Serving(A100, 2.0)
+    told = serving_dict(solutions, serving, 1e22)
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    found = told["solutions"]
+    assert isinstance(found, list)
+    text = serving_text(solutions, serving, 1e22)
+    rows = [line for line in text.splitlines() if line[:7].strip().isdigit()]
+    assert len(rows) == len(found) == len(solutions)
+    for row, solution in zip(rows, solutions, strict=True):
+        assert solution.kind in row
+        if solution.status == "found":
+            assert f"{solution.loss:.4f}" in row
+    outside = replace(joint_fit, inputs={**joint_fit.inputs, "experts": np.array([1.0, 2.0])})
+    far = serving_solutions(outside, 1e22, serving, experts=(2, 64))
+    assert "a guess, not a measurement" in serving_text(far, serving, 1e22)
+    assert find(far, "loss-optimal", 64).beyond == pytest.approx(32)

@@ -1,0 +1,82 @@
+"""`raysweep serving`: a table and JSON from results, and one-line errors."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from raysweep.cli import app
+from raysweep.errors import UserError
+from raysweep.results import Results
+from raysweep.results.importers import read_csv
+from raysweep.scaling.laws import LOSS_LAWS
+
+BUDGET = ["--flops", "1e21", "--gpu", "h100", "--dollars", "2.5"]
+
+
+def sweep(folder: Path, experts: Sequence[int]) -> str:
+    """Results whose losses follow the published joint law, a cell a row."""
+    law, rows = LOSS_LAWS["joint_moe"], []
+    for e in experts:
+        for params in (1e8, 3e8, 1e9, 3e9):
+            for per_param in (5, 20, 80):
+                rows.append((e, min(e, 2), params, params * per_param))
+    frame = pd.DataFrame(rows, columns=["experts", "top_k", "params_active", "tokens"])
+    frame["loss"] = law.predict(
+        law.published,
+        {"params": frame["params_active"], "tokens": frame["tokens"], "experts": frame["experts"]},
+    )
+    frame["params_active_non_embedding"] = 0.9 * frame["params_active"]
+    frame["architecture"] = np.where(frame["experts"] > 1, "moe", "dense") + frame[
+        "experts"
+    ].astype(str)
+    frame.to_csv(folder / "sweep.csv", index=False)
+    uri = str(folder / "results")
+    Results.open(uri, create=True).write_many(read_csv(folder / "sweep.csv", {}))
+    return uri
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return sweep(tmp_path_factory.mktemp("serving"), (1, 4, 16, 64))
+
+
+def test_json_holds_assumptions_and_solutions(results: str) -> None:
+    out = CliRunner().invoke(
+        app, ["serving", results, *BUDGET, "--experts", "4,16,64", "--reference", "4", "--json"]
+    )
+    assert out.exit_code == 0, out.output
+    told = json.loads(out.stdout)
+    assert told["assume"]["gpu"]["name"] == "h100"
+    losses = {s["experts"]: s["loss"] for s in told["solutions"] if s["kind"] == "loss-optimal"}
+    assert list(losses) == [4, 16, 64]
+    assert losses[4] > losses[16] > losses[64]
+    equal = [s for s in told["solutions"] if s["kind"] == "equal quality"]
+    assert all(s["loss"] == pytest.approx(losses[4], rel=1e-6) for s in equal)
+    assert all(s["size_share"] < 1 for s in equal)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--gpu", "h900"], "choose from"),
+        (["--experts", "2,four"], "give numbers"),
+        (["--flops", "-1"], "flops"),
+        (["--dollars", "0"], "dollars_per_hour"),
+        (["--profile", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_misuse_is_one_line(results: str, change: list[str], words: str) -> None:
+    found = CliRunner().invoke(app, ["serving", results, *BUDGET, *change])
+    assert isinstance(found.exception, UserError)
+    assert words in str(found.exception)
+
+
+def test_one_number_of_experts_cannot_be_weighed(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["serving", sweep(tmp_path, (1,)), *BUDGET])
+    assert isinstance(found.exception, UserError)
+    assert "one number of experts" in str(found.exception)
