@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from raysweep.report import facts, reading, reading_laws
 from raysweep.report.calculator import calculator
 from raysweep.report.figures import colours
 from raysweep.report.losses import comparison_figure, loss_figure
-from raysweep.report.numbers import Numbers, written
+from raysweep.report.numbers import Numbers
 from raysweep.report.optima import optima_figure
+from raysweep.report.render import csv_text, relative, render, replace_file
 from raysweep.report.style import DARK, LIGHT
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, dots_of
 from raysweep.report.trends import names_of, rests_on, rules_used
@@ -34,7 +31,7 @@ from raysweep.scaling.fits import ALL, Fits, fit
 LARGEST = 3_000_000
 """Bytes that the page should not exceed."""
 
-SCRIPTS = ("common.js", "calculator.js", "ask.js", "page.js")
+SCRIPTS = ("common.js", "figures.js", "calculator.js", "ask.js", "page.js")
 """What the page runs, in order."""
 
 
@@ -61,13 +58,13 @@ def report(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     page = target / "index.html"
-    html = _render(context).encode()
+    html = render("page.html", SCRIPTS, context).encode()
     for rows in (2000, 200):  # the table of trials is what grows without bound
         if len(html) <= LARGEST:
             break
         context["trials"] = trial_table(frame, results.curves(), fits, rows)
-        html = _render(context).encode()
-    _replace(page, html)
+        html = render("page.html", SCRIPTS, context).encode()
+    replace_file(page, html)
     for name, image in drawings.items():
         (target / f"{name}.png").write_bytes(image)
     return page
@@ -131,7 +128,7 @@ def _context(
         "problems": results.problems,
         "calculator": calculator(fits),
         "trials": trials,
-        "csv": {name: _csv(figure.data) for name, figure in figures.items()},
+        "csv": {name: csv_text(figure.data) for name, figure in figures.items()},
         "light": LIGHT,
         "dark": DARK,
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -172,10 +169,6 @@ def _images(cells: Sequence[CellFigure], figures: Any) -> dict[str, bytes]:
     return images
 
 
-def _csv(data: pd.DataFrame) -> str:
-    return data.dropna(axis="columns", how="all").to_csv(index=False, float_format="%.6g")
-
-
 def _title(studies: Sequence[Mapping[str, Any]]) -> str:
     names = [str(s["name"]) for s in studies]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -183,42 +176,5 @@ def _title(studies: Sequence[Mapping[str, Any]]) -> str:
 
 def _command(uri: str, folder: str | os.PathLike[str], png: bool) -> str:
     """The command that makes this page again, with paths as short as they can be said."""
-    parts = ["raysweep", "report", _relative(uri), "-o", _relative(os.fspath(folder))]
+    parts = ["raysweep", "report", relative(uri), "-o", relative(os.fspath(folder))]
     return shlex.join(parts + (["--png"] if png else []))
-
-
-def _relative(path: str) -> str:
-    if "://" in path and not path.startswith("file://"):
-        return path
-    path = path.removeprefix("file://")
-    relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative
-
-
-def _render(context: Mapping[str, Any]) -> str:
-    env = Environment(
-        loader=PackageLoader("raysweep.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters["num"] = lambda value, style: written(value, style)
-    env.filters["script"] = _script
-    folder = files("raysweep.report") / "templates"
-    css, *scripts = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", *SCRIPTS))
-    js = Markup("".join(scripts))
-    return env.get_template("page.html").render(css=Markup(css), js=js, **context)
-
-
-def _script(value: Any) -> Markup:
-    """JSON that may stand in a <script>: nothing in it can end the element."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write whole or not at all: a reader of the page never sees half of it."""
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    part.replace(path)

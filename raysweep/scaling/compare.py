@@ -62,6 +62,10 @@ class Pair:
 class Comparison:
     """Sides, each fitted alone, and pairs of them; ratios are the other's over the reference's."""
 
+    asked: tuple[str, ...]
+    """The results, as `compare` takes them."""
+    architectures: tuple[str, ...]
+    """Those it was restricted to; empty for all."""
     sides: tuple[Side, ...]
     pairs: tuple[Pair, ...]
     differences: tuple[dict[str, object], ...]
@@ -125,6 +129,8 @@ def compare(
         )
     sides = [make_side(part, fit(part.rows, n_boot=n_boot, seed=seed)) for part in parts]
     return Comparison(
+        asked=tuple(f"{s.uri}#{study}" if study else s.uri for _, s, study in sources),
+        architectures=tuple(architectures),
         sides=tuple(sides),
         pairs=tuple(
             _pair(_reference(sides, k), sides[k], n_boot, seed) for k in range(1, len(sides))

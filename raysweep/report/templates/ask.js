@@ -37,7 +37,7 @@
       if (!side) said.push(`No law of the ${word} could be fitted.`);
       else said.push(`${word[0].toUpperCase()}${word.slice(1)} by ${side.formula}, on ${side.cells} cells` + (side.left_out ? `; ${side.left_out} left out.` : "."));
     }
-    if (!Number.isFinite(answer.loss.value)) said.push("No law of the loss could be fitted.");
+    if (!Number.isFinite(answer.loss.value)) said.push("No law of the loss can tell this run's.");
     else said.push(`Loss by ${answer.loss.formula}, on ${answer.loss.cells} cells` + (answer.loss.status === "at bound" ? "; a coefficient lies at its bound." : "."));
     return said;
   };

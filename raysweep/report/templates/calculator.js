@@ -80,8 +80,12 @@ const recommend = (() => {
     const at = q * (sorted.length - 1), below = Math.floor(at);
     return sorted[below] + (at - below) * ((sorted[below + 1] ?? sorted[below]) - sorted[below]);
   };
+  /** Whether a run splits its compute as the cells of a law in compute alone did. */
+  const near = (path, inputs) => !path || Math.abs(
+    Math.log(inputs.tokens / inputs.params_active_non_embedding) - path.intercept - path.slope * Math.log(inputs.flops),
+  ) <= path.tolerance;
   const expect = (groups, inputs) => {
-    const law = groups.map((g) => g.loss).find((l) => l);
+    const law = groups.flatMap((g) => g.losses).find((l) => near(l.path, inputs));
     if (!law) return { value: NaN, low: NaN, high: NaN };
     const value = Math.exp(logLoss(law, law.rows[0], inputs));
     if (!law.noise) return { ...law, value, low: NaN, high: NaN };

@@ -25,5 +25,6 @@ const kit = (() => {
     rate: (v) => scientific(v), tokens: (v) => short(v), batch: (v) => short(v, 3, full), loss: (v) => v.toFixed(4), count: String,
     percent: (v) => `${(100 * v).toFixed(2)} %`, seconds: (v) => significant(v, 3), text: String, key: String,
   };
-  return { read, make, styles, short, scientific };
+  const csv = {}; // further data to download: name -> function that gives the text
+  return { read, make, styles, short, scientific, csv };
 })();

@@ -1,0 +1,60 @@
+"""From a template and what it says to a file: HTML, scripts inlined, written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from raysweep.report.numbers import written
+
+
+def render(template: str, scripts: Sequence[str], context: Mapping[str, Any]) -> str:
+    """A template of this package as one page that needs nothing else, with `scripts` in order."""
+    env = Environment(
+        loader=PackageLoader("raysweep.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters["num"] = lambda value, style: written(value, style)
+    env.filters["script"] = _script
+    folder = files("raysweep.report") / "templates"
+    css, *texts = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", *scripts))
+    js = Markup("".join(texts))
+    return env.get_template(template).render(css=Markup(css), js=js, **context)
+
+
+def _script(value: Any) -> Markup:
+    """JSON that may stand in a <script>: nothing in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write whole or not at all: a reader of the page never sees half of it."""
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def relative(path: str) -> str:
+    """A path as short as it can be said from here; URIs stay as they are."""
+    if "://" in path and not path.startswith("file://"):
+        return path
+    path = path.removeprefix("file://")
+    found = os.path.relpath(path)
+    return path if found.startswith("..") else found
+
+
+def csv_text(data: pd.DataFrame) -> str:
+    """A figure's data as CSV, without columns that say nothing."""
+    return data.dropna(axis="columns", how="all").to_csv(index=False, float_format="%.6g")
