@@ -225,6 +225,10 @@ class Search(Section):
     max_extensions: Annotated[int, Field(ge=0, le=100)] = 2
     """How often the range of one cell may be widened, each time by a factor of four."""
     early_stopping: EarlyStopping | None = None
+    stall_seconds: NonNegative = 600.0
+    """A worker silent for this long, and for 20 times the longest silence of its cell so far,
+    hangs: it is killed, and its trial goes on in another. Six times as long before the first sign
+    of life. 0 is never."""
 
 
 class Recipe(Section):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 REPORT_SECONDS = 5.0
 """Least time between two progress reports of one trial: each costs a round trip."""
+ALIVE_SECONDS = 30.0
+"""Without progress to report, a trial says this often that it lives."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class TuneReporter:
         self._early_stopping = early_stopping
         self._stop = stop
         self._percent = 0
+        self._progress: dict[str, float] = {"step": 0, "tokens": 0.0}
 
     def report(self, step: int, tokens: float, loss: float) -> None:
         """Progress of a running trial; `loss` is a smoothed training loss."""
@@ -57,14 +60,16 @@ class TuneReporter:
         rung = self._early_stopping and self._percent < percent < 100
         if due or rung:
             self._last = now
-            progress = {"step": step, "tokens": tokens, "train_loss": loss}
+            self._progress = {"step": step, "tokens": tokens, "train_loss": loss}
             if rung:
                 self._percent = percent
-                progress["percent"] = percent
-            tune.report(progress)
+            tune.report(self._progress | ({"percent": percent} if rung else {}))
 
     def should_stop(self) -> bool:
         """Whether the driver winds down. (Early stopping raises in `report`.)"""
+        if time.monotonic() - self._last >= ALIVE_SECONDS:
+            self._last = time.monotonic()
+            tune.report(self._progress)
         return self._stop is not None and self._stop()
 
 

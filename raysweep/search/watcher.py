@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
@@ -23,7 +24,11 @@ from raysweep.search.interruption import (
     tell_trials_to_stop,
 )
 from raysweep.search.progress import Progress
+from raysweep.search.stalls import Stalls
 from raysweep.training.record import unfinished_row
+
+LOOK_SECONDS = 1.0
+"""Least time between two looks for workers that hang."""
 
 _log = logging.getLogger("raysweep")
 
@@ -49,6 +54,10 @@ class Watcher(tune.Callback):
         self._interruption = interruption
         self._winding_down = False
         self._starts: dict[str, tuple[float, datetime]] = {}
+        self._stalls = Stalls(study.space.search.stall_seconds)
+        self._looked = time.monotonic()
+        self._hung: dict[str, str] = {}
+        """Why the last worker of a trial was killed."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune snapshots its callbacks, and nobody reads that: rows are the only truth."""
@@ -61,6 +70,9 @@ class Watcher(tune.Callback):
     def on_step_end(self, iteration: int, trials: Sequence[Trial], **info: Any) -> None:
         """The refresh tick. Raises Interrupted once an interrupted run has wound down."""
         self._progress.refresh()
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._kill_hanging(trials)
         signum = self._interruption.signum
         if signum is None:
             return
@@ -79,11 +91,33 @@ class Watcher(tune.Callback):
     ) -> None:
         """Note when a trial began."""
         self._starts[trial.trial_id] = time.monotonic(), datetime.now(UTC)
+        self._hung.pop(trial.trial_id, None)
+        cell = self._study.cell(trial.config["cell"])
+        if cell.resources.workers == 1:
+            self._stalls.started(trial.trial_id, cell.name)
+
+    def on_trial_result(
+        self,
+        iteration: int,
+        trials: Sequence[Trial],
+        trial: Trial,
+        result: Mapping[str, Any],
+        **info: Any,
+    ) -> None:
+        """A sign of life."""
+        self._stalls.heard(trial.trial_id)
+
+    def on_trial_recover(
+        self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """The worker is gone; the trial waits for another."""
+        self._stalls.ended(trial.trial_id)
 
     def on_trial_complete(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
         """Count a trial that ended; write the row of one that early stopping ended."""
+        self._stalls.ended(trial.trial_id)
         result = trial.last_result or {}
         if result.get("status") == INTERRUPTED:
             self._starts.pop(trial.trial_id, None)
@@ -97,7 +131,20 @@ class Watcher(tune.Callback):
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
         """Write the row of a trial that died more often than it may."""
-        self._write_unfinished(trial, "crashed", _reason(trial))
+        self._stalls.ended(trial.trial_id)
+        reason = self._hung.pop(trial.trial_id, None) or _reason(trial)
+        self._write_unfinished(trial, "crashed", reason)
+
+    def _kill_hanging(self, trials: Sequence[Trial]) -> None:
+        """Kill the workers that hang: Tune then gives their trials to others."""
+        hanging = self._stalls.hanging()
+        for trial in (t for t in trials if hanging and t.trial_id in hanging):
+            self._stalls.ended(trial.trial_id)
+            reason = f"worker hung: no sign of life for {hanging[trial.trial_id]:.0f} s"
+            self._hung[trial.trial_id] = reason
+            _log.warning("cell %s: %s: killed", trial.config["cell"], reason)
+            if trial.temporary_state.ray_actor is not None:
+                ray.kill(trial.temporary_state.ray_actor)
 
     def _write_unfinished(self, trial: Trial, status: str, reason: str) -> None:
         begun, started_at = self._conclude(trial, status)

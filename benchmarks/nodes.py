@@ -1,0 +1,193 @@
+"""A Ray cluster of several nodes on this machine, whose nodes can be killed and replaced."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HOST = "127.0.0.1"
+START_SECONDS = 90.0
+_PORTS = (
+    "dashboard-agent-listen",
+    "dashboard-agent-grpc",
+    "metrics-export",
+    "runtime-env-agent",
+)
+
+
+@dataclass
+class Node:
+    """One `ray start`, leader of the session that all of its processes belong to."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def log(self) -> str:
+        return self.folder.with_suffix(".log").read_text(errors="replace")
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the node at once, as when its machine fails."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+
+    def pids(self) -> list[int]:
+        """All processes of the node: `ray start` itself, the raylet, its workers."""
+        own = (pid for pid in all_pids() if session_of(pid) == self.process.pid)
+        return [pid for pid in own if command_of(pid)]  # a dead one that nobody reaped has none
+
+
+@dataclass
+class Cluster:
+    """Nodes started by `ray start`, as on real machines: each with a folder and ports of its own,
+    one token for all. Close it when done."""
+
+    head_cpus: int = 1
+    dashboard: bool = False
+    env: dict[str, str] = field(default_factory=dict)
+    """An environment to call the cluster from."""
+    workers: list[Node] = field(default_factory=list)
+    head: Node | None = None
+
+    def __post_init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # short: sockets have 107 bytes
+        self.port, self.dashboard_port, self._client_port = free_ports(3)
+        self._started = 0
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            **self.env,
+        }
+
+    @property
+    def address(self) -> str:
+        """Of the head, for `ray.init` and `raysweep run`."""
+        return f"{HOST}:{self.port}"
+
+    @property
+    def jobs_address(self) -> str:
+        """Of the Jobs API; needs the dashboard."""
+        return f"http://{HOST}:{self.dashboard_port}"
+
+    def start_head(self) -> Node:
+        """Start the head, or a new one at the address of one that was killed."""
+        options = ["--head", "--port", str(self.port), "--num-cpus", str(self.head_cpus)]
+        options += ["--ray-client-server-port", str(self._client_port)]
+        options += ["--dashboard-host", HOST, "--dashboard-port", str(self.dashboard_port)]
+        options += ["--include-dashboard", str(self.dashboard).lower()]
+        self.head = self._start(options)
+        if self.dashboard:
+            self._wait(self.head, lambda: listens(self.dashboard_port))
+        return self.head
+
+    def add_worker(self, cpus: int = 1) -> Node:
+        """Start a node that joins the head."""
+        node = self._start(["--address", self.address, "--num-cpus", str(cpus)])
+        self.workers.append(node)
+        return node
+
+    def kill(self, node: Node) -> None:
+        """Kill a node, the head or a worker, without a word."""
+        node.kill()
+        if node is self.head:
+            self.head = None
+        else:
+            self.workers.remove(node)
+
+    def close(self) -> None:
+        """End all nodes and remove their folders."""
+        nodes = [*self.workers, *([self.head] if self.head else [])]
+        for node in nodes:
+            node.process.send_signal(signal.SIGTERM)
+        for node in nodes:
+            with suppress(subprocess.TimeoutExpired):
+                node.process.wait(10)
+        for node in nodes:
+            node.kill()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, options: list[str]) -> Node:
+        self._started += 1
+        # A folder of its own: nodes would unpack submitted code over each other's.
+        folder = self.root / f"n{self._started}"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--block"]
+        command += ["--node-ip-address", HOST, "--object-store-memory", "100000000"]
+        command += ["--temp-dir", str(folder)]
+        for name, port in zip(_PORTS, free_ports(len(_PORTS)), strict=True):
+            command += [f"--{name}-port", str(port)]
+        with open(folder.with_suffix(".log"), "wb") as stream:
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, env=self.env, start_new_session=True
+            )
+        node = Node(folder, process)
+        self._wait(node, lambda: "runtime started" in node.log)
+        return node
+
+    def _wait(self, node: Node, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not ready():
+            if node.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"a node did not start: {node.log}")
+            time.sleep(0.2)
+
+
+def all_pids() -> list[int]:
+    """Processes of this machine."""
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def session_of(pid: int) -> int | None:
+    """The session that a process belongs to; None if it is gone."""
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def command_of(pid: int) -> str:
+    """A process's command line, which Ray's workers set to what they do; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on; all held at once, so that they differ."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind((HOST, 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def listens(port: int) -> bool:
+    """Whether anything accepts connections on a port of this machine."""
+    with closing(socket.socket()) as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((HOST, port)) == 0
