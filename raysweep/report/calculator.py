@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from raysweep.report.trends import FLOPS, PARAMS, QUANTITIES, TOKENS, names_of
-from raysweep.scaling.advise import FAR, SURFACE_CELLS
+from raysweep.scaling.advise import FAR, SURFACE_CELLS, loss_laws_asked
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.group_loss import NON_EMBEDDING
 from raysweep.scaling.groups import Group
@@ -21,7 +22,7 @@ from raysweep.scaling.optima_laws import KNOWN_AHEAD, best_law
 from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import PUBLISHED_LAWS, PublishedLaw, Setting
 from raysweep.scaling.surface import CellFeatures, Surface
-from raysweep.scaling.target import describe_target, expert_share
+from raysweep.scaling.target import ComputePath, describe_target, expert_share
 
 DIGITS, SAMPLE_DIGITS = 12, 8
 """Significant digits of coefficients and of their resamples: answers are compared at four."""
@@ -40,7 +41,7 @@ def calculator(fits: Fits) -> dict[str, Any] | None:
     groups = [*names, ALL] if ALL in fits.groups else names
     described = {name: _group(fits, fits.groups[name]) for name in groups}
     surface = _surface(fits)
-    lawless = all(not any(g["laws"].values()) and g["loss"] is None for g in described.values())
+    lawless = all(not any(g["laws"].values()) and not g["losses"] for g in described.values())
     if lawless and (surface is None or not any(surface["sides"].values())):
         return None
     data = {
@@ -65,7 +66,7 @@ def _group(fits: Fits, group: Group) -> dict[str, Any]:
         "family": _family(cells),
         "range": _range(cells),
         "laws": {q: _laws(group, q) for q in QUANTITIES},
-        "loss": _loss(fits, group),
+        "losses": _losses(fits, group),
     }
 
 
@@ -192,21 +193,26 @@ def _surface_side(
     }
 
 
-def _loss(fits: Fits, group: Group) -> dict[str, Any] | None:
-    """The law of the loss that answers for a group, with its resamples."""
-    order = [key for key in (fits.loss_law,) if key] + group.loss_order()
-    for key in order:
+def _losses(fits: Fits, group: Group) -> list[dict[str, Any]]:
+    """The laws of the loss that answer for a group, with their resamples: the first that knows a
+    run's parameters, and those before it, which know its compute alone."""
+    found = []
+    for key in loss_laws_asked(fits, group):
         fit = group.loss_laws.get(key)
         if not isinstance(fit, LossFit) or not fit.ok:
             continue
         inputs = set(LOSS_LAWS[key].inputs)
-        if not inputs <= KNOWN_INPUTS or (group.kind == "mixed" and "experts" not in inputs):
+        if not inputs <= KNOWN_INPUTS:
             continue
         count = _count(group.cells, fit.law.parameter_count)
         if "params" in inputs and count is None:
             continue
-        return _loss_law(fit, count)
-    return None
+        knows = "params" in inputs
+        path = None if knows else asdict(ComputePath.of(group.cells))
+        found.append({**_loss_law(fit, count), "path": path})
+        if knows:
+            break
+    return found
 
 
 def _count(cells: pd.DataFrame, wanted: str) -> str | None:

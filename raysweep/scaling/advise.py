@@ -21,7 +21,7 @@ from raysweep.scaling.optimum import OPTIMUM_METHODS
 from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import published_answers
 from raysweep.scaling.recommend import Recommendation, usable_batch
-from raysweep.scaling.target import Target, describe_target, extrapolation
+from raysweep.scaling.target import ComputePath, Target, describe_target, extrapolation
 
 if TYPE_CHECKING:
     from raysweep.scaling.fits import Fits
@@ -150,10 +150,17 @@ def _expect(fits: Fits, own: Group, foreign: bool, inputs: Mapping[str, float]) 
     architecture alone, then of all together."""
     groups = [] if foreign else [own]
     groups += [fits.groups[ALL]] if ALL in fits.groups else []
+    why = ""
     for group in groups:
-        order = [k for k in (fits.loss_law,) if k] + group.loss_order()
-        if group.kind == "mixed":
-            order = [k for k in order if "experts" in LOSS_LAWS[k].inputs]
+        order = loss_laws_asked(fits, group)
+        blind = {key for key in order if "params" not in LOSS_LAWS[key].inputs}
+        if blind and not (path := ComputePath.of(group.cells)).near(inputs):
+            order = [key for key in order if key not in blind]
+            asked = inputs["tokens"] / inputs["params_active_non_embedding"]
+            why = (
+                f": one in compute alone knows about {path.expected(inputs):.2g} tokens a "
+                f"parameter at this compute, and {asked:.2g} were asked for"
+            )
         found = predict_loss(group.loss_laws, order, inputs)
         if found is None:
             continue
@@ -163,6 +170,12 @@ def _expect(fits: Fits, own: Group, foreign: bool, inputs: Mapping[str, float]) 
         if check is not None and math.isfinite(check.error):
             said += f", {100 * check.error:.2f} % off on the largest scale unseen"
         warnings = []
+        untuned = _untuned(group.cells)
+        if untuned:
+            warnings.append(
+                f"{untuned} of {len(group.cells)} cells have no interior optimum: the loss of "
+                "their best trial stands for them, and the expected loss may be too high for it"
+            )
         if fitted.status == "at bound":
             warnings.append(f"the law of the loss is not certain: {fitted.message}")
         if isinstance(fitted, LossFit) and fitted.fixed:
@@ -170,8 +183,22 @@ def _expect(fits: Fits, own: Group, foreign: bool, inputs: Mapping[str, float]) 
                 "three cells: the law of the loss has no floor, so it is too low far out"
             )
         return _Expected(key, value, (low, high), (said,), tuple(warnings))
-    nothing = ("no law of the loss could be fitted to predict this run's",)
+    nothing = (f"no law of the loss can predict this run's{why}",)
     return _Expected("", math.nan, (math.nan, math.nan), (), nothing)
+
+
+def loss_laws_asked(fits: Fits, group: Group) -> list[str]:
+    """The laws of the loss that may answer for a group, in the order in which they are asked."""
+    order = [key for key in (fits.loss_law,) if key] + group.loss_order()
+    if group.kind == "mixed":
+        return [key for key in order if "experts" in LOSS_LAWS[key].inputs]
+    return order
+
+
+def _untuned(cells: pd.DataFrame) -> int:
+    """Searched cells whose loss is their best trial's, not that of an optimum."""
+    searched = cells["learning_rate"].notna()
+    return int((searched & (cells["loss_from"] == "best trial")).sum())
 
 
 def _architecture(fits: Fits, wanted: str | None, experts: int | None) -> str:

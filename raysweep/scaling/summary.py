@@ -150,4 +150,6 @@ def _why(fit: PowerLaw | LossFit | NotFitted | Ratio) -> str:
 
 def _number(value: float, style: str) -> str:
     width = int(style.split(".")[0])
+    if abs(value) >= 1e5 and style.endswith("f"):
+        style = f"{width}.3g"
     return f"{value:{style}}" if math.isfinite(value) else f"{'-':>{width}}"

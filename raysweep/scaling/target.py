@@ -86,6 +86,43 @@ def describe_target(
     return Target(inputs, tuple(notes))
 
 
+@dataclass(frozen=True)
+class ComputePath:
+    """How cells split their compute: ln(tokens / params) = intercept + slope ln FLOPs.
+
+    A law of the loss in compute alone has learnt one split at each budget and knows no other: from
+    cells of one horizon, say, it would take any large model for one that saw few tokens."""
+
+    intercept: float
+    slope: float
+    tolerance: float
+    """How far ln(tokens / params) of a run may lie from the path: a factor of 4, or three standard
+    deviations of the cells where they scatter more."""
+
+    @classmethod
+    def of(cls, cells: pd.DataFrame) -> ComputePath:
+        """The path of cells that have a loss, by least squares."""
+        known = cells[cells["loss"].notna()]
+        params = known["params_active_non_embedding"].to_numpy(float)
+        ratio = np.log(known["tokens"].to_numpy(float) / params)
+        compute = np.log(known["flops"].to_numpy(float))
+        spread = compute - compute.mean()
+        slope = 0.0 if np.ptp(compute) < 1e-9 else float(spread @ ratio / (spread @ spread))
+        off = ratio - ratio.mean() - slope * spread
+        scatter = math.sqrt(float(off @ off) / max(len(off) - 2, 1))
+        intercept = float(ratio.mean() - slope * compute.mean())
+        return cls(intercept, slope, max(math.log(4), 3 * scatter))
+
+    def expected(self, inputs: Mapping[str, float]) -> float:
+        """Tokens a parameter at a run's compute."""
+        return math.exp(self.intercept + self.slope * math.log(inputs["flops"]))
+
+    def near(self, inputs: Mapping[str, float]) -> bool:
+        """Whether a run lies near the path."""
+        asked = inputs["tokens"] / inputs["params_active_non_embedding"]
+        return abs(math.log(asked / self.expected(inputs))) <= self.tolerance
+
+
 def expert_share(cells: pd.DataFrame) -> float | None:
     """Share of the active non-embedding parameters in routed experts, from the largest MoE cell."""
     moe = cells[

@@ -231,6 +231,30 @@ def test_three_cells_are_answered_by_the_surface_and_kaplans_own_form(planted_st
     assert kaplan.fixed == {"E0": 0.0}
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {"scales": (1e8,), "tokens_per_param": (5, 10, 20, 40, 80)},  # one size
+        {"scales": (1e7, 3e7, 9e7, 2.7e8), "tokens_per_param": (20,)},  # one path
+    ],
+)
+def test_compute_alone_says_nothing_of_another_split(planted_study, cells):
+    fits = quick(planted_study(per_cell=8, **cells))
+    assert [k for k, law in fits.groups["dense"].loss_laws.items() if law.ok] == ["kaplan"]
+    middle = fits.cells[["params_active_non_embedding", "tokens"]].median()
+    params, tokens = (float(v) for v in middle)
+    assert math.isfinite(fits.recommend("dense", params, tokens).loss)
+    off = fits.recommend("dense", 10 * params, tokens / 10)
+    assert math.isnan(off.loss)
+    assert any("one in compute alone knows about" in w for w in off.warnings)
+
+
+def test_untuned_cells_make_the_expected_loss_doubtful(planted_study):
+    frame = planted_study(per_cell=14).groupby("cell").head(1)
+    answer = quick(frame).recommend("dense", 1e9, 2e10)
+    assert any("8 of 8 cells have no interior optimum" in w for w in answer.warnings)
+
+
 def test_one_horizon_cannot_tell_sizes_from_tokens_within_architectures(planted_study):
     # Total parameters differ between the two kinds, which must not pass for an exponent of N.
     fits = quick(planted_study(kinds=("dense", "moe"), tokens_per_param=(20,), per_cell=14))
