@@ -240,9 +240,9 @@ class Law:
         """Why these data cannot determine the law at all, if they cannot."""
         need = max(FEWEST_CELLS, int(free.sum()) + 1)
         if n_cells < need:
+            cells = "1 distinct cell" if n_cells == 1 else f"{n_cells} distinct cells"
             return "too few cells", (
-                f"{n_cells} distinct cells for {int(free.sum())} coefficients: "
-                f"at least {need} are needed"
+                f"{cells} for {int(free.sum())} coefficients: at least {need} are needed"
             )
         if np.ptp(np.log(loss)) < 1e-9:
             return "identical losses", "every loss is the same, so nothing can be told to scale"

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from raysweep.scaling.fits import Fits
     from raysweep.scaling.groups import Group
 
+LONGEST, BEST = 5, 3
+"""A target with more laws than the first shows as many as the second."""
+
 
 def summary(fits: Fits) -> str:
     """What a reader wants to see first; everything else is in `Fits.to_dict`."""
@@ -58,8 +61,11 @@ def _group(group: Group) -> list[str]:
     if not any(law.n_cells for law in group.laws.values()):
         lines.append("    no laws of the optima: no cell has an interior optimum")
     else:
-        for law in group.laws.values():
-            lines.append(f"  {'*' if law.name in best else ' '} {_law(law)}")
+        for target in dict.fromkeys(law.target for law in group.laws.values()):
+            shown, hidden = _shown([x for x in group.laws.values() if x.target == target])
+            lines += [f"  {'*' if law.name in best else ' '} {_law(law)}" for law in shown]
+            if hidden:
+                lines.append(f"    and {hidden} more of {target}, see --json")
         lines.append("    * predicts unseen cells best; N is " + group.count)
     for key, fit in group.loss_laws.items():
         if isinstance(fit, LossFit) and fit.ok:
@@ -67,6 +73,8 @@ def _group(group: Group) -> list[str]:
             lines.append(
                 f"  {first} {fit.law.formula}: {_coefficients(fit)} ({_trust(group, key)})"
             )
+            if fit.status != "converged":
+                lines.append(f"      {fit.message}")
         else:
             lines.append(f"    {key}: {_why(fit)}")
     if group.loss_order():
@@ -78,6 +86,15 @@ def _group(group: Group) -> list[str]:
                 f"{100 * gap.max:.3f} %, {len(gap.gaps)} cells, fitted on {gap.n_train}"
             )
     return lines
+
+
+def _shown(laws: list[PowerLaw]) -> tuple[list[PowerLaw], int]:
+    """The laws of one target to print, and how many are left out: of a long list the best."""
+    if len(laws) <= LONGEST:
+        return laws, 0
+    best = sorted((law for law in laws if law.ok), key=lambda law: law.held_out)
+    shown = (best or laws)[:BEST]
+    return shown, len(laws) - len(shown)
 
 
 def _coefficients(fit: LossFit) -> str:
