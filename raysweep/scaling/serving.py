@@ -129,8 +129,19 @@ def serving_solutions(
         raise UserError(
             f"law '{fit.name}' does not read params, tokens and experts: use yun or wang"
         )
-    if serving.dollars_per_hour <= 0:
-        raise UserError("dollars_per_hour must be positive: give the price of one GPU")
+    positive = {
+        "flops": flops,
+        "dollars_per_hour": serving.dollars_per_hour,
+        "prompt": serving.prompt,
+        "generated": serving.generated,
+        "top_k": serving.model.top_k,
+        "the least number of experts": min((*experts, reference or np.inf), default=0.0),
+    }
+    for name, value in positive.items():
+        if not (np.isfinite(value) and value > 0):
+            raise UserError(f"{name} must be a positive number, not {value:g}")
+    if not 0 < serving.model.moe_share <= 1:
+        raise UserError(f"moe_share {serving.model.moe_share:g} must lie in (0, 1]")
     counts = sorted({float(e) for e in experts} | ({float(reference)} if reference else set()))
     studies = {e: _Budget(fit, flops, serving, e) for e in counts}
     target = studies[float(reference) if reference else counts[0]].best

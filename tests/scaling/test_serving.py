@@ -181,7 +181,7 @@ def test_a_profile_file_replaces_the_roofline(tmp_path: Path) -> None:
 def test_misuse_is_one_line(joint_fit: LossFit) -> None:
     with pytest.raises(UserError, match="choose from"):
         find_gpu("abacus")
-    with pytest.raises(UserError, match="price of one GPU"):
+    with pytest.raises(UserError, match="dollars_per_hour must be a positive"):
         serving_solutions(joint_fit, 1e20, Serving(A100, 0.0))
     law = LOSS_LAWS["chinchilla"]
     n, d = np.meshgrid(np.geomspace(1e8, 1e9, 4), np.geomspace(1e9, 1e10, 4))
