@@ -166,13 +166,17 @@ class Profile:
     @classmethod
     def read(cls, path: str | Path) -> Profile:
         """A CSV with the columns PROFILE_COLUMNS; `phase` is prefill or decode, `params` dense."""
-        table = pd.read_csv(path)
+        try:
+            table = pd.read_csv(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as a profile: {error}") from None
         missing = [c for c in PROFILE_COLUMNS if c not in table.columns]
         if missing:
             raise UserError(
                 f"{path} has no column '{missing[0]}': a profile needs {PROFILE_COLUMNS}"
             )
-        numbers = table[list(PROFILE_COLUMNS[1:])].to_numpy(dtype=float)
+        columns = list(PROFILE_COLUMNS[1:])
+        numbers = table[columns].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
         bad = ~(np.isfinite(numbers) & (numbers > 0)).all(axis=1)
         if bad.any():
             raise UserError(f"{path}, row {int(np.argmax(bad))}: every number must be positive")
