@@ -13,6 +13,7 @@ Conventions, stated once and used everywhere:
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass, replace
 
@@ -137,16 +138,27 @@ def derive_width_depth(
     """
     if not (math.isfinite(params) and params > 0):
         raise UserError(f"params: {params} must be a positive number")
-    best: tuple[float, int, int] | None = None
-    width_cap = 4 * (params * aspect_ratio) ** (1 / 3) + 2 * head_dim
-    for d_model in range(head_dim, int(width_cap) + 1, head_dim):
+
+    def layers_and_count(d_model: int) -> tuple[int, int]:
         d_ff = feed_forward_width(d_model, ffn_ratio, ffn_multiple)
         per_layer = 4 * d_model**2 + 3 * d_model * d_ff + 2 * d_model + 2 * head_dim
         layers = max(1, round(params / per_layer))
-        miss = abs(math.log((layers * per_layer + d_model) / params))
-        stretch = abs(math.log(d_model / layers / aspect_ratio))
-        cost = miss + 0.1 * stretch
-        if best is None or cost < best[0]:
-            best = (cost, d_model, layers)
-    assert best is not None
+        return layers, layers * per_layer + d_model
+
+    def stretch(d_model: int) -> float:
+        return math.log(d_model / layers_and_count(d_model)[0] / aspect_ratio)
+
+    width_cap = 4 * (params * aspect_ratio) ** (1 / 3) + 2 * head_dim
+    widths = range(head_dim, int(width_cap) + 1, head_dim)
+    # The stretch grows with the width. From where it is nearest to zero, walk both ways until it
+    # alone costs more than the best: the largest models have a hundred thousand candidates.
+    middle = bisect.bisect_left(widths, 0.0, key=stretch)
+    best = (math.inf, 0, 0)
+    for side in (widths[middle:], reversed(widths[:middle])):
+        for d_model in side:
+            stretched = 0.1 * abs(stretch(d_model))
+            if stretched > best[0]:
+                break
+            layers, counted = layers_and_count(d_model)
+            best = min(best, (abs(math.log(counted / params)) + stretched, d_model, layers))
     return best[1], best[2]

@@ -13,8 +13,11 @@ from pydantic import BaseModel, ValidationError
 from raysweep.config.schema import SearchSpace
 from raysweep.errors import UserError
 
-LARGEST_FILE = 1_000_000
+LARGEST_FILE = 50_000
+"""Bytes: shipped files have about a thousand, and safe YAML is slow."""
 DEEPEST_NESTING = 20
+MOST_ERRORS = 100
+"""Errors of one file that are looked at to choose the one to show."""
 
 Location = tuple[str | int, ...]
 
@@ -61,6 +64,8 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[Location, int]]:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}" if mark else source
         raise UserError(f"{where}: not valid YAML: {error.problem or error.context}") from None
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{source}: not valid YAML: {reason}") from None
@@ -68,9 +73,11 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[Location, int]]:
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > LARGEST_FILE:
+        with path.open("rb") as file:  # a size asked for first would be 0 for a device or a pipe
+            data = file.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
             raise UserError(f"{path} is over {LARGEST_FILE} bytes: that is no search-space file")
-        return path.read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
         hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
@@ -122,7 +129,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target):
+            if not key.isdecimal() or int(key) >= len(target):
                 raise UserError(f"--set {dotted}: {key!r} is no index of {len(target)} entries")
             index: Any = int(key)
         elif isinstance(target, dict):
@@ -142,7 +149,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, path: Path, values: Any, lines: dict[Location, int]) -> str:
     """The first error in one line; how many more there are."""
     found: dict[Location, Any] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MOST_ERRORS]:
         at = _locate(tuple(item["loc"]), values)
         # A union reports once for each of its members: keep the most telling one a place.
         root = next((k for k in found if at[: len(k)] == k or k[: len(at)] == at), None)
@@ -162,7 +169,7 @@ def _explain(error: ValidationError, path: Path, values: Any, lines: dict[Locati
     elif item["type"] == "missing":
         message = f"{dotted} is missing: add it"
     else:
-        said = " ".join(item["msg"].removeprefix("Value error, ").split())
+        said = _SAID.get(item["type"]) or item["msg"].removeprefix("Value error, ")
         message = f"{dotted}: {said}" if dotted else said
         given = item.get("input")
         if item["type"] != "value_error" and isinstance(given, str | int | float | bool | None):
@@ -175,6 +182,11 @@ def _explain(error: ValidationError, path: Path, values: Any, lines: dict[Locati
 
 _RANK = {"extra_forbidden": 0, "literal_error": 2, "model_type": 3}
 """How little an error of a union says about what the user meant."""
+
+_SAID = dict.fromkeys(("tuple_type", "list_type"), "must be a list") | dict.fromkeys(
+    ("dict_type", "model_type"), "must be a mapping of keys to values"
+)
+"""Where Pydantic's words are Python's, not YAML's."""
 
 
 def _locate(location: Location, values: Any) -> Location:

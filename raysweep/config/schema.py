@@ -25,11 +25,15 @@ def _whole(value: Any) -> Any:
     return value
 
 
+MOST_LAYERS = 2_000
+MOST_TOKEN_IDS = 10_000_000
+
 Name = Annotated[str, Field(pattern=NAME)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**18)]
 Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**18)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e30)]
+NonNegative = Annotated[float, Field(ge=0, le=1e30)]
+Ratio = Annotated[float, Field(ge=1e-3, le=1e3)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -48,7 +52,7 @@ class Architecture(Section):
     """Experts that each token is sent to."""
     shared_experts: Annotated[int, Field(ge=0, le=1024)] = 0
     """Experts that every token passes through besides."""
-    expert_size: Literal["matched"] | Positive = "matched"
+    expert_size: Literal["matched"] | Ratio = "matched"
     """Width of an expert as a multiple of the dense feed-forward; `matched` makes the active
     experts together as wide as it, so that active parameters equal the dense twin's."""
     moe_every: Count = 1
@@ -102,10 +106,10 @@ class ScaleEntry(Section):
     """One rung: an explicit shape (d_model, layers, heads) or a `params` target."""
 
     name: Name | None = None
-    params: Positive | None = None
+    params: Annotated[float, Field(ge=1, le=1e13)] | None = None
     """Dense non-embedding parameters aimed at: the shape is derived, its true count reported."""
     d_model: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
-    layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
     heads: Annotated[int, Field(ge=1, le=100_000)] | None = None
     kv_heads: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Fewer key-value heads than heads is grouped-query attention; default: as many."""
@@ -144,9 +148,9 @@ class ModelSettings(Section):
     sequence_length: Annotated[int, Field(ge=2, le=1_048_576)] = 1024
     head_dim: Annotated[int, Field(ge=2, le=1024)] = 64
     """Head size of derived shapes."""
-    aspect_ratio: Positive = 64.0
+    aspect_ratio: Ratio = 64.0
     """d_model / layers aimed at by derived shapes."""
-    ffn_ratio: Positive = 8 / 3
+    ffn_ratio: Ratio = 8 / 3
     """Feed-forward width over d_model, where a scale gives no d_ff."""
     ffn_multiple: Annotated[int, Field(ge=1, le=4096)] = 8
     """Feed-forward and expert widths are multiples of this."""
@@ -294,7 +298,9 @@ class Data(Section):
     tokenizer: Literal["bytes"] | Tokenizer = "bytes"
     token_dtype: Literal["uint16", "uint32"] = "uint16"
     """Of existing token shards (`source: tokens`)."""
-    vocab_size: Count | None = None
+    vocab_size: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST_TOKEN_IDS)] | None = (
+        None
+    )
     """Needed with `source: tokens`; otherwise the tokenizer's."""
     validation_paths: tuple[str, ...] = ()
     """Held-out files; default: a share of the documents chosen by hash."""

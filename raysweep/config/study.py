@@ -10,6 +10,8 @@ from pathlib import Path
 
 from raysweep.config.load import load_search_space
 from raysweep.config.schema import (
+    MOST_LAYERS,
+    MOST_TOKEN_IDS,
     Architecture,
     Data,
     ModelSettings,
@@ -29,6 +31,7 @@ from raysweep.scale import (
 )
 
 BYTE_VOCABULARY = 256
+MOST_CELLS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +170,17 @@ def vocabulary_size(data: Data, folder: Path) -> int:
         return data.tokenizer.train_vocab_size
     path = folder / (data.tokenizer.file or "")
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("a folder, or a device without end")
         spec = json.loads(path.read_text(encoding="utf-8"))
         ids = list(spec["model"]["vocab"].values()) + [t["id"] for t in spec["added_tokens"]]
-        return max(ids) + 1
+        size = int(max(ids)) + 1
+        if not 1 <= size <= MOST_TOKEN_IDS:
+            raise ValueError("no token ids")
+        return size
     except FileNotFoundError:
         raise UserError(f"tokenizer file {path} not found: check data.tokenizer.file") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is no tokenizers JSON file: save one with Tokenizer.save(path)"
         ) from None
@@ -191,6 +199,11 @@ def build_shape(
             ffn_multiple=model.ffn_multiple,
         )
         heads = d_model // model.head_dim
+        if layers > MOST_LAYERS:
+            raise UserError(
+                f"params {entry.params:g} at head_dim {model.head_dim} and aspect_ratio "
+                f"{model.aspect_ratio:g} would be {layers} layers: raise one of the latter"
+            )
     else:
         assert entry.d_model is not None
         assert entry.layers is not None
@@ -235,6 +248,12 @@ def short_number(value: float) -> str:
 
 def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
     cells: dict[str, Cell] = {}
+    shapes = sum(len(e.architectures or space.architectures) for e in space.scales)
+    if shapes * len(space.horizons) > MOST_CELLS:
+        raise UserError(
+            f"the study would have {shapes * len(space.horizons)} cells, over {MOST_CELLS}: drop "
+            "scales, architectures or horizons"
+        )
     for index, entry in enumerate(space.scales):
         for name, architecture in space.architectures.items():
             if entry.architectures is not None and name not in entry.architectures:
