@@ -2,11 +2,13 @@
 
     python -m benchmarks.fits --data FOLDER [--only chinchilla,speed,...] [--json FILE]
 
-FOLDER holds `chinchilla_points.csv` and `isoflop_marin_comma.csv`. The parts: `chinchilla` (the
-minimum and the spread of its bootstrap), `speed` (1000 refits against a multi-start SciPy L-BFGS
-with numerical gradients, which is run on some of the same resamples and scaled up), `planted`
-(every law gets its coefficients back), `coverage` (95 % intervals of exponents over simulated
-studies), `holdout` (the largest budget predicted from the rest).
+FOLDER holds `chinchilla_points.csv`, `isoflop_marin_comma.csv` and `steplaw_dense.csv`. The parts:
+`chinchilla` (the minimum and the spread of its bootstrap), `speed` (1000 refits against a
+multi-start SciPy L-BFGS with numerical gradients, which is run on some of the same resamples and
+scaled up), `planted` (every law gets its coefficients back), `coverage` (95 % intervals of
+exponents over simulated studies), `holdout` (the largest budget predicted from the rest),
+`steplaw` (what following the laws of the optima costs on recorded grids, fitted on the smallest
+cells and on all).
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ from scipy.optimize import minimize
 
 from benchmarks.planted_laws import PLANTED, simulated_cells
 from raysweep.errors import UserError
+from raysweep.results.importers import read_steplaw
 from raysweep.scaling import fitting
 from raysweep.scaling.bootstrap import bootstrap, cell_multiplicities
+from raysweep.scaling.cells import cell_table
+from raysweep.scaling.fits import fit as fit_results
 from raysweep.scaling.holdout import Candidate, held_out, select
 from raysweep.scaling.laws import LOSS_LAWS
+from raysweep.scaling.optima_laws import held_out_gap
 
 CHINCHILLA = LOSS_LAWS["chinchilla"]
 # Cells of a simulated study and the noise of their log loss: as many and as little as a law of that
@@ -218,9 +224,38 @@ def holdout(folder: Path) -> dict[str, object]:
     return {"chosen": chosen.best.candidate.name, "errors": rows, "plain": plain}
 
 
+def steplaw(folder: Path, n_train: int = 9) -> dict[str, object]:
+    """The gap of the laws of the optima to the best recorded trial of each cell, in per cent."""
+    rows = read_steplaw(folder / "steplaw_dense.csv")
+    fits = fit_results(rows)
+    (group,) = fits.groups.values()
+    table = cell_table(rows)
+    unseen = held_out_gap(
+        group.cells,
+        table.searched(),
+        fits.optima[fits.method],
+        count=group.count,
+        method=fits.method,
+        n_train=n_train,
+    )
+    told = {}
+    for name, gap in (
+        (f"fitted on the {n_train} smallest", unseen),
+        ("all cells", group.in_sample),
+    ):
+        assert gap is not None
+        told[name] = {"mean": gap.mean, "max": gap.max, "cells": len(gap.gaps)}
+        print(
+            f"{name}: mean {100 * gap.mean:.3f} %, max {100 * gap.max:.3f} %, {len(gap.gaps)} cells"
+        )
+        if gap.unmeasured:
+            print(f"  no recorded trial near the prediction of {', '.join(gap.unmeasured)}")
+    return told
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; prints what it measures and writes JSON where asked."""
-    parts = ("chinchilla", "speed", "planted", "coverage", "holdout")
+    parts = ("chinchilla", "speed", "planted", "coverage", "holdout", "steplaw")
     parser = argparse.ArgumentParser(prog="benchmarks.fits", description="The fits, measured.")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--only", default=",".join(parts), help="comma-separated")
@@ -232,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in chosen:
         if name not in parts:
             raise UserError(f"no part '{name}': choose from {', '.join(parts)}")
-    if {"chinchilla", "speed", "holdout"} & set(chosen) and not options.data.is_dir():
+    if {"chinchilla", "speed", "holdout", "steplaw"} & set(chosen) and not options.data.is_dir():
         raise UserError(f"no folder {options.data}: name the one with the public sweeps by --data")
     run = {
         "chinchilla": lambda: chinchilla(options.data),
@@ -240,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "planted": planted,
         "coverage": lambda: coverage(options.laws.split(","), options.studies),
         "holdout": lambda: holdout(options.data),
+        "steplaw": lambda: steplaw(options.data),
     }
     report = {}
     for name in chosen:
