@@ -15,7 +15,7 @@ from raysweep.scaling.group_loss import (
     LossCheck,
     NotFitted,
     batch_table,
-    check_loss_law,
+    check_loss_laws,
     fit_loss_law,
     fit_loss_laws,
 )
@@ -174,11 +174,12 @@ def fit_group(name: str, cells: pd.DataFrame, data: Sources, loss_law: str | Non
         cells=cells,
         laws=laws,
         loss_laws=losses,
-        loss_checks={
-            key: check_loss_law(fitted, cells, n_boot=min(data.n_boot, 100), seed=data.seed)
-            for key, fitted in losses.items()
-            if key != "three_term"  # fitted on batches, not on cells
-        },
+        loss_checks=check_loss_laws(
+            {k: f for k, f in losses.items() if k != "three_term"},  # fitted on batches, not cells
+            cells,
+            n_boot=min(data.n_boot, 100),
+            seed=data.seed,
+        ),
         counts=counts,
         in_sample=in_sample,
         held_out=held_out_gap(cells, trials, optima, count=count, method=data.method),
