@@ -66,7 +66,9 @@ def _group(group: Group) -> list[str]:
             lines += [f"  {'*' if law.name in best else ' '} {_law(law)}" for law in shown]
             if hidden:
                 lines.append(f"    and {hidden} more of {target}, see --json")
-        lines.append("    * predicts unseen cells best; N is " + group.count)
+        lines.append("    * predicts unseen cells best")
+        lines.append(f"    N: {group.counts.message}")
+        lines += _batches(group)
     for key, fit in group.loss_laws.items():
         if isinstance(fit, LossFit) and fit.ok:
             first = "*" if key == next(iter(group.loss_order()), None) else " "
@@ -95,6 +97,26 @@ def _shown(laws: list[PowerLaw]) -> tuple[list[PowerLaw], int]:
     best = sorted((law for law in laws if law.ok), key=lambda law: law.held_out)
     shown = (best or laws)[:BEST]
     return shown, len(laws) - len(shown)
+
+
+def _batches(group: Group) -> list[str]:
+    """The critical batch and the noise scale against loss, where they could be fitted."""
+    lines = []
+    for what, found in (
+        ("critical batch", group.critical_batch),
+        ("noise scale", group.noise_scale),
+    ):
+        if found.law.ok and math.isfinite(found.a.value):
+            ends = " to ".join(
+                "infinity" if math.isnan(e) else f"{e:.3g}" for e in (found.a.low, found.a.high)
+            )
+            lines.append(
+                f"    {what}: {found.b0.value:.4g} tokens / L^(1/a), a {found.a.value:.3g} "
+                f"(95 %: {ends}; {found.law.n_cells} cells)"
+            )
+        elif found.law.ok:
+            lines.append(f"    {what}: does not fall with the loss here ({found.law.formula})")
+    return lines
 
 
 def _coefficients(fit: LossFit) -> str:
