@@ -16,19 +16,35 @@ if TYPE_CHECKING:
     from raysweep.config import Study
     from raysweep.errors import UserError
     from raysweep.report import report as write_report
+    from raysweep.report.compare import write_comparison
     from raysweep.results import Results
+    from raysweep.scaling.compare import Comparison, compare
     from raysweep.scaling.fits import Fits, fit
     from raysweep.search.run import run
 
-__all__ = ["Fits", "Results", "Study", "UserError", "fit", "run", "write_report"]
+__all__ = [
+    "Comparison",
+    "Fits",
+    "Results",
+    "Study",
+    "UserError",
+    "compare",
+    "fit",
+    "run",
+    "write_comparison",
+    "write_report",
+]
 
 _HOMES = {
+    "Comparison": ("raysweep.scaling.compare", "Comparison"),
     "Fits": ("raysweep.scaling.fits", "Fits"),
     "Results": ("raysweep.results", "Results"),
     "Study": ("raysweep.config", "Study"),
     "UserError": ("raysweep.errors", "UserError"),
+    "compare": ("raysweep.scaling.compare", "compare"),
     "fit": ("raysweep.scaling.fits", "fit"),
     "run": ("raysweep.search.run", "run"),
+    "write_comparison": ("raysweep.report.compare", "write_comparison"),
     # Not `report`: that name is the subpackage's, once it is imported.
     "write_report": ("raysweep.report", "report"),
 }

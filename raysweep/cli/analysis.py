@@ -138,3 +138,28 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--experts {text}: give numbers, as in 2,4,8") from None
+
+
+@app.command("compare")
+def compare_command(
+    results: Annotated[
+        list[str],
+        typer.Argument(help="Results folders or URIs; RESULTS#STUDY is one study of one."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write a page to.")
+    ] = None,
+    architecture: Annotated[
+        list[str] | None, typer.Option(help="Compare this architecture only. Repeatable.")
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare studies, or the architectures of one: laws, losses, tokens for equal loss."""
+    from raysweep.report.compare import write_comparison
+    from raysweep.scaling.compare import compare
+
+    found = compare(results, architectures=architecture or ())
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
+    if output is not None:
+        typer.echo(str(write_comparison(found, output, png=png)), err=as_json)

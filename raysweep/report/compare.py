@@ -143,7 +143,7 @@ def _pair(pair: Pair, index: int, n: Numbers) -> dict[str, Any]:
         "rows": [
             {
                 "what": f"{QUANTITY_WORDS[c.quantity]} at equal {c.at_equal}",
-                "ratio": n("ratio", (*at, k), "ratio"),
+                "ratio": n(_style(c), (*at, k), "ratio"),
                 "span": span(c, n, (*at, k)),
                 "how": c.how,
                 "cells": n("count", (*at, k), "n"),
@@ -158,31 +158,32 @@ def _pair(pair: Pair, index: int, n: Numbers) -> dict[str, Any]:
 def span(c: Contrast, n: Numbers, at: tuple[object, ...]) -> Markup:
     """The interval of a contrast; one-sided where its upper end lies beyond any number."""
     if math.isfinite(c.low) and math.isinf(c.high):
-        return Markup("at least {}").format(n("ratio", at, "low"))
-    return n.interval("ratio", (at, "low"), (at, "high")) or Markup("no interval")
+        return Markup("at least {}").format(n(_style(c), at, "low"))
+    return n.interval(_style(c), (at, "low"), (at, "high")) or Markup("no interval")
+
+
+def _style(c: Contrast) -> str:
+    """Losses differ by little."""
+    return "number" if c.quantity == "loss" else "ratio"
 
 
 def _says(pair: Pair, n: Numbers, at: tuple[object, ...]) -> list[Markup]:
     """The pair in sentences: what differs, what is not shown to, what is not compared."""
-    differ: list[Markup] = []
+    said: list[Markup] = []
     same: list[Markup] = []
     for k, c in _chosen(pair):
         less, more = LESS_AND_MORE[c.quantity]
         word = QUANTITY_WORDS[c.quantity]
-        text = Markup("{} times the {} ({}) at equal {}").format(
-            n("ratio", (*at, k), "ratio"), word, span(c, n, (*at, k)), c.at_equal
-        )
-        if c.clear:
-            differ.append(text + f", {less if c.ratio < 1 else more}")
-        else:
+        if not c.clear:
             same.append(Markup("{} ({})").format(word, span(c, n, (*at, k))))
-    said = []
-    if differ:
+            continue
+        verb = "needs" if c.quantity in ("tokens", "flops") else "has"
         said.append(
-            Markup("Against <b>{}</b>, <b>{}</b> has or needs {}.").format(
-                pair.reference, pair.other, Markup("; ").join(differ)
+            Markup("<b>{}</b> {} {} times the {} of <b>{}</b> at equal {} ({}): {}.").format(
+                pair.other, verb, n(_style(c), (*at, k), "ratio"), word, pair.reference,
+                c.at_equal, span(c, n, (*at, k)), less if c.ratio < 1 else more,
             )
-        )
+        )  # fmt: skip
     if same:
         said.append(
             Markup("No difference is shown in: {}. That is not to say that there is none.").format(

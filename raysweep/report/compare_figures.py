@@ -19,7 +19,7 @@ from raysweep.report.style import (
 )
 from raysweep.report.trends import FLOPS
 from raysweep.scaling.compare import QUANTITY_WORDS, Comparison
-from raysweep.scaling.contrast import Contrast
+from raysweep.scaling.contrast import MATCHED, OWN_LAWS, Contrast
 
 REACH = 5.0
 """The axis of ratios goes as far as this factor beyond the outermost estimate and no farther."""
@@ -52,11 +52,7 @@ def ratios_figure(
                 axes.plot(ends, [place, place], color=colour, linewidth=1.6)
             face = colour if c.clear else LIGHT["paper"]
             axes.scatter([c.ratio], [place], s=30, c=face, edgecolors=colour, zorder=3)
-        words = [
-            f"{QUANTITY_WORDS[c.quantity]} at equal {c.at_equal}"
-            + (f", {other}" if several else "")
-            for other, _, c in reversed(rows)
-        ]
+        words = [_label(c, other if several else "") for other, _, c in reversed(rows)]
         axes.set_yticks(range(len(rows)), words)
         axes.tick_params(axis="y", length=0, labelcolor=LIGHT["ink"])
         axes.spines["left"].set_visible(False)
@@ -75,6 +71,12 @@ def ratios_figure(
         ]
     )  # fmt: skip
     return PlotFigure("ratios", drawing, data)
+
+
+def _label(c: Contrast, other: str) -> str:
+    means = {MATCHED: "same cells", OWN_LAWS: "own laws"}.get(c.how, "")
+    name = f"{QUANTITY_WORDS[c.quantity]} at equal {c.at_equal}"
+    return ", ".join(part for part in (name, means, other) if part)
 
 
 def _ends(contrasts: Sequence[Contrast]) -> tuple[float, float]:

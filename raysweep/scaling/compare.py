@@ -120,7 +120,7 @@ def compare(
     Losses are compared only where they share a scale: one corpus, vocabulary, sequence length and
     kind of loss. Raises UserError where there are fewer than two sides or more than `MOST_SIDES`.
     """
-    sources = [_open(one) for one in results]
+    sources = [open_source(one) for one in results]
     parts = parts_of(sources, architectures)
     if len(parts) > MOST_SIDES:
         raise UserError(
@@ -133,13 +133,13 @@ def compare(
         architectures=tuple(architectures),
         sides=tuple(sides),
         pairs=tuple(
-            _pair(_reference(sides, k), sides[k], n_boot, seed) for k in range(1, len(sides))
+            pair_of(reference_of(sides, k), sides[k], n_boot, seed) for k in range(1, len(sides))
         ),
         differences=tuple(differences(sides)),
     )
 
 
-def _open(one: str | os.PathLike[str] | Results) -> tuple[str, Source, str | None]:
+def open_source(one: str | os.PathLike[str] | Results) -> tuple[str, Source, str | None]:
     """(short name, results, the one study that is meant or None)."""
     study = None
     if not isinstance(one, Results):
@@ -149,16 +149,17 @@ def _open(one: str | os.PathLike[str] | Results) -> tuple[str, Source, str | Non
     return short, one, study
 
 
-def _reference(sides: Sequence[Side], k: int) -> Side:
+def reference_of(sides: Sequence[Side], k: int) -> Side:
     """What the k-th side is compared with."""
     same = [s for s in sides[:k] if s.architecture == sides[k].architecture and s.origin == 0]
     return same[0] if same else sides[0]
 
 
-def _pair(reference: Side, other: Side, n_boot: int, seed: int) -> Pair:
+def pair_of(reference: Side, other: Side, n_boot: int, seed: int) -> Pair:
+    """One side over another, in all that may be compared."""
     apart = why_apart(reference, other)
     a, b = reference.fits, other.fits
-    contrasts = contrast_optima(a, b, with_loss=not apart, n_boot=n_boot, seed=seed)
+    contrasts = contrast_optima(reference, other, with_loss=not apart, n_boot=n_boot, seed=seed)
     cells: list[MatchedCell] = []
     if not apart:
         cells = matched_cells(a.cells, b.cells)

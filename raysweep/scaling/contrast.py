@@ -15,6 +15,7 @@ from scipy import stats
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.noise import compare_halves
 from raysweep.scaling.power_law import COLLINEAR
+from raysweep.scaling.sides import Side
 
 N, D, C = "params_active_non_embedding", "tokens", "flops"
 
@@ -84,20 +85,24 @@ class MatchedCell:
 
 
 def contrast_optima(
-    reference: Fits, other: Fits, *, with_loss: bool, n_boot: int = 200, seed: int = 0
+    reference: Side, other: Side, *, with_loss: bool, n_boot: int = 200, seed: int = 0
 ) -> list[Contrast]:
     """Learning rate, batch and noise scale: one law over both sides, with a factor for the other.
 
-    At equal N and D, at equal FLOPs and, `with_loss`, at equal loss."""
-    cells = pd.concat([_renamed(f, i) for i, f in enumerate((reference, other))])
+    At equal N and D, at equal FLOPs and, `with_loss`, at equal loss. Intervals hold the scatter of
+    cells about the law, and what all optima of a side are off together."""
+    a, b = reference.fits, other.fits
+    error = np.sqrt(reference.shared_error + other.shared_error)
+    shared: dict[str, float] = {"learning_rate": error[0], "batch_tokens": error[1]}
+    cells = pd.concat([_renamed(f, i) for i, f in enumerate((a, b))])
     optima = {
         f"{i}/{name}": o
-        for i, fits in enumerate((reference, other))
+        for i, fits in enumerate((a, b))
         for name, o in fits.optima[fits.method].items()
     }
-    noise = pd.concat([f.noise_scale for f in (reference, other)])
+    noise = pd.concat([f.noise_scale for f in (a, b)])
     noise.index = cells.index
-    second = np.arange(len(cells)) >= len(reference.cells)
+    second = np.arange(len(cells)) >= len(a.cells)
     found = []
     for equal, inputs in _EQUALS.items():
         if equal == "loss" and not with_loss:
@@ -109,13 +114,14 @@ def contrast_optima(
             message = r.message
             if r.status == COLLINEAR:
                 message = "N and D move together in these cells: see the ratio at equal FLOPs"
+            low, high = _widened(r.ratio, r.low, r.high, shared.get(quantity, 0.0))
             found.append(
                 Contrast(
                     quantity=quantity,
                     at_equal=equal,
                     ratio=r.ratio,
-                    low=r.low,
-                    high=r.high,
+                    low=low,
+                    high=high,
                     n=r.n_dense + r.n_moe,
                     how=SHARED,
                     at={},
@@ -124,6 +130,14 @@ def contrast_optima(
                 )
             )
     return found
+
+
+def _widened(ratio: float, low: float, high: float, sd: float) -> tuple[float, float]:
+    """The ends of an interval with a further error, whose sd is of the log."""
+    if not low < ratio < high:
+        return low, high
+    below, above = (math.hypot(math.log(end / ratio), 1.96 * sd) for end in (low, high))
+    return ratio * math.exp(-below), ratio * math.exp(above)
 
 
 def _renamed(fits: Fits, side: int) -> pd.DataFrame:

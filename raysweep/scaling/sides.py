@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
+from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import Fits
+from raysweep.scaling.shared_error import shared_error
 
 FINAL_LOSS = "final validation loss"
 """The loss of rows whose recipe does not name another: what `raysweep run` writes."""
@@ -55,6 +58,8 @@ class Side:
     loss_kind: tuple[str, ...]
     sources: tuple[str, ...]
     fits: Fits
+    shared_error: np.ndarray
+    """Variance [2] of (ln learning rate, ln batch) that all its optima share."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain values."""
@@ -176,6 +181,7 @@ def make_side(part: Part, fits: Fits) -> Side:
         loss_kind=tuple(kinds),
         sources=_values(counted, "source"),
         fits=fits,
+        shared_error=shared_error(cell_table(rows).searched()),
     )
 
 
