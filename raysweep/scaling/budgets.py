@@ -51,14 +51,19 @@ class Split:
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, NaN kept."""
-        parabolas = None if self.parabolas is None else asdict(self.parabolas)
+        parabolas = None
+        if self.parabolas is not None:
+            rest = {"exponent_bias": self.bias, "tokens_exponent": 1 - self.parabolas.exponent}
+            parabolas = {**asdict(self.parabolas), **rest}
         return {
             "law": self.law,
             "count": self.count,
             "flops": self.flops,
-            "optimum": None if self.optimum is None else asdict(self.optimum),
+            "optimum": None
+            if self.optimum is None
+            else {**asdict(self.optimum), "tokens_exponent": 1 - self.optimum.exponent},
             "path": [asdict(a) for a in self.path],
-            "parabolas": None if parabolas is None else {**parabolas, "exponent_bias": self.bias},
+            "parabolas": parabolas,
             "status": self.status,
             "message": self.message,
         }
