@@ -12,7 +12,8 @@ import pandas as pd
 from scipy import stats
 
 from raysweep.report.trends import FLOPS, PARAMS, QUANTITIES, TOKENS, names_of
-from raysweep.scaling.advise import FAR, SURFACE_CELLS, loss_laws_asked
+from raysweep.scaling.advise import FAR, SURFACE_CELLS
+from raysweep.scaling.expected_loss import loss_laws_asked
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.group_loss import NON_EMBEDDING
 from raysweep.scaling.groups import Group

@@ -12,16 +12,14 @@ import pandas as pd
 from scipy import stats
 
 from raysweep.errors import UserError
-from raysweep.scaling.group_loss import predict_loss
+from raysweep.scaling.expected_loss import expected_loss
 from raysweep.scaling.groups import ALL, Group
-from raysweep.scaling.laws import LOSS_LAWS
-from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.optima_laws import KNOWN_AHEAD, best_law
 from raysweep.scaling.optimum import OPTIMUM_METHODS
 from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import published_answers
 from raysweep.scaling.recommend import Recommendation, usable_batch
-from raysweep.scaling.target import ComputePath, Target, describe_target, extrapolation
+from raysweep.scaling.target import Target, describe_target, extrapolation
 
 if TYPE_CHECKING:
     from raysweep.scaling.fits import Fits
@@ -77,7 +75,7 @@ def advise(
     length = _sequence_length(family)
     usable, sequences = usable_batch(batch.value, length)
 
-    loss = _expect(fits, own, foreign, target.inputs)
+    loss = expected_loss(fits, own, foreign, target.inputs)
     warnings += loss.warnings
 
     used = fits.cells.loc[sorted({c for answer in answers.values() for c in answer.cells})]
@@ -132,73 +130,6 @@ class _Answer:
     cells: tuple[str, ...]
     law: PowerLaw | None
     """None where the joint surface answers."""
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """The loss a run should reach, by which law, and what is to be said of it."""
-
-    law: str
-    value: float
-    interval: tuple[float, float]
-    rests_on: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def _expect(fits: Fits, own: Group, foreign: bool, inputs: Mapping[str, float]) -> _Expected:
-    """By the law asked for, else the one that best predicted the largest scale: of the
-    architecture alone, then of all together."""
-    groups = [] if foreign else [own]
-    groups += [fits.groups[ALL]] if ALL in fits.groups else []
-    why = ""
-    for group in groups:
-        order = loss_laws_asked(fits, group)
-        blind = {key for key in order if "params" not in LOSS_LAWS[key].inputs}
-        if blind and not (path := ComputePath.of(group.cells)).near(inputs):
-            order = [key for key in order if key not in blind]
-            asked = inputs["tokens"] / inputs["params_active_non_embedding"]
-            why = (
-                f": one in compute alone knows about {path.expected(inputs):.2g} tokens a "
-                f"parameter at this compute, and {asked:.2g} were asked for"
-            )
-        found = predict_loss(group.loss_laws, order, inputs)
-        if found is None:
-            continue
-        key, value, low, high = found
-        check, fitted = group.loss_checks.get(key), group.loss_laws[key]
-        said = f"loss by the law '{key}' on {int(group.cells['loss'].count())} cells"
-        if check is not None and math.isfinite(check.error):
-            said += f", {100 * check.error:.2f} % off on the largest scale unseen"
-        warnings = []
-        untuned = _untuned(group.cells)
-        if untuned:
-            warnings.append(
-                f"{untuned} of {len(group.cells)} cells have no interior optimum: the loss of "
-                "their best trial stands for them, and the expected loss may be too high for it"
-            )
-        if fitted.status == "at bound":
-            warnings.append(f"the law of the loss is not certain: {fitted.message}")
-        if isinstance(fitted, LossFit) and fitted.fixed:
-            warnings.append(
-                "three cells: the law of the loss has no floor, so it is too low far out"
-            )
-        return _Expected(key, value, (low, high), (said,), tuple(warnings))
-    nothing = (f"no law of the loss can predict this run's{why}",)
-    return _Expected("", math.nan, (math.nan, math.nan), (), nothing)
-
-
-def loss_laws_asked(fits: Fits, group: Group) -> list[str]:
-    """The laws of the loss that may answer for a group, in the order in which they are asked."""
-    order = [key for key in (fits.loss_law,) if key] + group.loss_order()
-    if group.kind == "mixed":
-        return [key for key in order if "experts" in LOSS_LAWS[key].inputs]
-    return order
-
-
-def _untuned(cells: pd.DataFrame) -> int:
-    """Searched cells whose loss is their best trial's, not that of an optimum."""
-    searched = cells["learning_rate"].notna()
-    return int((searched & (cells["loss_from"] == "best trial")).sum())
 
 
 def _architecture(fits: Fits, wanted: str | None, experts: int | None) -> str:
