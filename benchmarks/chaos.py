@@ -2,10 +2,10 @@
 
 A study of tiny trials (sampler `grid`, checkpoints every second) runs on three Ray nodes of this
 machine, through `raysweep run` in a process of its own. Every 10 to 20 s something is killed with
-SIGKILL: a trial's worker, the driver (then the same command again), a whole node (then another
-joins), the head with all nodes (then a new cluster, and the same command again). In the end its
-rows are compared with those of the same study left in peace: none lost, none twice, every column
-that measures neither time nor place bit-equal, and the laws fitted from both the same.
+SIGKILL: a trial's worker; the driver (then the same command again); a whole node (then another
+joins); the head with the driver on it and all nodes (then a new cluster, and the command again).
+In the end its rows are compared with those of the same study left in peace: none lost, none twice,
+every column that measures neither time nor place bit-equal, and the laws fitted from both the same.
 """
 
 from __future__ import annotations
@@ -14,25 +14,21 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from benchmarks.nodes import Cluster, command_of
-from raysweep.results import Results
+from benchmarks.nodes import Cluster, Driver, in_trial
 from raysweep.scaling.fits import fit
 
-REPO = Path(__file__).resolve().parent.parent
 MEASURED = (
     "started_at",
     "seconds_wall",
@@ -48,8 +44,8 @@ PAUSES = (10.0, 20.0)
 """Shortest and longest time between two kills, seconds."""
 ROUND = ("worker", "driver", "worker", "node", "worker", "driver", "node", "head")
 """What is killed in one round, in an order shuffled anew each time."""
-GIVE_UP_SECONDS = 1200.0
-"""A study that is not done this long after the last kill never will be."""
+GIVE_UP_SECONDS = 3600.0
+"""A study that is not done after this long never will be."""
 
 
 def search_space(minutes: float, seed: int) -> dict[str, Any]:
@@ -75,54 +71,6 @@ def search_space(minutes: float, seed: int) -> dict[str, Any]:
         "recipe": {"checkpoint_seconds": 1},
         "data": {"max_megabytes": 2, "validation_sequences": 64},
     }
-
-
-class Driver:
-    """`raysweep run` in a process of its own, started again as often as it takes."""
-
-    def __init__(self, folder: Path, space: Path, cluster: Cluster) -> None:
-        self.results = folder / "results"
-        self.starts = 0
-        self.log = folder / "driver.log"
-        self._cluster = cluster
-        self._command = [sys.executable, "-m", "raysweep.cli", "run", str(space)]
-        self._command += ["--results", str(self.results), "--report", str(folder / "report")]
-        folder.mkdir(parents=True)
-        self.start()
-
-    def start(self) -> None:
-        """The same command, once more."""
-        self.starts += 1
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [*self._command, "--address", self._cluster.address],
-                stdout=log,
-                stderr=log,
-                cwd=REPO,
-                env=self._cluster.env,
-            )
-
-    def kill(self) -> None:
-        """End it without a word."""
-        self.process.send_signal(SIGKILL)
-        self.process.wait()
-
-    def rows(self) -> pd.DataFrame:
-        """What stands in the results folder now."""
-        with suppress(ValueError):
-            return Results.open(self.results).frame()
-        return pd.DataFrame({"trial_key": [], "status": []})
-
-    def to_the_end(self, on_tick: Callable[[], None] = lambda: None) -> None:
-        """Wait until the study is done; start the driver again where it ended without."""
-        deadline = time.monotonic() + GIVE_UP_SECONDS
-        while (code := self.process.poll()) != 0:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the study does not end: {self.log.read_text()[-3000:]}")
-            if code is not None:
-                self.start()
-            on_tick()
-            time.sleep(0.2)
 
 
 class Chaos:
@@ -186,15 +134,23 @@ class Chaos:
         for node in (self._cluster.head, *self._cluster.workers):
             assert node is not None
             self._cluster.kill(node)
-        begun = time.monotonic()
-        with suppress(subprocess.TimeoutExpired):
-            self._driver.process.wait(90)
-        print(f"        the driver ended {time.monotonic() - begun:.0f} s after its head")
+        self._driver.kill()
         start_nodes(self._cluster)
-        if self._driver.process.poll() is None:
-            self._driver.kill()
         self._driver.start()
         return True
+
+
+def to_the_end(driver: Driver, on_tick: Callable[[], None] = lambda: None) -> float:
+    """Seconds until the study is done; the driver is started again where it ended without."""
+    begun = time.monotonic()
+    while (code := driver.process.poll()) != 0:
+        if time.monotonic() > begun + GIVE_UP_SECONDS:
+            raise RuntimeError(f"the study does not end: {driver.log}")
+        if code is not None:
+            driver.start()
+        on_tick()
+        time.sleep(0.2)
+    return time.monotonic() - begun
 
 
 def start_nodes(cluster: Cluster) -> None:
@@ -206,8 +162,7 @@ def start_nodes(cluster: Cluster) -> None:
 
 def trial_pids(cluster: Cluster) -> list[int]:
     """Workers in which a trial is running now."""
-    pids = [pid for node in cluster.workers for pid in node.pids()]
-    return [pid for pid in pids if "ray::ImplicitFunc.train" in command_of(pid)]
+    return in_trial(pid for node in cluster.workers for pid in node.pids())
 
 
 def differing(left: pd.DataFrame, right: pd.DataFrame) -> list[str]:
@@ -233,22 +188,21 @@ def main() -> None:
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     folder = args.folder or Path(tempfile.mkdtemp(prefix="chaos"))
-    folder.mkdir(parents=True, exist_ok=True)
-    space = folder / "chaos.yaml"
-    space.write_text(yaml.safe_dump(search_space(args.minutes, args.seed)))
-    with Cluster(head_cpus=0) as cluster:
+    space = search_space(args.minutes, args.seed)
+    with Cluster(head_cpus=0) as cluster, ExitStack() as stack:
+
+        def start(name: str) -> Driver:
+            driver = Driver(folder / name, space, "--address", cluster.address, env=cluster.env)
+            stack.callback(lambda: driver.kill())
+            return driver
+
         start_nodes(cluster)
-        begun = time.monotonic()
-        calm = Driver(folder / "calm", space, cluster)
-        calm.to_the_end()
-        calm_seconds = time.monotonic() - begun
+        calm = start("calm")
+        print(f"left in peace: done in {to_the_end(calm):.0f} s")
         undisturbed = calm.rows()
-        print(f"left in peace: {len(undisturbed)} trials in {calm_seconds:.0f} s")
-        begun = time.monotonic()
-        driver = Driver(folder / "chaos", space, cluster)
+        driver = start("chaos")
         chaos = Chaos(cluster, driver, args.seed, 60 * args.minutes)
-        driver.to_the_end(chaos.tick)
-        seconds = time.monotonic() - begun
+        seconds = to_the_end(driver, chaos.tick)
     rows = driver.rows()
     finished = rows[rows["status"] == "finished"]
     starts = dict(zip(finished["trial_key"], finished["started_at"], strict=True))

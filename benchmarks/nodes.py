@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, whose nodes can be killed and replaced."""
+"""A Ray cluster of several nodes on this machine, and a driver, that can be killed and replaced."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import yaml
+
+from raysweep.errors import UserError
+from raysweep.results import Results
+from raysweep.results.schema import ARROW_SCHEMA
+
+REPO = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 START_SECONDS = 90.0
 _PORTS = (
@@ -47,8 +56,7 @@ class Node:
 
     def pids(self) -> list[int]:
         """All processes of the node: `ray start` itself, the raylet, its workers."""
-        own = (pid for pid in all_pids() if session_of(pid) == self.process.pid)
-        return [pid for pid in own if command_of(pid)]  # a dead one that nobody reaped has none
+        return session_pids(self.process.pid)
 
 
 @dataclass
@@ -154,17 +162,83 @@ class Cluster:
             time.sleep(0.2)
 
 
-def all_pids() -> list[int]:
-    """Processes of this machine."""
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+class Driver:
+    """`raysweep run` in a session of its own, started as often as it takes."""
+
+    def __init__(
+        self,
+        folder: Path,
+        search_space: dict[str, Any],
+        *options: str,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        space = folder / "space.yaml"
+        space.write_text(yaml.safe_dump(search_space))
+        self.results, self.starts = folder / "results", 0
+        self._folder, self._env = folder, env
+        self._command = [sys.executable, "-m", "raysweep.cli", "run", str(space), *options]
+        self._command += ["--results", str(self.results), "--report", str(folder / "report")]
+        self.start()
+
+    def start(self) -> None:
+        """The same command, once more."""
+        self.starts += 1
+        with open(self._log_file, "wb") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=log,
+                cwd=REPO,
+                env=self._env,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        """What the latest start has printed."""
+        return self._log_file.read_text(errors="replace")
+
+    @property
+    def _log_file(self) -> Path:
+        return self._folder / f"start{self.starts}.log"
+
+    def rows(self) -> pd.DataFrame:
+        """What stands in the results folder now; nothing before there is one."""
+        with suppress(UserError):
+            return Results.open(self.results).frame()
+        return ARROW_SCHEMA.empty_table().to_pandas()
+
+    def checkpoints(self) -> list[Path]:
+        """Of trials that are running, or were."""
+        return sorted((self.results / "checkpoints").glob("*/*"))
+
+    def wait(self, seconds: float = 300.0) -> int:
+        """Its exit code."""
+        return self.process.wait(seconds)
+
+    def until(self, ready: Callable[[], object], seconds: float = 200.0) -> None:
+        """Wait for something to happen while it runs."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self.process.kill()
+        self.process.wait()
 
 
-def session_of(pid: int) -> int | None:
-    """The session that a process belongs to; None if it is gone."""
-    try:
-        return os.getsid(pid)
-    except (ProcessLookupError, PermissionError):
-        return None
+def session_pids(leader: int) -> list[int]:
+    """Living processes of the session that a process started."""
+    found: list[int] = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(int(entry.name)) == leader:
+                found.append(int(entry.name))
+    return [pid for pid in found if command_of(pid)]  # a dead one that nobody reaped has none
 
 
 def command_of(pid: int) -> str:
@@ -173,6 +247,11 @@ def command_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def in_trial(pids: Iterable[int]) -> list[int]:
+    """Those of some processes in which a trial runs, by what Ray calls Tune's workers then."""
+    return [pid for pid in pids if "ray::ImplicitFunc.train" in command_of(pid)]
 
 
 def free_ports(count: int) -> list[int]:

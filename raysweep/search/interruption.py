@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -35,7 +36,7 @@ class Interruption:
     """Listens for signals while a study runs. Off the main thread, where none arrive, it is idle.
 
     The first signal raises Interrupted, unless trials run (`gently`): then it is noted, and the
-    driver winds down. The second ends the process at once; Ray's processes end with it.
+    driver winds down. The second ends the process at once, and a local Ray with it.
     """
 
     def __init__(self) -> None:
@@ -78,6 +79,9 @@ class Interruption:
             if os.isatty(2):
                 os.write(2, _SHOW_CURSOR)
             os.write(2, b"ended at once: run the same command again to continue\n")
+            for pid in _descendants(os.getpid()):  # a local Ray's agents would linger for minutes
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
             os._exit(128 + signum)
         self.signum, self._since = signum, time.monotonic()
         if not self._gentle:
@@ -109,6 +113,19 @@ class StopRequest:
             with contextlib.suppress(RpcError, RaySystemError):
                 self._answer = _internal_kv_get(_key(), namespace=_NAMESPACE) is not None
         return self._answer
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process started, and that those did; none where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.parent.name))
+    found = [pid]
+    for each in found:
+        found += children.get(each, [])
+    return found[1:]
 
 
 def _key() -> str:

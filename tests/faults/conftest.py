@@ -1,0 +1,63 @@
+"""A study of a few trials of some seconds each, its driver as a process, and nodes for it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.nodes import Cluster, Driver
+
+
+def _search_space(**changes: Any) -> dict[str, Any]:
+    """One cell of two trials; `changes` go to its sections."""
+    space: dict[str, Any] = {
+        "study": "faults",
+        "model": {"sequence_length": 32},
+        "scales": [{"name": "a", "d_model": 16, "layers": 1, "heads": 1}],
+        "horizons": [{"tokens": 300_000}],
+        "search": {
+            "strategy": "grid",
+            "trials_per_cell": 2,
+            "extend_edges": False,
+            "learning_rate": {"low": 1e-3, "high": 1e-2},
+            "batch_sequences": {"low": 4, "high": 4},
+        },
+        "recipe": {"checkpoint_seconds": 1},
+        "data": {"max_megabytes": 2, "validation_sequences": 64},
+    }
+    for section, values in changes.items():
+        whole = not isinstance(values, dict)
+        space[section] = values if whole else {**space.get(section, {}), **values}
+    return space
+
+
+@pytest.fixture
+def search_space() -> Callable[..., dict[str, Any]]:
+    """Makes a search space: `search_space(**changes)`."""
+    return _search_space
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    """A head that runs no trials, and two nodes of one CPU."""
+    with Cluster(head_cpus=0) as cluster:
+        cluster.start_head()
+        cluster.add_worker()
+        cluster.add_worker()
+        yield cluster
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+    """Starts a driver in the test's folder: `driver(*options, env=..., **changes)`, the changes
+    being to the search space. What is left of it ends with the test."""
+    started: list[Driver] = []
+
+    def start(*options: str, env: dict[str, str] | None = None, **changes: Any) -> Driver:
+        started.append(Driver(tmp_path, _search_space(**changes), *options, env=env))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()

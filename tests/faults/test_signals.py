@@ -1,0 +1,67 @@
+"""SIGINT and SIGTERM: nothing is lost, the rest goes on where it stood."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from benchmarks.nodes import in_trial, session_pids
+
+pytestmark = pytest.mark.ray
+
+CONTINUE = "run the same command again to continue"
+
+
+def processes(driver) -> list[int]:
+    """The driver and its local Ray."""
+    return session_pids(driver.process.pid)
+
+
+def test_sigterm_then_sigint_then_to_the_end(driver) -> None:
+    """Checkpoints stand although none was due; Ctrl-C reaches all of a terminal's processes."""
+    running = driver(recipe={"checkpoint_seconds": 600})
+    running.until(lambda: len(in_trial(processes(running))) == 2)
+    time.sleep(3)
+    begun = time.monotonic()
+    running.process.terminate()
+    assert running.wait() == 128 + signal.SIGTERM
+    assert time.monotonic() - begun < 30
+    assert running.log.splitlines()[-1] == f"interrupted: {CONTINUE}"
+    assert "Traceback" not in running.log
+    stopped = running.checkpoints()
+    assert len(stopped) + len(running.rows()) == 2
+
+    running.start()
+    running.until(lambda: in_trial(processes(running)))
+    os.killpg(running.process.pid, signal.SIGINT)
+    assert running.wait() == 128 + signal.SIGINT
+    assert running.log.splitlines()[-1] == f"interrupted: {CONTINUE}"
+    assert not processes(running)
+
+    running.start()
+    assert running.wait() == 0, running.log
+    rows = running.rows()
+    assert (rows["status"] == "finished").all()
+    assert len(rows) == 2
+    taken_up = rows[rows["trial_key"].isin([path.parent.name for path in stopped])]
+    assert (taken_up["seconds_train"] > 2).all()  # of all attempts
+    assert not running.checkpoints()
+
+
+def test_a_second_signal_ends_at_once(driver) -> None:
+    """Trials without checkpoints are given time; unless the user wants none of it."""
+    running = driver(recipe={"checkpoint_seconds": 0}, horizons=[{"tokens": 10_000_000}])
+    running.until(lambda: len(in_trial(processes(running))) == 2)
+    running.process.terminate()
+    time.sleep(2)
+    assert running.process.poll() is None
+    begun = time.monotonic()
+    running.process.send_signal(signal.SIGINT)
+    assert running.wait(5) == 128 + signal.SIGINT
+    assert time.monotonic() - begun < 2
+    assert f"ended at once: {CONTINUE}" in running.log
+    deadline = time.monotonic() + 10
+    while processes(running):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
