@@ -1,0 +1,48 @@
+"""A wall clock that jumps by a day, forward and back, while trials run."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.nodes import in_trial, session_pids
+
+pytestmark = pytest.mark.ray
+
+SHIM = """
+import os, time
+
+def _time(real=time.time, file=os.environ["CLOCK_FILE"]):
+    try:
+        with open(file) as stream:
+            return real() + float(stream.read() or 0)
+    except OSError:
+        return real()
+
+time.time = _time
+"""
+"""Loaded by every Python process of the run before anything else."""
+
+DAY = 86_400
+
+
+def test_nothing_hangs_on_the_wall_clock(driver, tmp_path: Path) -> None:
+    (tmp_path / "shim").mkdir()
+    (tmp_path / "shim" / "sitecustomize.py").write_text(SHIM)
+    clock = tmp_path / "clock"
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "shim"), "CLOCK_FILE": str(clock)}
+    running = driver(env=env, search={"stall_seconds": 300})
+    running.until(lambda: in_trial(session_pids(running.process.pid)))
+    for jump in (DAY, -DAY, 0):
+        clock.write_text(str(jump))
+        time.sleep(2)
+    clock.write_text(str(-DAY))
+    begun = time.monotonic()
+    assert running.wait() == 0, running.log
+    assert "crashed" not in running.log
+    rows = running.rows()
+    assert rows["status"].tolist() == ["finished"] * 2
+    took = time.monotonic() - begun + 30
+    assert rows["seconds_train"].between(0, took).all()
+    assert rows["seconds_wall"].between(0, took).all()
