@@ -49,8 +49,9 @@ def mix(
         real_R[place] = 1.0
     row_M = torch.empty_like(order)
     row_M[order] = place
+    row_NK = row_M.view(-1, top_k)
     groups = _one_by_one(sizes) if large else [(slice(None), slice(None))]
-    arguments = pair_R // top_k, pair_R, real_R, row_M, ends, groups
+    arguments = pair_R // top_k, pair_R, real_R, row_NK, ends, groups
     y = _Mix.apply(x_ND, routing.weights_NK, gate_up_EDF, down_EFD, *arguments)
     return y, loads  # type: ignore[return-value]
 
@@ -66,49 +67,51 @@ class _Mix(Function):
         token_R: Tensor,
         pair_R: Tensor,
         real_R: Tensor | None,
-        row_M: Tensor,
+        row_NK: Tensor,
         ends_E: Tensor,
         groups: list[tuple[slice, slice | int]],
     ) -> Tensor:
-        weight_R1 = weights_NK.flatten().index_select(0, pair_R)[:, None]
-        if real_R is not None:
-            weight_R1 *= real_R[:, None]
-        y_RD = x_ND.new_empty(len(token_R), x_ND.shape[1])
-        activations = []
+        x_RD = x_ND.index_select(0, token_R)
+        outputs, activations = [], []
         for rows, experts in groups:
-            x = x_ND.index_select(0, token_R[rows])
-            both = _product(x, gate_up_EDF[experts], ends_E)
+            both = _product(x_RD[rows], gate_up_EDF[experts], ends_E)
             # Copies pay: elementwise kernels are slow on rows of odd width.
             gate, up = (half.contiguous() for half in both.chunk(2, 1))
             gated = torch.nn.functional.silu(gate)
             hidden = gated * up
-            weighted = hidden * weight_R1[rows]
-            y_RD[rows] = _product(weighted, down_EFD[experts], ends_E)
-            activations += [x, gate, up, gated, hidden, weighted]
-        indices = token_R, row_M, ends_E
-        ctx.save_for_backward(gate_up_EDF, down_EFD, weight_R1, *indices, *activations)
-        ctx.groups, ctx.top_k = groups, weights_NK.shape[1]
-        return _sum_of_pairs(y_RD, row_M, ctx.top_k)
+            outputs.append(_product(hidden, down_EFD[experts], ends_E))
+            activations += [gate, up, gated, hidden]
+        y_RD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        weight_R1 = weights_NK.flatten().index_select(0, pair_R)[:, None]
+        if real_R is not None:
+            weight_R1 *= real_R[:, None]
+        indices = token_R, row_NK, ends_E
+        ctx.save_for_backward(gate_up_EDF, down_EFD, weight_R1, x_RD, y_RD, *indices, *activations)
+        ctx.groups = groups
+        return _sum_of_pairs(y_RD, row_NK, weights_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gate_up, down, weight_R1, token_R, row_M, ends, *activations = ctx.saved_tensors
-        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-        dx_RD = grads[0].new_empty(len(token_R), grads[0].shape[1])
-        d_weight_R = weight_R1.new_empty(len(token_R))
+        gate_up, down, weight_R1, x_RD, y_RD, token_R, row_NK, ends, *saved = ctx.saved_tensors
+        dy_RD = grads[0].index_select(0, token_R)
+        d_weight_R = torch.linalg.vecdot(dy_RD, y_RD)
+        dy_RD *= weight_R1
+        of_gate_up, of_down, of_x = [], [], []
         for i, (rows, experts) in enumerate(ctx.groups):
-            x, gate, up, gated, hidden, weighted = activations[6 * i : 6 * i + 6]
-            dy = grads[0].index_select(0, token_R[rows])
-            d_down[experts] = _gradient(weighted, dy, down[experts], ends)
-            d_weighted = _product(dy, down[experts].mT, ends)
-            d_weight_R[rows] = torch.linalg.vecdot(d_weighted, hidden)
-            d_weighted.mul_(weight_R1[rows])
-            d_both = torch.cat(swiglu_backward(d_weighted, gate, up, gated), 1)
-            d_gate_up[experts] = _gradient(x, d_both, gate_up[experts], ends)
-            dx_RD[rows] = _product(d_both, gate_up[experts].mT, ends)
-        d_weights = d_weight_R.index_select(0, row_M).view(-1, ctx.top_k)
-        dx = _sum_of_pairs(dx_RD, row_M, ctx.top_k)
-        return dx, d_weights, d_gate_up, d_down, *[None] * 6
+            gate, up, gated, hidden = saved[4 * i : 4 * i + 4]
+            dy = dy_RD[rows]
+            of_down.append(_gradient(hidden, dy, down[experts], ends))
+            d_hidden = _product(dy, down[experts].mT, ends)
+            d_both = torch.cat(swiglu_backward(d_hidden, gate, up, gated), 1)
+            of_gate_up.append(_gradient(x_RD[rows], d_both, gate_up[experts], ends))
+            of_x.append(_product(d_both, gate_up[experts].mT, ends))
+        d_weights = d_weight_R.index_select(0, row_NK.flatten()).view_as(row_NK)
+        if of_down[0].ndim == 3:
+            return (_sum_of_pairs(of_x[0], row_NK), d_weights, of_gate_up[0], of_down[0]) + (
+                None,
+            ) * 6
+        dx = _sum_of_pairs(torch.cat(of_x), row_NK)
+        return (dx, d_weights, torch.stack(of_gate_up), torch.stack(of_down)) + (None,) * 6
 
 
 def _one_by_one(sizes: list[int]) -> list[tuple[slice, slice | int]]:
@@ -139,7 +142,16 @@ def _gradient(x_RI: Tensor, dy_RO: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
     return grouped_mm(x_RI.t(), dy_RO, offs=ends_E)
 
 
-def _sum_of_pairs(y_RD: Tensor, row_M: Tensor, top_k: int) -> Tensor:
-    """Each token's sum over its experts."""
-    y_MD = y_RD.index_select(0, row_M)
-    return y_MD if top_k == 1 else y_MD.unflatten(0, (-1, top_k)).sum(1)
+def _sum_of_pairs(y_RD: Tensor, row_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
+    """Each token's sum, weighted or not, over its experts' rows."""
+    total: Tensor | None = None
+    for k, row_N in enumerate(row_NK.unbind(1)):
+        y_ND = y_RD.index_select(0, row_N)
+        if weights_NK is None:
+            total = y_ND if total is None else total.add_(y_ND)
+        elif total is None:
+            total = y_ND.mul_(weights_NK[:, k : k + 1])
+        else:
+            total.addcmul_(y_ND, weights_NK[:, k : k + 1])
+    assert total is not None
+    return total
