@@ -42,11 +42,13 @@ def report(
     fits: Fits | None = None,
     title: str | None = None,
     png: bool = False,
+    live: Mapping[str, Any] | None = None,
 ) -> Path:
     """Fit the results and write `folder/index.html`, one file that needs nothing else.
 
     `fits` are those of these results, where they have been made already; `title` stands for the
     names of the studies. With `png`, each figure is written beside it too, as `folder/NAME.png`.
+    `live` is what `watch` adds to a page that it keeps up to date.
     Returns the page's path. A results folder in any state gives a page, which says what the
     results do not support.
     """
@@ -54,6 +56,7 @@ def report(
     fits = fit(frame) if fits is None else fits
     context, drawings = _context(results, frame, fits, png)
     context["title"] = title or _title(context["studies"])
+    context["live"] = live
     context["command"] = _command(results.uri, folder, png)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
