@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from raysweep.cli.common import AsJson, ResultsArgument, app, fit_results, write_report
+from raysweep.cli.common import (
+    AsJson,
+    ResultsArgument,
+    app,
+    fit_results,
+    watch_report,
+    write_report,
+)
 from raysweep.errors import UserError
 
 
@@ -128,8 +135,15 @@ def report_command(
     results: ResultsArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")],
     png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Build it again as trials land, until the run ends.")
+    ] = False,
+    until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
-    """Write the HTML report of a results folder."""
+    """Write the HTML report of a results folder; with --watch, keep it live."""
+    if watch:
+        watch_report(results, output, png=png, until_eof=until_eof)
+        return
     typer.echo(str(write_report(results, output, png=png)))
 
 

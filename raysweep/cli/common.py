@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,3 +73,42 @@ def write_report(uri: str, folder: Path, *, png: bool = False) -> Path:
     from raysweep.results import Results
 
     return report(Results.open(uri), folder, png=png)
+
+
+def watch_report(uri: str, folder: Path, *, png: bool = False, until_eof: bool = False) -> None:
+    """Keep a report live until the run ends, or Ctrl-C; for another process, at low priority."""
+    from raysweep.report import watch
+
+    if until_eof:
+        os.nice(19)
+    else:
+        page = (folder / "index.html").resolve()
+        typer.echo(f"live: {page.as_uri()}  (Ctrl-C ends it; the page stays)", err=True)
+    say = partial(typer.echo, err=True)
+    try:
+        pause = watch.until_eof if until_eof else None
+        typer.echo(str(watch.watch(uri, folder, png=png, pause=pause, say=say)))
+    except KeyboardInterrupt:
+        typer.echo(f"no longer live: {folder / 'index.html'}", err=True)
+
+
+@contextmanager
+def live_report(uri: str, folder: Path, wanted: bool | None) -> Iterator[Callable[[], None]]:
+    """Keep a report live for the time of the block, and say where it is.
+
+    Unless told, only where somebody looks on: in logs and in CI it would cost what nobody sees.
+    Yields a function to call before the last page is written.
+    """
+    if wanted is None:
+        wanted = sys.stderr.isatty() and not os.environ.get("CI")
+    if not wanted:
+        yield lambda: None
+        return
+    from raysweep.report.watch import kept_live
+    from raysweep.results import Results
+
+    Results.open(uri, create=True)
+    with kept_live(uri, folder) as settle:
+        page = (folder / "index.html").resolve()
+        typer.echo(f"live report, in a moment: {page.as_uri()}", err=True)
+        yield settle

@@ -14,6 +14,7 @@ from raysweep.cli.common import (
     Set,
     Space,
     app,
+    live_report,
     load_study,
     write_report,
 )
@@ -30,21 +31,32 @@ def run_command(
     report: Annotated[
         Path | None, typer.Option(help="Folder of the report; default: reports/STUDY.")
     ] = None,
+    live: Annotated[
+        bool | None,
+        typer.Option(
+            "--live/--no-live",
+            help="Keep the report up to date meanwhile; default: where a terminal shows progress.",
+        ),
+    ] = None,
 ) -> None:
     """Search every cell of a study, fit the laws, write the report. Run again to continue."""
     from raysweep.search.interruption import Interrupted
     from raysweep.search.run import run
 
     study = load_study(space, set_)
+    folder = report or Path("reports") / study.name
+    uri = results or str(Path("results") / study.name)
     try:
-        summary = run(study, results_uri=results, address=address)
+        with live_report(uri, folder, live) as settle:
+            summary = run(study, results_uri=uri, address=address)
+            settle()
+            for problem in summary.results.problems:
+                typer.echo(f"warning: {problem}", err=True)
+            typer.echo("fitting the laws and writing the report", err=True)
+            page = write_report(summary.results.uri, folder)
     except Interrupted as interrupted:
         typer.echo(f"interrupted: {interrupted}", err=True)
         raise typer.Exit(interrupted.exit_code) from None
-    for problem in summary.results.problems:
-        typer.echo(f"warning: {problem}", err=True)
-    typer.echo("fitting the laws and writing the report", err=True)
-    page = write_report(summary.results.uri, report or Path("reports") / study.name)
     typer.echo(str(page))
 
 
