@@ -24,7 +24,7 @@ from raysweep.search.runtime import ray_runtime
 from raysweep.training.record import library_versions
 
 
-def empty_study(trials: int) -> Study:
+def empty_study(trials: int, strategy: str = "random") -> Study:
     """A study whose trials do next to nothing."""
     return Study.from_dict(
         {
@@ -33,7 +33,7 @@ def empty_study(trials: int) -> Study:
             "model": {"sequence_length": 8},
             "horizons": [{"tokens": 64}],
             "search": {
-                "strategy": "random",
+                "strategy": strategy,
                 "trials_per_cell": trials,
                 "extend_edges": False,
                 "batch_sequences": {"low": 1, "high": 1},

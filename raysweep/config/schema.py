@@ -351,6 +351,9 @@ class SearchSpace(Section):
     data: Data = Data()
     resources: Resources = Resources()
     targets: tuple[Target, ...] = ()
+    logging: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where the progress of trials goes besides the results: TensorBoard events in the results
+    folder; Weights & Biases and MLflow, where installed, as their own variables say."""
 
     @model_validator(mode="after")
     def _names_known(self) -> Self:

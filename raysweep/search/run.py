@@ -21,8 +21,9 @@ from raysweep.results.lock import study_lock
 from raysweep.search.campaign import Campaign, bundles_of
 from raysweep.search.interruption import Interrupted, Interruption
 from raysweep.search.ledger import Ledger
+from raysweep.search.loggers import check_loggers, make_loggers
 from raysweep.search.progress import Progress, clock
-from raysweep.search.runtime import cluster_nodes, ray_runtime
+from raysweep.search.runtime import cluster_nodes, dashboard_url, ray_runtime
 from raysweep.training.record import library_versions
 
 RETRIES = 2
@@ -65,6 +66,7 @@ def run(
     console = console or Console(stderr=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     results = Results.open(results_uri or str(Path("results") / study.name), create=True)
+    check_loggers(study, results)
     interruption = Interruption()
     with interruption.listening(), study_lock(results.storage):
         corpus = prepare(
@@ -123,7 +125,10 @@ def _run_on_ray(
         f"{study.name}: {len(study.cells)} cells, results in {results.uri}, "
         f"{campaign.ledger.total('CPU'):g} CPUs and {campaign.ledger.total('GPU'):g} GPUs",
         highlight=False,
+        soft_wrap=True,
     )
+    if url := dashboard_url():
+        console.print(f"Ray dashboard: {url}", highlight=False, soft_wrap=True)
     trainable = tune.with_resources(
         make_trainable(context),
         lambda config: _placement(study, config["cell"]),  # pyright: ignore[reportArgumentType]
@@ -142,7 +147,7 @@ def _run_on_ray(
             run_config=tune.RunConfig(
                 name=study.name,
                 storage_path=str(scratch / "tune"),
-                callbacks=[watcher],
+                callbacks=[watcher, *make_loggers(study, results)],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 verbose=0,
             ),

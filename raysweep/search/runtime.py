@@ -81,6 +81,14 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def dashboard_url() -> str | None:
+    """Where the Ray dashboard listens; None where there is none, as in a local Ray."""
+    from ray._private.worker import get_dashboard_url
+
+    url = get_dashboard_url()
+    return f"http://{url}" if url else None
+
+
 def cluster_nodes() -> Mapping[str, Mapping[str, float]]:
     """Resources of the nodes that are alive, by node id."""
     import ray

@@ -15,6 +15,7 @@ from raysweep.config import Study, TrialSpec
 from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import obtain
 from raysweep.results import Results
+from raysweep.results.filesystem import Storage
 from raysweep.search.early_stopping import REPORT_PERCENT
 from raysweep.search.interruption import INTERRUPTED, StopRequest
 from raysweep.training.record import trial_row
@@ -49,7 +50,7 @@ class TuneReporter:
         self._early_stopping = early_stopping
         self._stop = stop
         self._percent = 0
-        self._progress: dict[str, float] = {"step": 0, "tokens": 0.0}
+        self._progress: dict[str, Any] = {"step": 0, "tokens": 0.0}
 
     def report(self, step: int, tokens: float, loss: float) -> None:
         """Progress of a running trial; `loss` is a smoothed training loss."""
@@ -60,7 +61,8 @@ class TuneReporter:
         rung = self._early_stopping and self._percent < percent < 100
         if due or rung:
             self._last = now
-            self._progress = {"step": step, "tokens": tokens, "train_loss": loss}
+            progress = {"step": step, "tokens": tokens, "train_loss": loss}
+            self._progress = progress | {"timesteps_total": step}  # the x-axis of Ray's loggers
             if rung:
                 self._percent = percent
             tune.report(self._progress | ({"percent": percent} if rung else {}))
@@ -78,7 +80,8 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
 
     def trial(config: dict[str, Any]) -> None:
         row = run_trial(context, config)
-        tune.report({name: row[name] for name in ("status", "loss", "seconds_train")})
+        final = {name: row[name] for name in ("status", "loss", "seconds_train")}
+        tune.report(final | {"timesteps_total": row.get("step") or 0})
 
     return trial
 
@@ -99,10 +102,7 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
     standing = results.find(spec.key)  # written before the actor died, say
     if standing is not None and standing["status"] != "crashed":
         return standing
-    checkpoints = None
-    if results.storage.is_local and spec.recipe.checkpoint_seconds:
-        checkpoints = Path(results.storage.path("checkpoints", spec.key))
-    outcome = _train(context, spec, corpus, checkpoints)
+    outcome = _train(context, spec, corpus, results.storage)
     if outcome.status == "stopped":
         return {"status": INTERRUPTED, "loss": None, "seconds_train": outcome.seconds_train}
     row = trial_row(
@@ -118,22 +118,20 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(
-    context: TrialContext, spec: TrialSpec, corpus: Corpus, checkpoints: Path | None
+    context: TrialContext, spec: TrialSpec, corpus: Corpus, checkpoints: Storage
 ) -> TrialOutcome:
     resources = spec.cell.resources
     early_stopping = context.study.space.search.early_stopping is not None
     # Without checkpoints a trial that stopped would be lost: it gets the time there is to finish.
-    stop = StopRequest() if checkpoints else None
+    stop = StopRequest() if spec.recipe.checkpoint_seconds else None
     reporter = TuneReporter(spec.cell.tokens, early_stopping, stop)
-    validation = context.study.space.data.validation_sequences
     if resources.workers > 1:
         from raysweep.training.ray_train import train_distributed
 
         return train_distributed(
             spec,
             corpus,
-            validation_sequences=validation,
-            checkpoint_dir=checkpoints,
+            checkpoints=checkpoints,
             storage_path=_ray_storage(context.results_uri),
             stop=stop,
         )
@@ -142,9 +140,8 @@ def _train(
     return train(
         spec,
         corpus,
-        validation_sequences=validation,
         reporter=reporter,
-        checkpoint_dir=checkpoints,
+        checkpoints=checkpoints,
         threads=context.threads,
     )
 

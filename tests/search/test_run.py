@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ SPACE = str(REPO / "search_spaces/smoke.yaml")
 def command(folder: Path, *extra: str) -> list[str]:
     results, report = str(folder / "results"), str(folder / "report")
     base = [sys.executable, "-m", "raysweep.cli", "run", SPACE, "--results", results]
-    return [*base, "--report", report, *extra]
+    return [*base, "--report", report, "--set", "logging=[tensorboard]", *extra]
 
 
 def complete(folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
@@ -31,6 +32,19 @@ def complete(folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+def last_scalars(events: bytes) -> dict[str, float]:
+    """The last value of every scalar in a file of TensorBoard events: length, data, checksums."""
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
+
+    values: dict[str, float] = {}
+    while events:
+        (length,) = struct.unpack("<Q", events[:8])
+        event = Event.FromString(events[12 : 12 + length])
+        values |= {v.tag: v.simple_value for v in event.summary.value}
+        events = events[16 + length :]
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +108,16 @@ def test_a_report_stands_at_the_end(continued) -> None:
     folder, done = continued
     assert done.stdout.strip() == str(folder / "report" / "index.html")
     assert (folder / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_tensorboard_has_every_trial(continued) -> None:
+    folder, _ = continued
+    rows = Results.open(folder / "results").frame()
+    for row in rows.itertuples():
+        point = f"lr{row.learning_rate:.3e}-batch{row.batch_sequences}-seed{row.seed}"
+        files = list((folder / "results/tensorboard" / str(row.cell) / point).iterdir())
+        scalars = {k: v for file in files for k, v in last_scalars(file.read_bytes()).items()}
+        assert scalars["ray/tune/loss"] == pytest.approx(row.loss)
 
 
 def test_a_log_file_gets_plain_lines(continued) -> None:

@@ -1,0 +1,31 @@
+"""Loggers as options: what cannot be used is one line that says how to mend it."""
+
+import importlib.util
+
+import pytest
+
+from raysweep.config import Study
+from raysweep.errors import UserError
+from raysweep.results import Results
+from raysweep.search.loggers import check_loggers
+
+SPACE = {
+    "study": "logged",
+    "scales": [{"d_model": 16, "layers": 1, "heads": 1}],
+    "horizons": [{"tokens": 10_000}],
+}
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_missing_package_is_named(name: str, tmp_path, monkeypatch) -> None:
+    study = Study.from_dict(SPACE | {"logging": [name]})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=f"pip install {name}, or drop it from logging"):
+        check_loggers(study, Results.open(tmp_path / "r", create=True))
+
+
+def test_tensorboard_needs_a_folder(tmp_path) -> None:
+    study = Study.from_dict(SPACE | {"logging": ["tensorboard"]})
+    check_loggers(study, Results.open(tmp_path / "r", create=True))
+    with pytest.raises(UserError, match="use wandb or mlflow"):
+        check_loggers(study, Results.open("memory://logged", create=True))
