@@ -1,8 +1,10 @@
 """Loggers as options: what cannot be used is one line that says how to mend it."""
 
+import dataclasses
 import importlib.util
 
 import pytest
+from pyarrow import fs
 
 from raysweep.config import Study
 from raysweep.errors import UserError
@@ -26,6 +28,9 @@ def test_a_missing_package_is_named(name: str, tmp_path, monkeypatch) -> None:
 
 def test_tensorboard_needs_a_folder(tmp_path) -> None:
     study = Study.from_dict(SPACE | {"logging": ["tensorboard"]})
-    check_loggers(study, Results.open(tmp_path / "r", create=True))
-    with pytest.raises(UserError, match="use wandb or mlflow"):
-        check_loggers(study, Results.open("memory://logged", create=True))
+    results = Results.open(tmp_path / "r", create=True)
+    check_loggers(study, results)
+    elsewhere = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    results.storage = dataclasses.replace(results.storage, uri="s3://b/r", filesystem=elsewhere)
+    with pytest.raises(UserError, match="s3://b/r is no folder: use wandb or mlflow"):
+        check_loggers(study, results)
