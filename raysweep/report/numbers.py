@@ -29,6 +29,9 @@ STYLES: dict[str, Callable[[float], str]] = {
 
 NOTHING = "–"
 
+UNKNOWN = 1e5
+"""An interval whose ends lie this factor apart tells nothing."""
+
 
 def written(value: float | None, style: str) -> str:
     """A number in a style; a dash where there is none."""
@@ -71,9 +74,12 @@ class Numbers:
         )
 
     def interval(self, style: str, low: Sequence[object], high: Sequence[object]) -> Markup:
-        """`low to high`; empty where an end is not known."""
+        """`low to high`; empty where an end is not known, and said where they tell nothing."""
         if any(not isinstance(self.at(*p), int | float) for p in (low, high)):
             return Markup("")
+        ends = self.at(*low), self.at(*high)
+        if ends[0] > 0 and ends[1] > ends[0] * UNKNOWN:
+            return Markup("not determined")
         return Markup("{} to {}").format(self(style, *low), self(style, *high))
 
 

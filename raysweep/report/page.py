@@ -12,17 +12,29 @@ from typing import Any
 
 import pandas as pd
 
-from raysweep.report import facts, reading, reading_laws
+from raysweep.report import (
+    facts,
+    reading,
+    reading_budgets,
+    reading_checks,
+    reading_kinds,
+    reading_laws,
+)
+from raysweep.report.budgets import budget_figure
 from raysweep.report.calculator import calculator
 from raysweep.report.figures import colours
+from raysweep.report.heldout import heldout_figure
+from raysweep.report.kinds import load_figure, noise_figure
 from raysweep.report.losses import comparison_figure, loss_figure
 from raysweep.report.numbers import Numbers
 from raysweep.report.optima import optima_figure
 from raysweep.report.render import csv_text, relative, render, replace_file
+from raysweep.report.serving import KINDS, WORDS, serve, serving_figure
 from raysweep.report.style import DARK, LIGHT
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, dots_of
 from raysweep.report.trends import names_of, rests_on, rules_used
 from raysweep.report.trials import trial_table
+from raysweep.report.variants import variants_figure
 from raysweep.results.store import Results
 from raysweep.scaling.advise import FAR
 from raysweep.scaling.cells import cell_table
@@ -80,7 +92,12 @@ def _context(
     studies = facts.studies(frame, results.search_spaces())
     advice = facts.advise(fits, studies)
     answers = [a.answer for a in advice]
-    data = {**fits.to_dict(), "answers": [a.to_dict() for a in answers]}
+    served = serve(fits, answers)
+    data = {
+        **fits.to_dict(),
+        "answers": [a.to_dict() for a in answers],
+        "serving": served.data,
+    }
     numbers = Numbers(data)
     names = names_of(fits)
     used = {name: rests_on(fits, name) for name in names}
@@ -93,7 +110,13 @@ def _context(
         for figure in (
             optima_figure(fits, answers, rules, png=png),
             loss_figure(fits, answers, loss_laws, png=png),
+            budget_figure(fits, png=png),
             comparison_figure(fits, png=png),
+            noise_figure(fits, png=png),
+            load_figure(fits, png=png),
+            serving_figure(served, png=png),
+            heldout_figure(fits, png=png),
+            variants_figure(fits, png=png),
         )
         if figure is not None
     }
@@ -117,12 +140,24 @@ def _context(
             "surfaces": reading.surfaces(fits, len(cells), dots_of(len(cells))),
             "optima": reading_laws.laws(fits, rules),
             "loss": reading_laws.loss(fits, loss_laws),
+            "budgets": reading_budgets.budgets(fits, numbers),
             "comparison": reading.comparison(fits, numbers),
+            "efficiency": reading_kinds.efficiency(fits, numbers),
+            "noise": reading_kinds.noise(fits, numbers),
+            "load": reading_kinds.load(fits),
+            "serving": reading_budgets.serving(served, numbers),
             "checks": reading.checks(fits, numbers),
+            "heldout": reading_checks.heldout(fits, numbers),
+            "variants": reading_checks.variants(fits),
         },
         "laws": reading_laws.law_rows(fits, numbers, rules),
         "loss_laws": reading_laws.loss_law_rows(fits, numbers, loss_laws),
+        "budgets": reading_budgets.budget_rows(fits, numbers),
+        "serving": reading_budgets.serving_rows(served, numbers),
+        "serving_kinds": [WORDS[kind] for kind in KINDS],
+        "kinds_title": reading_kinds.kinds_title(fits),
         "checks": reading_laws.check_rows(fits, numbers),
+        "variants": reading_checks.variant_rows(fits, numbers),
         "methods": reading_laws.method_rows(fits, numbers),
         "runs": runs,
         "utilisation": facts.utilisation(runs),
@@ -150,7 +185,7 @@ def _answers(fits: Fits, advice: Sequence[facts.Advice]) -> list[dict[str, Any]]
             "at": ("answers", i),
             "reach": reading.extrapolation(a.answer),
             "far": a.answer.extrapolation.get("FLOPs", 1.0) > FAR,
-            "limits": reading.answer_limits(a.answer),
+            "limits": reading.answer_limits(a.answer) if fits.optima[fits.method] else [],
         }
         for i, a in enumerate(advice)
     ]

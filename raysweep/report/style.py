@@ -66,6 +66,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
+_PLACES = {"d", "x", "y", "width", "height", "points", "transform", "style"}
+"""Attributes that place things: a hundredth of a point is enough."""
+
 _ROLE = {value: name for name, value in LIGHT.items()}
 assert len(_ROLE) == len(LIGHT) == len(DARK)
 
@@ -183,6 +186,9 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
     for element in root.iter():
         if "id" in element.attrib and element.attrib["id"] not in used:
             del element.attrib["id"]
+    for element in root.iter():
+        for key in _PLACES & element.attrib.keys():
+            element.set(key, re.sub(r"-?\d+\.\d{3,}", _rounded, element.attrib[key]))
     width, height = (float(root.attrib.pop(k).removesuffix("pt")) for k in ("width", "height"))
     root.set("viewBox", f"0 0 {width:g} {height:g}")
     root.set("role", "img")
@@ -195,10 +201,11 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
     text = re.sub(r'((?: id="|url\(#|href="#))([^")]+)', lambda m: m[1] + new[m[2]], text)
     text = re.sub(r"#[0-9a-f]{6}\b", _as_variable, text)
     text = text.replace("'DejaVu Sans'", "var(--sans,sans-serif)")
-    text = re.sub(
-        r"-?\d+\.\d{3,}", lambda m: f"{float(m.group()):.2f}".rstrip("0").rstrip("."), text
-    )
     return re.sub(r">\s+<", "><", text)
+
+
+def _rounded(match: re.Match[str]) -> str:
+    return f"{float(match.group()):.2f}".rstrip("0").rstrip(".")
 
 
 def _as_variable(match: re.Match[str]) -> str:

@@ -169,12 +169,27 @@ def _runs(
         (
             held,
             [
-                describe_target(family, float(n), float(d), experts, top_k)
-                for n, d in zip(params, tokens, strict=True)
+                _run_at(family, axis, float(at), float(n), float(d), experts, top_k)
+                for at, n, d in zip(x, params, tokens, strict=True)
             ],
         )
         for held, params, tokens in _paths(cells, axis, x, asked, several)
     ]
+
+
+def _run_at(
+    family: pd.DataFrame, axis: str, at: float, n: float, d: float, experts: int, top_k: int
+) -> Target:
+    """The run of N and D; along compute, the one of so many FLOPs at their ratio: what a token
+    costs is not quite proportional to N."""
+    run = describe_target(family, n, d, experts, top_k)
+    for _ in range(2 if axis == FLOPS else 0):
+        off = math.sqrt(at / run.inputs[FLOPS])
+        if abs(off - 1) < 2e-3:
+            break
+        n, d = n * off, d * off
+        run = describe_target(family, n, d, experts, top_k)
+    return run
 
 
 def _grid(values: np.ndarray, reach: Sequence[float], points: int) -> np.ndarray:

@@ -34,20 +34,24 @@ def planted(
     scales: int = 4,
     horizons: int = 1,
     trials: int = 9,
+    smallest: float = 2e5,
     **override: Any,
 ) -> list[Row]:
-    """Rows around a known valley, one in nine diverged; `override` sets columns of all rows."""
+    """Rows around a known valley, one in nine diverged; `override` sets columns of all rows.
+
+    An architecture whose name has a number has so many experts; `moe` has 8."""
     rng = np.random.default_rng(0)
     rows = []
     for architecture in architectures:
-        moe = architecture.startswith("moe")
+        experts = int("".join(filter(str.isdigit, architecture)) or 8)
+        experts = experts if architecture.startswith("moe") else 1
         for scale in range(scales):
             for horizon in range(horizons):
-                params = 2e5 * 4.0 ** (scale % 8) * (1 + 0.01 * (scale // 8))
+                params = smallest * 4.0 ** (scale % 8) * (1 + 0.01 * (scale // 8))
                 tokens = params * 20 * 3.0**horizon
                 for trial in range(trials):
                     rows.append(
-                        _row(rng, architecture, moe, scale, horizon, params, tokens, trial)
+                        _row(rng, architecture, experts, scale, horizon, params, tokens, trial)
                         | override
                     )
     return rows
@@ -56,23 +60,25 @@ def planted(
 def _row(
     rng: np.random.Generator,
     architecture: str,
-    moe: bool,
+    experts: int,
     scale: int,
     horizon: int,
     params: float,
     tokens: float,
     trial: int,
 ) -> Row:
+    moe = experts > 1
     best_rate = 0.6 * params**-0.4 * tokens**0.05 * (1.3 if moe else 1.0)
     best_batch = 0.58 * tokens**0.571 * (0.7 if moe else 1.0)
     sequences = int(2 ** max(0, round(np.log2(best_batch / 64) + rng.uniform(-2.5, 2.5))))
     rate = best_rate * np.exp(rng.uniform(-1.8, 1.8))
     u, v = np.log(rate / best_rate), np.log(sequences * 64 / best_batch)
-    floor = 1.6 + 30 / params**0.32 * (0.86 if moe else 1.0) + 60 / tokens**0.34
+    floor = 1.6 + 30 / params**0.32 * experts**-0.0725 + 60 / tokens**0.34
     loss = float(floor * np.exp(0.018 * u * u + 0.014 * v * v - 0.012 * u * v))
     loss *= float(np.exp(rng.normal(0, 0.001)))
     lost = trial % 9 == 8
-    total = params * 2.98 if moe else params
+    total = params * (1 + 0.66 * (experts / 2 - 1)) if moe else params
+    measured = moe and not lost
     name = f"{architecture}-{scale}-{horizon}"
     return make_row(
         trial_key=hashlib.sha256(f"{name}-{trial}".encode()).hexdigest()[:20],
@@ -83,7 +89,7 @@ def _row(
         scale=f"s{scale}",
         source="raysweep",
         sequence_length=64,
-        experts=8 if moe else 1,
+        experts=experts,
         top_k=2 if moe else 1,
         params_active_non_embedding=params,
         params_total_non_embedding=total,
@@ -103,6 +109,9 @@ def _row(
         loss_se=None if lost else 0.002,
         tokens_seen=tokens,
         noise_scale_tokens=None if lost else float(best_batch * np.exp(rng.normal(0, 0.1))),
+        expert_load_entropy=0.95 + 0.002 * trial if measured else None,
+        expert_load_max_over_mean=1.6 - 0.02 * trial if measured else None,
+        router_confidence=0.4 if measured else None,
         seconds_train=params * tokens / 3e12,
         tokens_per_second=3e5,
         started_at=datetime(2025, 5, 1, 9, tzinfo=UTC) + timedelta(minutes=trial),
