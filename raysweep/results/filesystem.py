@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import re
 import time
 import uuid
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -20,9 +22,12 @@ from raysweep.errors import UserError
 T = TypeVar("T")
 
 ATTEMPTS = 6
-"""Tries at a storage call; waits double from 0.1 s, so a passing fault of 3 s is ridden out."""
+"""Tries at a storage call; waits double from 0.1 or 0.2 s, so a fault of 3 s is ridden out."""
 
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
+_REFUSED = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH")
+"""What object stores say that trying again does not change."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,13 @@ class Storage:
     def at(cls, uri: str | os.PathLike[str]) -> Storage:
         """Resolve a URI. Raises UserError for one that names no filesystem."""
         text = os.fspath(uri)
+        if text.startswith("file://"):
+            text = unquote(urlsplit(text).path)
         if not re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", text):
             path = str(Path(text).expanduser().resolve())
             return cls(path, fs.LocalFileSystem(), path)
         try:
-            filesystem, root = fs.FileSystem.from_uri(text)
+            filesystem, root = fs.FileSystem.from_uri(_quick(text))
         except (pa.ArrowInvalid, OSError):
             filesystem, root = _through_fsspec(text)
         return cls(text.rstrip("/"), filesystem, root.rstrip("/"))
@@ -119,20 +126,30 @@ def retry(action: Callable[[], T], what: str) -> T:
         try:
             return action()
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in _FULL:
                 raise UserError(
                     f"cannot {what}: no space left; free some, then run again"
                 ) from error
-            if error.errno in _LASTING or attempt == ATTEMPTS - 1:
-                reason = " ".join(str(error).split())
-                raise UserError(f"cannot {what}: {reason}") from error
-            time.sleep(0.1 * 2**attempt)
+            lasting = error.errno in _LASTING or _REFUSED.search(str(error))
+            if lasting or attempt == ATTEMPTS - 1:
+                raise UserError(f"cannot {what}: {error}") from error
+            time.sleep(random.uniform(0.5, 1.0) * 0.2 * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def _quick(uri: str) -> str:
+    """An S3 URI with small objects written in one request instead of three."""
+    option = "allow_delayed_open=true"
+    if not uri.startswith("s3://") or option in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}{option}"
 
 
 def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
     import fsspec
 
+    if uri.startswith("memory://"):
+        raise UserError(f"{uri} would end with this process: name a folder, s3:// or gs://")
     try:
         filesystem, root = fsspec.url_to_fs(uri)
     except (ImportError, ValueError) as error:

@@ -10,20 +10,23 @@ from pathlib import Path
 
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
+from raysweep.results.lease import lease
 
 LOCK = ".driver.lock"
 
 
 @contextmanager
 def study_lock(storage: Storage) -> Iterator[None]:
-    """Hold a local results folder for the time of the block.
+    """Hold a results folder for the time of the block.
 
     The kernel drops the lock when the process ends, however it ends, so no lock is ever stale.
-    Object stores have no such lock; there two drivers at once waste work but lose nothing, since a
-    trial's row is named by its key. Raises UserError if another run holds the folder.
+    Object stores have no such lock; there a lease stands for it. Should two drivers ever run at
+    once, they waste work but lose nothing, since a trial's row is named by its key. Raises
+    UserError if another run holds the folder.
     """
     if not storage.is_local:
-        yield
+        with lease(storage):
+            yield
         return
     path = Path(storage.path(LOCK))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -22,8 +22,6 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import dataset as ds
 
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
@@ -35,13 +33,12 @@ from raysweep.results.schema import (
     SCHEMA_VERSION,
     row_table,
 )
+from raysweep.results.tables import PART, TableFolder
 
 MARKER = "raysweep.json"
 TRIALS, CURVES, STUDIES, RUNS = "trials", "curves", "studies", "runs"
 COMPACT_ABOVE = 64
-"""Single files that a folder may hold before they are merged."""
-PART_ROWS = 50_000
-"""Rows a merged file may hold before a new one is begun."""
+"""Files of a kind that a folder may hold before they are merged."""
 
 _KEY = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
 
@@ -51,8 +48,16 @@ class Results:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self.problems: list[str] = []
+        needed = tuple(name for name, c in COLUMNS.items() if c.required)
+        self._trials = TableFolder(storage, TRIALS, ARROW_SCHEMA, needed)
+        self._curves = TableFolder(storage, CURVES, CURVE_SCHEMA, ("trial_key", "step"))
+        self._damaged: dict[str, str] = {}
+
+    @property
+    def problems(self) -> list[str]:
         """Files that could not be read, in words; filled by reading."""
+        found = (self._trials.problems, self._curves.problems, self._damaged)
+        return [problem for each in found for problem in each.values()]
 
     @classmethod
     def open(cls, uri: str | os.PathLike[str], *, create: bool = False) -> Results:
@@ -89,8 +94,8 @@ class Results:
         if curve is not None and len(curve["step"]):
             columns = {"trial_key": [key] * len(curve["step"]), **curve}
             table = pa.Table.from_pydict(columns, schema=CURVE_SCHEMA)
-            self._write_table(table, CURVES, f"{key}.parquet")
-        self._write_table(row_table([dict(row)]), TRIALS, f"{key}.parquet")
+            self._curves.write(table, f"{key}.parquet")
+        self._trials.write(row_table([dict(row)]), f"{key}.parquet")
 
     def write_many(self, rows: pd.DataFrame) -> int:
         """Write many rows as one file, as imports do. Rows that stand already are not repeated.
@@ -103,7 +108,7 @@ class Results:
             table = pa.Table.from_pandas(
                 fresh.reindex(columns=list(COLUMNS)), schema=ARROW_SCHEMA, preserve_index=False
             )
-            self._write_table(table.replace_schema_metadata(None), TRIALS, _part_name())
+            self._trials.write(table.replace_schema_metadata(None))
         return len(fresh)
 
     def frame(self, study: str | None = None) -> pd.DataFrame:
@@ -112,7 +117,7 @@ class Results:
         Where a trial stands more than once (a retry, or a merge that was cut off), a finished row
         counts before any other, then the latest.
         """
-        frame = self._read(TRIALS, ARROW_SCHEMA).to_pandas()
+        frame = self._trials.read().to_pandas()
         if study is not None:
             frame = frame[frame["study"] == study]
         order = frame.assign(_finished=frame["status"] == FINISHED)
@@ -122,13 +127,12 @@ class Results:
 
     def find(self, trial_key: str) -> dict[str, Any] | None:
         """The row in a trial's own file, or None; merged rows are not looked for."""
-        table = self._try(TRIALS, f"{trial_key}.parquet", ARROW_SCHEMA)
+        table = self._trials.find(f"{trial_key}.parquet")
         return table.to_pylist()[0] if table is not None and len(table) else None
 
     def curves(self, trial_keys: Iterable[str] | None = None) -> pd.DataFrame:
         """Loss curves, `CURVE_SCHEMA`'s columns, of all trials or of some."""
-        table = self._read(CURVES, CURVE_SCHEMA)
-        frame = table.to_pandas().drop_duplicates(["trial_key", "step"], keep="last")
+        frame = self._curves.read().to_pandas().drop_duplicates(["trial_key", "step"], keep="last")
         if trial_keys is not None:
             frame = frame[frame["trial_key"].isin(set(trial_keys))]
         return frame.sort_values(["trial_key", "step"]).reset_index(drop=True)
@@ -139,12 +143,8 @@ class Results:
 
     def search_spaces(self) -> dict[str, str]:
         """Search-space texts by study name."""
-        found: dict[str, str] = {}
-        for info in sorted(self.storage.list(STUDIES), key=lambda i: i.base_name):
-            text = self.storage.read(STUDIES, info.base_name)
-            if text is not None and info.base_name.endswith(".yaml"):
-                found[info.base_name.removesuffix(".yaml")] = text.decode()
-        return found
+        texts = self._texts(STUDIES, ".yaml")
+        return {name.removesuffix(".yaml"): text for name, text in texts.items()}
 
     def save_run(self, record: Mapping[str, Any]) -> None:
         """Keep what one `raysweep run` did: times, workers, utilisation. Needs `started_at`."""
@@ -153,63 +153,46 @@ class Results:
 
     def runs(self) -> list[dict[str, Any]]:
         """Records of all runs, oldest first."""
-        names = sorted(i.base_name for i in self.storage.list(RUNS))
-        texts = [self.storage.read(RUNS, n) for n in names if n.endswith(".json")]
-        return [json.loads(t) for t in texts if t]
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for name, text in self._texts(RUNS, ".json").items():
+            try:
+                content = json.loads(text)
+                for record in content if isinstance(content, list) else [content]:
+                    found[str(record["started_at"]), str(record.get("study"))] = record
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self._damaged[name] = f"{RUNS}/{name} is unreadable and was left out"
+        return [found[key] for key in sorted(found)]
 
-    def compact(self, above: int = COMPACT_ABOVE) -> None:
-        """Merge single files where there are more than `above`.
+    def compact(self, above: int = COMPACT_ABOVE, recent: int = 0) -> None:
+        """Merge small files where there are more than `above`; the newest `recent` rows' stay.
 
-        The merged file is in place before the single ones go, so a crash between the two leaves
+        The merged file is in place before the small ones go, so a crash between the two leaves
         rows twice, which reading resolves, and never loses one.
         """
-        for folder, schema in ((TRIALS, ARROW_SCHEMA), (CURVES, CURVE_SCHEMA)):
-            names = [i.base_name for i in self.storage.list(folder)]
-            singles = [n for n in names if n.endswith(".parquet") and not n.startswith("part-")]
-            if len(singles) <= above:
+        self._trials.compact(above, recent)
+        self._curves.compact(above, recent)
+        names = [n for i in self.storage.list(RUNS) if (n := i.base_name).endswith(".json")]
+        if len(names) > above:
+            records = self.runs()
+            merged = json.dumps(records, indent=1).encode()
+            self.storage.write(merged, RUNS, f"{PART}{uuid.uuid4().hex[:16]}.json")
+            for name in names:
+                if name not in self._damaged:
+                    self.storage.delete(RUNS, name)
+
+    def _texts(self, folder: str, suffix: str) -> dict[str, str]:
+        """Text files of a folder by name, sorted; damaged ones become problems."""
+        found: dict[str, str] = {}
+        for name in sorted(i.base_name for i in self.storage.list(folder)):
+            if not name.endswith(suffix):
                 continue
-            readable = {n: t for n in singles if (t := self._try(folder, n, schema)) is not None}
-            merged = pa.concat_tables(list(readable.values()))
-            for start in range(0, max(1, len(merged)), PART_ROWS):
-                self._write_table(merged.slice(start, PART_ROWS), folder, _part_name())
-            for name in readable:
-                self.storage.delete(folder, name)
-
-    def _write_table(self, table: pa.Table, *parts: str) -> None:
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
-        self.storage.write(buffer.getvalue(), *parts)
-
-    def _read(self, folder: str, schema: pa.Schema) -> pa.Table:
-        names = [i.base_name for i in self.storage.list(folder) if i.base_name.endswith(".parquet")]
-        self.problems = [p for p in self.problems if not p.startswith(f"{folder}/")]
-        if not names:
-            return schema.empty_table()
-        paths = [self.storage.path(folder, name) for name in names]
-        try:  # all at once; a damaged or vanished file is looked for only when there is one
-            data = ds.dataset(
-                paths, schema=schema, format="parquet", filesystem=self.storage.filesystem
-            )
-            return data.to_table()
-        except (pa.ArrowException, OSError):
-            tables = [self._try(folder, name, schema) for name in names]
-            return pa.concat_tables([schema.empty_table(), *(t for t in tables if t is not None)])
-
-    def _try(self, folder: str, name: str, schema: pa.Schema) -> pa.Table | None:
-        data = self.storage.read(folder, name)
-        if data is None:  # merged away meanwhile: its rows stand in the merged file
-            return None
-        try:
-            source = pa.BufferReader(data)
-            return ds.dataset(pq.read_table(source)).to_table().select(schema.names).cast(schema)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            self.problems.append(f"{folder}/{name} is unreadable and was left out: {reason}")
-            return None
-
-
-def _part_name() -> str:
-    return f"part-{uuid.uuid4().hex[:16]}.parquet"
+            data = self.storage.read(folder, name)
+            try:
+                if data is not None:  # else merged away meanwhile
+                    found[name] = data.decode()
+            except UnicodeDecodeError:
+                self._damaged[name] = f"{folder}/{name} is unreadable and was left out"
+        return found
 
 
 def _check_marker(marker: bytes, uri: str) -> None:

@@ -12,36 +12,7 @@ import pytest
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.lock import study_lock
-from raysweep.results.schema import COLUMNS, make_row
-
-
-def a_row(key: str, **values):
-    base = {
-        "trial_key": key,
-        "study": "s",
-        "cell": "dense-a",
-        "architecture": "dense",
-        "architecture_kind": "dense",
-        "scale": "a",
-        "source": "raysweep",
-        "experts": 1,
-        "top_k": 1,
-        "params_active_non_embedding": 1e6,
-        "tokens": 2e7,
-        "status": "finished",
-        "loss": 3.0,
-        "started_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
-    }
-    return make_row(**{**base, **values})
-
-
-CURVE = {
-    "step": [1, 2],
-    "tokens": [10.0, 20.0],
-    "train_loss": [4.0, 3.0],
-    "learning_rate": [0.1, 0.1],
-    "grad_norm": [1.0, 1.0],
-}
+from raysweep.results.schema import COLUMNS
 
 
 @pytest.fixture
@@ -49,8 +20,8 @@ def results(tmp_path: Path) -> Results:
     return Results.open(tmp_path / "r", create=True)
 
 
-def test_rows_and_curves_come_back(results: Results) -> None:
-    results.write(a_row("k1", loss=2.5), CURVE)
+def test_rows_and_curves_come_back(results: Results, a_row, curve) -> None:
+    results.write(a_row("k1", loss=2.5), curve)
     frame = Results.open(results.uri).frame()
     assert list(frame.columns) == list(COLUMNS)
     assert frame["loss"].tolist() == [2.5]
@@ -61,7 +32,7 @@ def test_rows_and_curves_come_back(results: Results) -> None:
     assert results.find("k2") is None
 
 
-def test_pandas_and_duckdb_read_the_folder_as_it_is(results: Results) -> None:
+def test_pandas_and_duckdb_read_the_folder_as_it_is(results: Results, a_row) -> None:
     for i in range(3):
         results.write(a_row(f"k{i}", loss=float(i)))
     folder = Path(results.uri) / "trials"
@@ -70,7 +41,7 @@ def test_pandas_and_duckdb_read_the_folder_as_it_is(results: Results) -> None:
     assert duckdb.connect().execute(query).fetchall() == [(3.0, 3)]
 
 
-def test_a_retried_trial_counts_once_and_its_finished_row_wins(results: Results) -> None:
+def test_a_retried_trial_counts_once_and_its_finished_row_wins(results: Results, a_row) -> None:
     results.write(a_row("k", status="crashed", loss=None))
     results.write(a_row("k", loss=2.0))
     assert results.frame()[["status", "loss"]].to_numpy().tolist() == [["finished", 2.0]]
@@ -80,9 +51,9 @@ def test_a_retried_trial_counts_once_and_its_finished_row_wins(results: Results)
     assert results.frame()["status"].tolist() == ["finished"]
 
 
-def test_compaction_keeps_every_row_and_bounds_the_files(results: Results) -> None:
+def test_compaction_keeps_every_row_and_bounds_the_files(results: Results, a_row, curve) -> None:
     for i in range(20):
-        results.write(a_row(f"k{i}"), CURVE)
+        results.write(a_row(f"k{i}"), curve)
     before, curves = results.frame(), results.curves()
     results.compact(above=10)
     pd.testing.assert_frame_equal(results.frame(), before)
@@ -90,7 +61,7 @@ def test_compaction_keeps_every_row_and_bounds_the_files(results: Results) -> No
     assert len(list((Path(results.uri) / "trials").iterdir())) == 1
 
 
-def test_compaction_cut_off_before_the_deletes_counts_no_row_twice(results: Results) -> None:
+def test_compaction_cut_off_before_the_deletes_counts_no_row_twice(results: Results, a_row) -> None:
     for i in range(5):
         results.write(a_row(f"k{i}"))
     singles = {p.name: p.read_bytes() for p in (Path(results.uri) / "trials").iterdir()}
@@ -101,7 +72,9 @@ def test_compaction_cut_off_before_the_deletes_counts_no_row_twice(results: Resu
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
-def test_a_damaged_file_is_named_and_costs_only_its_own_rows(results: Results, damage) -> None:
+def test_a_damaged_file_is_named_and_costs_only_its_own_rows(
+    results: Results, damage, a_row
+) -> None:
     results.write(a_row("good"))
     results.write(a_row("bad"))
     path = Path(results.uri) / "trials" / "bad.parquet"
@@ -114,14 +87,14 @@ def test_a_damaged_file_is_named_and_costs_only_its_own_rows(results: Results, d
     assert results.frame()["trial_key"].tolist() == ["good"]
 
 
-def test_hidden_partial_files_are_not_read(results: Results) -> None:
+def test_hidden_partial_files_are_not_read(results: Results, a_row) -> None:
     results.write(a_row("k"))
     (Path(results.uri) / "trials" / ".k2.parquet.abcd").write_bytes(b"half")
     assert len(results.frame()) == 1
     assert not results.problems
 
 
-def test_imports_add_only_what_is_new(results: Results) -> None:
+def test_imports_add_only_what_is_new(results: Results, a_row) -> None:
     rows = pd.DataFrame([a_row("a"), a_row("b")])
     assert results.write_many(rows) == 2
     more = pd.DataFrame([a_row("b"), a_row("c"), a_row("c")])
