@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,9 @@ from raysweep.report.numbers import Numbers
 from raysweep.results import importers
 from raysweep.results.store import Results
 from raysweep.scaling.fits import fit
+from raysweep.scaling.roofline import find_gpu
+from raysweep.scaling.serving import Serving
+from raysweep.scaling.serving_text import serving_dict
 
 LARGEST = 3_000_000
 
@@ -75,13 +79,46 @@ def read_number(text: str) -> float:
     return float(text) * scale
 
 
+def half_digit(text: str) -> float:
+    """How far a number may lie from what is written: half of the last digit's worth."""
+    number = text.replace("\N{NO-BREAK SPACE}", "").rstrip("TBMk%").partition("e")[0]
+    decimals = len(number.partition(".")[2])
+    one = read_number("1" + text[text.index("e") :] if "e" in text else "1" + text[len(number) :])
+    trailing = len(number) - len(number.rstrip("0")) if "." not in number else 0
+    return 0.505 * one * 10.0 ** (trailing - decimals)
+
+
+def places(key: str) -> list[str]:
+    """The parts of a JSON pointer."""
+    return [p.replace("~1", "/").replace("~0", "~") for p in key.split("/")[1:]]
+
+
+def compare_numbers(page: Page, data: dict[str, Any]) -> Counter[str]:
+    """Hold every marked number of a page to `data`, but for answers; returns how many of what."""
+    compared: Counter[str] = Counter()
+    for key, text in page.numbers:
+        parts = places(key)
+        if parts[0] == "answers":
+            continue  # compared with `recommend` below
+        value = Numbers(data).at(*parts)
+        assert isinstance(value, int | float), key
+        assert read_number(text) == pytest.approx(value, rel=1e-12, abs=half_digit(text)), key
+        compared[parts[0]] += 1
+    return compared
+
+
 def test_page_is_whole_and_needs_nothing_else(ladder: tuple[Results, Path]) -> None:
     page = Page(ladder[1])
     assert len(page.source.encode()) < LARGEST
     assert [link for link in page.links if not link.startswith(("#", "data:"))] == []
     assert "link" not in page.tags or page.source.count("<link") == 1  # the empty icon
     assert len(page.ids) == len(set(page.ids))
-    assert {"answer", "surfaces", "laws", "loss", "comparison", "cells", "trials"} <= set(page.ids)
+    sections = {"answer", "surfaces", "laws", "loss", "budgets", "comparison", "serving", "checks"}
+    assert sections | {"cells", "trials"} <= set(page.ids)
+    drawn = {i.removeprefix("figure-") for i in page.ids if i.startswith("figure-")}
+    assert drawn >= {"optima", "loss", "comparison", "noise", "load", "heldout"}
+    assert drawn == set(page.json["data-csv"])
+    assert all(text.count("\n") > 1 for text in page.json["data-csv"].values())
     for link in page.links:
         if link.startswith("#"):
             assert link[1:] in page.ids, link
@@ -109,18 +146,9 @@ def test_answers_stand_first_and_side_by_side(ladder: tuple[Results, Path]) -> N
 def test_every_number_is_that_of_the_fits(ladder: tuple[Results, Path]) -> None:
     results, path = ladder
     page = Page(path)
-    numbers = Numbers(fit(results).to_dict())
-    checked = 0
-    for key, text in page.numbers:
-        parts = [p.replace("~1", "/").replace("~0", "~") for p in key.split("/")[1:]]
-        if parts[0] == "answers":
-            continue  # compared with `recommend` above
-        value = numbers.at(*parts)
-        assert isinstance(value, int | float), key
-        shown = read_number(text)
-        assert shown == pytest.approx(value, rel=0.051, abs=5.1e-4), (key, text)
-        checked += 1
-    assert checked > 100
+    compared = compare_numbers(page, fit(results).to_dict())
+    assert sum(compared.values()) > 300
+    assert set(compared) == {"cells", "groups", "comparison", "sensitivity"}
 
 
 def test_text_of_rows_is_inert(make_rows: Callable, make_results: Callable, tmp_path: Path) -> None:
@@ -214,3 +242,53 @@ def test_published_sweep(shared_data: Path, tmp_path: Path) -> None:
     page = Page(report(results, tmp_path / "out"))
     assert len(page.source.encode()) < LARGEST
     assert "o trial tells its learning rate and batch" in page.text
+
+
+def test_serving_is_that_of_the_command(
+    make_rows: Callable, make_results: Callable, tmp_path: Path
+) -> None:
+    rows = make_rows(("dense", "moe"), 4, 2, trials=5, smallest=2e7)
+    space = "study: s\ntargets: [{architecture: moe, params: 3e9, tokens: 6e10}]"
+    results = make_results(rows, space=space)
+    fits = fit(results, n_boot=20)
+    page = Page(report(results, tmp_path / "out", fits=fits))
+    serving = Serving(find_gpu("h100"), 1.0)
+    flops = float(page.json["data-csv"]["serving"].splitlines()[1].split(",")[7])
+    told = serving_dict(fits.serve(flops, serving), serving, flops)
+    compared = compare_numbers(page, fits.to_dict() | {"serving": told})
+    assert compared["serving"] > 50
+    assert compared["efficiency"] > 4
+    assert "multiply by your price" in page.text
+
+
+def test_budgets_that_were_held_have_parabolas(
+    make_rows: Callable, make_results: Callable, tmp_path: Path
+) -> None:
+    rows = make_rows(("dense",), 6, trials=3)
+    held = []
+    for k, budget in enumerate((1e14, 1e15, 1e16)):
+        for row in rows[::3]:
+            params = row["params_active_non_embedding"]
+            tokens = budget / 6 / params
+            loss = 1.6 + 30 / params**0.32 + 60 / tokens**0.34
+            name = f"{row['scale']}-{k}"
+            held.append(
+                row
+                | {"cell": name, "trial_key": name, "tokens": tokens, "loss": loss, "flops": budget}
+                | {"flops_per_token": 6 * params, "learning_rate": None, "batch_tokens": None}
+            )
+    results = make_results(held)
+    fits = fit(results, n_boot=40)
+    page = Page(report(results, tmp_path / "out", fits=fits))
+    assert compare_numbers(page, fits.to_dict())["allocation"] > 5
+    rows_of = page.json["data-csv"]["budgets"].splitlines()
+    assert sum(line.startswith("parabola,") for line in rows_of) == 3
+    assert sum(line.startswith("run,") for line in rows_of) == len(held)
+    assert "prefer the law" in page.text
+    assert "not measurements" not in page.text
+
+
+def test_an_interval_that_tells_nothing_is_said() -> None:
+    numbers = Numbers({"low": 1e-44, "high": 3e6, "near": 2e6})
+    assert numbers.interval("params", ["low"], ["high"]) == "not determined"
+    assert "to" in numbers.interval("params", ["near"], ["high"])
