@@ -57,16 +57,19 @@
     }
   };
 
-  const reload = () => {
-    // Never while the reader is at something: typing, scrolling, selecting.
+  const was = history.state?.raysweep;
+  const reload = (wanted) => {
+    // Never while the reader is at something: typing, scrolling, selecting. And only once for one
+    // page: what stands there after that is all there is.
     if (Date.now() - touched < QUIET || !(getSelection()?.isCollapsed ?? true)) return;
-    history.replaceState({ ...history.state, raysweep: remember() }, "");
+    if (was?.wanted === wanted) return;
+    history.replaceState({ ...history.state, raysweep: { ...remember(), wanted } }, "");
     location.reload();
   };
 
   window.raysweepLive = ({ stamp: newest, at }) => {
     heard = true;
-    if (newest !== stamp) { reload(); return; }
+    if (newest !== stamp) { reload(newest); return; }
     const quiet = Date.now() / 1000 - at > 90;
     badge.textContent = quiet ? "No longer updated: whoever kept this page up to date is gone" : badge.dataset.text;
   };
@@ -78,13 +81,11 @@
     script.onload = () => script.remove();
     script.onerror = () => {
       script.remove();
-      if (heard) reload(); // it has just ended: the page that stands there now is the last one
+      if (heard) reload(`after ${stamp}`); // it has just ended: the page that stands there now is the last one
       else badge.textContent = "No longer updated";
     };
     document.head.append(script);
   };
-  const was = history.state?.raysweep;
   if (was) restore(was);
   setInterval(poll, POLL);
-  poll();
 })();
