@@ -70,7 +70,12 @@ def make_spec(case: dict[str, Any]) -> TrialSpec:
                 {"d_model": d, "layers": case["layers"], "heads": case["heads"], "d_ff": d_ff}
             ],
             "horizons": [{"tokens": length * batch * case["steps"]}],
-            "data": {"source": "tokens", "vocab_size": case["vocab_size"], "paths": ["none"]},
+            "data": {
+                "source": "tokens",
+                "vocab_size": case["vocab_size"],
+                "paths": ["none"],
+                "validation_sequences": 1,
+            },
             "recipe": {"compile": case.get("compile", "off"), **case.get("recipe", {})},
             "resources": {"gpus_per_worker": case.get("gpus", 0)},
         }
@@ -82,7 +87,7 @@ def ours(case: dict[str, Any]) -> float:
     spec = make_spec(case)
     clock = Clock(not case.get("gpus") and not case.get("wall"))
     corpus: Any = RandomCorpus(case["vocab_size"])
-    outcome = train(spec, corpus, validation_sequences=1, reporter=clock, threads=1)
+    outcome = train(spec, corpus, reporter=clock, threads=1)
     assert outcome.status == "finished", outcome.reason
     return clock.tokens_per_second(WARM_UP * spec.batch_tokens)
 

@@ -1,41 +1,92 @@
-"""Checkpoints of a running trial: written atomically, only the newest kept."""
+"""Checkpoints of a running trial: all or nothing, the newest only, written beside training.
+
+They lie on the study's storage, a folder or an object store, under `checkpoints/KEY/`.
+"""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
+import logging
+import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-NAME = "checkpoint.pt"
+from raysweep.results.filesystem import Storage
 
+FOLDER, NAME = "checkpoints", "checkpoint.pt"
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the folder's checkpoint; a reader sees the old one or the new one, whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{NAME}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
+_log = logging.getLogger("raysweep")
 
 
-def load(folder: Path, key: str) -> dict[str, Any] | None:
-    """The folder's checkpoint, on the CPU, if it has one of this trial key."""
-    path = folder / NAME
-    if not path.exists():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state if state["key"] == key else None
+class Checkpoints:
+    """The newest checkpoint of one trial, at most one write under way.
+
+    Losing one costs time, never the trial: whatever goes wrong with it is a logged warning.
+    """
+
+    def __init__(self, storage: Storage, key: str) -> None:
+        self._storage, self._key = storage, key
+        self._writer: threading.Thread | None = None
+
+    @property
+    def writing(self) -> bool:
+        """Whether a write is under way."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Copy the state now; a thread replaces the checkpoint by the copy, once the write
+        before it is through."""
+        self.wait()
+        arguments = ({"key": self._key, **snapshot(state)},)
+        self._writer = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Return once nothing is being written."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def load(self) -> dict[str, Any] | None:
+        """The checkpoint, on the CPU, if there is one that can be read."""
+        try:
+            data = self._storage.read(FOLDER, self._key, NAME)
+            if data is None:
+                return None
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            _log.warning("trial %s starts over: its checkpoint is lost (%s)", self._key, error)
+            return None
+        return state if state["key"] == self._key else None
+
+    def remove(self) -> None:
+        """Forget the checkpoint, and whatever half-written one a killed process left."""
+        self.wait()
+        with contextlib.suppress(OSError):  # mostly: there was none
+            self._storage.filesystem.delete_dir(self._storage.path(FOLDER, self._key))
+
+    def _write(self, state: dict[str, Any]) -> None:
+        try:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            self._storage.write(buffer.getvalue(), FOLDER, self._key, NAME)
+        except Exception as error:
+            _log.warning("trial %s has no new checkpoint: %s", self._key, error)
 
 
-def remove(folder: Path) -> None:
-    """Forget the checkpoint, and whatever half-written one a killed process left."""
-    for path in folder.glob(f"{NAME}*"):
-        path.unlink(missing_ok=True)
+def snapshot(state: Any) -> Any:
+    """A copy, its tensors on the CPU, that training no longer touches."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(snapshot(value) for value in state)
+    return state
 
 
 class Timer:

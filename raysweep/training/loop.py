@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from raysweep.config.study import TrialSpec
 from raysweep.data.corpus import Corpus
 from raysweep.errors import UserError
 from raysweep.model import build
-from raysweep.training import checkpoint, optimizer, runtime, schedule
+from raysweep.results.filesystem import Storage
+from raysweep.training import optimizer, runtime, schedule
+from raysweep.training.checkpoint import Checkpoints, Timer
 from raysweep.training.evaluate import Evaluation, evaluate
 from raysweep.training.monitor import Monitor
 from raysweep.training.noise_scale import NoiseScale
@@ -31,9 +32,8 @@ def train(
     spec: TrialSpec,
     corpus: Corpus,
     *,
-    validation_sequences: int,
     reporter: Reporter | None = None,
-    checkpoint_dir: Path | None = None,
+    checkpoints: Storage | None = None,
     device: torch.device | str | None = None,
     threads: int | None = 1,
     workers: Workers | None = None,
@@ -41,10 +41,10 @@ def train(
     """Train one model and measure it.
 
     The result is a function of `spec` and the corpus alone: on CPUs bit for bit, whatever ran in
-    the process before. Divergence and lack of memory are outcomes, not errors. With a
-    `checkpoint_dir`, a run that was killed goes on from its last checkpoint. With several
-    `workers`, all call this with the same arguments and get the same outcome. Raises UserError
-    where the batch does not divide by the workers, or the corpus is too small.
+    the process before. Divergence and lack of memory are outcomes, not errors. Where `checkpoints`
+    can be kept, a run that was killed goes on from its last one. With several `workers`, all call
+    this with the same arguments and get the same outcome. Raises UserError where the batch does
+    not divide by the workers, or the corpus is too small.
     """
     workers = workers or Workers()
     resources = spec.cell.resources
@@ -55,8 +55,11 @@ def train(
             f"{workers.world_size} workers: raise search.batch_sequences.low, or use fewer workers"
         )
     with runtime.clean_slate(device, threads, spec.seed):
-        run = _Run(spec, corpus, device, workers, reporter or Silent(), checkpoint_dir)
-        return run.to_the_end(validation_sequences)
+        run = _Run(spec, corpus, device, workers, reporter or Silent(), checkpoints)
+        try:
+            return run.to_the_end()
+        finally:
+            run.close()
 
 
 class _Run:
@@ -69,11 +72,13 @@ class _Run:
         device: torch.device,
         workers: Workers,
         reporter: Reporter,
-        checkpoint_dir: Path | None,
+        storage: Storage | None,
     ) -> None:
         self.spec, self.corpus, self.device, self.workers = spec, corpus, device, workers
         self.reporter = reporter
-        self.checkpoint_dir = checkpoint_dir if spec.recipe.checkpoint_seconds else None
+        self.checkpoints = None
+        if storage is not None and spec.recipe.checkpoint_seconds:
+            self.checkpoints = Checkpoints(storage, spec.key)
         recipe, shape = spec.recipe, spec.cell.shape
         self.horizon = spec.steps * spec.batch_tokens
         self.model = build(
@@ -112,7 +117,7 @@ class _Run:
         self.pending: list[Tensor] = []
         self.traces: list[Tensor] = []
 
-    def to_the_end(self, validation_sequences: int) -> TrialOutcome:
+    def to_the_end(self) -> TrialOutcome:
         """Train, evaluate and sum up."""
         self._resume()
         status, reason = self._steps()
@@ -122,7 +127,7 @@ class _Run:
             evaluation = evaluate(
                 self.model,
                 self.corpus.validation,
-                sequences=validation_sequences,
+                sequences=self.spec.validation_sequences,
                 batch_sequences=self.gradient.micro,
                 workers=self.workers,
                 device=self.device,
@@ -131,15 +136,20 @@ class _Run:
             self.seconds += time.perf_counter() - started
             if not math.isfinite(evaluation.loss):
                 status, reason, evaluation = "diverged", "non-finite validation loss", None
-        if self.checkpoint_dir and self.workers.rank == 0 and status != "stopped":
-            checkpoint.remove(self.checkpoint_dir)
+        if self.checkpoints and self.workers.rank == 0 and status != "stopped":
+            self.checkpoints.remove()
         return self._outcome(status, reason, evaluation, seconds_steps)
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self.checkpoints:
+            self.checkpoints.wait()
 
     def _steps(self) -> tuple[Status, str | None]:
         """Train to the horizon or to whatever ends the run before it."""
         spec, recipe = self.spec, self.spec.recipe
         started, before = time.perf_counter(), self.seconds
-        due = checkpoint.Timer(recipe.checkpoint_seconds)
+        due = Timer(recipe.checkpoint_seconds)
         first, look = self.step, self.step + 1
         self.model.train()
         while self.step < spec.steps:
@@ -163,10 +173,10 @@ class _Run:
             stop, save, pause = self._decide(due, min(pause, self.monitor.every))
             look = self.step + pause
             stop = stop and self.step < spec.steps
-            if (stop or save) and self.checkpoint_dir:
+            if (stop or save) and self.checkpoints:
                 state = self._state()
                 if self.workers.rank == 0:
-                    checkpoint.save(self.checkpoint_dir, state)
+                    self.checkpoints.save(state)
             if stop:
                 return "stopped", f"stopped after {self.step} of {spec.steps} steps"
         return "finished", None
@@ -205,10 +215,12 @@ class _Run:
         self.traces.clear()
         return reason
 
-    def _decide(self, due: checkpoint.Timer, pause: int) -> tuple[bool, bool, int]:
+    def _decide(self, due: Timer, pause: int) -> tuple[bool, bool, int]:
         """Whether to stop and to save now, and steps to the next look: rank 0 decides for all."""
         leader = self.workers.rank == 0
-        stop, save = leader and self.reporter.should_stop(), leader and due.due()
+        stop = leader and self.reporter.should_stop()
+        busy = self.checkpoints is not None and self.checkpoints.writing
+        save = leader and not busy and due.due()
         if self.workers.world_size == 1:
             return stop, save, pause
         flags = torch.tensor([stop, save, pause if leader else 0], device=self.device).float()
@@ -217,24 +229,21 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "key": self.spec.key,
             "step": self.step,
             "seconds": self.seconds,
             "micro": self.gradient.micro,
             "learned": self.workers.gather_state(self.model, self.optimizer),
             "monitor": self.monitor.state(),
             "noise": self.noise.state(),
-            "pending": [numbers.cpu() for numbers in self.pending],
-            "traces": [trace.cpu() for trace in self.traces],
+            "pending": self.pending,
+            "traces": self.traces,
         }
 
     def _resume(self) -> None:
         """Take up the checkpoint of an earlier attempt, if there is one."""
-        if self.checkpoint_dir is None:
+        if self.checkpoints is None:
             return
-        state = None
-        if self.workers.rank == 0:
-            state = checkpoint.load(self.checkpoint_dir, self.spec.key)
+        state = self.checkpoints.load() if self.workers.rank == 0 else None
         state = self.workers.from_leader(state)
         if state is None:
             return

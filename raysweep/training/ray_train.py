@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray import train
@@ -14,6 +13,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from raysweep.config.study import TrialSpec
 from raysweep.data.corpus import Corpus
+from raysweep.results.filesystem import Storage
 from raysweep.training.outcome import TrialOutcome
 
 RESTARTS = 3
@@ -47,8 +47,7 @@ def train_distributed(
     spec: TrialSpec,
     corpus: Corpus,
     *,
-    validation_sequences: int,
-    checkpoint_dir: Path | None = None,
+    checkpoints: Storage | None = None,
     storage_path: str | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> TrialOutcome:
@@ -57,7 +56,7 @@ def train_distributed(
     May be called inside a Tune trial, which then sees the progress: `step`, `tokens`,
     `train_loss` and `percent` of the horizon. A run that loses a worker starts again from its
     checkpoint. The first worker asks `stop`, which must pickle, whether to end early.
-    `checkpoint_dir` and `storage_path`, where Ray keeps its notes on the run, must be reachable
+    `checkpoints` and `storage_path`, where Ray keeps its notes on the run, must be reachable
     from all nodes. Raises what the workers raised, as Ray's TrainingFailedError.
     """
     # Ray looks after its workers every 2 s and starts a watcher a run: too slow for short runs.
@@ -73,8 +72,7 @@ def train_distributed(
             train_loop_config={
                 "spec": spec,
                 "corpus": corpus,
-                "validation_sequences": validation_sequences,
-                "checkpoint_dir": checkpoint_dir,
+                "checkpoints": checkpoints,
                 "stop": stop,
             },
             scaling_config=train.ScalingConfig(
@@ -109,9 +107,8 @@ def _worker(config: dict[str, Any]) -> TrialOutcome:
     return train_one(
         config["spec"],
         config["corpus"],
-        validation_sequences=config["validation_sequences"],
         reporter=WorkerReporter(config["spec"].steps * config["spec"].batch_tokens, config["stop"]),
-        checkpoint_dir=config["checkpoint_dir"],
+        checkpoints=config["checkpoints"],
         device=get_device(),
         threads=max(1, int(resources.cpus_per_worker)),
         workers=Workers.of_process_group(resources.strategy),

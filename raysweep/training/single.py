@@ -54,7 +54,6 @@ def train_one(
     outcome = train(
         spec,
         corpus,
-        validation_sequences=data.validation_sequences,
         threads=max(1, int(cell.resources.cpus_per_worker)),
     )
     row = trial_row(

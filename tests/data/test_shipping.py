@@ -1,14 +1,11 @@
 """A corpus reaches a node that has only the results URI, over a real S3 server."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
 from raysweep.config import Data
 from raysweep.data.corpus import Corpus, prepare
@@ -25,23 +22,6 @@ def corpus(tmp_path: Path) -> Corpus:
         (text / f"{i}.txt").write_text(f"document {i}: " + f"{i * 7919} words of it. " * 40)
     data = Data(source="text", paths=(str(text),), validation_sequences=4)
     return prepare(data, tmp_path, cache=tmp_path / "cache", sequence_length=16)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    options = f"scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true"
-    s3 = fs.S3FileSystem(
-        endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True
-    )
-    s3.create_dir("bucket")
-    yield f"s3://bucket/study?{options}"
-    server.stop()
 
 
 @pytest.mark.parametrize("where", ["folder", "s3"])

@@ -49,7 +49,12 @@ def make_spec(architecture: str = "dense", **changes: Any) -> TrialSpec:
             "model": {"sequence_length": 16},
             "scales": [{"d_model": 16, "layers": 2, "heads": 2, **changes.pop("scale", {})}],
             "horizons": [{"tokens": changes.pop("tokens", 16 * 8 * 40)}],
-            "data": {"source": "tokens", "vocab_size": 32, "paths": ["unused.bin"]},
+            "data": {
+                "source": "tokens",
+                "vocab_size": 32,
+                "paths": ["unused.bin"],
+                "validation_sequences": 33,
+            },
             "recipe": recipe,
             "resources": changes.pop("resources", {}),
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from raysweep.results.filesystem import Storage
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
 from raysweep.training.parallel import Workers
@@ -40,19 +41,17 @@ def main(rank: int, folder: Path) -> None:
             trial = toys.make_spec(
                 architecture, tokens=16 * 8 * 20, recipe={"checkpoint_seconds": 1e-9}
             )
-            outcome = train(trial, corpus, validation_sequences=33, workers=workers)
+            outcome = train(trial, corpus, workers=workers)
             outcomes[strategy, architecture] = outcome
-            states = folder / f"{strategy}-{architecture}"
-            options = {"validation_sequences": 33, "workers": workers, "checkpoint_dir": states}
+            states = Storage.at(folder / f"{strategy}-{architecture}")
+            options = {"workers": workers, "checkpoints": states}
             try:
                 train(trial, corpus, reporter=Killed(), **options)
             except KeyboardInterrupt:
                 dist.barrier()
             outcomes[strategy, architecture, "resumed"] = train(trial, corpus, **options)
         single = toys.make_spec(batch_sequences=2, tokens=16 * 2 * 10)
-        outcomes[strategy, "one sequence each"] = train(
-            single, corpus, validation_sequences=33, workers=workers
-        )
+        outcomes[strategy, "one sequence each"] = train(single, corpus, workers=workers)
     with (folder / f"outcomes{rank}").open("wb") as file:
         pickle.dump(outcomes, file)
     dist.destroy_process_group()

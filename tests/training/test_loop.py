@@ -8,13 +8,11 @@ import torch
 
 from raysweep.errors import UserError
 from raysweep.model import Decoder
-from raysweep.training import checkpoint, loop, monitor
+from raysweep.results.filesystem import Storage
+from raysweep.training import loop, monitor
+from raysweep.training.checkpoint import Checkpoints
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent, TrialOutcome
-
-
-def run(spec, corpus, **options) -> TrialOutcome:
-    return train(spec, corpus, validation_sequences=options.pop("sequences", 33), **options)
 
 
 def result(outcome: TrialOutcome) -> dict[str, object]:
@@ -28,7 +26,7 @@ def result(outcome: TrialOutcome) -> dict[str, object]:
 @pytest.mark.parametrize("architecture", ["dense", "moe"])
 def test_a_run_learns_and_says_all_about_itself(corpus, spec, architecture):
     trial = spec(architecture)
-    outcome = run(trial, corpus)
+    outcome = train(trial, corpus)
     assert outcome.status == "finished"
     assert outcome.reason is None
     assert outcome.step == trial.steps == 40
@@ -64,18 +62,18 @@ def test_a_run_learns_and_says_all_about_itself(corpus, spec, architecture):
 
 @pytest.mark.parametrize("architecture", ["dense", "moe"])
 def test_bit_identical_whatever_ran_before(corpus, spec, architecture):
-    first = run(spec(architecture), corpus)
-    run(spec("moe", seed=5, batch_sequences=4, tokens=16 * 8 * 5), corpus)
+    first = train(spec(architecture), corpus)
+    train(spec("moe", seed=5, batch_sequences=4, tokens=16 * 8 * 5), corpus)
     torch.manual_seed(99)
     torch.randn(7)
-    assert result(run(spec(architecture), corpus)) == result(first)
-    assert result(run(spec(architecture, seed=1), corpus)) != result(first)
+    assert result(train(spec(architecture), corpus)) == result(first)
+    assert result(train(spec(architecture, seed=1), corpus)) != result(first)
 
 
 @pytest.mark.parametrize("architecture", ["dense", "moe"])
 def test_accumulation_never_changes_the_result(corpus, spec, architecture):
-    whole = run(spec(architecture), corpus)
-    parts = run(spec(architecture, resources={"micro_batch_sequences": 2}), corpus)
+    whole = train(spec(architecture), corpus)
+    parts = train(spec(architecture, resources={"micro_batch_sequences": 2}), corpus)
     assert (whole.micro_batch_sequences, whole.accumulation) == (8, 1)
     assert (parts.micro_batch_sequences, parts.accumulation) == (2, 4)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -85,7 +83,7 @@ def test_accumulation_never_changes_the_result(corpus, spec, architecture):
 def test_global_state_is_put_back(corpus, spec):
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(2)
-    run(spec(tokens=16 * 8 * 2), corpus, threads=1)
+    train(spec(tokens=16 * 8 * 2), corpus, threads=1)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before[0])
     assert torch.get_float32_matmul_precision() == before[1]
@@ -96,7 +94,7 @@ def test_global_state_is_put_back(corpus, spec):
     [({"clip_norm": None, "eps": 1e-30}, "step"), ({"clip_norm": None, "init_std": 1e15}, "non-")],
 )
 def test_divergence_is_an_outcome(corpus, spec, recipe, reason):
-    outcome = run(spec(recipe=recipe, learning_rate=50.0, tokens=16 * 8 * 400), corpus)
+    outcome = train(spec(recipe=recipe, learning_rate=50.0, tokens=16 * 8 * 400), corpus)
     assert outcome.status == "diverged"
     assert outcome.reason is not None
     assert reason in outcome.reason
@@ -120,9 +118,9 @@ def fail_above(monkeypatch, sequences: int, error: Exception | None = None) -> l
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(corpus, spec, monkeypatch):
-    whole = run(spec("moe"), corpus)
+    whole = train(spec("moe"), corpus)
     tried = fail_above(monkeypatch, 2)
-    outcome = run(spec("moe"), corpus)
+    outcome = train(spec("moe"), corpus)
     assert tried[:3] == [8, 4, 2]
     assert (outcome.micro_batch_sequences, outcome.accumulation) == (2, 4)
     assert outcome.status == "finished"
@@ -131,7 +129,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(corpus, spec, 
 
 def test_no_memory_at_all_is_an_outcome(corpus, spec, monkeypatch):
     fail_above(monkeypatch, 0, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"))
-    outcome = run(spec(), corpus)
+    outcome = train(spec(), corpus)
     assert outcome.status == "out_of_memory"
     assert outcome.reason == "no memory for one sequence at step 1"
     assert outcome.loss is None
@@ -140,7 +138,7 @@ def test_no_memory_at_all_is_an_outcome(corpus, spec, monkeypatch):
 def test_other_errors_pass_through(corpus, spec, monkeypatch):
     fail_above(monkeypatch, 0, RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
-        run(spec(), corpus)
+        train(spec(), corpus)
 
 
 class Stopper(Silent):
@@ -160,7 +158,7 @@ class Stopper(Silent):
 
 def test_the_reporter_hears_and_stops(corpus, spec):
     reporter = Stopper(stop_at=7)
-    outcome = run(spec(), corpus, reporter=reporter)
+    outcome = train(spec(), corpus, reporter=reporter)
     assert outcome.status == "stopped"
     assert outcome.reason == "stopped after 7 of 40 steps"
     assert (outcome.step, outcome.loss) == (7, None)
@@ -174,17 +172,17 @@ def test_the_reporter_hears_and_stops(corpus, spec):
 def test_killed_and_resumed_is_bit_identical(corpus, spec, tmp_path, architecture, die_at):
     changes = {"moe": {"balance": "bias"}, "recipe": {"checkpoint_seconds": 1e-9}}
     trial = spec(architecture, **changes)
-    whole = run(trial, corpus)
+    whole = train(trial, corpus)
     with pytest.raises(KeyboardInterrupt):
-        run(trial, corpus, reporter=Stopper(die_at=die_at + 1), checkpoint_dir=tmp_path)
-    state = checkpoint.load(tmp_path, trial.key)
+        train(trial, corpus, reporter=Stopper(die_at=die_at + 1), checkpoints=Storage.at(tmp_path))
+    state = Checkpoints(Storage.at(tmp_path), trial.key).load()
     assert state is not None
-    assert state["step"] == die_at
+    assert 1 <= state["step"] <= die_at
     again = Stopper()
-    resumed = run(trial, corpus, reporter=again, checkpoint_dir=tmp_path)
-    assert again.heard[0][0] == die_at + 1
+    resumed = train(trial, corpus, reporter=again, checkpoints=Storage.at(tmp_path))
+    assert again.heard[0][0] == state["step"] + 1
     assert result(resumed) == result(whole)
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 class StopsWhenAsked(Silent):
@@ -202,29 +200,22 @@ def test_stopped_between_points_of_the_curve_and_continued(
 ):
     monkeypatch.setattr(monitor, "POINTS", 5)  # a point each 8 of the 40 steps
     trial = spec("moe", recipe={"checkpoint_seconds": 600})
-    whole = run(trial, corpus)
+    whole = train(trial, corpus)
     monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
-    stopped = run(trial, corpus, reporter=StopsWhenAsked(stop_at), checkpoint_dir=tmp_path)
+    stopped = train(
+        trial, corpus, reporter=StopsWhenAsked(stop_at), checkpoints=Storage.at(tmp_path)
+    )
     assert (stopped.status, stopped.step) == ("stopped", stop_at)
-    state = checkpoint.load(tmp_path, trial.key)
+    state = Checkpoints(Storage.at(tmp_path), trial.key).load()
     assert state is not None
     assert len(state["pending"]) == stop_at % 8
-    assert result(run(trial, corpus, checkpoint_dir=tmp_path)) == result(whole)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_checkpoint_of_another_trial_is_not_taken(corpus, spec, tmp_path):
-    recipe = {"checkpoint_seconds": 1e-9}
-    with pytest.raises(KeyboardInterrupt):
-        run(spec(recipe=recipe), corpus, reporter=Stopper(die_at=9), checkpoint_dir=tmp_path)
-    other = Stopper()
-    run(spec(recipe=recipe, seed=1), corpus, reporter=other, checkpoint_dir=tmp_path)
-    assert other.heard[0][0] == 1
+    assert result(train(trial, corpus, checkpoints=Storage.at(tmp_path))) == result(whole)
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_bad_resources_are_one_clear_line(corpus, spec):
     with pytest.raises(UserError, match="sees no GPU here: set it to 0"):
-        run(spec(resources={"gpus_per_worker": 1}), corpus)
+        train(spec(resources={"gpus_per_worker": 1}), corpus)
 
 
 def test_compiled_equals_eager_on_request(corpus, spec, monkeypatch):
@@ -236,13 +227,13 @@ def test_compiled_equals_eager_on_request(corpus, spec, monkeypatch):
         return model
 
     monkeypatch.setattr(torch, "compile", traced)
-    run(spec(recipe={"compile": "on"}, tokens=16 * 8), corpus)
-    run(spec(recipe={"compile": "auto"}, tokens=16 * 8), corpus)
+    train(spec(recipe={"compile": "on"}, tokens=16 * 8), corpus)
+    train(spec(recipe={"compile": "auto"}, tokens=16 * 8), corpus)
     assert seen == [{"dynamic": False}]
 
 
 def test_bfloat16_autocast_takes_the_plain_path_and_learns(corpus, spec):
-    full = run(spec("moe"), corpus)
-    half = run(spec("moe", recipe={"precision": "bfloat16"}), corpus)
+    full = train(spec("moe"), corpus)
+    half = train(spec("moe", recipe={"precision": "bfloat16"}), corpus)
     assert half.loss == pytest.approx(full.loss, rel=0.02)
     assert half.loss != full.loss

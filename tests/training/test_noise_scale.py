@@ -106,14 +106,14 @@ def test_second_half_only_and_not_every_step():
 
 
 def test_recorded_by_runs_if_asked(corpus, spec):
-    outcome = train(spec(), corpus, validation_sequences=8)
+    outcome = train(spec(), corpus)
     assert outcome.noise_trace is not None
     assert outcome.noise_grad_sq is not None
     if outcome.noise_scale_tokens is not None:
         ratio = outcome.noise_trace / outcome.noise_grad_sq
         assert outcome.noise_scale_tokens == pytest.approx(16 * ratio)
-    off = train(spec(recipe={"noise_scale": False}), corpus, validation_sequences=8)
+    off = train(spec(recipe={"noise_scale": False}), corpus)
     assert off.noise_trace is None
     assert off.loss == pytest.approx(outcome.loss, rel=1e-4)
-    single = train(spec(batch_sequences=1, tokens=16 * 20), corpus, validation_sequences=8)
+    single = train(spec(batch_sequences=1, tokens=16 * 20), corpus)
     assert single.noise_trace is None

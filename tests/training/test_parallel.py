@@ -43,7 +43,7 @@ def outcomes(tmp_path_factory, repo):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("architecture", ["dense", "moe"])
 def test_two_workers_agree_with_one(outcomes, corpus, spec, strategy, architecture):
-    one = train(spec(architecture, tokens=SHORT), corpus, validation_sequences=33)
+    one = train(spec(architecture, tokens=SHORT), corpus)
     first, second = (o[strategy, architecture] for o in outcomes)
     assert first.world_size == 2
     assert (first.micro_batch_sequences, first.accumulation) == (4, 1)
@@ -73,4 +73,4 @@ def test_noise_from_workers_that_cannot_split_their_part(outcomes):
 
 def test_a_batch_that_does_not_divide_is_refused(corpus, spec):
     with pytest.raises(UserError, match="8 sequences does not divide by 3 workers"):
-        train(spec(), corpus, validation_sequences=8, workers=Workers(0, 3))
+        train(spec(), corpus, workers=Workers(0, 3))

@@ -1,4 +1,4 @@
-"""The loop's parts: schedules, the optimizer's buffers, monitor, micro-batches, checkpoints."""
+"""The loop's parts: schedules, the optimizer's buffers, monitor, micro-batches."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from raysweep.config import Architecture, Recipe, Resources
 from raysweep.model import build
 from raysweep.scale import ModelShape
-from raysweep.training import checkpoint, optimizer, runtime, schedule
+from raysweep.training import optimizer, runtime, schedule
 from raysweep.training.monitor import Monitor
 
 SHAPE = ModelShape(
@@ -158,28 +158,3 @@ class TestMicroBatch:
 
     def test_odd_batches_are_cut_evenly(self):
         assert self.size(9, micro_batch_sequences=4) == 3
-
-
-class TestCheckpoint:
-    def test_newest_only_and_never_half(self, tmp_path):
-        folder = tmp_path / "trial"
-        checkpoint.save(folder, {"key": "k", "step": 1, "x": torch.ones(3)})
-        checkpoint.save(folder, {"key": "k", "step": 2, "x": torch.ones(3)})
-        state = checkpoint.load(folder, "k")
-        assert state is not None
-        assert state["step"] == 2
-        assert [path.name for path in folder.iterdir()] == [checkpoint.NAME]
-        (folder / f"{checkpoint.NAME}.77.tmp").write_bytes(b"half")
-        assert checkpoint.load(folder, "another") is None
-        checkpoint.remove(folder)
-        assert not list(folder.iterdir())
-
-    def test_timer(self, monkeypatch):
-        now = [100.0]
-        monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-        timer, never = checkpoint.Timer(10), checkpoint.Timer(0)
-        due = []
-        for now[0] in (105.0, 110.0, 115.0, 120.0):
-            due.append(timer.due())
-            assert not never.due()
-        assert due == [False, True, False, True]

@@ -41,7 +41,7 @@ def test_inside_a_tune_trial(corpus, spec, tmp_path):
         from raysweep.training.ray_train import train_distributed
 
         storage = str(tmp_path / "ray")
-        outcome = train_distributed(trial, corpus, validation_sequences=33, storage_path=storage)
+        outcome = train_distributed(trial, corpus, storage_path=storage)
         assert isinstance(outcome, TrialOutcome)
         tune.report({"outcome": pickle.dumps(outcome)})
 
@@ -54,7 +54,7 @@ def test_inside_a_tune_trial(corpus, spec, tmp_path):
     metrics = results[0].metrics
     assert metrics is not None
     outcome = pickle.loads(metrics["outcome"])
-    one = train(spec(), corpus, validation_sequences=33)
+    one = train(spec(), corpus)
     assert outcome.status == "finished"
     assert outcome.world_size == 2
     assert outcome.loss == pytest.approx(one.loss, rel=1e-5)
