@@ -221,6 +221,7 @@ def main() -> None:
         "rows stored twice": int(stored.duplicated().sum()),
         "trials missing": len(set(undisturbed["trial_key"]) - set(rows["trial_key"])),
         "trials too many": len(set(rows["trial_key"]) - set(undisturbed["trial_key"])),
+        "revisions of the code": sorted({*undisturbed["git_revision"], *rows["git_revision"]}),
         "columns compared": len(rows.columns) - len(MEASURED),
         "columns that differ": columns,
         "laws equal": laws(undisturbed) == laws(rows),

@@ -41,7 +41,8 @@ def search_space() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
     """A head that runs no trials, and two nodes of one CPU."""
-    with Cluster(head_cpus=0) as cluster:
+    # Ray gives a head that is gone a minute to come back.
+    with Cluster(head_cpus=0, env={"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}) as cluster:
         cluster.start_head()
         cluster.add_worker()
         cluster.add_worker()

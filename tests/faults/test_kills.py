@@ -1,0 +1,123 @@
+"""SIGKILL, SIGSTOP: to a trial's worker, a node, the head. Trials go on from their checkpoints."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from benchmarks.nodes import in_trial
+from raysweep.config import Study
+from raysweep.search import stalls
+from raysweep.search.run import run
+from raysweep.training.single import train_one
+
+pytestmark = pytest.mark.ray
+
+MARK = 10_000.0
+OUTCOME = ("loss", "loss_se", "train_loss", "step", "tokens_seen", "noise_trace", "noise_grad_sq")
+
+
+def undisturbed(space: dict[str, Any], row: Any) -> dict[str, Any]:
+    """The same trial in this process, in one go."""
+    study = Study.from_dict(space)
+    return train_one(study, row.cell, row.learning_rate, int(row.batch_tokens), seed=int(row.seed))
+
+
+def mark(path: Path) -> str:
+    """Add to the time that a checkpoint's run has taken: a row shows whether it was taken up."""
+    state = torch.load(path, weights_only=True)
+    state["seconds"] += MARK
+    torch.save(state, path)
+    return state["key"]
+
+
+def workers_of(nodes) -> list[int]:
+    return in_trial(pid for node in nodes.workers for pid in node.pids())
+
+
+def all_finished(rows: pd.DataFrame, count: int) -> None:
+    assert rows["status"].tolist() == ["finished"] * count
+    assert rows["trial_key"].is_unique
+
+
+def test_a_killed_worker_loses_a_second(nodes, driver, search_space) -> None:
+    """The trial goes on in another worker from its checkpoint, to the very same row."""
+    running = driver("--address", nodes.address, env=nodes.env)
+    running.until(lambda: running.checkpoints() and workers_of(nodes))
+    for pid in workers_of(nodes):
+        os.kill(pid, signal.SIGKILL)
+    marked = [mark(path) for path in running.checkpoints()]
+    assert running.wait() == 0, running.log
+    rows = running.rows()
+    all_finished(rows, 2)
+    for row in rows.itertuples():
+        alone = undisturbed(search_space(), row)
+        assert {name: getattr(row, name) for name in OUTCOME} == {n: alone[n] for n in OUTCOME}
+        assert alone["trial_key"] == row.trial_key
+    assert marked
+    assert set(marked) == set(rows[rows["seconds_train"] > MARK]["trial_key"])
+    assert not running.checkpoints()
+
+
+def test_a_node_is_killed_under_a_trial_on_two_workers(nodes, driver, search_space) -> None:
+    """One worker a node: the trial waits for another node, and goes on there."""
+    running = driver(
+        "--address", nodes.address, env=nodes.env, resources={"workers": 2},
+        search={"trials_per_cell": 1},
+    )  # fmt: skip
+    running.until(running.checkpoints)
+    lost = nodes.workers[-1]
+    assert lost.pids()
+    nodes.kill(lost)
+    nodes.add_worker()
+    assert running.wait() == 0, running.log
+    rows = running.rows()
+    all_finished(rows, 1)
+    row = next(rows.itertuples())
+    assert row.world_size == 2
+    assert row.loss == pytest.approx(undisturbed(search_space(), row)["loss"], rel=1e-4)
+    assert not running.checkpoints()
+
+
+def test_the_head_is_killed_and_the_study_continued_on_another(nodes, driver) -> None:
+    """The driver gives up by itself; the same command goes on."""
+    running = driver("--address", nodes.address, env=nodes.env)
+    running.until(running.checkpoints)
+    for node in (nodes.head, *nodes.workers):
+        nodes.kill(node)
+    assert running.wait() != 0
+    assert running.checkpoints()
+    nodes.start_head()
+    nodes.add_worker()
+    nodes.add_worker()
+    running.start()
+    assert running.wait() == 0, running.log
+    all_finished(running.rows(), 2)
+
+
+def test_a_worker_that_hangs_is_replaced(nodes, search_space, tmp_path: Path, monkeypatch) -> None:
+    """Stopped before its first sign of life; the limits are small here, in this driver."""
+    for name, value in nodes.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(stalls, "TIMES_AT_START", 1.0)
+    study = Study.from_dict(search_space(search={"trials_per_cell": 1, "stall_seconds": 25}))
+    stopped: list[int] = []
+
+    def stop_the_first(*_: object) -> None:
+        if not stopped:
+            stopped.extend(workers_of(nodes))
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+
+    monkeypatch.setattr("raysweep.search.progress.Progress.refresh", stop_the_first)
+    begun = time.monotonic()
+    results = run(study, results_uri=str(tmp_path / "r"), address=nodes.address).results
+    assert len(stopped) == 1
+    assert time.monotonic() - begun > 25
+    all_finished(results.frame(), 1)
+    assert not Path(f"/proc/{stopped[0]}/fd").exists() or not workers_of(nodes)
