@@ -165,31 +165,34 @@ def _runs(
     family = cells[list(DESCRIBED)]
     x = _grid(cells[axis].to_numpy(float), [t.inputs[axis] for t in asked], points)
     experts, top_k = int(cells["experts"].iloc[0]), int(cells["top_k"].iloc[0])
-    return [
-        (
-            held,
-            [
-                _run_at(family, axis, float(at), float(n), float(d), experts, top_k)
-                for at, n, d in zip(x, params, tokens, strict=True)
-            ],
-        )
-        for held, params, tokens in _paths(cells, axis, x, asked, several)
-    ]
+    runs = []
+    for held, params, tokens in _paths(cells, axis, x, asked, several):
+        if axis == FLOPS:
+            params, tokens = _of_flops(family, x, params, tokens, experts, top_k)
+        pairs = zip(params, tokens, strict=True)
+        runs.append((held, [describe_target(family, n, d, experts, top_k) for n, d in pairs]))
+    return runs
 
 
-def _run_at(
-    family: pd.DataFrame, axis: str, at: float, n: float, d: float, experts: int, top_k: int
-) -> Target:
-    """The run of N and D; along compute, the one of so many FLOPs at their ratio: what a token
-    costs is not quite proportional to N."""
-    run = describe_target(family, n, d, experts, top_k)
-    for _ in range(2 if axis == FLOPS else 0):
-        off = math.sqrt(at / run.inputs[FLOPS])
-        if abs(off - 1) < 2e-3:
-            break
-        n, d = n * off, d * off
-        run = describe_target(family, n, d, experts, top_k)
-    return run
+def _of_flops(
+    family: pd.DataFrame,
+    flops: np.ndarray,
+    params: np.ndarray,
+    tokens: np.ndarray,
+    experts: int,
+    top_k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """N and D [n] at the same ratio that cost `flops` [n]: FLOPs a token are not quite proportional
+    to N, but a power of it."""
+    first, last = (
+        describe_target(family, params[i], tokens[i], experts, top_k).inputs[FLOPS]
+        / (params[i] * tokens[i])
+        for i in (0, -1)
+    )
+    power = math.log(last / first) / math.log(params[-1] / params[0])
+    cost = first * (params / params[0]) ** power * params * tokens
+    off = (flops / cost) ** (1 / (2 + power))
+    return params * off, tokens * off
 
 
 def _grid(values: np.ndarray, reach: Sequence[float], points: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -270,3 +271,14 @@ def test_accessible(ladder: tuple[Results, Path], drive: Drive, scheme: int) -> 
         before=f"<script>{axe}</script>",
     )
     assert [v for v in found if v[0] in ("serious", "critical")] == []
+
+
+def test_forty_cells_and_two_thousand_trials(
+    make_rows: Callable, make_results: Callable, tmp_path: Path, drive: Drive
+) -> None:
+    results = make_results(make_rows(("dense", "moe"), 5, horizons=4, trials=50))
+    start = time.process_time()
+    page = report(results, tmp_path / "out")
+    assert time.process_time() - start < 20  # of this process alone, whatever else runs here
+    assert page.stat().st_size < 3_000_000
+    assert drive(page, "return document.querySelectorAll('.cell').length") == 36

@@ -247,10 +247,10 @@ def test_published_sweep(shared_data: Path, tmp_path: Path) -> None:
 def test_serving_is_that_of_the_command(
     make_rows: Callable, make_results: Callable, tmp_path: Path
 ) -> None:
-    rows = make_rows(("dense", "moe"), 4, 2, trials=5, smallest=2e7)
+    rows = make_rows(("dense", "moe"), 3, 2, trials=5, smallest=2e7)
     space = "study: s\ntargets: [{architecture: moe, params: 3e9, tokens: 6e10}]"
     results = make_results(rows, space=space)
-    fits = fit(results, n_boot=20)
+    fits = fit(results, n_boot=5)
     page = Page(report(results, tmp_path / "out", fits=fits))
     serving = Serving(find_gpu("h100"), 1.0)
     flops = float(page.json["data-csv"]["serving"].splitlines()[1].split(",")[7])
