@@ -50,6 +50,12 @@ def main(rank: int, folder: Path) -> None:
             except KeyboardInterrupt:
                 dist.barrier()
             outcomes[strategy, architecture, "resumed"] = train(trial, corpus, **options)
+            accumulating = toys.make_spec(
+                architecture, tokens=16 * 8 * 20, resources={"micro_batch_sequences": 1}
+            )
+            outcomes[strategy, architecture, "accumulated"] = train(
+                accumulating, corpus, workers=workers
+            )
         single = toys.make_spec(batch_sequences=2, tokens=16 * 2 * 10)
         outcomes[strategy, "one sequence each"] = train(single, corpus, workers=workers)
     with (folder / f"outcomes{rank}").open("wb") as file:

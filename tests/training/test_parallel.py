@@ -54,6 +54,9 @@ def test_two_workers_agree_with_one(outcomes, corpus, spec, strategy, architectu
     if architecture == "moe":
         assert first.expert_load_entropy == pytest.approx(one.expert_load_entropy, rel=1e-3)
     assert first.noise_trace == pytest.approx(one.noise_trace, rel=0.5)
+    parts = outcomes[0][strategy, architecture, "accumulated"]
+    assert (parts.micro_batch_sequences, parts.accumulation) == (1, 4)
+    assert parts.loss == pytest.approx(one.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

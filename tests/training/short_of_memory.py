@@ -1,0 +1,38 @@
+"""A run with all the memory it wants, then with too little; started by test_quality.py."""
+
+import importlib.util
+import resource
+from pathlib import Path
+
+from raysweep.training.loop import train
+
+ROOM = 60 << 20
+"""Bytes that the process may grow by: less than the whole batch takes, more than a sequence."""
+
+
+def main() -> None:
+    conftest = importlib.util.spec_from_file_location(
+        "toys", Path(__file__).with_name("conftest.py")
+    )
+    assert conftest is not None
+    assert conftest.loader is not None
+    toys = importlib.util.module_from_spec(conftest)
+    conftest.loader.exec_module(toys)
+    trial = toys.make_spec(
+        batch_sequences=1024,
+        tokens=16 * 1024 * 2,
+        resources={"micro_batch_sequences": 1024},
+        scale={"d_model": 64, "layers": 2, "heads": 2},
+    )
+    corpus = toys.ToyCorpus()
+    outcomes = [train(trial, corpus)]
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, resource.RLIM_INFINITY))
+    outcomes.append(train(trial, corpus))
+    for outcome in outcomes:
+        parts = outcome.status, outcome.micro_batch_sequences, outcome.accumulation, outcome.loss
+        print(*parts)
+
+
+if __name__ == "__main__":
+    main()
