@@ -105,7 +105,7 @@ class Jobs:
         try:
             return self._client.get_job_info(job)
         except RuntimeError as error:
-            if "404" not in str(error):
+            if _http_status(error) != 404:
                 raise self._user_error(error) from error
             known = ", ".join(j.submission_id or "" for j in self.all()[:3]) or "none"
             raise UserError(f"no job {job} at {self.address}; latest: {known}") from None
@@ -278,13 +278,23 @@ def _connect(address: str) -> JobSubmissionClient:
 def _explain(error: Exception, address: str) -> UserError:
     from ray.exceptions import AuthenticationError
 
-    if isinstance(error, AuthenticationError) or "401" in str(error):
+    if isinstance(error, AuthenticationError) or _http_status(error) in (401, 403):
         return UserError(
             f"the head at {address} refuses the token: set RAY_AUTH_TOKEN_PATH to the file with "
             "the token that the cluster was started with"
         )
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return UserError(f"the head at {address} did not do it: {reason}")
+
+
+def _http_status(error: Exception) -> int | None:
+    """The status that a request was answered with, as each of Ray's HTTP clients tells it."""
+    response = getattr(error, "response", None)
+    for status in (getattr(response, "status_code", None), getattr(error, "status", None)):
+        if isinstance(status, int):
+            return status
+    found = re.match(r"Request failed with status code (\d{3})\b", str(error))
+    return int(found[1]) if found else None
 
 
 def show(text: str) -> None:

@@ -23,9 +23,15 @@ T = TypeVar("T")
 
 ATTEMPTS = 6
 """Tries at a storage call; waits double from 0.1 or 0.2 s, so a fault of 3 s is ridden out."""
+PATIENCE_SECONDS = 20.0
+"""After which a call that failed is not tried again: clients retry too, some for long."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
+_ARROW_SCHEMES = {"s3", "gs", "gcs", "hdfs"}
+"""What PyArrow opens itself; the rest goes through fsspec."""
+_ARROW_OPTIONS = {"s3": "allow_delayed_open=true", "gs": "retry_limit_seconds=10"}
+"""Small objects in one request instead of three; not a quarter of an hour for one call."""
 _REFUSED = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH")
 """What object stores say that trying again does not change."""
 
@@ -47,9 +53,9 @@ class Storage:
         if not re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", text):
             path = str(Path(text).expanduser().resolve())
             return cls(path, fs.LocalFileSystem(), path)
-        try:
-            filesystem, root = fs.FileSystem.from_uri(_quick(text))
-        except (pa.ArrowInvalid, OSError):
+        if text.split("://")[0] in _ARROW_SCHEMES:
+            filesystem, root = _through_arrow(text)
+        else:
             filesystem, root = _through_fsspec(text)
         return cls(text.rstrip("/"), filesystem, root.rstrip("/"))
 
@@ -122,6 +128,7 @@ class Storage:
 
 def retry(action: Callable[[], T], what: str) -> T:
     """Run a storage call; passing faults are tried again, lasting ones become one clear line."""
+    begun = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
             return action()
@@ -131,18 +138,22 @@ def retry(action: Callable[[], T], what: str) -> T:
                     f"cannot {what}: no space left; free some, then run again"
                 ) from error
             lasting = error.errno in _LASTING or _REFUSED.search(str(error))
-            if lasting or attempt == ATTEMPTS - 1:
+            spent = time.monotonic() - begun > PATIENCE_SECONDS
+            if lasting or spent or attempt == ATTEMPTS - 1:
                 raise UserError(f"cannot {what}: {error}") from error
             time.sleep(random.uniform(0.5, 1.0) * 0.2 * 2**attempt)
     raise AssertionError("unreachable")
 
 
-def _quick(uri: str) -> str:
-    """An S3 URI with small objects written in one request instead of three."""
-    option = "allow_delayed_open=true"
-    if not uri.startswith("s3://") or option in uri:
-        return uri
-    return f"{uri}{'&' if '?' in uri else '?'}{option}"
+def _through_arrow(uri: str) -> tuple[fs.FileSystem, str]:
+    full = uri
+    option = _ARROW_OPTIONS.get(uri.split("://")[0])
+    if option is not None and option.split("=")[0] not in uri:
+        full += ("&" if "?" in uri else "?") + option
+    try:  # it looks up a bucket's region, which can fail as any request can
+        return retry(lambda: fs.FileSystem.from_uri(full), f"open {uri}")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"{uri} is no URI that can be opened: {error}") from None
 
 
 def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:

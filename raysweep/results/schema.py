@@ -74,6 +74,7 @@ COLUMNS: dict[str, Column] = {
     "excluded": Column(_text, "why the row is kept out of fits although it finished"),
     "step": Column(_int, "last optimizer step"),
     "tokens_seen": Column(_float, "tokens trained on"),
+    "tokens_trained": Column(_float, "of these, not lent by the row of a longer horizon"),
     "epochs": Column(_float, "tokens_seen over the corpus"),
     "loss": Column(_float, "final validation loss, nats a token"),
     "loss_se": Column(_float, "its standard error over validation sequences"),

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
 from raysweep.results.schema import (
@@ -43,7 +44,7 @@ COMPACT_ABOVE = 64
 _KEY = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
 
 
-class Results:
+class Results(InNotebooks):
     """A results folder. Safe for many writers: each writes files of its own, atomically."""
 
     def __init__(self, storage: Storage) -> None:

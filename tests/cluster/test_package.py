@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raysweep.cluster import package
-from raysweep.cluster.jobs import Jobs, read_env_file
+from raysweep.cluster.jobs import Jobs, _explain, read_env_file
 from raysweep.cluster.package import collect, stage
 from raysweep.cluster.progress import progress, render
 from raysweep.config import Study
@@ -117,6 +117,19 @@ def test_env_files(tmp_path: Path) -> None:
 def test_addresses_that_are_none(address: str) -> None:
     with pytest.raises(UserError, match="write it as http://HEAD:8265"):
         Jobs(address)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("Request failed with status code 401: no."), "refuses the token"),
+        (RuntimeError("Request failed with status code 500: job 401."), "did not do it"),
+        (RuntimeError("cannot write /data/4040"), "did not do it"),
+        (ConnectionError("port 401"), "did not do it"),
+    ],
+)
+def test_a_token_is_blamed_only_where_it_was_refused(error: Exception, expected: str) -> None:
+    assert expected in str(_explain(error, "http://head"))
 
 
 def test_status_of_results_without_ray(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""A whole study whose results live on S3 only, one request in ten failing while it runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.object_store import CREDENTIALS, ObjectStore
+from raysweep.results import Results
+
+pytestmark = pytest.mark.ray
+
+REPO = Path(__file__).resolve().parents[2]
+SMOKE = str(REPO / "search_spaces" / "smoke.yaml")
+
+
+def raysweep(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "raysweep.cli", *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | CREDENTIALS | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+
+
+def test_run_status_fit_and_report(bucket: str, store: ObjectStore, tmp_path: Path) -> None:
+    store.share = 0.1
+    done = raysweep("run", SMOKE, "--results", bucket, cwd=tmp_path)
+    store.share = 0.0
+    assert done.returncode == 0, done.stderr
+    assert store.failed > 3
+    rows = Results.open(bucket).frame()
+    assert rows.groupby("cell")["trial_key"].nunique().tolist() == [2, 2, 2, 2]
+    assert set(rows["status"]) == {"finished"}
+    assert Results.open(bucket).storage.read(".driver.lease") is None, "given back"
+
+    again = raysweep("run", SMOKE, "--results", bucket, cwd=tmp_path)
+    assert "nothing to run" in again.stderr
+    status = raysweep("status", bucket, "--json", cwd=tmp_path)
+    assert [c["statuses"] for c in json.loads(status.stdout)] == [{"finished": 2}] * 4
+    assert "optima" in json.loads(raysweep("fit", bucket, "--json", cwd=tmp_path).stdout)
+    report = raysweep("report", bucket, "-o", "page", cwd=tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
