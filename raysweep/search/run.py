@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from rich.console import Console
 
-from raysweep.config import Study
+from raysweep.config import Cell, Study
 from raysweep.data.corpus import Corpus, prepare
 from raysweep.data.shipping import publish
 from raysweep.results import Results
@@ -129,9 +129,10 @@ def _run_on_ray(
     )
     if url := dashboard_url():
         console.print(f"Ray dashboard: {url}", highlight=False, soft_wrap=True)
+    placements = {cell.name: _placement(cell) for cell in study.cells}
     trainable = tune.with_resources(
         make_trainable(context),
-        lambda config: _placement(study, config["cell"]),  # pyright: ignore[reportArgumentType]
+        lambda config: placements[config["cell"]],  # pyright: ignore[reportArgumentType]
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
     with interruption.gently(), Progress(campaign, console, workers) as progress:
@@ -182,10 +183,9 @@ def _run_on_ray(
     return RunSummary(results, watcher.concluded, seconds, utilisation, tuple(results.problems))
 
 
-def _placement(study: Study, cell_name: str) -> Any:
+def _placement(cell: Cell) -> Any:
     from ray import tune
 
-    cell = study.cell(cell_name)
     bundles = bundles_of(cell)
     if len(bundles) > 1:
         # Ray Train reserves the workers' bundles itself; the trial only waits for them. It takes a

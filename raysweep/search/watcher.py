@@ -178,6 +178,9 @@ class Watcher(tune.Callback):
         self.training_seconds += float(result.get("seconds_train") or 0.0)
         start = self._starts.pop(trial.trial_id, (time.monotonic(), datetime.now(UTC)))
         self._progress.trial_done(trial.config["cell"], status, time.monotonic() - start[0])
+        # Tune keeps every trial to the end. Most of one is running means that nobody reads.
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
         return start
 
 
