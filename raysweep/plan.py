@@ -141,9 +141,13 @@ def render_plan(plan: Plan, console: Console | None = None) -> None:
             f"{cell.gpu_hours:.2g}",
         )
     console.print(table)
-    console.print(
+    console.print(summary_words(plan), highlight=False)
+
+
+def summary_words(plan: Plan) -> str:
+    """The whole of a plan in a sentence."""
+    return (
         f"{len(plan.cells)} cells, {plan.trials} trials, {plan.flops:.2e} FLOPs, "
         f"{plan.gpu_hours:.2g} GPU-hours on H100s at {REFERENCE_UTILISATION:.0%} utilisation. "
-        "Parameters are non-embedding.",
-        highlight=False,
+        "Parameters are non-embedding."
     )

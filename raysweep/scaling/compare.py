@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.results.store import Results
 from raysweep.scaling.contrast import (
@@ -59,7 +60,7 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(InNotebooks):
     """Sides, each fitted alone, and pairs of them; ratios are the other's over the reference's."""
 
     asked: tuple[str, ...]
@@ -92,10 +93,11 @@ class Comparison:
         assert isinstance(result, dict)
         return result
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
-        lines = [
-            f"{s.label}: {len(s.fits.cells)} cells, {s.n_rows} trials, {s.uri}" for s in self.sides
-        ]
+        lines = [f"{s.label}: {len(s.fits.cells)} cells, {s.n_rows} trials" for s in self.sides]
         for difference in self.differences:
             values = difference["values"]
             assert isinstance(values, list)

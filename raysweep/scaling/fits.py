@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
+from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.scaling.advise import advise
 from raysweep.scaling.budgets import Saving, Split, savings, split_budget, usable_experts_law
@@ -43,7 +44,7 @@ class HasFrame(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Fits:
+class Fits(InNotebooks):
     """All fits of one results table.
 
     `cells` has one row a cell (index its name), smallest compute first, with `loss` (at the
@@ -94,6 +95,9 @@ class Fits:
         )
         assert isinstance(result, dict)
         return result
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         return summary(self)

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from raysweep.display import InNotebooks
 from raysweep.scaling.plain import plain
 
 
 @dataclass(frozen=True, eq=False)
-class Recommendation:
+class Recommendation(InNotebooks):
     """What to run, how sure that is, and what it rests on.
 
     Intervals are 95 %, (nan, nan) where the cells are too few for one. `batch_tokens` is rounded to
@@ -45,6 +46,9 @@ class Recommendation:
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values."""
         return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         model = f"{_short(self.params)} active non-embedding parameters"
