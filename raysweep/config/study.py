@@ -20,6 +20,7 @@ from raysweep.config.schema import (
     ScaleEntry,
     SearchSpace,
 )
+from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.scale import (
     Counts,
@@ -107,7 +108,7 @@ class TrialSpec:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-class Study:
+class Study(InNotebooks):
     """A validated search space with its cells, smallest first."""
 
     def __init__(self, space: SearchSpace, folder: Path) -> None:
