@@ -255,6 +255,9 @@ class Recipe(Section):
     warmup_tokens: Positive | None = None
     decay_fraction: Fraction = 0.2
     """Share of the horizon spent decaying, for `wsd`."""
+    branches: bool = False
+    """With `wsd` and several horizons: one trial trains the stable phase of the longest, and runs
+    the decay of each shorter one from it. One trial gives a row in each cell of its scale."""
     final_lr_fraction: Fraction = 0.1
     """Final learning rate over peak, unless `final_lr` is given."""
     final_lr: NonNegative | None = None
@@ -272,6 +275,14 @@ class Recipe(Section):
     """Measure the gradient noise scale while training."""
     checkpoint_seconds: NonNegative = 600.0
     """Seconds between checkpoints of a running trial; 0 switches them off."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.branches and self.schedule != "wsd":
+            raise ValueError(f"branches need schedule: wsd, not {self.schedule}")
+        if self.branches and self.warmup_tokens is None:
+            raise ValueError("branches need warmup_tokens: a share of the horizon is not shared")
+        return self
 
 
 class Tokenizer(Section):
@@ -354,6 +365,12 @@ class SearchSpace(Section):
     logging: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where the progress of trials goes besides the results: TensorBoard events in the results
     folder; Weights & Biases and MLflow, where installed, as their own variables say."""
+
+    @model_validator(mode="after")
+    def _branches_run_to_their_end(self) -> Self:
+        if self.recipe.branches and self.search.early_stopping is not None:
+            raise ValueError("recipe.branches and search.early_stopping exclude each other")
+        return self
 
     @model_validator(mode="after")
     def _names_known(self) -> Self:

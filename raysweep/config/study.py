@@ -89,7 +89,9 @@ class TrialSpec:
     @property
     def key(self) -> str:
         """A hash of what determines the result: the study's name and the resources do not."""
-        recipe = self.recipe.model_dump(exclude={"checkpoint_seconds", "compile", "noise_scale"})
+        recipe = self.recipe.model_dump(
+            exclude={"branches", "checkpoint_seconds", "compile", "noise_scale"}
+        )
         settings = self.cell.settings.model_dump(
             include={"balance", "balance_loss", "router_z_loss"}
         )
@@ -142,6 +144,23 @@ class Study(InNotebooks):
                 return cell
         known = ", ".join(c.name for c in self.cells)
         raise UserError(f"unknown cell {name!r} in study {self.name}; known: {known}")
+
+    def trunk(self, cell: Cell) -> Cell:
+        """The cell whose trials make this one's rows: with WSD branches the longest horizon of its
+        architecture and scale, else the cell itself."""
+        return max(self._same_run(cell), key=lambda c: c.tokens)
+
+    def branches(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells that trials of this one serve besides, shortest horizon first."""
+        if cell != self.trunk(cell):
+            return ()
+        return tuple(sorted(self._same_run(cell), key=lambda c: c.tokens)[:-1])
+
+    def _same_run(self, cell: Cell) -> list[Cell]:
+        if not self.space.recipe.branches:
+            return [cell]
+        place = cell.architecture, cell.scale
+        return [c for c in self.cells if (c.architecture, c.scale) == place]
 
     def trial(
         self, cell: Cell, data_hash: str, learning_rate: float, batch_sequences: int, seed: int

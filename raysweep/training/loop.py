@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +16,13 @@ from raysweep.data.corpus import Corpus
 from raysweep.errors import UserError
 from raysweep.model import build
 from raysweep.results.filesystem import Storage
-from raysweep.training import optimizer, runtime, schedule
-from raysweep.training.checkpoint import Checkpoints, Timer
+from raysweep.training import optimizer, runtime
+from raysweep.training.checkpoint import Checkpoints, Timer, snapshot
 from raysweep.training.evaluate import Evaluation, evaluate
-from raysweep.training.monitor import Monitor
-from raysweep.training.noise_scale import NoiseScale
 from raysweep.training.outcome import Reporter, Silent, Status, TrialOutcome
 from raysweep.training.parallel import Workers
 from raysweep.training.step import GradientMaker
+from raysweep.training.track import Track
 
 LOOK_SECONDS = 5.0
 """A run asks this often whether to stop or to save, however far apart its curve's points are."""
@@ -37,14 +37,18 @@ def train(
     device: torch.device | str | None = None,
     threads: int | None = 1,
     workers: Workers | None = None,
+    branches: Sequence[TrialSpec] = (),
+    on_branch: Callable[[TrialSpec, TrialOutcome], None] | None = None,
 ) -> TrialOutcome:
     """Train one model and measure it.
 
     The result is a function of `spec` and the corpus alone: on CPUs bit for bit, whatever ran in
     the process before. Divergence and lack of memory are outcomes, not errors. Where `checkpoints`
     can be kept, a run that was killed goes on from its last one. With several `workers`, all call
-    this with the same arguments and get the same outcome. Raises UserError where the batch does
-    not divide by the workers, or the corpus is too small.
+    this with the same arguments and get the same outcome. `branches` are the trial at shorter
+    horizons: each decays from the stable phase of this run (WSD), and `on_branch` hears of its
+    outcome, on the first worker. Raises UserError where the batch does not divide by the workers,
+    or the corpus is too small.
     """
     workers = workers or Workers()
     resources = spec.cell.resources
@@ -55,9 +59,9 @@ def train(
             f"{workers.world_size} workers: raise search.batch_sequences.low, or use fewer workers"
         )
     with runtime.clean_slate(device, threads, spec.seed):
-        run = _Run(spec, corpus, device, workers, reporter or Silent(), checkpoints)
+        run = _Run(spec, corpus, device, workers, reporter or Silent(), checkpoints, branches)
         try:
-            return run.to_the_end()
+            return run.to_the_end(on_branch)
         finally:
             run.close()
 
@@ -73,6 +77,7 @@ class _Run:
         workers: Workers,
         reporter: Reporter,
         storage: Storage | None,
+        branches: Sequence[TrialSpec] = (),
     ) -> None:
         self.spec, self.corpus, self.device, self.workers = spec, corpus, device, workers
         self.reporter = reporter
@@ -80,7 +85,6 @@ class _Run:
         if storage is not None and spec.recipe.checkpoint_seconds:
             self.checkpoints = Checkpoints(storage, spec.key)
         recipe, shape = spec.recipe, spec.cell.shape
-        self.horizon = spec.steps * spec.batch_tokens
         self.model = build(
             shape,
             spec.cell.settings,
@@ -109,18 +113,43 @@ class _Run:
             batch_sequences=spec.batch_sequences,
             micro=runtime.micro_batch(shape, spec.cell.resources, device, local),
         )
-        self.monitor = Monitor(spec.steps, spec.batch_tokens)
-        self.noise = NoiseScale(spec.steps, spec.batch_sequences)
+        self.trunk: dict[str, Any] | None = None
+        """In a branch: the state of the run that it left."""
+        self.track = Track(spec)
+        self.waiting = sorted(map(Track, branches), key=lambda t: t.leaves_at)
+        """Branches that have not begun."""
         self.step = 0
         self.seconds = 0.0
         self.out_of_memory = False
         self.pending: list[Tensor] = []
-        self.traces: list[Tensor] = []
+        self.rates: list[float] = []
+        self.traces: dict[int, Tensor] = {}
 
-    def to_the_end(self) -> TrialOutcome:
-        """Train, evaluate and sum up."""
+    def to_the_end(
+        self, on_branch: Callable[[TrialSpec, TrialOutcome], None] | None = None
+    ) -> TrialOutcome:
+        """Train, evaluate and sum up; branches as they come."""
         self._resume()
-        status, reason = self._steps()
+        while True:
+            status, reason = self._steps()
+            if status is None:
+                self._fork(on_branch)
+                continue
+            outcome = self._conclude(status, reason)
+            if self.trunk is None or status == "stopped":
+                break
+            self._tell(on_branch, self.track, outcome)
+            self._back_to_trunk()
+        if outcome.status in ("diverged", "out_of_memory"):
+            for track in self.waiting:
+                lost = self._outcome(track, outcome.status, outcome.reason, None, 0.0)
+                self._tell(on_branch, track, lost)
+        if self.checkpoints and self.workers.rank == 0 and outcome.status != "stopped":
+            self.checkpoints.remove()
+        return outcome
+
+    def _conclude(self, status: Status, reason: str | None) -> TrialOutcome:
+        """Evaluate what has finished."""
         seconds_steps, evaluation = self.seconds, None
         if status == "finished":
             started = time.perf_counter()
@@ -136,31 +165,53 @@ class _Run:
             self.seconds += time.perf_counter() - started
             if not math.isfinite(evaluation.loss):
                 status, reason, evaluation = "diverged", "non-finite validation loss", None
-        if self.checkpoints and self.workers.rank == 0 and status != "stopped":
-            self.checkpoints.remove()
-        return self._outcome(status, reason, evaluation, seconds_steps)
+        return self._outcome(self.track, status, reason, evaluation, seconds_steps)
+
+    def _tell(
+        self,
+        on_branch: Callable[[TrialSpec, TrialOutcome], None] | None,
+        track: Track,
+        outcome: TrialOutcome,
+    ) -> None:
+        if on_branch is not None and self.workers.rank == 0:
+            on_branch(track.spec, outcome)
+
+    def _fork(self, on_branch: Callable[[TrialSpec, TrialOutcome], None] | None) -> None:
+        """Leave the run for the branch whose decay begins here."""
+        branch = self.waiting.pop(0)
+        if branch.diverged:
+            lost = self._outcome(branch, "diverged", branch.diverged, None, 0.0)
+            self._tell(on_branch, branch, lost)
+            return
+        self.trunk = snapshot(self._state())
+        self.track, self.seconds = branch, 0.0
+
+    def _back_to_trunk(self) -> None:
+        self.out_of_memory = False
+        state, micro = self.workers.from_leader(self.trunk), self.gradient.micro
+        self._load(state)
+        self.gradient.micro = min(micro, self.gradient.micro)
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written."""
         if self.checkpoints:
             self.checkpoints.wait()
 
-    def _steps(self) -> tuple[Status, str | None]:
-        """Train to the horizon or to whatever ends the run before it."""
-        spec, recipe = self.spec, self.spec.recipe
+    def _steps(self) -> tuple[Status | None, str | None]:
+        """Train to the horizon, to where a branch begins (None), or to what ends the run before."""
         started, before = time.perf_counter(), self.seconds
-        due = Timer(recipe.checkpoint_seconds)
-        first, look = self.step, self.step + 1
+        due = Timer(self.spec.recipe.checkpoint_seconds)
+        track, first, look = self.track, self.step, self.step + 1
+        in_branch = self.trunk is not None
+        forks = [] if in_branch else [t.leaves_at for t in self.waiting]
+        end = min((track.steps, *forks))
         self.model.train()
-        while self.step < spec.steps:
-            rate = schedule.learning_rate(
-                recipe, spec.learning_rate, (self.step + 0.5) * spec.batch_tokens, self.horizon
-            )
-            self._one_step(rate)
-            point = self.step % self.monitor.every == 0 or self.step == spec.steps
+        while self.step < end:
+            self._one_step(track.rate(self.step))
+            point = self.step % track.monitor.every == 0 or self.step == end
             if not point and self.step < look:
                 continue
-            reason = self._read_numbers(rate) if point else None
+            reason = self._read_numbers() if point else None
             seconds = time.perf_counter() - started
             self.seconds = before + seconds
             if self.out_of_memory:
@@ -168,22 +219,25 @@ class _Run:
             if reason:
                 return "diverged", reason
             if point:
-                self.reporter.report(self.step, self.step * spec.batch_tokens, self.monitor.smooth)
+                tokens = self.step * self.spec.batch_tokens
+                self.reporter.report(self.step, tokens, track.monitor.smooth)
             pause = max(1, int(LOOK_SECONDS / (seconds / (self.step - first))))
-            stop, save, pause = self._decide(due, min(pause, self.monitor.every))
+            stop, save, pause = self._decide(due, min(pause, track.monitor.every))
             look = self.step + pause
-            stop = stop and self.step < spec.steps
+            stop = stop and self.step < track.steps
             if (stop or save) and self.checkpoints:
                 state = self._state()
                 if self.workers.rank == 0:
                     self.checkpoints.save(state)
             if stop:
-                return "stopped", f"stopped after {self.step} of {spec.steps} steps"
-        return "finished", None
+                return "stopped", f"stopped after {self.step} of {track.steps} steps"
+        return (None if self.step < track.steps or forks else "finished"), None
 
     def _one_step(self, rate: float) -> None:
         recipe = self.spec.recipe
-        want_trace = recipe.noise_scale and self.noise.wants_pair(self.step)
+        want_trace = recipe.noise_scale and any(
+            track.noise.wants_pair(self.step) for track in self._tracks()
+        )
         batch = self.gradient(self.step, want_trace=want_trace)
         if recipe.clip_norm is not None:
             norm = batch.numbers[1].sqrt()
@@ -193,11 +247,16 @@ class _Run:
         self.optimizer.step()
         self.model.finish_step()
         self.pending.append(batch.numbers)
+        self.rates.append(rate)
         if batch.trace is not None:
-            self.traces.append(batch.trace)
+            self.traces[self.step] = batch.trace
         self.step += 1
 
-    def _read_numbers(self, rate: float) -> str | None:
+    def _tracks(self) -> list[Track]:
+        """Those that the next step belongs to."""
+        return [self.track] if self.trunk is not None else [self.track, *self.waiting]
+
+    def _read_numbers(self) -> str | None:
         """Wait for the device and take in the steps since the last time; why it diverged."""
         rows = torch.stack(self.pending).tolist()
         losses, grad_sqs, failed = zip(*rows, strict=True)
@@ -206,13 +265,14 @@ class _Run:
         if any(failed):
             self.out_of_memory = True
             return f"no memory for one sequence at step {first + 1}"
-        reason = self.monitor.add(losses, [math.sqrt(sq) for sq in grad_sqs], rate)
-        for step, sq in enumerate(grad_sqs, start=first):
-            if self.noise.counts(step):
-                self.noise.add_norm(sq)
-        for trace in self.traces:
-            self.noise.add_trace(trace.item())
+        traces = {step: trace.item() for step, trace in self.traces.items()}
+        numbers = first, losses, grad_sqs, traces, self.rates
+        reason = self.track.add(*numbers)
+        if self.trunk is None:
+            for track in self.waiting:
+                track.add(*numbers)
         self.traces.clear()
+        self.rates.clear()
         return reason
 
     def _decide(self, due: Timer, pause: int) -> tuple[bool, bool, int]:
@@ -233,10 +293,12 @@ class _Run:
             "seconds": self.seconds,
             "micro": self.gradient.micro,
             "learned": self.workers.gather_state(self.model, self.optimizer),
-            "monitor": self.monitor.state(),
-            "noise": self.noise.state(),
+            "track": self.track.spec.key,
+            "tracks": {t.spec.key: t.state() for t in self._tracks()},
             "pending": self.pending,
+            "rates": self.rates,
             "traces": self.traces,
+            "trunk": self.trunk,
         }
 
     def _resume(self) -> None:
@@ -247,45 +309,66 @@ class _Run:
         state = self.workers.from_leader(state)
         if state is None:
             return
-        self.step, self.seconds, self.gradient.micro = (
-            state["step"],
-            state["seconds"],
-            state["micro"],
-        )
+        wanted = {track.spec.key for track in (self.track, *self.waiting)}
+        if state["track"] not in wanted:  # a branch whose row stands
+            state = state["trunk"]
+        self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take up what `_state` gave, on the run or in a branch of it."""
+        self.step, self.seconds, self.trunk = state["step"], state["seconds"], state["trunk"]
+        self.gradient.micro = state["micro"]
         self.workers.scatter_state(self.model, self.optimizer, state["learned"])
-        self.monitor.load(state["monitor"])
-        self.noise = NoiseScale(**state["noise"])
+        on_run = state if self.trunk is None else self.trunk
+        tracks = {t.spec.key: t for t in (Track(self.spec), self.track, *self.waiting)}
+        known = {**on_run["tracks"], **state["tracks"]}
+        for key, track in tracks.items():
+            if key in known:
+                track.load(known[key])
+        self.track = tracks[state["track"]]
+        self.waiting = [
+            t for t in self.waiting if t is not self.track and t.spec.key in on_run["tracks"]
+        ]
         self.pending = [numbers.to(self.device) for numbers in state["pending"]]
-        self.traces = [trace.to(self.device) for trace in state["traces"]]
+        self.rates = list(state["rates"])
+        self.traces = {step: trace.to(self.device) for step, trace in state["traces"].items()}
 
     def _outcome(
-        self, status: Status, reason: str | None, measured: Evaluation | None, seconds_steps: float
+        self,
+        track: Track,
+        status: Status,
+        reason: str | None,
+        measured: Evaluation | None,
+        seconds_steps: float,
     ) -> TrialOutcome:
-        spec, gradient = self.spec, self.gradient
-        tokens = self.step * spec.batch_tokens
+        spec, gradient = track.spec, self.gradient
+        step = track.monitor.step if track.diverged else self.step
+        begun = step if track is not self.track else self.trunk["step"] if self.trunk else 0
+        trained = (step - begun) * spec.batch_tokens
         return TrialOutcome(
             status=status,
             reason=reason,
-            step=self.step,
-            tokens_seen=tokens,
+            step=step,
+            tokens_seen=step * spec.batch_tokens,
+            tokens_trained=trained,
             loss=measured and measured.loss,
             loss_se=measured and measured.loss_se,
             bits_per_byte=measured and _bits_per_byte(measured.loss, self.corpus.bytes_per_token),
-            train_loss=self.monitor.final_loss,
-            seconds_train=self.seconds,
-            tokens_per_second=tokens / seconds_steps if seconds_steps else 0.0,
+            train_loss=track.monitor.final_loss,
+            seconds_train=self.seconds if track is self.track else 0.0,
+            tokens_per_second=trained / seconds_steps if seconds_steps else 0.0,
             peak_memory_bytes=runtime.peak_memory(self.device),
             micro_batch_sequences=gradient.micro,
             accumulation=-(-gradient.local_sequences // gradient.micro),
             world_size=self.workers.world_size,
-            noise_scale_tokens=_times(self.noise.sequences, spec.cell.shape.sequence_length),
-            noise_grad_sq=self.noise.grad_sq,
-            noise_trace=self.noise.trace,
+            noise_scale_tokens=_times(track.noise.sequences, spec.cell.shape.sequence_length),
+            noise_grad_sq=track.noise.grad_sq,
+            noise_trace=track.noise.trace,
             expert_load_entropy=measured and measured.load_entropy,
             expert_load_max_over_mean=measured and measured.load_max_over_mean,
             router_confidence=measured and measured.confidence,
             device=runtime.device_name(self.device),
-            curve=self.monitor.curve,
+            curve=track.monitor.curve,
         )
 
 

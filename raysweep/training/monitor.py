@@ -15,9 +15,11 @@ DIVERGED_ABOVE = 1.5
 
 
 class Monitor:
-    """Fed once an interval of `every` steps, with one loss and gradient norm a step."""
+    """Fed with the loss, gradient norm and learning rate of each step; a point of the curve every
+    `every` steps."""
 
     def __init__(self, steps: int, batch_tokens: int) -> None:
+        self.steps = steps
         self.every = -(-steps // POINTS)
         self.batch_tokens = batch_tokens
         self.curve: Curve = {name: [] for name in CURVE_COLUMNS}
@@ -26,13 +28,14 @@ class Monitor:
         self.smooth = 0.0
         # A mean over 0.5 % of the run, so that a rise is seen within 1 % of it.
         self.decay = math.exp(-1 / max(1.0, steps / 200))
+        self.recent: list[tuple[float, float]] = []
         self.tail: deque[float] = deque(maxlen=max(1, round(steps / 20)))
 
     def add(
-        self, losses: Sequence[float], norms: Sequence[float], learning_rate: float
+        self, losses: Sequence[float], norms: Sequence[float], rates: Sequence[float]
     ) -> str | None:
         """Take in some steps; a reason if the run has diverged."""
-        for loss, norm in zip(losses, norms, strict=True):
+        for loss, norm, rate in zip(losses, norms, rates, strict=True):
             self.step += 1
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = "loss" if not math.isfinite(loss) else "gradient"
@@ -46,16 +49,23 @@ class Monitor:
                     f"smoothed loss {self.smooth:.3g} at step {self.step} "
                     f"is far above the first, {self.start:.3g}"
                 )
+            self.recent.append((loss, norm))
+            if self.step % self.every == 0 or self.step == self.steps:
+                self._point(rate)
+        return None
+
+    def _point(self, rate: float) -> None:
+        losses, norms = zip(*self.recent, strict=True)
         point = (
             self.step,
             self.step * self.batch_tokens,
             math.fsum(losses) / len(losses),
-            learning_rate,
+            rate,
             math.fsum(norms) / len(norms),
         )
         for name, value in zip(CURVE_COLUMNS, point, strict=True):
             self.curve[name].append(value)
-        return None
+        self.recent.clear()
 
     @property
     def final_loss(self) -> float | None:

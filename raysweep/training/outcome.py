@@ -52,6 +52,8 @@ class TrialOutcome:
     step: int
     """Optimizer steps done."""
     tokens_seen: int
+    tokens_trained: int
+    """Of these, not lent by another run, as the stable phase of a WSD branch is."""
     loss: float | None
     """Mean over the validation slice, of finished runs."""
     loss_se: float | None

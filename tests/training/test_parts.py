@@ -108,7 +108,7 @@ class TestMonitor:
         monitor = Monitor(steps, 64)
         reason = None
         for loss in losses:
-            reason = reason or monitor.add([loss], [1.0], 0.1)
+            reason = reason or monitor.add([loss], [1.0], [0.1])
         return monitor, reason
 
     def test_final_loss_is_of_the_last_twentieth(self):
@@ -123,7 +123,7 @@ class TestMonitor:
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_non_finite(self, bad):
         assert self.feed([3.0, bad], 100)[1] == "non-finite loss at step 2"
-        assert Monitor(10, 64).add([3.0], [bad], 0.1) == "non-finite gradient at step 1"
+        assert Monitor(10, 64).add([3.0], [bad], [0.1]) == "non-finite gradient at step 1"
 
     def test_a_rise_is_seen_within_a_hundredth_of_the_run(self):
         steps = 10_000

@@ -88,11 +88,12 @@ def test_router_z_loss_keeps_the_routers_normaliser_small(corpus, spec):
         )
         seen = []
         layer = run.model.feed_forward[-1]
+        norm, router = layer.get_parameter("norm"), layer.get_parameter("router")
         layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
         with torch.no_grad():
             run.model._trunk(torch.from_numpy(inputs))
-            unit = torch.nn.functional.rms_norm(seen[0], seen[0].shape[-1:], layer.norm)
-            return (unit @ layer.router).logsumexp(-1).square().mean().item()
+            unit = torch.nn.functional.rms_norm(seen[0], seen[0].shape[-1:], norm)
+            return (unit @ router).logsumexp(-1).square().mean().item()
 
     assert normaliser(0.1) < 0.5 * normaliser(0.0)
 
