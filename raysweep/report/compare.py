@@ -79,7 +79,7 @@ def write_comparison(
         "loss_rows": reading_laws.loss_law_rows(merged, numbers, loss_laws),
         "readings": {
             "optima": reading_laws.laws(merged, rules),
-            "loss": reading_laws.loss(merged, loss_laws),
+            "loss": reading_laws.loss(merged, numbers, loss_laws),
         },
         "csv": {name: csv_text(figure.data) for name, figure in figures.items()},
         "command": _command(comparison, folder, png),

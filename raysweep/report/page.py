@@ -139,7 +139,7 @@ def _context(
         "readings": {
             "surfaces": reading.surfaces(fits, len(cells), dots_of(len(cells))),
             "optima": reading_laws.laws(fits, rules),
-            "loss": reading_laws.loss(fits, loss_laws),
+            "loss": reading_laws.loss(fits, numbers, loss_laws),
             "budgets": reading_budgets.budgets(fits, numbers),
             "comparison": reading.comparison(fits, numbers),
             "efficiency": reading_kinds.efficiency(fits, numbers),

@@ -176,13 +176,27 @@ def loss_law_rows(fits: Fits, n: Numbers, used: Mapping[str, str]) -> list[tuple
     return rows
 
 
-def loss(fits: Fits, used: Mapping[str, str]) -> list[Markup]:
-    """What the laws of the loss cannot tell; architectures of which the same is true together."""
+def loss(fits: Fits, n: Numbers, used: Mapping[str, str]) -> list[Markup]:
+    """How well the laws of the loss describe the cells, then what they cannot tell; architectures
+    of which the same is true together."""
     said: dict[Markup, list[str]] = {}
+    told: list[Markup] = []
     for name in fits.groups:
         if name == ALL:
             continue
-        _, found = loss_fit(fits, name, used.get(name))
+        key = used.get(name)
+        group, found = loss_fit(fits, name, key)
+        if found is not None:
+            told.append(
+                Markup(
+                    "<b>{}</b>: the law leaves {} of loss unexplained on average (rms), {} at its "
+                    "worst cell."
+                ).format(
+                    name,
+                    n("percent", "groups", group, "loss_laws", key, "rms_log_residual"),
+                    STYLES["percent"](float(np.abs(np.expm1(found.residuals)).max())),
+                )
+            )
         if found is None:
             tried = fits.groups[name].loss_laws.items()
             why = "; ".join(dict.fromkeys(f"{k}: {f.message}" for k, f in tried))
@@ -199,7 +213,16 @@ def loss(fits: Fits, used: Mapping[str, str]) -> list[Markup]:
                 "{} for {} would follow almost any data, so a small residual shows nothing"
             ).format(plural(found.n_points, "point"), plural(found.n_free, "coefficient"))
             said.setdefault(text, []).append(name)
-    return [Markup("{}: {}.").format(listed(names), text) for text, names in said.items()]
+    if told:
+        largest = float(fits.cells.loc[fits.cells["loss"].notna(), "flops"].max())
+        told.append(
+            Markup(
+                "Beyond the largest cell, {} FLOPs, the curves are extrapolations: no run there "
+                "supports them."
+            ).format(STYLES["flops"](largest))
+        )
+    limits = [Markup("{}: {}.").format(listed(names), text) for text, names in said.items()]
+    return told + limits
 
 
 def check_rows(fits: Fits, n: Numbers) -> list[Row]:
