@@ -15,6 +15,8 @@ from markupsafe import Markup
 
 from raysweep.report.numbers import written
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
 
 def render(template: str, scripts: Sequence[str], context: Mapping[str, Any]) -> str:
     """A template of this package as one page that needs nothing else, with `scripts` in order."""
@@ -56,5 +58,9 @@ def relative(path: str) -> str:
 
 
 def csv_text(data: pd.DataFrame) -> str:
-    """A figure's data as CSV, without columns that say nothing."""
-    return data.dropna(axis="columns", how="all").to_csv(index=False, float_format="%.6g")
+    """A figure's data as CSV, without columns that say nothing, nor text that a spreadsheet
+    would take for a formula."""
+    plain = data.dropna(axis="columns", how="all").map(
+        lambda value: f"'{value}" if isinstance(value, str) and value[:1] in _FORMULA else value
+    )
+    return plain.to_csv(index=False, float_format="%.6g")

@@ -53,6 +53,8 @@ class Storage:
         if not re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", text):
             path = str(Path(text).expanduser().resolve())
             return cls(path, fs.LocalFileSystem(), path)
+        if text.endswith("://"):
+            raise UserError(f"{text} names no place: write {text}BUCKET/FOLDER")
         if text.split("://")[0] in _ARROW_SCHEMES:
             filesystem, root = _through_arrow(text)
         else:
@@ -163,7 +165,7 @@ def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
         raise UserError(f"{uri} would end with this process: name a folder, s3:// or gs://")
     try:
         filesystem, root = fsspec.url_to_fs(uri)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         raise UserError(
             f"{uri}: no filesystem for this URI ({error}); use a folder, s3:// or gs://"
         ) from None

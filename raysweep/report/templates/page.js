@@ -6,7 +6,11 @@
   const value = (column, row) =>
     column.values ? column.values[row] : column.codes[row] < 0 ? null : column.words[column.codes[row]];
   const csvOfTrials = () => {
-    const cell = (v) => (v === null ? "" : /[",\n]/.test(v) ? `"${String(v).replaceAll('"', '""')}"` : v);
+    const cell = (v) => {
+      if (v === null) return "";
+      if (typeof v === "string" && /^[=+\-@\t\r]/.test(v)) v = `'${v}`; // no formula
+      return /[",\n]/.test(v) ? `"${String(v).replaceAll('"', '""')}"` : v;
+    };
     const lines = [columns.map((c) => c.name).join(",")];
     for (let row = 0; row < trials.shown; row++) lines.push(columns.map((c) => cell(value(c, row))).join(","));
     return lines.join("\n") + "\n";
