@@ -1,9 +1,9 @@
 """Nothing that a results folder, an import or a search space holds can run code here."""
 
 import ast
+import pickle
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from raysweep.errors import UserError
@@ -63,7 +63,7 @@ def test_a_pickle_is_no_table(tmp_path: Path, name: str) -> None:
         def __reduce__(self):
             return Path.touch, (marker,)
 
-    pd.to_pickle(Bomb(), tmp_path / name, compression=None)
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError):
         import_file("csv", tmp_path / name)
     assert not marker.exists()
