@@ -3,12 +3,14 @@
 #SBATCH --job-name=raysweep
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
 #SBATCH --cpus-per-task=16
 #SBATCH --gpus-per-node=4
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --output=raysweep-%j.log
-# EDIT the sizes above, and add your --partition and --account.
+# EDIT the sizes above, and add your --partition and --account. Nodes are not shared, since
+# `ray symmetric-run` refuses one on which any other Ray runs.
 
 set -euo pipefail
 
@@ -32,7 +34,7 @@ export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
 export OMP_NUM_THREADS=1
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node must not share a port
+port=$((20000 + SLURM_JOB_ID % 10000))  # a port of its own, should a Ray of an earlier job linger
 
 # One Ray over all nodes of the job, the study on its first, and Ray ended with the study.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \

@@ -15,6 +15,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from raysweep.config import Study
+from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.search.interruption import (
     GRACE_SECONDS,
@@ -27,6 +28,9 @@ from raysweep.search.progress import Progress
 from raysweep.search.stalls import Stalls
 from raysweep.training.record import unfinished_row
 
+TIDY_EVERY, TIDY_RECENT = 256, 64
+"""Trials after which the rows' files are merged but for the newest: those of trials that may be
+started again, which look for a row of their own."""
 LOOK_SECONDS = 1.0
 """Least time between two looks for workers that hang."""
 
@@ -172,8 +176,17 @@ class Watcher(tune.Callback):
         )
         self._results.write(row)
 
+    def _tidy(self) -> None:
+        """Keep the number of files bounded; what fails now, the next run does."""
+        try:
+            self._results.compact(recent=TIDY_RECENT)
+        except UserError as error:
+            _log.warning("files were not merged: %s", error)
+
     def _conclude(self, trial: Trial, status: str) -> tuple[float, datetime]:
         self.concluded += 1
+        if self.concluded % TIDY_EVERY == 0:
+            self._tidy()
         result = trial.last_result or {}
         self.training_seconds += float(result.get("seconds_train") or 0.0)
         start = self._starts.pop(trial.trial_id, (time.monotonic(), datetime.now(UTC)))

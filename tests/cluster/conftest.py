@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class LocalCluster:
     env: dict[str, str]
 
 
-def free_ports(count: int) -> list[int]:
+def unused_ports(count: int) -> list[int]:
     """Ports that nobody listens on; all held at once, so that they differ."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
@@ -37,6 +37,11 @@ def free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+@pytest.fixture
+def free_ports() -> Callable[[int], list[int]]:
+    return unused_ports
 
 
 def listens(port: int) -> bool:
@@ -58,7 +63,7 @@ def cluster() -> Iterator[LocalCluster]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
-    gcs, dashboard, client, *rest = free_ports(11)
+    gcs, dashboard, client, *rest = unused_ports(11)
     head = ["--head", "--port", str(gcs), "--temp-dir", str(temp / "h")]
     head += ["--dashboard-host", HOST, "--dashboard-port", str(dashboard)]
     head += ["--ray-client-server-port", str(client)]

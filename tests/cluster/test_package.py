@@ -22,9 +22,11 @@ SMOKE = Path(__file__).resolve().parents[2] / "search_spaces/smoke.yaml"
 EVERYTHING = (
     *("pyproject.toml", "README.md", "corpus/a.txt", "search_spaces/mine.yaml"),
     *("raysweep/cluster/package.py", "raysweep/results/store.py", "raysweep/report/page.py"),
-    "raysweep/data/tokenizer.py",
+    *("raysweep/data/tokenizer.py", "raysweep/id_map.py"),
     # and what must stay where it is
     *(".git/config", ".env", "prod.env", "key.pem", "raysweep/id_rsa", "auth_token"),
+    *("id_ed25519", "deploy/.aws/credentials", "kubeconfig.yaml", "key.p12", ".netrc"),
+    *("my-service-account.json", "raysweep/credentials", ".ssh/config", ".env.local"),
     *("credentials.json", "raysweep/__pycache__/x.pyc", "env/pyvenv.cfg", "env/lib/big.so"),
     *("results/mine/trials/a.parquet", "reports/mine/index.html", "tests/test_x.py"),
 )
@@ -54,6 +56,7 @@ def test_code_travels_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
         "pyproject.toml",
         "raysweep/cluster/package.py",
         "raysweep/data/tokenizer.py",
+        "raysweep/id_map.py",
         "raysweep/report/page.py",
         "raysweep/results/store.py",
         "search_spaces/mine.yaml",
