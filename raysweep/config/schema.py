@@ -284,6 +284,20 @@ class Recipe(Section):
             raise ValueError("branches need warmup_tokens: a share of the horizon is not shared")
         return self
 
+    def warmup(self, horizon: float) -> float:
+        """Tokens of warm-up in a run of that many."""
+        if self.warmup_tokens is not None:
+            return self.warmup_tokens
+        return self.warmup_fraction * horizon
+
+    def decay_start(self, horizon: float) -> float:
+        """Tokens after which the learning rate falls in a run of that many."""
+        if self.schedule == "constant":
+            return horizon
+        if self.schedule == "wsd":
+            return max(self.warmup(horizon), (1 - self.decay_fraction) * horizon)
+        return self.warmup(horizon)
+
 
 class Tokenizer(Section):
     """A byte-pair tokenizer trained on the corpus, or one loaded from a tokenizers file."""

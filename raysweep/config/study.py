@@ -156,6 +156,13 @@ class Study(InNotebooks):
             return ()
         return tuple(sorted(self._same_run(cell), key=lambda c: c.tokens)[:-1])
 
+    def flops(self, cell: Cell) -> float:
+        """Training FLOPs that one row of a cell costs: of a WSD branch, its decay."""
+        if cell == self.trunk(cell):
+            return cell.flops
+        lent = min(cell.tokens, self.space.recipe.decay_start(cell.tokens))
+        return cell.counts.flops_per_token * (cell.tokens - lent)
+
     def _same_run(self, cell: Cell) -> list[Cell]:
         if not self.space.recipe.branches:
             return [cell]

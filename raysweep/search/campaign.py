@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,10 @@ class Campaign:
         if history is not None:
             teach(self._ladder, history)
         self.states = {cell.name: self._state(cell) for cell in study.cells}
+        for state in self._ordered():
+            state.branches = [self.states[c.name] for c in study.branches(state.cell)]
+            for branch in state.branches:
+                branch.trunk = state
         if rows is not None:
             self._flops_spent = take_up(rows, study, data_hash, self.states)
             for state in self._ordered():
@@ -133,8 +138,15 @@ class Campaign:
         trial.report(loss, percent)
         return trial.should_prune()
 
-    def tell(self, trial_id: str, status: str, loss: float | None = None) -> None:
-        """The outcome of a trial: a row's status, and its loss if it finished.
+    def tell(
+        self,
+        trial_id: str,
+        status: str,
+        loss: float | None = None,
+        branches: Sequence[tuple[str, str, float | None]] = (),
+    ) -> None:
+        """The outcome of a trial: a row's status, and its loss if it finished; and of its branches
+        by cell.
 
         A stopped trial is pruned to Optuna: its partial loss is not comparable, and no sampler but
         TPE looks at it.
@@ -144,6 +156,9 @@ class Campaign:
         state, proposal, trial = self._open.pop(trial_id)
         self.ledger.release(trial_id)
         state.running.discard(proposal.number)
+        log2_batch = int(math.log2(proposal.spec.batch_sequences))
+        for cell, its_status, its_loss in branches:
+            self.states[cell].add_row(proposal.spec.learning_rate, log2_batch, its_status, its_loss)
         usable = status == FINISHED and loss is not None and math.isfinite(loss)
         if status == FINISHED and not usable:
             status = "diverged"
@@ -155,9 +170,8 @@ class Campaign:
             state.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
         if status == "crashed":
             state.crashes += 1
-            self._flops_spent -= state.cell.flops
-            point = proposal.spec.learning_rate, int(math.log2(proposal.spec.batch_sequences))
-            state.take_back(*point)
+            self._flops_spent -= state.trial_flops
+            state.take_back(proposal.spec.learning_rate, log2_batch)
             if state.given_up:
                 _log.warning("cell %s given up: its trials crash", state.cell.name)
         self._maybe_extend(state)
@@ -175,7 +189,8 @@ class Campaign:
         affordable = [
             s
             for s in self._ordered()
-            if self._flops_spent + s.cell.flops <= limit
+            if s.trunk is None
+            and self._flops_spent + s.trial_flops <= limit
             and s.concluded + len(s.running) < most
             and not s.given_up
             and self.ledger.fits(bundles_of(s.cell))
@@ -184,7 +199,7 @@ class Campaign:
             return
         surface, targets = self._ladder.surface(), targets_of(self.study)
         state = max(
-            affordable, key=lambda s: trial_value(surface, s.features, targets) / s.cell.flops
+            affordable, key=lambda s: trial_value(surface, s.features, targets) / s.trial_flops
         )
         # An earlier run may have gone past the budget already.
         state.granted += 1 + max(0, state.concluded + len(state.running) - state.budget)
@@ -192,14 +207,15 @@ class Campaign:
     def runnable(self, state: CellState) -> bool:
         """Whether a trial of this cell is wanted and within the budget of FLOPs."""
         limit = self._search.total_flops
-        if limit is not None and self._flops_spent + state.cell.flops > limit:
+        if limit is not None and self._flops_spent + state.trial_flops > limit:
             return False
         return state.wanted > 0 or self._repeats_wanted(state) > 0
 
     def _repeats_wanted(self, state: CellState) -> int:
         """Repeats of the best point, once the search of the cell is over."""
         wanted = self._search.repeats_at_optimum
-        if not wanted or state.wanted or state.running or state.best is None:
+        busy = state.wanted or state.running
+        if not wanted or busy or state.best is None or state.trunk is not None:
             return 0
         learning_rate, log2_batch = _where(state.best)
         return wanted - (state.tried.get((f"{learning_rate:.9e}", log2_batch), 1) - 1)
@@ -210,9 +226,17 @@ class Campaign:
             (c for c in self.study.cells if c.architecture == cell.architecture),
             key=lambda c: c.flops,
         )
-        first = search.first_cell_trials if cell == smallest else None
+        first = search.first_cell_trials if cell == self.study.trunk(smallest) else None
         study = optuna.create_study(study_name=cell.name, pruner=make_pruner(search.early_stopping))
-        state = CellState(cell, search, first or search.trials_per_cell, study)
+        served = (cell, *self.study.branches(self.study.trunk(cell)))
+        state = CellState(
+            cell,
+            search,
+            first or search.trials_per_cell,
+            study,
+            min(c.tokens for c in served),
+            self.study.flops(cell),
+        )
         self._attach_sampler(state)
         return state
 
@@ -236,17 +260,26 @@ class Campaign:
 
     def _propose(self, state: CellState, trial_id: str) -> tuple[Proposal, optuna.Trial]:
         repeat = state.wanted == 0
-        if repeat:
+        point: tuple[float, int] | None = None
+        seed: int | None = None
+        if state.unfinished:
+            *place, seed = state.unfinished.pop(0)
+            point = place[0], int(place[1])
+        elif repeat:
             assert state.best is not None
-            learning_rate, log2_batch = _where(state.best)
+            point = _where(state.best)
+        if point is not None:
             state.study.enqueue_trial(
-                {LEARNING_RATE: learning_rate, LOG2_BATCH: log2_batch},
-                user_attrs={"ran_at": (learning_rate, log2_batch)},
+                dict(zip((LEARNING_RATE, LOG2_BATCH), point, strict=True)),
+                user_attrs={"ran_at": point},
             )
         trial = state.study.ask(state.distributions)
-        learning_rate = float(trial.params[LEARNING_RATE])
-        log2_batch = int(trial.params[LOG2_BATCH])
-        seed = self.study.space.seed + state.next_seed(learning_rate, log2_batch)
+        learning_rate, log2_batch = (
+            float(trial.params[LEARNING_RATE]),
+            int(trial.params[LOG2_BATCH]),
+        )
+        fresh = self.study.space.seed + state.next_seed(learning_rate, log2_batch)
+        seed = fresh if seed is None else seed
         spec = self.study.trial(state.cell, self._data_hash, learning_rate, 2**log2_batch, seed)
         return Proposal(trial_id, trial.number, spec, repeat), trial
 
@@ -255,15 +288,16 @@ class Campaign:
         search = self._search
         if not search.extend_edges or state.extensions >= search.max_extensions:
             return
-        if state.wanted or state.running or state.finished < 3:
+        if state.trunk or state.wanted or state.running or state.finished < 3:
             return
         length = state.cell.shape.sequence_length
         low, high = state.bounds.log2_batch
-        edges = self._ladder.surface().edges(
-            state.features,
-            state.bounds.learning_rate,
-            (2.0**low * length, 2.0**high * length),
+        surface, tokens = self._ladder.surface(), (2.0**low * length, 2.0**high * length)
+        found = (
+            surface.edges(s.features, state.bounds.learning_rate, tokens)
+            for s in (state, *state.branches)
         )
+        edges = tuple(dict.fromkeys(edge for of_cell in found for edge in of_cell))
         if not edges or not state.extend(edges):
             return
         state.extensions += 1
@@ -274,7 +308,7 @@ class Campaign:
             later = other.cell.flops > state.cell.flops
             if later and other.cell.architecture == state.cell.architecture:
                 untouched = not other.running and not other.study.get_trials(deepcopy=False)
-                if untouched and other.extend(edges):
+                if untouched and not other.trunk and other.extend(edges):
                     self._attach_sampler(other)
 
     def _say_waiting(self, state: CellState) -> None:

@@ -56,7 +56,17 @@ class CellState:
     search: Search
     trials_wanted: int
     study: optuna.Study
+    least_tokens: int
+    """The shortest horizon that its trials serve."""
+    flops: float
+    """Training FLOPs that a row of this cell costs."""
     bounds: Bounds = field(init=False)
+    trunk: CellState | None = field(default=None, repr=False, compare=False)
+    """The cell whose trials make this one's rows, where that is another (WSD branches)."""
+    branches: list[CellState] = field(default_factory=list)
+    """The cells that trials of this one serve besides."""
+    unfinished: list[tuple[float, int, int]] = field(default_factory=list)
+    """(learning rate, log2 batch, seed) of trials whose branches' rows stand without their own."""
     extensions: int = 0
     granted: int = 0
     """Trials beyond the budget, paid from the study's FLOPs because they are worth most here."""
@@ -95,7 +105,14 @@ class CellState:
         return len(self.trials("finished", "diverged", "stopped", "out_of_memory"))
 
     @property
+    def trial_flops(self) -> float:
+        """Training FLOPs of one trial of this cell, with its branches."""
+        return self.flops + sum(branch.flops for branch in self.branches)
+
+    @property
     def budget(self) -> int:
+        if self.trunk is not None:
+            return self.trunk.budget
         return self.trials_wanted + EXTENSION_TRIALS * self.extensions + self.granted
 
     @property
@@ -104,10 +121,11 @@ class CellState:
 
         The budget counts finished trials; a cell where many diverge gets at most twice as many.
         """
-        if self.given_up:
+        if self.trunk is not None or self.given_up:
             return 0
         short = self.budget - self.finished - len(self.running)
-        return max(0, min(short, 2 * self.budget - self.concluded - len(self.running)))
+        short = min(short, 2 * self.budget - self.concluded - len(self.running))
+        return max(0, short, len(self.unfinished))
 
     @property
     def given_up(self) -> bool:
@@ -169,11 +187,12 @@ class CellState:
             large = max(large, min(limit, large + 2))
         wider = Bounds((low, high), (small, large))
         moved = wider != self.bounds
-        self.bounds = wider
+        for state in (self, *self.branches):
+            state.bounds = wider
         return moved
 
     def _largest_log2_batch(self) -> int:
-        sequences = self.cell.tokens / FEWEST_STEPS / self.cell.shape.sequence_length
+        sequences = self.least_tokens / FEWEST_STEPS / self.cell.shape.sequence_length
         return max(self._smallest_log2_batch(), int(math.log2(max(1.0, sequences))))
 
     def _smallest_log2_batch(self) -> int:

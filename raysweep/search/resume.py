@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 
 import pandas as pd
@@ -24,6 +25,7 @@ def take_up(
     than the study says now: losses of two recipes must not be compared.
     """
     other_recipe: list[str] = []
+    points: defaultdict[tuple[str, str], set[tuple[float, int, int]]] = defaultdict(set)
     spent = 0.0
     for row in rows.to_dict("records"):
         state = states.get(row["cell"])
@@ -35,19 +37,25 @@ def take_up(
             other_recipe.append(row["cell"])
             continue
         log2_batch = math.log2(sequences)
-        while (rate, log2_batch) not in state.bounds:
-            if not state.extend(_edges_beyond(state, rate, log2_batch)):
+        searched = state.trunk or state
+        while (rate, log2_batch) not in searched.bounds:
+            if not searched.extend(_edges_beyond(searched, rate, log2_batch)):
                 break
-            state.extensions = min(state.extensions + 1, state.search.max_extensions)
+            searched.extensions = min(searched.extensions + 1, searched.search.max_extensions)
+        points[searched.cell.name, state.cell.name].add((rate, int(log2_batch), spec.seed))
         state.add_row(rate, log2_batch, row["status"], row["loss"])
         state.next_seed(rate, log2_batch)
-        spent += state.cell.flops
+        spent += state.flops
     if other_recipe:
         raise UserError(
             f"the results hold {len(other_recipe)} trials of study {study.name} (first in cell "
             f"{other_recipe[0]}) made with another recipe, shape, seed or corpus: give the study "
             "another name, or name another --results"
         )
+    for (trunk, cell), of_branch in list(points.items()):
+        if cell != trunk:
+            missing = of_branch - points[trunk, trunk] - set(states[trunk].unfinished)
+            states[trunk].unfinished += sorted(missing)
     return spent
 
 

@@ -68,7 +68,8 @@ class CampaignSearcher(Searcher):
         elif not result or "status" not in result:
             self.campaign.tell(trial_id, "stopped")
         elif result["status"] != INTERRUPTED:  # else it is not over: the next run takes it up
-            self.campaign.tell(trial_id, result["status"], result.get("loss"))
+            branches = result.get("branches", ())
+            self.campaign.tell(trial_id, result["status"], result.get("loss"), branches)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CampaignSearcher:
         """Tune copies its searcher; the progress display must see the one that is in use."""

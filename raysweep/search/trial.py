@@ -81,6 +81,9 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
         row = run_trial(context, config)
         final = {name: row[name] for name in ("status", "loss", "seconds_train")}
+        branches = branch_rows(context, config)
+        final["seconds_train"] += sum(b["seconds_train"] for b in branches)
+        final["branches"] = [(b["cell"], b["status"], b["loss"]) for b in branches]
         tune.report(final | {"timesteps_total": row.get("step") or 0})
 
     return trial
@@ -100,25 +103,71 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
         cell, corpus.hash, config["learning_rate"], config["batch_sequences"], config["seed"]
     )
     standing = results.find(spec.key)  # written before the actor died, say
-    if standing is not None and standing["status"] != "crashed":
+    if standing is not None and _stands(standing):
         return standing
-    outcome = _train(context, spec, corpus, results.storage)
+    write = RowWriter(
+        context.results_uri, study.space.search.strategy, corpus.train_tokens, started_at, begun
+    )
+    missing = [b for b in branch_specs(study, spec) if not _stands(results.find(b.key))]
+    outcome = _train(context, spec, corpus, results.storage, missing, write)
     if outcome.status == "stopped":
         return {"status": INTERRUPTED, "loss": None, "seconds_train": outcome.seconds_train}
-    row = trial_row(
-        spec,
-        outcome,
-        strategy=study.space.search.strategy,
-        train_tokens=corpus.train_tokens,
-        started_at=started_at,
-        seconds_wall=time.monotonic() - begun,
-    )
-    results.write(row, outcome.curve)
-    return row
+    return write(spec, outcome)
+
+
+@dataclass(frozen=True)
+class RowWriter:
+    """Writes the rows of one trial and of its branches, in whichever process they end."""
+
+    results_uri: str
+    strategy: str
+    train_tokens: int
+    started_at: datetime
+    begun: float
+    """By this machine's monotonic clock."""
+
+    def __call__(self, spec: TrialSpec, outcome: TrialOutcome) -> dict[str, Any]:
+        """Write the row of an outcome, and return it."""
+        row = trial_row(
+            spec,
+            outcome,
+            strategy=self.strategy,
+            train_tokens=self.train_tokens,
+            started_at=self.started_at,
+            seconds_wall=time.monotonic() - self.begun,
+        )
+        Results.open(self.results_uri).write(row, outcome.curve)
+        return row
+
+
+def branch_specs(study: Study, spec: TrialSpec) -> list[TrialSpec]:
+    """The trials at shorter horizons that a trial runs besides (WSD branches)."""
+    return [
+        study.trial(cell, spec.data_hash, spec.learning_rate, spec.batch_sequences, spec.seed)
+        for cell in study.branches(spec.cell)
+    ]
+
+
+def branch_rows(context: TrialContext, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that stand of a trial's branches."""
+    study, results = context.study, Results.open(context.results_uri)
+    point = config["learning_rate"], config["batch_sequences"], config["seed"]
+    spec = study.trial(study.cell(config["cell"]), context.corpus.hash, *point)
+    rows = [results.find(branch.key) for branch in branch_specs(study, spec)]
+    return [row for row in rows if row is not None and _stands(row)]
+
+
+def _stands(row: dict[str, Any] | None) -> bool:
+    return row is not None and row["status"] != "crashed"
 
 
 def _train(
-    context: TrialContext, spec: TrialSpec, corpus: Corpus, checkpoints: Storage
+    context: TrialContext,
+    spec: TrialSpec,
+    corpus: Corpus,
+    checkpoints: Storage,
+    branches: list[TrialSpec],
+    on_branch: RowWriter,
 ) -> TrialOutcome:
     resources = spec.cell.resources
     early_stopping = context.study.space.search.early_stopping is not None
@@ -134,6 +183,8 @@ def _train(
             checkpoints=checkpoints,
             storage_path=_ray_storage(context.results_uri),
             stop=stop,
+            branches=branches,
+            on_branch=on_branch,
         )
     from raysweep.training.loop import train  # here, so that the driver never imports torch
 
@@ -143,6 +194,8 @@ def _train(
         reporter=reporter,
         checkpoints=checkpoints,
         threads=context.threads,
+        branches=branches,
+        on_branch=on_branch,
     )
 
 

@@ -10,16 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from raysweep.config import Cell, Study
 from raysweep.errors import UserError
 from raysweep.plan import Calibration, Pace
-
-if TYPE_CHECKING:
-    from raysweep.data.corpus import Corpus
 
 SECONDS = 0.4
 """What one measurement may take, once it is known how long a step is."""
@@ -138,7 +135,7 @@ def measure(study: Study) -> list[Pace]:
 
 
 def _batches(study: Study, cell: Cell) -> tuple[int, int]:
-    """The ends of the range of batches, in sequences, as far as a step of them is quick."""
+    """The ends of the range of batches, in sequences."""
     wanted = study.space.search.batch_sequences
     return int(wanted.low), int(wanted.high)
 
@@ -149,7 +146,6 @@ def _pace(study: Study, cell: Cell) -> Pace:
     low, high = _batches(study, cell)
     length = cell.shape.sequence_length
     small, fixed = _step(study, cell, low)
-    # The larger batch is four times as much, or what is allowed, unless that takes too long.
     large = min(high, low * 8)
     while large > low and small * large / low > LONGEST:
         large //= 2
@@ -168,7 +164,7 @@ def _step(study: Study, cell: Cell, batch_sequences: int) -> tuple[float, float]
     from raysweep.training.loop import train
 
     length = cell.shape.sequence_length
-    corpus: Any = _noise(cell.shape.vocab_size, 64 * (length + 1))
+    corpus = noise(cell.shape.vocab_size, 64 * (length + 1))
     steps, seconds, fixed = STEPS, 0.0, 0.0
     for _ in range(2):
         tokens = steps * batch_sequences * length
@@ -178,9 +174,7 @@ def _step(study: Study, cell: Cell, batch_sequences: int) -> tuple[float, float]
             validation_sequences=1,
         )  # fmt: skip
         begun = time.perf_counter()
-        outcome = train(
-            spec, _as_corpus(corpus), threads=max(1, int(cell.resources.cpus_per_worker))
-        )
+        outcome = train(spec, corpus, threads=max(1, int(cell.resources.cpus_per_worker)))
         wall = time.perf_counter() - begun
         if not outcome.tokens_per_second:
             raise UserError(f"cell {cell.name} cannot be trained here: {outcome.reason}")
@@ -192,14 +186,11 @@ def _step(study: Study, cell: Cell, batch_sequences: int) -> tuple[float, float]
     return seconds, fixed
 
 
-def _noise(vocabulary: int, count: int) -> _Noise:
+def noise(vocabulary: int, count: int) -> Any:
+    """What stands for a corpus: a small one of random tokens."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary, 4 * count, dtype=np.uint32).astype(np.int64)
     return _Noise(tokens[count:], tokens[:count])
-
-
-def _as_corpus(noise: Any) -> Corpus:
-    return noise
 
 
 def _main() -> None:

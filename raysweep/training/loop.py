@@ -38,7 +38,7 @@ def train(
     threads: int | None = 1,
     workers: Workers | None = None,
     branches: Sequence[TrialSpec] = (),
-    on_branch: Callable[[TrialSpec, TrialOutcome], None] | None = None,
+    on_branch: Callable[[TrialSpec, TrialOutcome], object] | None = None,
 ) -> TrialOutcome:
     """Train one model and measure it.
 
@@ -126,7 +126,7 @@ class _Run:
         self.traces: dict[int, Tensor] = {}
 
     def to_the_end(
-        self, on_branch: Callable[[TrialSpec, TrialOutcome], None] | None = None
+        self, on_branch: Callable[[TrialSpec, TrialOutcome], object] | None = None
     ) -> TrialOutcome:
         """Train, evaluate and sum up; branches as they come."""
         self._resume()
@@ -169,14 +169,14 @@ class _Run:
 
     def _tell(
         self,
-        on_branch: Callable[[TrialSpec, TrialOutcome], None] | None,
+        on_branch: Callable[[TrialSpec, TrialOutcome], object] | None,
         track: Track,
         outcome: TrialOutcome,
     ) -> None:
         if on_branch is not None and self.workers.rank == 0:
             on_branch(track.spec, outcome)
 
-    def _fork(self, on_branch: Callable[[TrialSpec, TrialOutcome], None] | None) -> None:
+    def _fork(self, on_branch: Callable[[TrialSpec, TrialOutcome], object] | None) -> None:
         """Leave the run for the branch whose decay begins here."""
         branch = self.waiting.pop(0)
         if branch.diverged:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import train
@@ -50,12 +50,15 @@ def train_distributed(
     checkpoints: Storage | None = None,
     storage_path: str | None = None,
     stop: Callable[[], bool] | None = None,
+    branches: Sequence[TrialSpec] = (),
+    on_branch: Callable[[TrialSpec, TrialOutcome], object] | None = None,
 ) -> TrialOutcome:
     """Train one model on `spec.cell.resources.workers` workers, as `loop.train` does on one.
 
     May be called inside a Tune trial, which then sees the progress: `step`, `tokens`,
     `train_loss` and `percent` of the horizon. A run that loses a worker starts again from its
-    checkpoint. The first worker asks `stop`, which must pickle, whether to end early.
+    checkpoint. The first worker asks `stop` whether to end early, and tells `on_branch` of the
+    `branches`; both must pickle.
     `checkpoints` and `storage_path`, where Ray keeps its notes on the run, must be reachable
     from all nodes. Raises what the workers raised, as Ray's TrainingFailedError.
     """
@@ -74,6 +77,8 @@ def train_distributed(
                 "corpus": corpus,
                 "checkpoints": checkpoints,
                 "stop": stop,
+                "branches": branches,
+                "on_branch": on_branch,
             },
             scaling_config=train.ScalingConfig(
                 num_workers=resources.workers,
@@ -112,4 +117,6 @@ def _worker(config: dict[str, Any]) -> TrialOutcome:
         device=get_device(),
         threads=max(1, int(resources.cpus_per_worker)),
         workers=Workers.of_process_group(resources.strategy),
+        branches=config["branches"],
+        on_branch=config["on_branch"],
     )

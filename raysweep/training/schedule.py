@@ -16,35 +16,19 @@ def learning_rate(recipe: Recipe, peak: float, tokens: float, horizon: float) ->
     step takes the value at the middle of its batch, so that runs of different batch size follow
     one curve.
     """
-    warmup = _warmup(recipe, horizon)
+    warmup = recipe.warmup(horizon)
     if tokens < warmup:
         return peak * tokens / warmup
     final = recipe.final_lr_fraction * peak if recipe.final_lr is None else recipe.final_lr
     final = min(final, peak)
     if recipe.schedule == "constant":
         return peak
-    start = decay_start(recipe, horizon)
+    start = recipe.decay_start(horizon)
     if tokens <= start:
         return peak
     done = min(1.0, (tokens - start) / (horizon - start)) if horizon > start else 1.0
     share = (1 + math.cos(math.pi * done)) / 2 if recipe.schedule == "cosine" else 1 - done
     return final + (peak - final) * share
-
-
-def decay_start(recipe: Recipe, horizon: float) -> float:
-    """Tokens after which the learning rate falls."""
-    if recipe.schedule == "constant":
-        return horizon
-    warmup = _warmup(recipe, horizon)
-    if recipe.schedule == "wsd":
-        return max(warmup, (1 - recipe.decay_fraction) * horizon)
-    return warmup
-
-
-def _warmup(recipe: Recipe, horizon: float) -> float:
-    if recipe.warmup_tokens is not None:
-        return recipe.warmup_tokens
-    return recipe.warmup_fraction * horizon
 
 
 def beta2(recipe: Recipe, batch_tokens: int) -> float:

@@ -38,7 +38,7 @@ class Track:
     @property
     def leaves_at(self) -> int:
         """Steps that any longer run of the same WSD recipe shares with this one."""
-        start = schedule.decay_start(self.spec.recipe, self.horizon)
+        start = self.spec.recipe.decay_start(self.horizon)
         return max(0, min(self.steps, math.floor(start / self.spec.batch_tokens + 0.5)))
 
     def add(

@@ -1,14 +1,16 @@
 """WSD branches: one run gives what separate runs of its horizons give."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
-from raysweep.training import loop
+from raysweep.training.checkpoint import Checkpoints
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent, TrialOutcome
+from raysweep.training.track import Track
 
 LENGTHS = (40, 64, 120)
 RECIPE = {"schedule": "wsd", "warmup_tokens": 16 * 8 * 5, "branches": True, "noise_scale": False}
@@ -86,8 +88,9 @@ class DiesAfter(Silent):
 @pytest.mark.parametrize("reports", [20, 37, 70])
 def test_killed_anywhere_and_resumed(corpus, spec, whole, tmp_path, monkeypatch, reports):
     """On the shared phase, in a branch, after one: rows that stand are not made again."""
-    recipe, storage = {"checkpoint_seconds": 1e-9}, Storage.at(tmp_path)
-    monkeypatch.setattr(loop.Checkpoints, "writing", False)  # a checkpoint after every step
+    recipe: dict[str, Any] = {"checkpoint_seconds": 1e-9}
+    storage = Storage.at(tmp_path)
+    monkeypatch.setattr(Checkpoints, "writing", False)  # a checkpoint after every step
     trials = [of_steps(spec, n, **recipe) for n in LENGTHS]
     found: dict[int, TrialOutcome] = {}
 
@@ -118,8 +121,9 @@ def test_killed_anywhere_and_resumed(corpus, spec, whole, tmp_path, monkeypatch,
 
 def test_a_branch_whose_row_stands_is_left_for_the_run(corpus, spec, whole, tmp_path, monkeypatch):
     """Killed between the row of a branch and the next checkpoint."""
-    monkeypatch.setattr(loop.Checkpoints, "writing", False)
-    recipe, storage = {"checkpoint_seconds": 1e-9}, Storage.at(tmp_path)
+    monkeypatch.setattr(Checkpoints, "writing", False)
+    recipe: dict[str, Any] = {"checkpoint_seconds": 1e-9}
+    storage = Storage.at(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         branched(spec, corpus, recipe=recipe, checkpoints=storage, reporter=DiesAfter(37))
     found = branched(spec, corpus, recipe=recipe, checkpoints=storage, skip=(40,))
@@ -128,12 +132,12 @@ def test_a_branch_whose_row_stands_is_left_for_the_run(corpus, spec, whole, tmp_
 
 
 def test_what_ends_the_shared_phase_ends_all_horizons(corpus, spec, monkeypatch):
-    sound = loop.Track.rate
+    sound = Track.rate
 
     def faulty(self, step):
         return sound(self, step) * (1e5 if step >= 45 else 1)
 
-    monkeypatch.setattr(loop.Track, "rate", faulty)
+    monkeypatch.setattr(Track, "rate", faulty)
     found = branched(spec, corpus, recipe={"clip_norm": None})
     assert {n: o.status for n, o in found.items()} == {
         40: "finished", 64: "diverged", 120: "diverged"
