@@ -1,8 +1,10 @@
-"""What a study would cost: cells, parameters, tokens, FLOPs and GPU-hours. Trains nothing."""
+"""What a study would cost: cells, tokens, FLOPs, GPU-hours and, from a calibration, time."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +17,12 @@ REFERENCE_PEAK_FLOPS = 989e12
 """Dense bf16 peak of one H100 SXM, from its data sheet."""
 REFERENCE_UTILISATION = 0.4
 """Model FLOPs utilisation assumed for GPU-hours."""
+START_SECONDS = 8.0
+"""Until Ray and its first worker are there."""
+TRIAL_SECONDS = 0.05
+"""Between two trials of one worker: the proposal, the row, the messages."""
+EVALUATION = 1 / 3
+"""Of a training token, what a token of the validation slice costs: forward only."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,46 @@ class PlannedCell:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """What a cell's training takes on this machine, timed.
+
+    A step takes `seconds_per_step` and `seconds_per_token` for each token of its batch; a trial
+    `seconds_fixed` beside its steps."""
+
+    cell: str
+    architecture: str
+    flops_per_token: float
+    seconds_per_step: float
+    seconds_per_token: float
+    seconds_fixed: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Paces of a few cells, `at_once` processes timed side by side; `slots` trials run at once."""
+
+    slots: int
+    paces: tuple[Pace, ...]
+    at_once: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All cells of a study with their cost."""
+    """All cells of a study with their cost; `seconds` of each on this machine, once calibrated."""
 
     study: str
     description: str
     cells: tuple[PlannedCell, ...]
+    seconds: tuple[float, ...] = ()
+    """Of all trials of each cell together, on one worker (or one group of workers)."""
+    calibration: Calibration | None = None
+
+    @property
+    def wall_seconds(self) -> float:
+        """Until the study is done, on this machine; NaN without a calibration."""
+        if self.calibration is None:
+            return math.nan
+        return START_SECONDS + sum(self.seconds) / self.calibration.slots
 
     @property
     def trials(self) -> int:
@@ -69,13 +111,76 @@ class Plan:
                 "peak_flops": REFERENCE_PEAK_FLOPS,
                 "utilisation": REFERENCE_UTILISATION,
             },
+            "this_machine": self._timed(),
             "cells": [asdict(c) for c in self.cells],
+        }
+
+    def _timed(self) -> dict[str, Any] | None:
+        if self.calibration is None:
+            return None
+        cells = dict(zip((c.name for c in self.cells), self.seconds, strict=True))
+        return {
+            "wall_seconds": self.wall_seconds,
+            "start_seconds": START_SECONDS,
+            "worker_seconds_by_cell": cells,
+            "calibration": asdict(self.calibration),
         }
 
 
 def make_plan(study: Study) -> Plan:
     """The plan of a study: trials as budgeted, without extensions of a range."""
     return Plan(study.name, study.space.description, tuple(_planned(study, c) for c in study.cells))
+
+
+def with_times(plan: Plan, study: Study, calibration: Calibration) -> Plan:
+    """The plan with the time that its trials would take here, from the paces of a few cells.
+
+    Between the cells timed the seconds of a step follow a power of FLOPs a token; beyond the
+    largest they grow in proportion. The batch is anywhere in its range of powers of two alike.
+    """
+    low, high = study.space.search.batch_sequences.low, study.space.search.batch_sequences.high
+    batches = [2**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    share = sum(1 / b for b in batches or [low]) / len(batches or [low])
+    seconds = []
+    for cell, planned in zip(study.cells, plan.cells, strict=True):
+        pace = _pace_at(calibration.paces, cell)
+        steps = planned.tokens * share / cell.shape.sequence_length
+        validation = study.space.data.validation_sequences * cell.shape.sequence_length
+        tokens = planned.tokens + EVALUATION * validation
+        trial = pace.seconds_fixed + TRIAL_SECONDS + steps * pace.seconds_per_step
+        trial += tokens * pace.seconds_per_token
+        seconds.append(planned.trials * trial / cell.resources.workers)
+    return replace(plan, seconds=tuple(seconds), calibration=calibration)
+
+
+def _pace_at(paces: Sequence[Pace], cell: Cell) -> Pace:
+    """A cell's pace from those of its architecture that were timed."""
+    own = [p for p in paces if p.architecture == cell.architecture]
+    own = sorted(own or paces, key=lambda p: p.flops_per_token)
+    small, large = own[0], own[-1]
+    cost = cell.counts.flops_per_token
+    if cost >= large.flops_per_token or len(own) == 1:
+        grown = cost / large.flops_per_token
+        return replace(
+            large,
+            cell=cell.name,
+            seconds_per_token=large.seconds_per_token * grown,
+            seconds_fixed=large.seconds_fixed,
+        )
+    along = math.log(cost / small.flops_per_token)
+    along /= math.log(large.flops_per_token / small.flops_per_token)
+
+    def between(name: str) -> float:
+        a, b = (max(getattr(p, name), 1e-12) for p in (small, large))
+        return a * (b / a) ** max(along, 0.0)
+
+    return replace(
+        small,
+        cell=cell.name,
+        seconds_per_step=between("seconds_per_step"),
+        seconds_per_token=between("seconds_per_token"),
+        seconds_fixed=between("seconds_fixed"),
+    )
 
 
 def _planned(study: Study, cell: Cell) -> PlannedCell:
@@ -127,9 +232,10 @@ def render_plan(plan: Plan, console: Console | None = None) -> None:
     table.add_column("cell", no_wrap=True)
     if with_shape:
         table.add_column("shape", no_wrap=True)
-    for title in ("active", "total", "tokens", "trials", "FLOPs/trial", "GPU-hours"):
+    titles = ["active", "total", "tokens", "trials", "FLOPs/trial", "GPU-hours"]
+    for title in [*titles, *(["here"] if plan.seconds else [])]:
         table.add_column(title, justify="right", no_wrap=True)
-    for cell in plan.cells:
+    for k, cell in enumerate(plan.cells):
         table.add_row(
             cell.name,
             *([cell.shape] if with_shape else []),
@@ -139,9 +245,12 @@ def render_plan(plan: Plan, console: Console | None = None) -> None:
             str(cell.trials),
             f"{cell.flops_per_trial:.2e}",
             f"{cell.gpu_hours:.2g}",
+            *([clock(plan.seconds[k])] if plan.seconds else []),
         )
     console.print(table)
     console.print(summary_words(plan), highlight=False)
+    if plan.calibration is not None:
+        console.print(time_words(plan), highlight=False)
 
 
 def summary_words(plan: Plan) -> str:
@@ -151,3 +260,28 @@ def summary_words(plan: Plan) -> str:
         f"{plan.gpu_hours:.2g} GPU-hours on H100s at {REFERENCE_UTILISATION:.0%} utilisation. "
         "Parameters are non-embedding."
     )
+
+
+def time_words(plan: Plan) -> str:
+    """The time that a study takes here, and how that is known."""
+    found = plan.calibration
+    assert found is not None
+    at_once = "one at a time" if found.slots == 1 else f"{found.slots} trials at once"
+    timed = ", ".join(p.cell for p in found.paces)
+    return (
+        f"About {clock(plan.wall_seconds)} on this machine, {at_once} (column 'here': of one "
+        f"worker). From training steps of {timed} just timed, {found.at_once} processes side by "
+        "side; expect a factor of two either way."
+    )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them: 42s, 3m05s, 2h10m, 12d."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole / 86400:.0f}d"

@@ -18,6 +18,7 @@ from raysweep.cli.common import (
     load_study,
     write_report,
 )
+from raysweep.errors import UserError
 
 
 @app.command("run")
@@ -61,11 +62,29 @@ def run_command(
 
 
 @app.command("plan")
-def plan_command(space: Space, set_: Set = None, as_json: AsJson = False) -> None:
-    """Show a study's cells, parameters, tokens and FLOPs. Trains nothing."""
-    from raysweep.plan import make_plan, render_plan
+def plan_command(
+    space: Space,
+    set_: Set = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Time a few training steps, some seconds, and estimate how long it takes here."
+        ),
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show a study's cells, parameters, tokens, FLOPs, and the time it would take here."""
+    from raysweep.plan import make_plan, render_plan, with_times
 
-    plan = make_plan(load_study(space, set_))
+    study = load_study(space, set_)
+    plan = make_plan(study)
+    if calibrate:
+        from raysweep.training.calibrate import calibrate as measured
+
+        try:
+            plan = with_times(plan, study, measured(study))
+        except UserError as error:
+            typer.echo(f"note: {error} (--no-calibrate leaves this out)", err=True)
     if as_json:
         typer.echo(json.dumps(plan.to_dict(), indent=1))
     else:

@@ -47,7 +47,9 @@ def assert_light(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [["--help"], ["fit", "--help"], ["plan", SMOKE], ["schema"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["fit", "--help"], ["plan", SMOKE, "--no-calibrate"], ["schema"]]
+)
 def test_light_commands_load_neither_torch_nor_ray(command: list[str]) -> None:
     assert_light(command)
 
@@ -79,12 +81,14 @@ def test_package_import_is_light() -> None:
 
 def test_plan_prints_every_cell_and_the_same_as_json() -> None:
     text = raysweep("plan", SMOKE)
-    plan = json.loads(raysweep("plan", SMOKE, "--json").stdout)
+    plan = json.loads(raysweep("plan", SMOKE, "--json", "--no-calibrate").stdout)
     assert text.returncode == 0, text.stderr
     assert len(plan["cells"]) == 4
     for cell in plan["cells"]:
         assert cell["name"] in text.stdout
     assert f"{plan['trials']} trials" in text.stdout
+    assert plan["this_machine"] is None
+    assert "on this machine" in text.stdout
 
 
 @pytest.mark.parametrize(
