@@ -94,12 +94,12 @@ class Cluster:
         """Of the Jobs API; needs the dashboard."""
         return f"http://{HOST}:{self.dashboard_port}"
 
-    def start_head(self) -> Node:
-        """Start the head, or a new one at the address of one that was killed."""
+    def start_head(self, *more: str) -> Node:
+        """Start the head, or a new one at the address of one that was killed; `more` options."""
         options = ["--head", "--port", str(self.port), "--num-cpus", str(self.head_cpus)]
         options += ["--ray-client-server-port", str(self._client_port)]
         options += ["--dashboard-host", HOST, "--dashboard-port", str(self.dashboard_port)]
-        options += ["--include-dashboard", str(self.dashboard).lower()]
+        options += ["--include-dashboard", str(self.dashboard).lower(), *more]
         self.head = self._start(options)
         if self.dashboard:
             self._wait(self.head, lambda: listens(self.dashboard_port))
@@ -211,7 +211,7 @@ class Driver:
 
     def checkpoints(self) -> list[Path]:
         """Of trials that are running, or were."""
-        return sorted((self.results / "checkpoints").glob("*/*"))
+        return sorted((self.results / "checkpoints").glob("*/[!.]*"))
 
     def wait(self, seconds: float = 300.0) -> int:
         """Its exit code."""

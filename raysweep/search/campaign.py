@@ -19,6 +19,7 @@ from raysweep.config import Cell, Study, TrialSpec
 from raysweep.results.schema import FINISHED
 from raysweep.search.cells import CellState
 from raysweep.search.early_stopping import make_pruner
+from raysweep.search.growth import Kind, kind_of
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.ledger import Bundle, Ledger
 from raysweep.search.resume import take_up, teach
@@ -126,8 +127,18 @@ class Campaign:
         self.ledger.take(trial_id, bundles_of(state.cell), force=forced)
         self._open[trial_id] = (state, proposal, trial)
         state.running.add(proposal.number)
-        self._flops_spent += state.cell.flops
+        self._flops_spent += state.trial_flops
         return proposal
+
+    def waiting(self) -> dict[Kind, int]:
+        """Trials that would start now if the cluster had room, by what they need."""
+        waiting: Counter[Kind] = Counter()
+        for state in self._ordered():
+            bundles = bundles_of(state.cell)
+            if self.runnable(state) and not self.ledger.fits(bundles):
+                useful = max(1, math.ceil(state.budget / 3)) - len(state.running)
+                waiting[kind_of(bundles)] += max(0, min(useful, state.wanted))
+        return {kind: count for kind, count in waiting.items() if count}
 
     def report(self, trial_id: str, percent: int, loss: float) -> bool:
         """Progress of a running trial: percent of its horizon, smoothed training loss.

@@ -23,6 +23,11 @@ class Ledger:
         self._totals = {node: dict(total) for node, total in nodes.items()}
 
     @property
+    def nodes(self) -> frozenset[str]:
+        """Ids of the nodes there are."""
+        return frozenset(self._totals)
+
+    @property
     def free(self) -> dict[str, dict[str, float]]:
         """What is left on each node."""
         left = {node: dict(total) for node, total in self._totals.items()}

@@ -13,6 +13,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from raysweep.search.campaign import Campaign
+from raysweep.search.growth import Growth, PlacementRequest
 from raysweep.search.interruption import INTERRUPTED, Interruption
 from raysweep.search.ledger import Bundle
 
@@ -36,6 +37,7 @@ class CampaignSearcher(Searcher):
         self.campaign = campaign
         self._nodes = nodes
         self._interruption = interruption
+        self._growth = Growth(PlacementRequest)
         self._looked = -math.inf
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
@@ -46,7 +48,10 @@ class CampaignSearcher(Searcher):
         if now - self._looked > NODES_SECONDS:
             self._looked = now
             self.campaign.ledger.update(self._nodes())
+            campaign = self.campaign
+            self._growth.update(campaign.waiting(), campaign.running, campaign.ledger.nodes)
         if self.campaign.done:
+            self._growth.withdraw()
             return Searcher.FINISHED
         proposal = self.campaign.ask(trial_id)
         if proposal is None:
