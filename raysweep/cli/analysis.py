@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from raysweep.cli import complete
 from raysweep.cli.common import (
     AsJson,
     ResultsArgument,
@@ -22,7 +23,12 @@ from raysweep.errors import UserError
 @app.command("import")
 def import_command(
     format_: Annotated[
-        str, typer.Argument(help="steplaw, chinchilla, isoflop or csv.", metavar="FORMAT")
+        str,
+        typer.Argument(
+            help="steplaw, chinchilla, isoflop or csv.",
+            metavar="FORMAT",
+            autocompletion=complete.import_formats,
+        ),
     ],
     file: Annotated[Path, typer.Argument(help="File to read.")],
     results: Annotated[str, typer.Option("--results", help="Results folder or URI.")],
@@ -45,7 +51,10 @@ def import_command(
 
 @app.command("export")
 def export_command(
-    format_: Annotated[str, typer.Argument(help="optuna.", metavar="FORMAT")],
+    format_: Annotated[
+        str,
+        typer.Argument(help="optuna.", metavar="FORMAT", autocompletion=complete.export_formats),
+    ],
     results: ResultsArgument,
     file: Annotated[Path, typer.Argument(help="Journal to write, e.g. journal.log.")],
 ) -> None:
@@ -89,7 +98,9 @@ def recommend_command(
 def serving_command(
     results: ResultsArgument,
     flops: Annotated[float, typer.Option(help="Training budget in FLOPs, e.g. 1e22.")],
-    gpu: Annotated[str, typer.Option(help="GPU to serve on, e.g. h100.")],
+    gpu: Annotated[
+        str, typer.Option(help="GPU to serve on, e.g. h100.", autocompletion=complete.gpus)
+    ],
     dollars: Annotated[float, typer.Option(help="Price of one GPU an hour.")],
     experts: Annotated[
         str, typer.Option(help="Numbers of experts to weigh.", metavar="E,E,...")
@@ -158,7 +169,10 @@ def _numbers(text: str) -> list[float]:
 def compare_command(
     results: Annotated[
         list[str],
-        typer.Argument(help="Results folders or URIs; RESULTS#STUDY is one study of one."),
+        typer.Argument(
+            help="Results folders or URIs; RESULTS#STUDY is one study of one.",
+            autocompletion=complete.results,
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder to write a page to.")

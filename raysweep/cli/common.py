@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from raysweep.cli import complete
+
 if TYPE_CHECKING:
     from raysweep.config import Study
 
@@ -24,13 +26,28 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Space = Annotated[Path, typer.Argument(help="Search-space file (YAML).", metavar="SPACE")]
+Space = Annotated[
+    Path,
+    typer.Argument(
+        help="Search-space file (YAML).", metavar="SPACE", autocompletion=complete.spaces
+    ),
+]
 ResultsArgument = Annotated[
-    str, typer.Argument(help="Results folder or URI (s3://, gs://).", metavar="RESULTS")
+    str,
+    typer.Argument(
+        help="Results folder or URI (s3://, gs://).",
+        metavar="RESULTS",
+        autocompletion=complete.results,
+    ),
 ]
 ResultsOption = Annotated[
     str | None,
-    typer.Option("--results", help="Results folder or URI; default: results/STUDY.", metavar="URI"),
+    typer.Option(
+        "--results",
+        help="Results folder or URI; default: results/STUDY.",
+        metavar="URI",
+        autocompletion=complete.results,
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -39,9 +56,24 @@ Set = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"raysweep {version('raysweep')}")
+        except PackageNotFoundError:
+            typer.echo("raysweep, not installed: run from its sources")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
 ) -> None:
     level = logging.DEBUG if debug else logging.INFO
     handler = logging.StreamHandler()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from raysweep.cli import complete
 from raysweep.cli.common import (
     AsJson,
     ResultsOption,
@@ -94,7 +95,10 @@ def plan_command(
 @app.command("train")
 def train_command(
     space: Space,
-    cell: Annotated[str, typer.Option(help="Name of the cell; 'plan' lists them.")],
+    cell: Annotated[
+        str,
+        typer.Option(help="Name of the cell; 'plan' lists them.", autocompletion=complete.cells),
+    ],
     lr: Annotated[float, typer.Option(help="Peak learning rate.")],
     batch_tokens: Annotated[int, typer.Option(help="Global batch in tokens.")],
     seed: Annotated[int | None, typer.Option(help="Seed; default: the study's.")] = None,

@@ -1,0 +1,72 @@
+"""What the shell offers after Tab: search-space files, results folders, formats, cells, GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+HIDDEN = "."
+
+
+def spaces(incomplete: str) -> list[str]:
+    """Search-space files, and the folders that may hold them."""
+    return [
+        name
+        for name, path in _under(incomplete)
+        if path.is_dir() or path.suffix in (".yaml", ".yml")
+    ]
+
+
+def results(incomplete: str) -> list[str]:
+    """Folders, results folders first."""
+    folders = [(name, path) for name, path in _under(incomplete) if path.is_dir()]
+    ours = [name.rstrip("/") for name, path in folders if (path / "raysweep.json").exists()]
+    return ours or [name for name, _ in folders]
+
+
+def _under(incomplete: str) -> Iterator[tuple[str, Path]]:
+    """(as it is typed, path) of what begins with `incomplete`; folders end with a slash."""
+    typed, _, begun = incomplete.rpartition("/")
+    prefix = typed + "/" if "/" in incomplete else ""
+    folder = Path(prefix or ".").expanduser()
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(begun) and (begun or not path.name.startswith(HIDDEN)):
+            yield prefix + path.name + ("/" if path.is_dir() else ""), path
+
+
+def cells(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The cells of the study that stands before on the line."""
+    from raysweep.config import Study
+    from raysweep.errors import UserError
+
+    space = ctx.params.get("space")
+    if space is None:
+        return []
+    try:
+        study = Study.load(space, ctx.params.get("set_") or ())
+    except (UserError, OSError):
+        return []  # the command itself will say what is wrong with the file
+    return [cell.name for cell in study.cells if cell.name.startswith(incomplete)]
+
+
+def import_formats(incomplete: str) -> list[str]:
+    """What `import` reads."""
+    from raysweep.results.importers import IMPORTERS
+
+    return [name for name in (*IMPORTERS, "csv") if name.startswith(incomplete)]
+
+
+def export_formats(incomplete: str) -> list[str]:
+    """What `export` writes."""
+    return [name for name in ("optuna",) if name.startswith(incomplete)]
+
+
+def gpus(incomplete: str) -> list[str]:
+    """GPUs whose data sheets `serving` knows."""
+    from raysweep.scaling.roofline import GPUS
+
+    return [name for name in GPUS if name.startswith(incomplete)]
