@@ -22,6 +22,14 @@ PUBLISHED_SPLITS = (
 )
 """Published exponents of N_opt: source, kind, value."""
 
+COUNT_WORDS = {
+    "params_total": "all parameters, of all experts",
+    "params_total_non_embedding": "all parameters but embeddings, of all experts",
+    "params_active": "active parameters",
+    "params_active_non_embedding": "active parameters but embeddings",
+    "params_dense": "the parameters of the dense twin",
+}
+
 
 def budget_rows(fits: Fits, n: Numbers) -> list[Row]:
     """The table of splits: by the law, and by the parabolas where budgets were held."""
@@ -113,6 +121,12 @@ def budgets(fits: Fits, n: Numbers) -> list[Markup]:
         for name in without
     ]
     kinds = {fits.groups[name].kind for name in shown}
+    if "moe" in kinds:
+        counts = dict.fromkeys(COUNT_WORDS[fits.allocation[name].count] for name in shown)
+        text = (
+            "N counts {}, as this law has it: a larger N of a MoE is <em>not</em> a dearer model."
+        )
+        said.append(Markup(text).format(" or ".join(counts)))
     quoted = [f"{v:.3f} ({source})" for source, kind, v in PUBLISHED_SPLITS if kind in kinds]
     if quoted:
         said.append(Markup("Published exponents of N: {}.").format("; ".join(quoted)))

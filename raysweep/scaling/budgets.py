@@ -12,7 +12,7 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.scaling.allocation import Allocation, compute_optimal
 from raysweep.scaling.efficiency import Efficiency, data_efficiency, efficiency_leverage
-from raysweep.scaling.group_loss import NotFitted
+from raysweep.scaling.group_loss import NotFitted, loss_inputs
 from raysweep.scaling.groups import ALL, Group
 from raysweep.scaling.holdout import LEVEL_RATIO, levels
 from raysweep.scaling.isoflop import IsoFlop, isoflop, parabola_bias
@@ -121,7 +121,7 @@ def split_budget(group: Group, n_boot: int, seed: int) -> Split:
         bias = parabola_bias(fit, params, tokens, flops).exponent_error
     return Split(
         law=SPLIT_LAW,
-        count=fit.law.parameter_count,
+        count=loss_inputs(known, SPLIT_LAW)[1],
         flops=budget,
         optimum=optimum,
         path=tuple(best(float(c)) for c in path),

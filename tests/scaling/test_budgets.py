@@ -61,7 +61,7 @@ def test_without_experts_or_law_there_is_a_reason_and_no_number(planted_study) -
     assert split.message
     assert math.isnan(split.flops)
     assert "split of a budget: " + split.status in str(dense)
-    with pytest.raises(UserError, match="both dense and MoE"):
+    with pytest.raises(UserError, match="one number of experts only"):
         dense.serve(1e20, Serving(find_gpu("H100"), 3.0))
     few = fit(planted_study(kinds=("dense", "moe"), scales=(1e7,), per_cell=12), n_boot=10)
     assert not few.efficiency["moe"].ok
