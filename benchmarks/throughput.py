@@ -1,4 +1,5 @@
-"""Training speed: `python -m benchmarks.throughput [--repeats 5] [--part cpu|pair|noise|gpu]`.
+"""Training speed: `python -m benchmarks.throughput [--repeats 5] [--part cpu|pair|noise|gpu]
+[--json FILE]`.
 
 - cpu: tokens/s of one thread in float32 against Hugging Face's LlamaForCausalLM and
   MixtralForCausalLM of the same shapes, all without QK-norm; ours measures the noise scale
@@ -20,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,9 +60,14 @@ def show(name: str, values: list[float]) -> str:
     return f"{name} {middle:,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
-def cpu(repeats: int) -> None:
+def geometric_mean(values: list[float]) -> float:
+    return math.prod(values) ** (1 / len(values))
+
+
+def cpu(repeats: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for kind, experts in (("LlamaForCausalLM", 1), ("MixtralForCausalLM", 8)):
-        ratios = []
+        ratios, cases = [], []
         for d_model, layers, heads in SHAPES:
             case = CPU_CASE | {
                 "d_model": d_model, "layers": layers, "heads": heads, "steps": STEPS[d_model],
@@ -70,12 +77,16 @@ def cpu(repeats: int) -> None:
                 them.append(measure(case | {"peer": True}))
                 us.append(measure(case))
             ratios.append(statistics.median(us) / statistics.median(them))
+            cases.append({"shape": (d_model, layers, heads), "ours": us, "peer": them})
             texts = show("tokens/s", us), show(kind, them)
             print(f"  {d_model, layers, heads}: {texts[0]}, {texts[1]}: {ratios[-1]:.2f}x")
-        print(f"cpu: {math.prod(ratios) ** (1 / len(ratios)):.2f}x {kind}, geometric mean")
+        ratio = geometric_mean(ratios)
+        print(f"cpu: {ratio:.2f}x {kind}, geometric mean")
+        found[kind] = {"ratio": ratio, "ratios": ratios, "tokens_per_second": cases}
+    return found
 
 
-def pair(repeats: int) -> None:
+def pair(repeats: int) -> dict[str, Any]:
     case = CPU_CASE | {"d_model": 64, "layers": 4, "heads": 4, "steps": 100, "wall": True}
     one, two = [], []
     for _ in range(repeats):
@@ -83,10 +94,11 @@ def pair(repeats: int) -> None:
         two.append(measure(case, together=2))
     ratio = statistics.median(two) / statistics.median(one)
     print(f"pair: {show('one', one)}, {show('two', two)} tokens/s: {ratio:.2f}x")
+    return {"ratio": ratio, "one": one, "two": two}
 
 
-def noise(repeats: int) -> None:
-    costs = []
+def noise(repeats: int) -> dict[str, Any]:
+    costs, cases = [], []
     for d_model, layers, heads in SHAPES:
         shape = {"d_model": d_model, "layers": layers, "heads": heads}
         case = CPU_CASE | shape | {"steps": 2 * STEPS[d_model]}
@@ -95,37 +107,51 @@ def noise(repeats: int) -> None:
             without.append(measure(case | {"recipe": {"noise_scale": False}}))
             with_it.append(measure(case))
         costs.append(statistics.median(without) / statistics.median(with_it) - 1)
+        cases.append({"shape": (d_model, layers, heads), "on": with_it, "off": without})
         print(f"  {d_model, layers, heads}: {show('on', with_it)}, {show('off', without)} tokens/s")
     print(f"noise: costs {', '.join(f'{100 * c:.1f} %' for c in costs)}")
+    return {"costs": costs, "tokens_per_second": cases}
 
 
-def gpu(repeats: int) -> None:
+def gpu(repeats: int) -> dict[str, Any]:
     if not torch.cuda.is_available():
         print("gpu: PyTorch sees no GPU here; nothing measured")
-        return
+        return {}
     name = torch.cuda.get_device_name()
     peak = next((flops for key, flops in GPU_PEAK.items() if key in name), None)
     from benchmarks.throughput_worker import make_spec
 
     base = {"vocab_size": 50_304, "sequence_length": 1024, "steps": 40, "gpus": 1, "compile": "on"}
-    speeds: dict[str, float] = {}
-    for label, case in {
-        "124M": base | {"d_model": 768, "layers": 12, "heads": 12, "batch": 256},
-        "350M": base | {"d_model": 1024, "layers": 24, "heads": 16, "batch": 128},
-        "124M, 16 experts": base
-        | {"d_model": 768, "layers": 12, "heads": 12, "batch": 256, "experts": 16},
+    small = {"d_model": 768, "layers": 12, "heads": 12, "batch": 256}
+    found: dict[str, Any] = {"peak_flops": peak}
+    for label, shape in {
+        "124M": small,
+        "350M": {"d_model": 1024, "layers": 24, "heads": 16, "batch": 128},
+        "124M, 16 experts": small | {"experts": 16},
     }.items():
-        values = [measure(case) for _ in range(repeats)]
-        speeds[label] = statistics.median(values)
-        used = make_spec(case).cell.counts.flops_per_token * speeds[label]
-        share = f"{100 * used / peak:.1f} % of peak" if peak else "peak of this GPU unknown"
+        values = [measure(base | shape) for _ in range(repeats)]
+        counts = make_spec(base | shape).cell.counts
+        used = counts.flops_per_token * statistics.median(values)
+        mfu = used / peak if peak else None
+        share = f"MFU {mfu:.1%}" if mfu else "peak of this GPU unknown"
         print(f"  {label}: {show('tokens/s', values)}, {used / 1e12:.0f} TFLOP/s, {share}")
-    print(f"gpu: MoE at {speeds['124M, 16 experts'] / speeds['124M']:.0%} of its twin's tokens/s")
+        found[label] = {
+            "tokens_per_second": values,
+            "mfu": mfu,
+            "params_total": counts.params_total,
+            "params_active": counts.params_active,
+        }
+    speeds = [
+        statistics.median(found[k]["tokens_per_second"]) for k in ("124M, 16 experts", "124M")
+    ]
+    found["moe_over_dense"] = speeds[0] / speeds[1]
+    print(f"gpu: MoE at {found['moe_over_dense']:.0%} of its twin's tokens/s")
     tiny = CPU_CASE | {"d_model": 128, "layers": 4, "heads": 4, "steps": 400, "gpus": 1}
     alone = [measure(tiny) for _ in range(repeats)]
     shared = [measure(tiny | {"gpus": 1 / 16}, together=16) for _ in range(repeats)]
     ratio = statistics.median(shared) / statistics.median(alone)
     print(f"gpu: {show('one', alone)}, {show('16 sharing', shared)} tokens/s: {ratio:.1f}x")
+    return found | {"sharing": {"ratio": ratio, "one": alone, "sixteen": shared}}
 
 
 PARTS = {"cpu": cpu, "pair": pair, "noise": noise, "gpu": gpu}
@@ -135,12 +161,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file besides")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    versions = ", ".join(f"{k} {v}" for k, v in library_versions().items())
-    print(f"{device_name(device)}, {os.cpu_count()} cores; {versions}; n = {arguments.repeats}")
+    versions = library_versions()
+    words = ", ".join(f"{k} {v}" for k, v in versions.items())
+    print(f"{device_name(device)}, {os.cpu_count()} cores; {words}; n = {arguments.repeats}")
+    found: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.throughput", *sys.argv[1:]]),
+        "device": device_name(device),
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "n": arguments.repeats,
+    }
     for part in arguments.part or PARTS:
-        PARTS[part](arguments.repeats)
+        found[part] = PARTS[part](arguments.repeats)
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

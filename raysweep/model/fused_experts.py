@@ -12,9 +12,9 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.functional import grouped_mm
 
 from raysweep.model import moe
 from raysweep.model.fused import matmul, matmul_of_transposed, swiglu_backward
@@ -77,7 +77,7 @@ class _Mix(Function):
             both = _product(x_RD[rows], gate_up_EDF[experts], ends_E)
             # Copies pay: elementwise kernels are slow on rows of odd width.
             gate, up = (half.contiguous() for half in both.chunk(2, 1))
-            gated = torch.nn.functional.silu(gate)
+            gated = F.silu(gate)
             hidden = gated * up
             outputs.append(_product(hidden, down_EFD[experts], ends_E))
             activations += [gate, up, gated, hidden]
@@ -128,7 +128,7 @@ def _product(x_RI: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
         return matmul(x_RI, w)
     if x_RI.dtype == torch.float64:  # which the grouped kernel lacks
         return moe.expert_loop(x_RI, w, ends_E)
-    return grouped_mm(x_RI, w, offs=ends_E)
+    return F.grouped_mm(x_RI, w, offs=ends_E)
 
 
 def _gradient(x_RI: Tensor, dy_RO: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _gradient(x_RI: Tensor, dy_RO: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
         sizes = moe.loads(ends_E).tolist()
         parts = zip(x_RI.split(sizes), dy_RO.split(sizes), strict=True)
         return torch.stack([x.t() @ dy for x, dy in parts])
-    return grouped_mm(x_RI.t(), dy_RO, offs=ends_E)
+    return F.grouped_mm(x_RI.t(), dy_RO, offs=ends_E)
 
 
 def _sum_of_pairs(y_RD: Tensor, row_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
