@@ -108,7 +108,7 @@ def stop_command(job: JobArgument, address: JobsAddress = DEFAULT_JOBS) -> None:
 
 
 def _follow(jobs: Jobs, job: str) -> None:
-    from raysweep.cluster.jobs import show
+    from raysweep.cluster.jobs import outcome, show
 
     try:
         ended = jobs.follow(job, show)
@@ -116,6 +116,4 @@ def _follow(jobs: Jobs, job: str) -> None:
         typer.echo(f"{job} goes on: 'raysweep stop {job}' ends it", err=True)
         raise typer.Exit(130) from None
     if ended.status != "SUCCEEDED":
-        raise UserError(
-            f"{job} {ended.status.value}: {' '.join((ended.message or '').split())[:300]}"
-        )
+        raise UserError(f"{job} {ended.status.value}: {outcome(ended)}")

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from raysweep.cluster.package import collect, stage
 from raysweep.config import Study
 from raysweep.errors import UserError
+from raysweep.results.filesystem import local_folder
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -42,7 +43,6 @@ _CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-_URI = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 class Jobs:
@@ -165,15 +165,15 @@ class Jobs:
 
     def _results(self, results: str, allow_local: bool) -> str:
         """Results as the driver must be told; local folders only where all nodes see them."""
-        if _URI.match(results):
+        path = local_folder(results)
+        if path is None:
             return results
-        path = str(Path(results).expanduser().resolve())
         if not allow_local and self._hosts() != {socket.gethostname()}:
             raise UserError(
                 f"results folder {path} would land on the nodes at {self.address}: use s3:// or "
                 "gs://, or add --yes if all nodes share this folder"
             )
-        return path
+        return str(path)
 
     def _hosts(self) -> set[str]:
         """Names of the machines in the cluster; a tunnel to a head is not this machine."""
@@ -214,8 +214,14 @@ def describe(job: JobDetails) -> dict[str, Any]:
         if start
         else None,
         "minutes": round((end - start) / 60_000, 1) if start else None,
-        "message": " ".join((job.message or "").split())[:300],
+        "message": outcome(job),
     }
+
+
+def outcome(job: JobDetails) -> str:
+    """What Ray says of how a job stands, without the end of its log that Ray appends."""
+    said = (job.message or "").split(", last available logs")[0]
+    return " ".join(said.split())[:300]
 
 
 def read_env_file(path: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
+import fsspec
 import pyarrow as pa
 from pyarrow import fs
 
@@ -48,11 +49,9 @@ class Storage:
     def at(cls, uri: str | os.PathLike[str]) -> Storage:
         """Resolve a URI. Raises UserError for one that names no filesystem."""
         text = os.fspath(uri)
-        if text.startswith("file://"):
-            text = unquote(urlsplit(text).path)
-        if not re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", text):
-            path = str(Path(text).expanduser().resolve())
-            return cls(path, fs.LocalFileSystem(), path)
+        folder = local_folder(text)
+        if folder is not None:
+            return cls(str(folder), fs.LocalFileSystem(), str(folder))
         if text.endswith("://"):
             raise UserError(f"{text} names no place: write {text}BUCKET/FOLDER")
         if text.split("://")[0] in _ARROW_SCHEMES:
@@ -128,6 +127,23 @@ class Storage:
         return retry(attempt, f"look at {self.uri}")
 
 
+def local_folder(uri: str) -> Path | None:
+    """The folder that a path or a `file://` URI names; None for a place elsewhere.
+
+    Raises UserError for a URI of no kind that is known.
+    """
+    if uri.startswith("file://"):
+        uri = unquote(urlsplit(uri).path)
+    if not re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", uri):
+        return Path(uri).expanduser().resolve()
+    scheme = uri.split("://")[0]
+    if scheme == "memory":
+        raise UserError(f"{uri} would end with this process: name a folder, s3:// or gs://")
+    if scheme not in _ARROW_SCHEMES and scheme not in fsspec.available_protocols():
+        raise UserError(f"{uri}: no filesystem for this URI; use a folder, s3:// or gs://")
+    return None
+
+
 def retry(action: Callable[[], T], what: str) -> T:
     """Run a storage call; passing faults are tried again, lasting ones become one clear line."""
     begun = time.monotonic()
@@ -159,10 +175,6 @@ def _through_arrow(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
-    import fsspec
-
-    if uri.startswith("memory://"):
-        raise UserError(f"{uri} would end with this process: name a folder, s3:// or gs://")
     try:
         filesystem, root = fsspec.url_to_fs(uri)
     except (ImportError, ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,6 +48,20 @@ def test_ray_up_files_have_a_token_and_a_loopback_dashboard(name: str) -> None:
         assert "export RAY_AUTH_MODE=token" in commands
     assert "--dashboard-host=127.0.0.1" in start_commands(config)[0]
     assert "~/.ray/auth_token" in config["file_mounts"]
+
+
+def test_ray_takes_the_start_commands() -> None:
+    from ray._private.parameter import RayParams
+    from ray.scripts.scripts import start
+
+    texts = [(CLUSTER / "README.md").read_text()]
+    texts += ["\n".join(start_commands(load(name))) for name in RAY_UP]
+    lines = re.findall(r"\bray start ((?:.*\\\n)*.*)$", "\n".join(texts), re.M)
+    assert len(lines) == 1 + 2 * len(RAY_UP)
+    for line in lines:
+        words = shlex.split(line.replace("\\\n", " "), comments=True)
+        given = start.make_context("start", words).params  # refuses options it does not know
+        RayParams(**{name: given[name] for name in ("ray_client_server_port", "num_cpus")})
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])

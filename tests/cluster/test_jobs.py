@@ -93,6 +93,8 @@ def test_wrong_token_and_wrong_address_are_one_line(cluster, tmp_path: Path) -> 
     bare["HOME"] = str(tmp_path)  # without a token file either
     one_line(raysweep(*submit, cluster.address, env=bare), "token")
     one_line(raysweep(*submit, "http://127.0.0.1:1", env=cluster.env), "http://127.0.0.1:1")
+    nowhere = ["submit", SMOKE, "--results", "nope://x", "--address", cluster.address]
+    one_line(raysweep(*nowhere, env=cluster.env), "nope://x: no filesystem")
     assert not (tmp_path / "r").exists()
 
 
