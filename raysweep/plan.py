@@ -144,9 +144,10 @@ def with_times(plan: Plan, study: Study, calibration: Calibration) -> Plan:
     seconds = []
     for cell, planned in zip(study.cells, plan.cells, strict=True):
         pace = _pace_at(calibration.paces, cell)
-        steps = planned.tokens * share / cell.shape.sequence_length
+        trained = planned.flops_per_trial / cell.counts.flops_per_token
+        steps = trained * share / cell.shape.sequence_length
         validation = study.space.data.validation_sequences * cell.shape.sequence_length
-        tokens = planned.tokens + EVALUATION * validation
+        tokens = trained + EVALUATION * validation
         trial = pace.seconds_fixed + TRIAL_SECONDS + steps * pace.seconds_per_step
         trial += tokens * pace.seconds_per_token
         seconds.append(planned.trials * trial / cell.resources.workers)
@@ -187,11 +188,12 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
     search, counts = study.space.search, cell.counts
     first = next(c for c in study.cells if c.architecture == cell.architecture)
     budget = search.trials_per_cell
-    if cell is first and search.first_cell_trials is not None:
+    if study.trunk(cell) == study.trunk(first) and search.first_cell_trials is not None:
         budget = search.first_cell_trials
     trials = budget + search.repeats_at_optimum
     targets = [e.params for e in study.space.scales if e.params and _is_scale(e, cell)]
-    flops = cell.flops * trials
+    flops_per_trial = study.flops(cell)
+    flops = flops_per_trial * trials
     return PlannedCell(
         name=cell.name,
         shape=_shape_words(cell),
@@ -202,7 +204,7 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
         params_target=targets[0] if targets else None,
         tokens=cell.tokens,
         trials=trials,
-        flops_per_trial=cell.flops,
+        flops_per_trial=flops_per_trial,
         flops_6nd_per_trial=counts.flops_6nd(cell.tokens),
         flops=flops,
         gpu_hours=flops / (REFERENCE_PEAK_FLOPS * REFERENCE_UTILISATION) / 3600,

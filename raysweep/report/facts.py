@@ -93,6 +93,10 @@ def totals(frame: pd.DataFrame) -> dict[str, float]:
     counted = (status == FINISHED) & frame["excluded"].isna()
     workers = pd.to_numeric(frame["world_size"], errors="coerce").fillna(1)
     seconds = pd.to_numeric(frame["seconds_train"], errors="coerce")
+    # A WSD branch was lent the tokens that the row of a longer horizon counts.
+    seen = pd.to_numeric(frame["tokens_seen"], errors="coerce")
+    trained = pd.to_numeric(frame["tokens_trained"], errors="coerce").fillna(seen)
+    flops = pd.to_numeric(frame["flops"], errors="coerce") * (trained / seen).fillna(1.0)
     return {
         "rows": len(frame),
         "finished": int((status == FINISHED).sum()),
@@ -100,8 +104,8 @@ def totals(frame: pd.DataFrame) -> dict[str, float]:
         "failed": int((status != FINISHED).sum()),
         "excluded": int(((status == FINISHED) & ~counted).sum()),
         "worker_hours": float((seconds * workers).sum() / 3600),
-        "flops": float(pd.to_numeric(frame["flops"], errors="coerce").sum()),
-        "tokens": float(pd.to_numeric(frame["tokens_seen"], errors="coerce").sum()),
+        "flops": float(flops.sum()),
+        "tokens": float(trained.sum()),
     }
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from raysweep.config import Study
+from raysweep.plan import make_plan
 from raysweep.results.schema import COLUMNS
 from raysweep.search.campaign import Campaign
 from raysweep.search.ledger import Ledger
@@ -151,6 +152,15 @@ def test_ranges_of_a_scale_widen_together() -> None:
     assert all(b.bounds == trunk.bounds for b in trunk.branches)
     assert len(rows) % 3 == 0
     assert max(float(str(r["learning_rate"])) for r in rows) > 1e-3
+
+
+def test_the_plan_counts_the_shared_phase_once() -> None:
+    study = make_study(first_cell_trials=6)
+    plan = make_plan(study)
+    planned = {c.name: c for c in plan.cells}
+    for cell in study.cells:
+        assert planned[cell.name].flops_per_trial == study.flops(cell)
+        assert planned[cell.name].trials == (6 if cell.scale == "xs" else 4)
 
 
 @pytest.mark.ray
