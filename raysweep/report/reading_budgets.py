@@ -113,12 +113,14 @@ def budgets(fits: Fits, n: Numbers) -> list[Markup]:
                 "fitted law, <em>not</em> measurements."
             ).format("" if len(sliced) == len(names_of(fits)) else f" in {', '.join(sliced)}")
         )
-    without = [name for name in names_of(fits) if name not in shown]
+    without: dict[str, list[str]] = {}
+    for name in names_of(fits):
+        if name not in shown:
+            why = fits.allocation[name].message or fits.allocation[name].status
+            without.setdefault(why, []).append(name)
     said += [
-        Markup("<b>{}</b> has no law that tells how to split a budget: {}.").format(
-            name, fits.allocation[name].message or fits.allocation[name].status
-        )
-        for name in without
+        Markup("{}: no law tells how to split a budget ({}).").format(listed(names), why)
+        for why, names in without.items()
     ]
     kinds = {fits.groups[name].kind for name in shown}
     if "moe" in kinds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -151,6 +152,22 @@ def test_every_number_is_that_of_the_fits(ladder: tuple[Results, Path]) -> None:
     assert set(compared) == {"cells", "groups", "comparison", "sensitivity"}
 
 
+def test_readings_are_written_from_the_fits(ladder: tuple[Results, Path]) -> None:
+    results, path = ladder
+    fits, text = fit(results), Page(path).text
+    assert "dense : no law of the loss could be tried" in text
+    load = fits.expert_load["expert_load_max_over_mean"]
+    assert f"takes {load.min():.2f} to {load.max():.2f} times its even share" in text
+    assert "What the experts of moe save cannot be told" in text
+    assert "The fits do not support an answer" in text  # of what serving costs
+    moved = fits.sensitivity["dense"]["batch_tokens"].variants
+    worst = max(
+        (v for v in moved[1:] if math.isfinite(v.at.value)),
+        key=lambda v: abs(math.log(v.at.value / moved[0].at.value)),
+    )
+    assert worst.name in text
+
+
 def test_text_of_rows_is_inert(make_rows: Callable, make_results: Callable, tmp_path: Path) -> None:
     evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
     rows = make_rows(("dense",), 2, trials=9)
@@ -285,6 +302,11 @@ def test_budgets_that_were_held_have_parabolas(
     assert sum(line.startswith("parabola,") for line in rows_of) == 3
     assert sum(line.startswith("run,") for line in rows_of) == len(held)
     assert "prefer the law" in page.text
+    group = fits.groups["dense"]
+    unseen = group.loss_checks[group.loss_order()[0]].unseen
+    inside = sum(u.low <= u.observed <= u.high for u in unseen)
+    assert f"{inside} of {len(unseen)} lie inside the 95 % interval" in page.text
+    assert "a longer extrapolation is not supported" in page.text
     assert "not measurements" not in page.text
 
 
