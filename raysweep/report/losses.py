@@ -20,6 +20,7 @@ from raysweep.report.figures import (
     held_words,
     label_ends,
 )
+from raysweep.report.rows import Mark, draw_rows, rows_height
 from raysweep.report.style import (
     ARCHITECTURE_COLOURS,
     LIGHT,
@@ -166,30 +167,25 @@ def comparison_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
     if not found:
         return None
     found.sort(key=lambda f: list(RATIO_NAMES.values()).index(f[0]))
+    labels = [f"{name}, {label}" for name, label, _ in found]
+    marks = [
+        Mark(
+            row,
+            ratio.ratio,
+            ratio.low,
+            ratio.high,
+            "c1" if ratio.low > 1 or ratio.high < 1 else "muted",
+            tip=f"{label}: {ratio.ratio:.3g}, {ratio.n_dense} dense and {ratio.n_moe} MoE cells",
+        )
+        for row, (label, (*_, ratio)) in enumerate(zip(labels, found, strict=True))
+    ]
     with settings():
-        figure = new_figure(10.2, 0.7 + 0.27 * len(found))
+        figure = new_figure(10.2, rows_height(len(found)))
         axes = figure.subplots()
-        places = np.arange(len(found))[::-1]
-        axes.axvline(1, color=LIGHT["faint"], linewidth=1)
-        for place, (_, _, ratio) in zip(places, found, strict=True):
-            clear = math.isfinite(ratio.low) and (ratio.low > 1 or ratio.high < 1)
-            colour = LIGHT["c1"] if clear else LIGHT["muted"]
-            if math.isfinite(ratio.low):
-                axes.plot([ratio.low, ratio.high], [place, place], color=colour, linewidth=1.6)
-            axes.scatter([ratio.ratio], [place], s=30, c=colour, zorder=3)
-        axes.set_yticks(places, [f"{name}, {label}" for name, label, _ in found])
-        axes.tick_params(axis="y", length=0, labelcolor=LIGHT["ink"])
-        axes.spines["left"].set_visible(False)
-        axes.set_ylim(-0.7, len(found) - 0.3)
-        values = [r.ratio for *_, r in found]
-        low = min(*(values), *(r.low for *_, r in found if r.low > min(values) / 5), 0.8)
-        high = max(*(values), *(r.high for *_, r in found if r.high < max(values) * 5), 1.25)
-        axes.set_xlim(low / 1.15, high * 1.15)
+        tips = draw_rows(axes, labels, marks, 1.0, "ratios")
         log_axis(axes, "x", "count", 7)
-        axes.grid(True, axis="x")
-        axes.set_axisbelow(True)
         axes.set_xlabel("MoE over dense: 1 is no difference")
-        drawing = finish(figure, "comparison", "Ratios of MoE over dense with intervals", {}, png)
+        drawing = finish(figure, "comparison", "Ratios of MoE over dense with intervals", tips, png)
     rows = [
         {"quantity": n, "compared": label, "ratio": r.ratio, "low": r.low, "high": r.high}
         for n, label, r in found
