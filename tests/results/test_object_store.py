@@ -1,5 +1,7 @@
 """The store on a real S3 server: all it does, also where one request in five fails."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,14 +58,14 @@ def said(driver: subprocess.Popen[str]) -> str:
 def use_all(uri: str, a_row: Callable, curve: dict) -> Results:
     """Everything that a study does to its results."""
     results = Results.open(uri, create=True)
-    for i in range(12):
+    for i in range(8):
         results.write(a_row(f"k{i}", loss=float(i)), curve)
     results.write(a_row("k3", loss=0.5), curve)  # a retry
     assert results.write_many(pd.DataFrame([a_row("k1"), a_row("m1"), a_row("m2")])) == 2
     results.save_search_space("s", "study: s\n")
     for second in range(12):
         results.save_run({"started_at": f"2026-01-02T03:04:{second:02d}+00:00", "study": "s"})
-    results.compact(above=8)
+    results.compact(above=6)
     results.write(a_row("late"), curve)
     return results
 
@@ -71,9 +73,9 @@ def use_all(uri: str, a_row: Callable, curve: dict) -> Results:
 def check_all(uri: str) -> None:
     results = Results.open(uri)
     frame = results.frame()
-    assert sorted(frame["trial_key"]) == sorted([*(f"k{i}" for i in range(12)), "m1", "m2", "late"])
+    assert sorted(frame["trial_key"]) == sorted([*(f"k{i}" for i in range(8)), "m1", "m2", "late"])
     assert frame.set_index("trial_key").loc["k3", "loss"] == 0.5
-    assert len(results.curves()) == 2 * 13
+    assert len(results.curves()) == 2 * 9
     found = results.find("late")
     assert found is not None
     assert found["loss"] == 3.0
@@ -102,7 +104,7 @@ def test_one_request_in_five_fails_and_nothing_is_lost_or_doubled(
 
 
 def test_a_store_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raysweep.results.filesystem.ATTEMPTS", 2)
+    monkeypatch.setattr("raysweep.results.filesystem.ATTEMPTS", 1)
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"cannot read raysweep\.json in s3://bucket/x"):
         Results.open("s3://bucket/x?scheme=http&endpoint_override=127.0.0.1:1")
@@ -143,9 +145,6 @@ def test_of_two_that_start_at_once_one_runs(bucket: str) -> None:
 
 
 def test_a_holder_that_slept_through_its_lapse_gives_way(bucket: str, quick: None) -> None:
-    import os
-    import signal
-
     first = hold(bucket)
     try:
         assert said(first) == "held"
@@ -157,3 +156,23 @@ def test_a_holder_that_slept_through_its_lapse_gives_way(bucket: str, quick: Non
     finally:
         first.kill()
         first.wait()
+
+
+def test_a_run_whose_lease_was_taken_over_says_by_whom(bucket: str, quick: None) -> None:
+    def interrupted(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    storage = Storage.at(bucket)
+
+    def run() -> None:
+        with lease.lease(storage):
+            storage.write(b'{"holder": "process 1 on other", "nonce": "x"}', lease.LEASE)
+            time.sleep(20)
+
+    before = signal.signal(signal.SIGTERM, interrupted)
+    try:
+        with pytest.raises(UserError, match="was taken over by process 1 on other"):
+            run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert storage.read(lease.LEASE) is not None, "the other's lease stands"

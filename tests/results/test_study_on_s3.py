@@ -40,8 +40,16 @@ def test_run_status_fit_and_report(bucket: str, store: ObjectStore, tmp_path: Pa
     assert set(rows["status"]) == {"finished"}
     assert Results.open(bucket).storage.read(".driver.lease") is None, "given back"
 
+    # A damaged row costs its own trial again and no other.
+    damaged, *kept = sorted(rows["trial_key"])
+    Results.open(bucket).storage.write(b"junk", "trials", f"{damaged}.parquet")
     again = raysweep("run", SMOKE, "--results", bucket, cwd=tmp_path)
-    assert "nothing to run" in again.stderr
+    assert again.returncode == 0, again.stderr
+    assert "1 trials in" in again.stderr
+    now = Results.open(bucket).frame()
+    assert now.groupby("cell")["trial_key"].nunique().tolist() == [2, 2, 2, 2]
+    starts = [f.set_index("trial_key").loc[kept, "started_at"].tolist() for f in (rows, now)]
+    assert starts[0] == starts[1]
     status = raysweep("status", bucket, "--json", cwd=tmp_path)
     assert [c["statuses"] for c in json.loads(status.stdout)] == [{"finished": 2}] * 4
     assert "optima" in json.loads(raysweep("fit", bucket, "--json", cwd=tmp_path).stdout)
