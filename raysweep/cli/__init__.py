@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -26,18 +27,26 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
     debug = "--debug" in sys.argv[1:]
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:
         if debug:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted: run the same command again to continue", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}: name another path", err=True)
+        sys.exit(2)
     except Exception as error:
+        if hasattr(error, "format_message"):  # Typer keeps the class of its usage errors private
+            _usage(error)
+            sys.exit(2)
         if debug:
             raise
         reason = " ".join(str(error).split())[:300]
@@ -45,3 +54,14 @@ def main() -> None:
             f"error: unexpected {type(error).__name__}: {reason} (--debug shows where)", err=True
         )
         sys.exit(1)
+
+
+def _usage(error: Any) -> None:
+    """A mistyped command in one line, with what shows the right one; help where that was asked."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    asked = f"raysweep {context.info_name}" if context and context.parent else "raysweep"
+    said = " ".join(error.format_message().split()).rstrip(".")
+    typer.echo(f"error: {said} ('{asked} -h' shows how)", err=True)

@@ -12,7 +12,9 @@ from raysweep.cli import complete
 from raysweep.cli.common import (
     AsJson,
     ResultsArgument,
+    amount,
     app,
+    check_folder,
     fit_results,
     watch_report,
     write_report,
@@ -30,7 +32,7 @@ def import_command(
             autocompletion=complete.import_formats,
         ),
     ],
-    file: Annotated[Path, typer.Argument(help="File to read.")],
+    file: Annotated[Path, typer.Argument(help="File to read.", metavar="FILE")],
     results: Annotated[str, typer.Option("--results", help="Results folder or URI.")],
     map_: Annotated[
         str | None, typer.Option("--map", help="For csv: column=name,... ours to the file's.")
@@ -56,7 +58,9 @@ def export_command(
         typer.Argument(help="optuna.", metavar="FORMAT", autocompletion=complete.export_formats),
     ],
     results: ResultsArgument,
-    file: Annotated[Path, typer.Argument(help="Journal to write, e.g. journal.log.")],
+    file: Annotated[
+        Path, typer.Argument(help="Journal to write, e.g. journal.log.", metavar="FILE")
+    ],
 ) -> None:
     """Write results for other tools: `optuna` is a journal that optuna-dashboard opens."""
     from raysweep.results import Results
@@ -78,8 +82,10 @@ def fit_command(results: ResultsArgument, as_json: AsJson = False) -> None:
 @app.command("recommend")
 def recommend_command(
     results: ResultsArgument,
-    params: Annotated[float, typer.Option(help="Active non-embedding parameters, e.g. 7e9.")],
-    tokens: Annotated[float, typer.Option(help="Token budget, e.g. 1.4e12.")],
+    params: Annotated[
+        float, typer.Option(help="Active non-embedding parameters: 7e9 or 7B.", parser=amount)
+    ],
+    tokens: Annotated[float, typer.Option(help="Token budget: 1.4e12 or 1.4T.", parser=amount)],
     architecture: Annotated[
         str | None, typer.Option(help="Architecture of the study; default: the one that fits.")
     ] = None,
@@ -171,6 +177,7 @@ def compare_command(
         list[str],
         typer.Argument(
             help="Results folders or URIs; RESULTS#STUDY is one study of one.",
+            metavar="RESULTS...",
             autocompletion=complete.results,
         ),
     ],
@@ -187,6 +194,8 @@ def compare_command(
     from raysweep.report.compare import write_comparison
     from raysweep.scaling.compare import compare
 
+    if output is not None:
+        check_folder(output)
     found = compare(results, architectures=architecture or ())
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
     if output is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raysweep.cli import complete
+from raysweep.errors import UserError
 
 if TYPE_CHECKING:
     from raysweep.config import Study
@@ -67,6 +69,17 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def amount(text: str) -> float:
+    """A number as people write it: 7e9, 7B, 1.4T, 20_000."""
+    plain = re.sub(r"[_, ]", "", text.lower())
+    match = re.fullmatch(r"([-+0-9.]+(?:e[-+]?[0-9]+)?)([kmbt]?)", plain)
+    try:
+        number, letter = match.groups() if match else ("", "")
+        return float(number) * {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[letter]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number: write 7e9 or 7B") from None
+
+
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
@@ -100,7 +113,15 @@ def fit_results(uri: str) -> Any:
     return fits
 
 
+def check_folder(folder: Path) -> None:
+    """Raises UserError where no folder can be, before any work is done for it."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: name a folder")
+
+
 def write_report(uri: str, folder: Path, *, png: bool = False) -> Path:
+    check_folder(folder)
     from raysweep.report import report
     from raysweep.results import Results
 
@@ -110,7 +131,10 @@ def write_report(uri: str, folder: Path, *, png: bool = False) -> Path:
 def watch_report(uri: str, folder: Path, *, png: bool = False, until_eof: bool = False) -> None:
     """Keep a report live until the run ends, or Ctrl-C; for another process, at low priority."""
     from raysweep.report import watch
+    from raysweep.results import Results
 
+    check_folder(folder)
+    Results.open(uri)
     if until_eof:
         os.nice(19)
     else:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import typer
 
 HIDDEN = "."
 
@@ -38,19 +37,23 @@ def _under(incomplete: str) -> Iterator[tuple[str, Path]]:
             yield prefix + path.name + ("/" if path.is_dir() else ""), path
 
 
-def cells(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The cells of the study that stands before on the line."""
+def cells(incomplete: str) -> list[str]:
+    """The cells of the study that stands on the line.
+
+    An option that still waits for its value keeps Typer from telling the arguments before it, so
+    the line is read as the shell hands it over: in COMP_WORDS (bash) or _TYPER_COMPLETE_ARGS."""
     from raysweep.config import Study
     from raysweep.errors import UserError
 
-    space = ctx.params.get("space")
-    if space is None:
-        return []
-    try:
-        study = Study.load(space, ctx.params.get("set_") or ())
-    except (UserError, OSError):
-        return []  # the command itself will say what is wrong with the file
-    return [cell.name for cell in study.cells if cell.name.startswith(incomplete)]
+    line = [os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")]
+    for word in " ".join(line).split():
+        if word.endswith((".yaml", ".yml")):
+            try:
+                study = Study.load(word)
+            except (UserError, OSError):
+                return []  # the command itself will say what is wrong with the file
+            return [cell.name for cell in study.cells if cell.name.startswith(incomplete)]
+    return []
 
 
 def import_formats(incomplete: str) -> list[str]:

@@ -15,6 +15,7 @@ from raysweep.cli.common import (
     Set,
     Space,
     app,
+    check_folder,
     live_report,
     load_study,
     write_report,
@@ -47,6 +48,7 @@ def run_command(
 
     study = load_study(space, set_)
     folder = report or Path("reports") / study.name
+    check_folder(folder)
     uri = results or str(Path("results") / study.name)
     try:
         with live_report(uri, folder, live) as settle:
