@@ -99,6 +99,12 @@ class Campaign:
         return len(self._open)
 
     @property
+    def workers(self) -> float:
+        """How many trials of the smallest cell the cluster holds at once."""
+        bundle = bundles_of(next(iter(self.states.values())).cell)[0]
+        return min(self.ledger.total(name) / amount for name, amount in bundle.items())
+
+    @property
     def done(self) -> bool:
         """Whether nothing runs and nothing can follow."""
         if self._open:

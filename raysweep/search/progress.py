@@ -49,7 +49,7 @@ class Timing:
             slope = sum((k - _mean(known)) * (v - level) for k, v in known.items()) / spread
         return math.exp(known[near] + min(1.1, max(0.3, slope)) * (x - near))
 
-    def left(self, campaign: Campaign, workers: float) -> float | None:
+    def left(self, campaign: Campaign) -> float | None:
         """Seconds until the end at the present pace; None before the first trial is through."""
         if not self.seconds:
             return None
@@ -57,7 +57,7 @@ class Timing:
             self.one(s.cell.flops) * (s.wanted + 0.5 * len(s.running))
             for s in campaign.states.values()
         )
-        return work / max(1.0, workers)
+        return work / max(1.0, campaign.workers)
 
 
 def _mean(values: Collection[float]) -> float:
@@ -67,10 +67,9 @@ def _mean(values: Collection[float]) -> float:
 class Progress:
     """Shows a campaign. Use as a context; call `refresh` often, `trial_done` once a trial."""
 
-    def __init__(self, campaign: Campaign, console: Console, workers: float) -> None:
+    def __init__(self, campaign: Campaign, console: Console) -> None:
         self._campaign = campaign
         self._console = console
-        self._workers = workers
         self._timing = Timing()
         self._last_line = 0.0
         self._live: Live | None = None
@@ -114,7 +113,7 @@ class Progress:
 
     def _line(self) -> str:
         done, total = self._totals()
-        left = self._timing.left(self._campaign, self._workers)
+        left = self._timing.left(self._campaign)
         return (
             f"{self._campaign.study.name}: {done}/{total} trials, "
             f"{self._campaign.running} running, "
@@ -131,7 +130,7 @@ class Progress:
         for state in _window(states, self._console.height - 6):
             table.add_row(*_cells_row(state), style="dim" if not state.concluded else "")
         done, total = self._totals()
-        left = self._timing.left(self._campaign, self._workers)
+        left = self._timing.left(self._campaign)
         gone = clock(time.monotonic() - self._timing.begun)
         head = Table.grid(padding=(0, 2))
         head.add_row(

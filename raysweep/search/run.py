@@ -114,7 +114,6 @@ def _run_on_ray(
     if len(nodes) > 1:
         publish(corpus, results.storage)
     cpus_per_worker = study.cells[0].resources.cpus_per_worker
-    workers = _workers(campaign)
     context = TrialContext(
         study=study,
         corpus=corpus,
@@ -135,8 +134,8 @@ def _run_on_ray(
         lambda config: placements[config["cell"]],  # pyright: ignore[reportArgumentType]
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
-    with interruption.gently(), Progress(campaign, console, workers) as progress:
-        watcher = Watcher(study, corpus.hash, results, progress, interruption)
+    with interruption.gently(), Progress(campaign, console) as progress:
+        watcher = Watcher(campaign, corpus.hash, results, progress, interruption)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -156,12 +155,13 @@ def _run_on_ray(
         with contextlib.suppress(Interrupted):
             tuner.fit()
     seconds = time.monotonic() - begun
-    available = workers * seconds
+    watcher.count_available()
+    available = watcher.available_seconds
     record: dict[str, Any] = {
         "study": study.name,
         "started_at": started_at.isoformat(),
         "seconds": seconds,
-        "workers": workers,
+        "workers": campaign.workers,
         "worker_seconds_available": available,
         "worker_seconds_training": watcher.training_seconds,
         "trials": watcher.concluded,
@@ -172,7 +172,7 @@ def _run_on_ray(
         "versions": library_versions(),
     }
     results.save_run(record)
-    utilisation = watcher.training_seconds / available if available else 0.0
+    utilisation = min(1.0, watcher.training_seconds / available) if available else 0.0
     console.print(
         f"{study.name}: {watcher.concluded} trials in {clock(seconds)}, "
         f"workers {utilisation:.0%} in the training loop",
@@ -192,12 +192,6 @@ def _placement(cell: Cell) -> Any:
         # byte of memory because Tune wants something, and even 0.001 CPU would be one too few.
         return tune.PlacementGroupFactory([{"memory": 1}])
     return tune.PlacementGroupFactory([dict(bundles[0])])
-
-
-def _workers(campaign: Campaign) -> float:
-    """How many trials of the smallest cell the cluster holds at once."""
-    bundle = bundles_of(next(iter(campaign.states.values())).cell)[0]
-    return max(1.0, min(campaign.ledger.total(n) / a for n, a in bundle.items() if a))
 
 
 def _as_yaml(study: Study) -> str:

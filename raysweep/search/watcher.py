@@ -14,9 +14,9 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from raysweep.config import Study
 from raysweep.errors import UserError
 from raysweep.results import Results
+from raysweep.search.campaign import Campaign
 from raysweep.search.interruption import (
     GRACE_SECONDS,
     INTERRUPTED,
@@ -42,7 +42,7 @@ class Watcher(tune.Callback):
 
     def __init__(
         self,
-        study: Study,
+        campaign: Campaign,
         data_hash: str,
         results: Results,
         progress: Progress,
@@ -50,15 +50,18 @@ class Watcher(tune.Callback):
     ) -> None:
         self.training_seconds = 0.0
         """Worker-seconds spent inside training loops."""
+        self.available_seconds = 0.0
+        """Worker-seconds that the cluster offered, as it grew and shrank."""
         self.concluded = 0
-        self._study = study
+        self._campaign = campaign
+        self._study = campaign.study
         self._data_hash = data_hash
         self._results = results
         self._progress = progress
         self._interruption = interruption
         self._winding_down = False
         self._starts: dict[str, tuple[float, datetime]] = {}
-        self._stalls = Stalls(study.space.search.stall_seconds)
+        self._stalls = Stalls(self._study.space.search.stall_seconds)
         self._looked = time.monotonic()
         self._hung: dict[str, str] = {}
         """Why the last worker of a trial was killed."""
@@ -75,8 +78,8 @@ class Watcher(tune.Callback):
         """The refresh tick. Raises Interrupted once an interrupted run has wound down."""
         self._progress.refresh()
         if time.monotonic() - self._looked > LOOK_SECONDS:
-            self._looked = time.monotonic()
             self._kill_hanging(trials)
+            self.count_available()
         signum = self._interruption.signum
         if signum is None:
             return
@@ -89,6 +92,12 @@ class Watcher(tune.Callback):
             )
         if self._interruption.overdue or not any(t.status == Trial.RUNNING for t in trials):
             raise Interrupted(signum)
+
+    def count_available(self) -> None:
+        """Add the worker-seconds offered since the last look."""
+        now = time.monotonic()
+        self.available_seconds += (now - self._looked) * self._campaign.workers
+        self._looked = now
 
     def on_trial_start(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any

@@ -46,7 +46,7 @@ def test_shows_cells_trials_best_loss_and_time_left(terminal: bool) -> None:
     campaign = Campaign(Study.from_dict(STUDY), "data", Ledger({"n": {"CPU": 1.0}}))
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=100, height=30)
-    with Progress(campaign, console, workers=1.0) as progress:
+    with Progress(campaign, console) as progress:
         proposal = campaign.ask("t0")
         assert proposal is not None
         campaign.tell("t0", "finished", 2.125)
