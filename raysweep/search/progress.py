@@ -19,6 +19,21 @@ from raysweep.search.cells import CellState
 PLAIN_SECONDS = 15.0
 """Least time between two lines where the output is no terminal."""
 
+WITH_BAR = 110
+"""Columns of a terminal that has room for a bar."""
+
+COLUMNS = {
+    "cell": 0,
+    "params": 76,
+    "tokens": 76,
+    "trials": 0,
+    "running": 46,
+    "best loss": 0,
+    "at lr": 58,
+    "batch": 58,
+}
+"""Of the table of cells, each with the width from which it is shown."""
+
 
 @dataclass
 class Timing:
@@ -123,24 +138,30 @@ class Progress:
 
     def _panel(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("cell")
-        for title in ("params", "tokens", "trials", "running", "best loss", "at lr", "batch"):
-            table.add_column(title, justify="right")
+        width = self._console.width
+        shown = [k for k, least in enumerate(COLUMNS.values()) if width >= least]
+        for k, title in enumerate(COLUMNS):
+            if k in shown:
+                table.add_column(title, justify="right" if k else "left", no_wrap=True)
         states = list(self._campaign.states.values())
         for state in _window(states, self._console.height - 6):
-            table.add_row(*_cells_row(state), style="dim" if not state.concluded else "")
+            row = _cells_row(state)
+            table.add_row(*(row[k] for k in shown), style="dim" if not state.concluded else "")
         done, total = self._totals()
         left = self._timing.left(self._campaign)
         gone = clock(time.monotonic() - self._timing.begun)
-        head = Table.grid(padding=(0, 2))
-        head.add_row(
+        words = [
             Text(f"study {self._campaign.study.name}", style="bold"),
-            ProgressBar(total=max(1, total), completed=done, width=30),
             f"{done}/{total} trials",
             f"{self._campaign.running} running",
             f"{gone} gone",
             f"{clock(left)} left" if left is not None else "time left: measuring",
-        )
+        ]
+        if width < WITH_BAR:
+            return Group(Text(", ").join([words[0], *(Text(str(w)) for w in words[1:])]), table)
+        head = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=max(1, total), completed=done, width=30)
+        head.add_row(words[0], bar, *words[1:])
         return Group(head, table)
 
 
