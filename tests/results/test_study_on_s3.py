@@ -29,7 +29,9 @@ def raysweep(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_run_status_fit_and_report(bucket: str, store: ObjectStore, tmp_path: Path) -> None:
+def test_run_damage_run_again_status_and_fit(
+    bucket: str, store: ObjectStore, tmp_path: Path
+) -> None:
     store.share = 0.1
     done = raysweep("run", SMOKE, "--results", bucket, cwd=tmp_path)
     store.share = 0.0
@@ -53,6 +55,5 @@ def test_run_status_fit_and_report(bucket: str, store: ObjectStore, tmp_path: Pa
     status = raysweep("status", bucket, "--json", cwd=tmp_path)
     assert [c["statuses"] for c in json.loads(status.stdout)] == [{"finished": 2}] * 4
     assert "optima" in json.loads(raysweep("fit", bucket, "--json", cwd=tmp_path).stdout)
-    report = raysweep("report", bucket, "-o", "page", cwd=tmp_path)
-    assert report.returncode == 0, report.stderr
-    assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
+    page = tmp_path / "reports" / "smoke" / "index.html"
+    assert page.stat().st_size > 10_000, "the report is made from the bucket"
