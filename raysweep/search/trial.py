@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
     write = RowWriter(
         context.results_uri, study.space.search.strategy, corpus.train_tokens, started_at, begun
     )
-    missing = [b for b in branch_specs(study, spec) if not _stands(results.find(b.key))]
+    missing = functools.partial(_missing, context.results_uri, branch_specs(study, spec))
     outcome = _train(context, spec, corpus, results.storage, missing, write)
     if outcome.status == "stopped":
         return {"status": INTERRUPTED, "loss": None, "seconds_train": outcome.seconds_train}
@@ -157,6 +158,11 @@ def branch_rows(context: TrialContext, config: dict[str, Any]) -> list[dict[str,
     return [row for row in rows if row is not None and _stands(row)]
 
 
+def _missing(results_uri: str, branches: list[TrialSpec]) -> list[TrialSpec]:
+    results = Results.open(results_uri)
+    return [branch for branch in branches if not _stands(results.find(branch.key))]
+
+
 def _stands(row: dict[str, Any] | None) -> bool:
     return row is not None and row["status"] != "crashed"
 
@@ -166,7 +172,7 @@ def _train(
     spec: TrialSpec,
     corpus: Corpus,
     checkpoints: Storage,
-    branches: list[TrialSpec],
+    branches: Callable[[], list[TrialSpec]],
     on_branch: RowWriter,
 ) -> TrialOutcome:
     resources = spec.cell.resources
@@ -194,7 +200,7 @@ def _train(
         reporter=reporter,
         checkpoints=checkpoints,
         threads=context.threads,
-        branches=branches,
+        branches=branches(),
         on_branch=on_branch,
     )
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from raysweep.model import Decoder
@@ -81,6 +81,9 @@ class Workers:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             return
+        for module in model.modules():  # an evaluation leaves parameters gathered
+            if isinstance(module, FSDPModule):
+                module.reshard()
         set_state_dict(
             model,
             optimizer,

@@ -50,7 +50,7 @@ def train_distributed(
     checkpoints: Storage | None = None,
     storage_path: str | None = None,
     stop: Callable[[], bool] | None = None,
-    branches: Sequence[TrialSpec] = (),
+    branches: Callable[[], Sequence[TrialSpec]] = tuple,
     on_branch: Callable[[TrialSpec, TrialOutcome], object] | None = None,
 ) -> TrialOutcome:
     """Train one model on `spec.cell.resources.workers` workers, as `loop.train` does on one.
@@ -58,7 +58,7 @@ def train_distributed(
     May be called inside a Tune trial, which then sees the progress: `step`, `tokens`,
     `train_loss` and `percent` of the horizon. A run that loses a worker starts again from its
     checkpoint. The first worker asks `stop` whether to end early, and tells `on_branch` of the
-    `branches`; both must pickle.
+    branches; `branches` says at each start which are wanted still. All three must pickle.
     `checkpoints` and `storage_path`, where Ray keeps its notes on the run, must be reachable
     from all nodes. Raises what the workers raised, as Ray's TrainingFailedError.
     """
@@ -117,6 +117,6 @@ def _worker(config: dict[str, Any]) -> TrialOutcome:
         device=get_device(),
         threads=max(1, int(resources.cpus_per_worker)),
         workers=Workers.of_process_group(resources.strategy),
-        branches=config["branches"],
+        branches=config["branches"](),
         on_branch=config["on_branch"],
     )

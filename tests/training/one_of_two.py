@@ -56,6 +56,17 @@ def main(rank: int, folder: Path) -> None:
             outcomes[strategy, architecture, "accumulated"] = train(
                 accumulating, corpus, workers=workers
             )
+        recipe = {"schedule": "wsd", "warmup_tokens": 256, "branches": True}
+        short, long = (
+            toys.make_spec("moe", tokens=16 * 8 * steps, recipe=recipe) for steps in (10, 20)
+        )
+        outcomes[strategy, "longest"] = train(
+            long,
+            corpus,
+            workers=workers,
+            branches=[short],
+            on_branch=lambda _, outcome, at=strategy: outcomes.update({(at, "branch"): outcome}),
+        )
         single = toys.make_spec(batch_sequences=2, tokens=16 * 2 * 10)
         outcomes[strategy, "one sequence each"] = train(single, corpus, workers=workers)
     with (folder / f"outcomes{rank}").open("wb") as file:

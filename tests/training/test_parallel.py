@@ -69,6 +69,15 @@ def test_lost_workers_resume(outcomes, strategy, architecture):
         assert resumed.curve == whole.curve
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_branches_of_two_workers_agree_with_runs_of_one(outcomes, corpus, spec, strategy):
+    recipe = {"schedule": "wsd", "warmup_tokens": 256, "branches": True}
+    for name, steps in (("branch", 10), ("longest", 20)):
+        one = train(spec("moe", tokens=16 * 8 * steps, recipe=recipe), corpus)
+        assert outcomes[0][strategy, name].loss == pytest.approx(one.loss, rel=1e-5)
+    assert (strategy, "branch") not in outcomes[1], "only the first worker tells"
+
+
 def test_noise_from_workers_that_cannot_split_their_part(outcomes):
     assert outcomes[0]["ddp", "one sequence each"].noise_trace > 0
     assert outcomes[0]["fsdp", "one sequence each"].noise_trace is None
