@@ -61,6 +61,7 @@ def test_submitted_stopped_and_continued_to_the_end(cluster, tmp_path: Path) -> 
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout == f"stopped {job}\n"
     assert "had ended already" in call("stop", job).stdout
+    assert call("logs", job).stdout.rstrip().endswith("run the same command again to continue")
     before = Results.open(uri).frame()
     assert 1 <= len(before) < 160
 
