@@ -113,6 +113,27 @@ class Storage:
 
         return retry(attempt, f"list {'/'.join(parts)} in {self.uri}")
 
+    def folders(self, *parts: str) -> list[str]:
+        """Names of the folders right under a folder."""
+
+        def attempt() -> list[str]:
+            selector = fs.FileSelector(self.path(*parts), allow_not_found=True)
+            infos = self.filesystem.get_file_info(selector)
+            return [i.base_name for i in infos if i.type is fs.FileType.Directory]
+
+        return retry(attempt, f"list {'/'.join(parts)} in {self.uri}")
+
+    def delete_folder(self, *parts: str) -> None:
+        """Remove a folder and all in it; one that is gone already is no error."""
+
+        def attempt() -> None:
+            try:
+                self.filesystem.delete_dir(self.path(*parts))
+            except FileNotFoundError:
+                return
+
+        retry(attempt, f"delete {'/'.join(parts)} in {self.uri}")
+
     def exists(self) -> bool:
         """Whether anything stands at the root (object stores have no empty folders)."""
 

@@ -38,6 +38,7 @@ from raysweep.results.tables import PART, TableFolder
 
 MARKER = "raysweep.json"
 TRIALS, CURVES, STUDIES, RUNS = "trials", "curves", "studies", "runs"
+CHECKPOINTS = "checkpoints"
 COMPACT_ABOVE = 64
 """Files of a kind that a folder may hold before they are merged."""
 
@@ -180,6 +181,18 @@ class Results(InNotebooks):
             for name in names:
                 if name not in self._damaged:
                     self.storage.delete(RUNS, name)
+
+    def drop_checkpoints(self) -> None:
+        """Remove checkpoints of trials that are over: a trial that was ended from outside, as by
+        early stopping, leaves its own behind."""
+        kept = self.storage.folders(CHECKPOINTS)
+        if not kept:
+            return
+        rows = self.frame()
+        over = set(rows.loc[rows["status"] != "crashed", "trial_key"])
+        for name in kept:
+            if name in over:
+                self.storage.delete_folder(CHECKPOINTS, name)
 
     def _texts(self, folder: str, suffix: str) -> dict[str, str]:
         """Text files of a folder by name, sorted; damaged ones become problems."""

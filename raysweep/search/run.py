@@ -91,6 +91,7 @@ def run(
         with ray_runtime(address) as scratch, interruption.listening():
             summary = _run_on_ray(study, corpus, results, campaign, scratch, console, interruption)
         results.compact()
+        results.drop_checkpoints()
     return summary
 
 

@@ -208,5 +208,7 @@ def _train(
 def _ray_storage(results_uri: str) -> str:
     """Where Ray Train keeps its notes on runs of several workers: beside the results, since all
     nodes must reach it."""
-    root = results_uri if "://" in results_uri else str(Path(results_uri).resolve())
-    return f"{root.rstrip('/')}/ray"
+    if "://" not in results_uri:
+        return str(Path(results_uri).resolve() / "ray")
+    root, mark, options = results_uri.partition("?")
+    return f"{root.rstrip('/')}/ray{mark}{options}"

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
+from raysweep.results.store import CHECKPOINTS
 
-FOLDER, NAME = "checkpoints", "checkpoint.pt"
+NAME = "checkpoint.pt"
 
 _log = logging.getLogger("raysweep")
 
@@ -54,7 +56,7 @@ class Checkpoints:
     def load(self) -> dict[str, Any] | None:
         """The checkpoint, on the CPU, if there is one that can be read."""
         try:
-            data = self._storage.read(FOLDER, self._key, NAME)
+            data = self._storage.read(CHECKPOINTS, self._key, NAME)
             if data is None:
                 return None
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -66,14 +68,14 @@ class Checkpoints:
     def remove(self) -> None:
         """Forget the checkpoint, and whatever half-written one a killed process left."""
         self.wait()
-        with contextlib.suppress(OSError):  # mostly: there was none
-            self._storage.filesystem.delete_dir(self._storage.path(FOLDER, self._key))
+        with contextlib.suppress(UserError):  # the storage fails: the study sweeps up in the end
+            self._storage.delete_folder(CHECKPOINTS, self._key)
 
     def _write(self, state: dict[str, Any]) -> None:
         try:
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            self._storage.write(buffer.getvalue(), FOLDER, self._key, NAME)
+            self._storage.write(buffer.getvalue(), CHECKPOINTS, self._key, NAME)
         except Exception as error:
             _log.warning("trial %s has no new checkpoint: %s", self._key, error)
 

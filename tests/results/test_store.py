@@ -152,3 +152,12 @@ def test_a_second_driver_is_refused_and_a_dead_one_holds_nothing(results: Result
     holder.join()
     with study_lock(results.storage):
         pass
+
+
+def test_checkpoints_of_trials_that_are_over_go(results: Results, a_row) -> None:
+    results.write(a_row("over"))
+    results.write(a_row("again", status="crashed", loss=None))
+    for key in ("over", "again", "running"):
+        results.storage.write(b"state", "checkpoints", key, "checkpoint.pt")
+    results.drop_checkpoints()
+    assert sorted(results.storage.folders("checkpoints")) == ["again", "running"]

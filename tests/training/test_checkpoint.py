@@ -14,8 +14,9 @@ import torch
 
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
+from raysweep.results.store import CHECKPOINTS
 from raysweep.training import checkpoint
-from raysweep.training.checkpoint import FOLDER, NAME, Checkpoints
+from raysweep.training.checkpoint import NAME, Checkpoints
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
 
@@ -30,7 +31,7 @@ def test_newest_only_and_gone_at_the_end(where, tmp_path, bucket):
     for step in (1, 2):
         checkpoints.save({"step": step, "x": torch.full((3,), float(step)), "curve": [1, None]})
     checkpoints.wait()
-    assert [info.base_name for info in storage.list(FOLDER, "k")] == [NAME]
+    assert [info.base_name for info in storage.list(CHECKPOINTS, "k")] == [NAME]
     state = Checkpoints(storage, "k").load()
     assert state is not None
     assert state["step"] == 2
@@ -38,11 +39,13 @@ def test_newest_only_and_gone_at_the_end(where, tmp_path, bucket):
     assert state["curve"] == [1, None]
     assert Checkpoints(storage, "another").load() is None
     if where == "folder":
-        (tmp_path / "results" / FOLDER / "k" / f".{NAME}.half").write_bytes(b"of a killed process")
+        (tmp_path / "results" / CHECKPOINTS / "k" / f".{NAME}.half").write_bytes(
+            b"of a killed process"
+        )
     checkpoints.remove()
     checkpoints.remove()
-    assert not storage.list(FOLDER, "k")
-    assert not (tmp_path / "results" / FOLDER / "k").exists()
+    assert not storage.list(CHECKPOINTS, "k")
+    assert not (tmp_path / "results" / CHECKPOINTS / "k").exists()
 
 
 def test_what_is_written_is_the_state_when_it_was_saved(tmp_path, monkeypatch):
@@ -104,7 +107,7 @@ def test_storage_that_fails_does_not_end_the_trial(corpus, spec, tmp_path, monke
 
 def test_a_damaged_checkpoint_means_starting_over(corpus, spec, tmp_path, caplog):
     trial = spec(recipe={"checkpoint_seconds": 600})
-    Storage.at(tmp_path).write(b"PK damaged", FOLDER, trial.key, NAME)
+    Storage.at(tmp_path).write(b"PK damaged", CHECKPOINTS, trial.key, NAME)
     with caplog.at_level(logging.WARNING, "raysweep"):
         outcome = train(trial, corpus, checkpoints=Storage.at(tmp_path))
     assert outcome.status == "finished"
@@ -127,7 +130,7 @@ def test_a_run_goes_on_from_an_object_store(corpus, spec, bucket):
     resumed = train(trial, corpus, checkpoints=Storage.at(bucket))
     assert resumed.loss == whole.loss
     assert resumed.curve == whole.curve
-    assert not storage.list(FOLDER, trial.key)
+    assert not storage.list(CHECKPOINTS, trial.key)
 
 
 @pytest.fixture(scope="module")
