@@ -53,6 +53,7 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
+    _read_token_again()
     scratch = _scratch_folder()
     try:
         if local:
@@ -87,6 +88,21 @@ def dashboard_url() -> str | None:
 
     url = get_dashboard_url()
     return f"http://{url}" if url else None
+
+
+def _read_token_again() -> None:
+    """Make Ray look at the environment once more: where it was imported before this, in a notebook
+    say, it has settled on another token, or on none, and would knock in vain for 20 s."""
+    import ray
+
+    if not ray.is_initialized():
+        from ray._raylet import (  # pyright: ignore[reportAttributeAccessIssue]
+            AuthenticationTokenLoader,
+            Config,
+        )
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def cluster_nodes() -> Mapping[str, Mapping[str, float]]:

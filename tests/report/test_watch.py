@@ -176,7 +176,13 @@ def test_ctrl_c_ends_it_cleanly(study: Results, rows: list[Row], tmp_path: Path)
     folder = tmp_path / "page"
     command = [sys.executable, "-m", "raysweep.cli", "report", study.uri, "-o", str(folder)]
     child = subprocess.Popen(
-        [*command, "--watch"], cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, "--watch"],
+        cwd=REPO,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(600):
         if (folder / LIVE).exists():

@@ -11,7 +11,9 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def _ray(repo):
     import ray
+    from ray._private.authentication_test_utils import reset_auth_token_state
 
+    reset_auth_token_state()  # an earlier test may have used another token
     environment = {"PYTHONPATH": f"{repo}:{repo / 'tests' / 'training'}"}
     ray.init(
         address="local",
