@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import secrets
@@ -96,13 +97,9 @@ def _read_token_again() -> None:
     import ray
 
     if not ray.is_initialized():
-        from ray._raylet import (  # pyright: ignore[reportAttributeAccessIssue]
-            AuthenticationTokenLoader,
-            Config,
-        )
-
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        raylet = importlib.import_module("ray._raylet")  # compiled: it has no types to check
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def cluster_nodes() -> Mapping[str, Mapping[str, float]]:

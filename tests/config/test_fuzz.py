@@ -31,7 +31,7 @@ fuzz = settings(
     derandomize=not FILES,
     deadline=None,
     database=None,
-    suppress_health_check=tuple(HealthCheck.__members__.values()),
+    suppress_health_check=tuple(HealthCheck),
 )
 
 SCALARS: tuple[Any, ...] = (
