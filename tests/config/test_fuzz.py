@@ -31,7 +31,11 @@ fuzz = settings(
     derandomize=not FILES,
     deadline=None,
     database=None,
-    suppress_health_check=tuple(HealthCheck),
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.filter_too_much,
+    ],
 )
 
 SCALARS: tuple[Any, ...] = (
