@@ -14,7 +14,6 @@ class LocalCluster:
 
     address: str
     env: dict[str, str]
-    nodes: nodes.Cluster
 
 
 @pytest.fixture
@@ -28,4 +27,4 @@ def cluster() -> Iterator[LocalCluster]:
     with nodes.Cluster(dashboard=True) as local:
         local.start_head()
         local.add_worker()
-        yield LocalCluster(local.jobs_address, local.env, local)
+        yield LocalCluster(local.jobs_address, local.env)
