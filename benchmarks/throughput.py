@@ -9,7 +9,8 @@
 - gpu: model FLOPs utilisation in bfloat16, compiled, where there is a GPU; and 16 tiny trials that
   share it. Goals: 45 % dense; MoE at 60 % of its dense twin's tokens/s.
 
-Every number is the median of as many fresh processes as `--repeats` says, peers in turn with ours.
+Every number is the median of as many fresh processes as `--repeats` says, peers in turn with ours;
+of `noise`, of runs with and without in turn within one process.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ SHAPES = ((32, 2, 2), (64, 4, 4), (128, 4, 4))
 """(d_model, layers, heads)."""
 CPU_CASE = {"vocab_size": 256, "sequence_length": 128, "batch": 16, "qk_norm": False}
 STEPS = {32: 150, 64: 60, 128: 30}
+NOISE_STEPS, NOISE_ROUNDS = 64, 4
+"""Of one run with the noise scale or without, and how often each for every repeat."""
 GPU_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bfloat16 FLOP/s from the makers' data sheets (SXM)."""
 
@@ -43,7 +46,7 @@ def start(case: dict[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def finish(process: subprocess.Popen[str]) -> float:
+def finish(process: subprocess.Popen[str]) -> Any:
     out, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"a measurement failed: {process.args}")
@@ -101,16 +104,17 @@ def noise(repeats: int) -> dict[str, Any]:
     costs, cases = [], []
     for d_model, layers, heads in SHAPES:
         shape = {"d_model": d_model, "layers": layers, "heads": heads}
-        case = CPU_CASE | shape | {"steps": 2 * STEPS[d_model]}
-        without, with_it = [], []
-        for _ in range(repeats):
-            without.append(measure(case | {"recipe": {"noise_scale": False}}))
-            with_it.append(measure(case))
-        costs.append(statistics.median(without) / statistics.median(with_it) - 1)
-        cases.append({"shape": (d_model, layers, heads), "on": with_it, "off": without})
-        print(f"  {d_model, layers, heads}: {show('on', with_it)}, {show('off', without)} tokens/s")
-    print(f"noise: costs {', '.join(f'{100 * c:.1f} %' for c in costs)}")
-    return {"costs": costs, "tokens_per_second": cases}
+        case = CPU_CASE | shape | {"steps": NOISE_STEPS, "noise_rounds": NOISE_ROUNDS * repeats}
+        rounds = finish(start(case))
+        ratios = [off / on - 1 for on, off in rounds]
+        low, cost, high = statistics.quantiles(ratios, n=4)
+        costs.append(cost)
+        cases.append({"shape": (d_model, layers, heads), "on_off": rounds, "cost": cost})
+        spread = f"quartiles {100 * low:.1f} to {100 * high:.1f} %, n = {len(rounds)}"
+        print(f"  {d_model, layers, heads}: {100 * cost:.1f} % ({spread})")
+    mean = statistics.mean(costs)
+    print(f"noise: costs {100 * mean:.1f} %, mean of the shapes")
+    return {"cost": mean, "cases": cases}
 
 
 def gpu(repeats: int) -> dict[str, Any]:

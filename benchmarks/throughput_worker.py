@@ -1,4 +1,5 @@
-"""One measurement of `benchmarks.throughput`, in a process of its own: prints tokens per second.
+"""One measurement of `benchmarks.throughput`, in a process of its own: prints tokens per second,
+or two figures of it, with the noise scale measured and without, where the case has `noise_rounds`.
 
 Ours is `raysweep.training.loop.train` as a study runs it, data loading and noise scale included;
 the peer is the plain loop of Hugging Face's model with clipping and PyTorch's fused AdamW on a
@@ -92,6 +93,18 @@ def ours(case: dict[str, Any]) -> float:
     return clock.tokens_per_second(WARM_UP * spec.batch_tokens)
 
 
+def with_and_without_noise(case: dict[str, Any]) -> list[tuple[float, float]]:
+    """Rounds of one run each that measures the noise scale and that does not, in turn: within one
+    process, since processes on one machine differ in speed by more than what is to be seen."""
+    rounds: list[tuple[float, float]] = []
+    for index in range(case["noise_rounds"]):
+        speeds: dict[bool, float] = {}
+        for on in (True, False) if index % 2 else (False, True):
+            speeds[on] = ours(case | {"recipe": {"noise_scale": on}})
+        rounds.append((speeds[True], speeds[False]))
+    return rounds
+
+
 def peer(case: dict[str, Any]) -> float:
     import transformers  # pyright: ignore[reportMissingImports]  # the bench extra
 
@@ -138,4 +151,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     given = json.loads(sys.argv[1])
     measure = peer if given.get("peer") else ours
+    if given.get("noise_rounds"):
+        measure = with_and_without_noise
     print(json.dumps({"tokens_per_second": measure(given)}))
