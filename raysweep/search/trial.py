@@ -113,7 +113,11 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
     outcome = _train(context, spec, corpus, results.storage, missing, write)
     if outcome.status == "stopped":
         return {"status": INTERRUPTED, "loss": None, "seconds_train": outcome.seconds_train}
-    return write(spec, outcome)
+    row = write(spec, outcome)
+    from raysweep.training.checkpoint import forget  # here, so that the driver never imports torch
+
+    forget(results.storage, spec.key)
+    return row
 
 
 @dataclass(frozen=True)

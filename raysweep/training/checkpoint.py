@@ -65,12 +65,6 @@ class Checkpoints:
             return None
         return state if state["key"] == self._key else None
 
-    def remove(self) -> None:
-        """Forget the checkpoint, and whatever half-written one a killed process left."""
-        self.wait()
-        with contextlib.suppress(UserError):  # the storage fails: the study sweeps up in the end
-            self._storage.delete_folder(CHECKPOINTS, self._key)
-
     def _write(self, state: dict[str, Any]) -> None:
         try:
             buffer = io.BytesIO()
@@ -89,6 +83,15 @@ def snapshot(state: Any) -> Any:
     if isinstance(state, list | tuple):
         return type(state)(snapshot(value) for value in state)
     return state
+
+
+def forget(storage: Storage, key: str) -> None:
+    """Remove a trial's checkpoint, and whatever half-written one a killed process left.
+
+    Call it once the trial's row is written: a process lost before that needs the checkpoint.
+    """
+    with contextlib.suppress(UserError):  # the storage fails: the study sweeps up in the end
+        storage.delete_folder(CHECKPOINTS, key)
 
 
 class Timer:

@@ -44,11 +44,12 @@ def train(
 
     The result is a function of `spec` and the corpus alone: on CPUs bit for bit, whatever ran in
     the process before. Divergence and lack of memory are outcomes, not errors. Where `checkpoints`
-    can be kept, a run that was killed goes on from its last one. With several `workers`, all call
-    this with the same arguments and get the same outcome. `branches` are the trial at shorter
-    horizons: each decays from the stable phase of this run (WSD), and `on_branch` hears of its
-    outcome, on the first worker. Raises UserError where the batch does not divide by the workers,
-    or the corpus is too small.
+    can be kept, a run that was killed goes on from its last one; the caller forgets it once the
+    outcome is safe (`checkpoint.forget`). With several `workers`, all call this with the same
+    arguments and get the same outcome. `branches` are the trial at shorter horizons: each decays
+    from the stable phase of this run (WSD), and `on_branch` hears of its outcome, on the first
+    worker. Raises UserError where the batch does not divide by the workers, or the corpus is too
+    small.
     """
     workers = workers or Workers()
     resources = spec.cell.resources
@@ -144,8 +145,6 @@ class _Run:
             for track in self.waiting:
                 lost = self._outcome(track, outcome.status, outcome.reason, None, 0.0)
                 self._tell(on_branch, track, lost)
-        if self.checkpoints and self.workers.rank == 0 and outcome.status != "stopped":
-            self.checkpoints.remove()
         return outcome
 
     def _conclude(self, status: Status, reason: str | None) -> TrialOutcome:

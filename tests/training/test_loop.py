@@ -182,7 +182,6 @@ def test_killed_and_resumed_is_bit_identical(corpus, spec, tmp_path, architectur
     resumed = train(trial, corpus, reporter=again, checkpoints=Storage.at(tmp_path))
     assert again.heard[0][0] == state["step"] + 1
     assert result(resumed) == result(whole)
-    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 class StopsWhenAsked(Silent):
@@ -210,7 +209,6 @@ def test_stopped_between_points_of_the_curve_and_continued(
     assert state is not None
     assert len(state["pending"]) == stop_at % 8
     assert result(train(trial, corpus, checkpoints=Storage.at(tmp_path))) == result(whole)
-    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_bad_resources_are_one_clear_line(corpus, spec):
