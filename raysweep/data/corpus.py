@@ -36,10 +36,7 @@ class Corpus:
         try:
             manifest = json.loads((path / build.MANIFEST).read_text(encoding="utf-8"))
             corpus = cls(path, manifest)
-            whole = manifest["format"] == build.FORMAT and all(
-                shard.path.stat().st_size >= (shard.start + shard.count) * corpus.item_bytes
-                for shard in (*corpus._shards("train"), *corpus._shards("validation"))
-            )
+            whole = manifest["format"] == build.FORMAT and corpus.missing() is None
         except (OSError, ValueError, KeyError, TypeError):
             corpus, whole = None, False
         if corpus is None or not whole:
@@ -100,6 +97,16 @@ class Corpus:
             f"{self.train_tokens:,} training tokens: repeated text teaches less than new text, so "
             "laws fitted on it do not hold for fresh data"
         )
+
+    def missing(self) -> Path | None:
+        """The first shard that is not on this node, or shorter than the manifest says."""
+        for shard in (*self._shards("train"), *self._shards("validation")):
+            try:
+                if shard.path.stat().st_size < (shard.start + shard.count) * self.item_bytes:
+                    return shard.path
+            except OSError:
+                return shard.path
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}

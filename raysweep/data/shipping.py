@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from pyarrow import fs
@@ -32,16 +33,19 @@ def publish(corpus: Corpus, storage: Storage) -> None:
 def obtain(corpus: Corpus, storage: Storage) -> Corpus:
     """The corpus on this node: where the driver has it, or fetched once into this node's cache.
 
-    Raises UserError where it is in neither place.
+    The user's own shards are taken where they lie. Raises UserError where it is in neither place.
     """
+    if corpus.manifest["in_place"]:  # the manifest, in the driver's cache, came with the corpus
+        missing = corpus.missing()
+        if missing is None:
+            return corpus
+        raise UserError(
+            f"token shard {missing} is missing or cut short on node {platform.node()}: keep "
+            "data.paths where all nodes see them"
+        )
     here = _open(corpus.path, corpus.hash)
     if here is not None:
         return here
-    if corpus.manifest["in_place"]:
-        raise UserError(
-            f"token shards of {corpus.path} are not on this node: keep them on a path that all "
-            "nodes see"
-        )
     if not storage.read(FOLDER, corpus.hash, build.MANIFEST):
         raise UserError(
             f"corpus {corpus.hash} is neither on this node nor in {storage.uri}: use results that "

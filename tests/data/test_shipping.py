@@ -1,5 +1,6 @@
 """A corpus reaches a node that has only the results URI, over a real S3 server."""
 
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -45,3 +46,23 @@ def test_a_corpus_in_neither_place_says_what_to_do(corpus: Corpus, tmp_path: Pat
     shutil.rmtree(corpus.path)
     with pytest.raises(UserError, match="use results that all nodes reach"):
         obtain(corpus, Storage.at(tmp_path / "results"))
+
+
+def test_shards_of_the_user_need_no_more_than_their_path(tmp_path: Path) -> None:
+    """Another node sees the shards, and not the driver's cache."""
+    shard = tmp_path / "shared" / "a.bin"
+    shard.parent.mkdir()
+    np.arange(1000, dtype=np.uint16).tofile(shard)
+    data = Data(source="tokens", paths=(str(shard),), vocab_size=1000, validation_sequences=2)
+    corpus = prepare(data, tmp_path, cache=tmp_path / "cache", sequence_length=16)
+    storage = Storage.at(tmp_path / "results")
+    publish(corpus, storage)
+    shutil.rmtree(tmp_path / "cache")
+    here = obtain(pickle.loads(pickle.dumps(corpus)), storage)
+    assert here.train[:3].tolist() == [0, 1, 2]
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match=f"{shard} is missing .* on node .*: keep data.paths"):
+        obtain(corpus, storage)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard} is missing .* on node .*: keep data.paths"):
+        obtain(corpus, storage)
