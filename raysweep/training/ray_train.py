@@ -13,6 +13,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from raysweep.config.study import TrialSpec
 from raysweep.data.corpus import Corpus
+from raysweep.data.shipping import obtain
 from raysweep.results.filesystem import Storage
 from raysweep.training.outcome import TrialOutcome
 
@@ -60,7 +61,8 @@ def train_distributed(
     checkpoint. The first worker asks `stop` whether to end early, and tells `on_branch` of the
     branches; `branches` says at each start which are wanted still. All three must pickle.
     `checkpoints` and `storage_path`, where Ray keeps its notes on the run, must be reachable
-    from all nodes. Raises what the workers raised, as Ray's TrainingFailedError.
+    from all nodes; a node that lacks the corpus fetches it from the former. Raises what the
+    workers raised, as Ray's TrainingFailedError.
     """
     # Ray looks after its workers every 2 s and starts a watcher a run: too slow for short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -109,11 +111,14 @@ def _worker(config: dict[str, Any]) -> TrialOutcome:
     from raysweep.training.parallel import Workers
 
     resources = config["spec"].cell.resources
+    corpus, storage = config["corpus"], config["checkpoints"]
+    if isinstance(corpus, Corpus) and storage is not None:
+        corpus = obtain(corpus, storage)  # this worker's node may not have it yet
     return train_one(
         config["spec"],
-        config["corpus"],
+        corpus,
         reporter=WorkerReporter(config["spec"].steps * config["spec"].batch_tokens, config["stop"]),
-        checkpoints=config["checkpoints"],
+        checkpoints=storage,
         device=get_device(),
         threads=max(1, int(resources.cpus_per_worker)),
         workers=Workers.of_process_group(resources.strategy),
