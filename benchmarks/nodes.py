@@ -249,9 +249,14 @@ def command_of(pid: int) -> str:
         return ""
 
 
-def in_trial(pids: Iterable[int]) -> list[int]:
-    """Those of some processes in which a trial runs, by what Ray calls Tune's workers then."""
-    return [pid for pid in pids if "ray::ImplicitFunc.train" in command_of(pid)]
+ONE_WORKER, TRAIN_WORKER = "ray::ImplicitFunc.train", "ray::RayTrainWorker"
+"""What Ray calls a process in which a trial runs: Tune's while it trains, or one of several of
+Ray Train. (The Tune process of a trial on several workers bears the first name too.)"""
+
+
+def in_trial(pids: Iterable[int], names: tuple[str, ...] = (ONE_WORKER, TRAIN_WORKER)) -> list[int]:
+    """Those of some processes in which a trial runs."""
+    return [pid for pid in pids if command_of(pid).startswith(names)]
 
 
 def free_ports(count: int) -> list[int]:

@@ -14,6 +14,7 @@ class LocalCluster:
 
     address: str
     env: dict[str, str]
+    nodes: nodes.Cluster
 
 
 @pytest.fixture
@@ -27,4 +28,4 @@ def cluster() -> Iterator[LocalCluster]:
     with nodes.Cluster(dashboard=True) as local:
         local.start_head()
         local.add_worker()
-        yield LocalCluster(local.jobs_address, local.env)
+        yield LocalCluster(local.jobs_address, local.env, local)

@@ -1,4 +1,4 @@
-"""A study submitted to a real cluster of two nodes: refused twice, stopped, continued, done."""
+"""Studies submitted to a real cluster: refused, stopped, continued, through the loss of a node."""
 
 import json
 import subprocess
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.nodes import TRAIN_WORKER, Node, in_trial
+from raysweep.config import Study
 from raysweep.results import Results
+from raysweep.training.single import train_one
 
 pytestmark = pytest.mark.ray
 
@@ -84,6 +87,64 @@ def test_submitted_stopped_and_continued_to_the_end(cluster, tmp_path: Path) -> 
     assert "\x1b" not in logs.stdout, "control characters in a log"
     for unknown in ("raysweep-nothing", "raysweep-401"):
         one_line(call("logs", unknown), f"no job {unknown}", job)
+
+
+LOST_NODE = """
+study: lost-node
+model: {sequence_length: 32}
+scales:
+  - {name: one, d_model: 16, layers: 1, heads: 1}
+  - {name: two, d_model: 24, layers: 1, heads: 1, resources: {workers: 2}}
+horizons: [{tokens: 300e3}]
+search:
+  trials_per_cell: 2
+  learning_rate: {low: 1e-3, high: 1e-1}
+  batch_sequences: {low: 4, high: 8}
+recipe: {checkpoint_seconds: 1}
+data: {max_megabytes: 2, validation_sequences: 64}
+"""
+
+
+def test_a_node_dies_under_a_submitted_study(cluster, tmp_path: Path) -> None:
+    """Trials on one worker and on two, over three nodes; one that a trial shares is killed."""
+    local = cluster.nodes
+    local.add_worker()
+    space, uri = tmp_path / "space.yaml", tmp_path / "results"
+    space.write_text(LOST_NODE)
+    to = ["--address", cluster.address]
+    sent = raysweep("submit", str(space), "--results", str(uri), *to, env=cluster.env)
+    assert sent.returncode == 0, sent.stderr
+    job = sent.stdout.split()[1]
+
+    def state() -> tuple[str, str]:
+        entries = json.loads(raysweep("status", "--json", *to, env=cluster.env).stdout)
+        log = raysweep("logs", job, *to, env=cluster.env).stdout
+        return next(e["status"] for e in entries if e["job"] == job), log
+
+    deadline = time.monotonic() + 400
+    at_work: list[Node] = []
+    while not at_work or not list(uri.glob("checkpoints/*/checkpoint.pt")):
+        assert time.monotonic() < deadline, state()
+        at_work = [n for n in local.workers if in_trial(n.pids(), (TRAIN_WORKER,))]
+        time.sleep(0.1)
+    before = Results.open(uri).frame()
+    local.kill(at_work[0])
+    local.add_worker()
+    while (now := state())[0] != "SUCCEEDED":
+        assert now[0] == "RUNNING", now
+        assert time.monotonic() < deadline, now
+        time.sleep(1)
+    rows = Results.open(uri).frame().set_index("trial_key")
+    assert rows.index.is_unique
+    assert set(rows["status"]) == {"finished"}
+    assert rows.groupby("world_size").size().to_dict() == {1: 2, 2: 2}
+    kept = rows.loc[before["trial_key"]]
+    assert kept["started_at"].tolist() == before["started_at"].tolist()
+    assert not list(uri.glob("checkpoints/*"))
+    last = rows[rows["world_size"] == 2].sort_values("started_at").iloc[-1]
+    study, rate, batch = Study.load(space), last["learning_rate"], int(last["batch_tokens"])
+    alone = train_one(study, last["cell"], rate, batch, seed=int(last["seed"]))
+    assert last["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
 
 def test_wrong_token_and_wrong_address_are_one_line(cluster, tmp_path: Path) -> None:

@@ -64,26 +64,6 @@ def test_a_killed_worker_loses_a_second(nodes, driver, search_space) -> None:
     assert not running.checkpoints()
 
 
-def test_a_node_is_killed_under_a_trial_on_two_workers(nodes, driver, search_space) -> None:
-    """One worker a node: the trial waits for another node, and goes on there."""
-    running = driver(
-        "--address", nodes.address, env=nodes.env, resources={"workers": 2},
-        search={"trials_per_cell": 1},
-    )  # fmt: skip
-    running.until(running.checkpoints)
-    lost = nodes.workers[-1]
-    assert lost.pids()
-    nodes.kill(lost)
-    nodes.add_worker()
-    assert running.wait() == 0, running.log
-    rows = running.rows()
-    all_finished(rows, 1)
-    row = next(rows.itertuples())
-    assert row.world_size == 2
-    assert row.loss == pytest.approx(undisturbed(search_space(), row)["loss"], rel=1e-4)
-    assert not running.checkpoints()
-
-
 def test_the_head_is_killed_and_the_study_continued_on_another(nodes, driver) -> None:
     """The driver gives up by itself; the same command goes on."""
     running = driver("--address", nodes.address, env=nodes.env)
