@@ -16,6 +16,7 @@ from rich.console import Console
 from raysweep.config import Cell, Study
 from raysweep.data.corpus import Corpus, prepare
 from raysweep.data.shipping import publish
+from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.lock import study_lock
 from raysweep.search.campaign import Campaign, bundles_of
@@ -23,7 +24,7 @@ from raysweep.search.interruption import Interrupted, Interruption
 from raysweep.search.ledger import Ledger
 from raysweep.search.loggers import check_loggers, make_loggers
 from raysweep.search.progress import Progress, clock
-from raysweep.search.runtime import cluster_nodes, dashboard_url, ray_runtime
+from raysweep.search.runtime import cluster_address, cluster_nodes, dashboard_url, ray_runtime
 from raysweep.training.record import library_versions
 
 RETRIES = 2
@@ -88,7 +89,13 @@ def run(
         if campaign.done:
             console.print(f"{study.name}: all trials are done: nothing to run", highlight=False)
             return RunSummary(results, 0, 0.0, 0.0, tuple(results.problems))
+        address = cluster_address(address)
         with ray_runtime(address) as scratch, interruption.listening():
+            campaign.ledger.update(cluster_nodes())
+            if address is None:
+                _check_room(campaign)
+            else:  # nodes may join at any time, and all that they share is the results URI
+                publish(corpus, results.storage)
             summary = _run_on_ray(study, corpus, results, campaign, scratch, console, interruption)
         results.compact()
         results.drop_checkpoints()
@@ -110,16 +117,10 @@ def _run_on_ray(
     from raysweep.search.trial import TrialContext, make_trainable
     from raysweep.search.watcher import Watcher
 
-    nodes = cluster_nodes()
-    campaign.ledger.update(nodes)
-    if len(nodes) > 1:
-        publish(corpus, results.storage)
-    cpus_per_worker = study.cells[0].resources.cpus_per_worker
     context = TrialContext(
         study=study,
         corpus=corpus,
         results_uri=os.path.abspath(results.uri) if results.storage.is_local else results.uri,
-        threads=max(1, int(cpus_per_worker)),
     )
     console.print(
         f"{study.name}: {len(study.cells)} cells, results in {results.uri}, "
@@ -136,11 +137,12 @@ def _run_on_ray(
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
     with interruption.gently(), Progress(campaign, console) as progress:
-        watcher = Watcher(campaign, corpus.hash, results, progress, interruption)
+        searcher = CampaignSearcher(campaign, cluster_nodes, interruption)
+        watcher = Watcher(campaign, corpus.hash, results, progress, interruption, searcher.look)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=CampaignSearcher(campaign, cluster_nodes, interruption),
+                search_alg=searcher,
                 scheduler=EarlyStop(campaign),
                 num_samples=-1,
                 reuse_actors=True,
@@ -166,7 +168,7 @@ def _run_on_ray(
         "worker_seconds_available": available,
         "worker_seconds_training": watcher.training_seconds,
         "trials": watcher.concluded,
-        "nodes": len(nodes),
+        "nodes": len(campaign.ledger.nodes),
         "cpus": campaign.ledger.total("CPU"),
         "gpus": campaign.ledger.total("GPU"),
         "strategy": study.space.search.strategy,
@@ -182,6 +184,20 @@ def _run_on_ray(
     if interruption.signum is not None:
         raise Interrupted(interruption.signum)
     return RunSummary(results, watcher.concluded, seconds, utilisation, tuple(results.problems))
+
+
+def _check_room(campaign: Campaign) -> None:
+    """Raises UserError where this machine, which does not grow, can never hold a trial."""
+    ledger = campaign.ledger
+    for state in filter(campaign.runnable, campaign.states.values()):
+        bundles = bundles_of(state.cell)
+        if not ledger.could_ever_fit(bundles):
+            needs = ", ".join(f"{name} {len(bundles) * n:g}" for name, n in bundles[0].items())
+            raise UserError(
+                f"cell {state.cell.name} needs {needs}; this machine has CPU "
+                f"{ledger.total('CPU'):g}, GPU {ledger.total('GPU'):g}: lower the resources of its "
+                "scale, drop the scale, or join a cluster with --address"
+            )
 
 
 def _placement(cell: Cell) -> Any:

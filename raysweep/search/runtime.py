@@ -47,9 +47,8 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    local = address in (None, "local")
-    if local:
+    address = cluster_address(address)
+    if address is None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
@@ -57,7 +56,7 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
     _read_token_again()
     scratch = _scratch_folder()
     try:
-        if local:
+        if address is None:
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -81,6 +80,12 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def cluster_address(address: str | None) -> str | None:
+    """Of the cluster to join: as given, or by RAY_ADDRESS. None where Ray is started here."""
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
 
 
 def dashboard_url() -> str | None:

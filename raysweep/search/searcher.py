@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray.tune.execution.tune_controller import TuneController
@@ -44,12 +44,6 @@ class CampaignSearcher(Searcher):
         """The next trial; None while nothing fits or all waits on running trials."""
         if self._interruption.signum is not None:
             return Searcher.FINISHED
-        now = time.monotonic()
-        if now - self._looked > NODES_SECONDS:
-            self._looked = now
-            self.campaign.ledger.update(self._nodes())
-            campaign = self.campaign
-            self._growth.update(campaign.waiting(), campaign.running, campaign.ledger.nodes)
         if self.campaign.done:
             self._growth.withdraw()
             return Searcher.FINISHED
@@ -63,6 +57,24 @@ class CampaignSearcher(Searcher):
             "batch_sequences": spec.batch_sequences,
             "seed": spec.seed,
         }
+
+    def look(self, trials: Sequence[Trial]) -> None:
+        """See, now and then, which nodes there are, and ask for more where trials wait for room.
+
+        Tune asks for no suggestion while a trial of its own waits, so it must not be `suggest` that
+        looks: then requests that were granted would keep the very room that this trial waits for.
+        While one waits nothing is asked for besides.
+        """
+        now = time.monotonic()
+        if now - self._looked < NODES_SECONDS:
+            return
+        self._looked = now
+        campaign = self.campaign
+        campaign.ledger.update(self._nodes())
+        if any(trial.status == Trial.PENDING for trial in trials):
+            self._growth.withdraw()
+        else:
+            self._growth.update(campaign.waiting(), campaign.running, campaign.ledger.nodes)
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False

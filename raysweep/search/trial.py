@@ -37,7 +37,6 @@ class TrialContext:
     study: Study
     corpus: Corpus
     results_uri: str
-    threads: int
 
 
 class TuneReporter:
@@ -203,7 +202,7 @@ def _train(
         corpus,
         reporter=reporter,
         checkpoints=checkpoints,
-        threads=context.threads,
+        threads=max(1, int(resources.cpus_per_worker)),
         branches=branches(),
         on_branch=on_branch,
     )

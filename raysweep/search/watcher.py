@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Watcher(tune.Callback):
         results: Results,
         progress: Progress,
         interruption: Interruption,
+        look: Callable[[Sequence[Trial]], None],
     ) -> None:
         self.training_seconds = 0.0
         """Worker-seconds spent inside training loops."""
@@ -59,6 +60,7 @@ class Watcher(tune.Callback):
         self._results = results
         self._progress = progress
         self._interruption = interruption
+        self._look_at_nodes = look
         self._winding_down = False
         self._starts: dict[str, tuple[float, datetime]] = {}
         self._stalls = Stalls(self._study.space.search.stall_seconds)
@@ -82,6 +84,7 @@ class Watcher(tune.Callback):
             self.count_available()
         signum = self._interruption.signum
         if signum is None:
+            self._look_at_nodes(trials)
             return
         if not self._winding_down:
             self._winding_down = True
