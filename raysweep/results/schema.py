@@ -17,7 +17,8 @@ stay out of the fits, with their reason."""
 
 @dataclass(frozen=True)
 class Column:
-    """A column: Arrow type, meaning with unit, and whether every row must have it."""
+    """A column: Arrow type, meaning with unit, and whether every row must have it: what says which
+    row it is. A number that an imported row lacks keeps that row out of the fits, no other."""
 
     type: pa.DataType
     meaning: str
@@ -54,13 +55,13 @@ COLUMNS: dict[str, Column] = {
     "params_total": Column(_float, "all parameters"),
     "params_active": Column(_float, "parameters a token passes, with embeddings and head"),
     "params_total_non_embedding": Column(_float, "without input embedding and output head"),
-    "params_active_non_embedding": Column(_float, "active, without embedding and head", True),
+    "params_active_non_embedding": Column(_float, "active, without embedding and head"),
     "params_dense": Column(_float, "non-embedding parameters of the dense twin"),
     "flops_per_token": Column(_float, "training FLOPs a token, exact: matmuls, attention, head"),
     "flops": Column(_float, "training FLOPs of the trial: flops_per_token * tokens_seen"),
     "flops_6nd": Column(_float, "6 * params_active_non_embedding * tokens_seen"),
     # Hyperparameters.
-    "tokens": Column(_float, "horizon D: the token budget", True),
+    "tokens": Column(_float, "horizon D: the token budget"),
     "learning_rate": Column(_float, "peak learning rate"),
     "batch_sequences": Column(_int, "global batch in sequences"),
     "batch_tokens": Column(_float, "global batch in tokens"),

@@ -1,6 +1,7 @@
 """The command line: light to start, one line for each mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,21 @@ def test_one_trial_without_tune_keeps_its_row(tmp_path: Path) -> None:
     assert row["status"] == "finished"
     assert row["loss"] == said["loss"] < 5.5
     assert row["tokens_seen"] == pytest.approx(20_000, rel=0.05)
+
+
+def test_a_number_missing_in_one_imported_row_hides_no_other(tmp_path: Path) -> None:
+    table, uri = tmp_path / "sweep.csv", str(tmp_path / "r")
+    grid = [(rate, batch) for rate in (1, 3, 10, 30) for batch in (4096, 16384, 65536)]
+    lines = [f"{rate}e-3,{batch},1e6,2e7,{3 + abs(rate - 4) / 50}" for rate, batch in grid]
+    lines[1], lines[4] = lines[1].replace("2e7", ""), lines[4].replace("1e6", "")
+    table.write_text("\n".join(["lr,bs,N,tokens,val", *lines]))
+    columns = "learning_rate=lr,batch_tokens=bs,params_active_non_embedding=N,loss=val"
+    done = raysweep("import", "csv", str(table), "--results", uri, "--map", columns)
+    assert done.returncode == 0, done.stderr
+    assert "1 x tokens is missing" in done.stderr + done.stdout
+    for command in (["fit", uri], ["status", uri], ["report", uri, "-o", str(tmp_path / "page")]):
+        done = raysweep(*command)
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr, done.stderr
+        if command[0] != "report":
+            assert re.search(r"^ *dense-1M-20Mtok +10 ", done.stdout, re.MULTILINE), done.stdout

@@ -1,4 +1,4 @@
-"""Where trials find room: a machine that never has it says so, nodes that join late fetch the data."""
+"""Where trials find room: a machine that never has it says so; late nodes get the data."""
 
 import os
 import shutil
