@@ -15,6 +15,8 @@ from raysweep.scaling.power_law import Exponent, PowerLaw, fit_power_law
 
 NEAR_BEST = 0.01
 """The noise scale of a cell is read off its trials within this share of the best loss."""
+ONE_TRIAL = 0.5
+"""sd of ln noise scale where one trial tells it."""
 
 
 @dataclass(frozen=True)
@@ -88,29 +90,44 @@ def cell_noise_scale(cells: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
     """The gradient noise scale B_simple = tr S / |G|^2 of each cell, in tokens, with its log sd.
 
     From the trials within 1 % of the cell's best. Numerator and denominator are averaged separately
-    where both are recorded (McCandlish 1812.06162, app. A), else the recorded ratios in logs.
-    Columns `noise_scale_tokens` and `log_sd`, indexed by cell, NaN where nothing was measured.
+    where both are recorded (McCandlish 1812.06162, app. A), else the recorded ratios in logs. An
+    estimate of |G|^2 may be negative, and counts: to leave it out would choose by the outcome.
+    Columns `noise_scale_tokens` and `log_sd`, indexed by cell, NaN where `left_out` says why.
     """
     best = trials.groupby("cell")["loss"].transform("min")
     near = trials[trials["loss"] <= best * (1 + NEAR_BEST)]
-    parts = (near["noise_trace"] > 0) & (near["noise_grad_sq"] > 0) & (near["sequence_length"] > 0)
-    grouped = near[parts].groupby("cell")
-    apart = (
-        grouped["noise_trace"].mean()
-        / grouped["noise_grad_sq"].mean()
-        * grouped["sequence_length"].first()
+    columns = [near[c].astype(float) for c in ("noise_trace", "noise_grad_sq", "sequence_length")]
+    trace, grad_sq, length = columns
+    apart = trace.notna() & grad_sq.notna() & (length > 0)
+    found = pd.DataFrame(
+        {"noise_scale_tokens": math.nan, "log_sd": math.nan, "left_out": "noise scale not measured"},
+        index=cells.index,
     )
-    ratio = near["noise_scale_tokens"].where(near["noise_scale_tokens"] > 0)
-    ratio = ratio.where(
-        ratio.notna(), near["noise_trace"] / near["noise_grad_sq"] * near["sequence_length"]
-    )
-    logs = np.log(ratio.where(ratio > 0).astype(float)).groupby(near["cell"])
-    n = logs.count()
-    sd = logs.std().fillna(0.5) / np.sqrt(n.clip(lower=1))
-    found = pd.DataFrame({"noise_scale_tokens": apart.reindex(n.index), "log_sd": sd})
-    found["noise_scale_tokens"] = found["noise_scale_tokens"].fillna(np.exp(logs.mean()))
-    found.loc[n == 0, :] = np.nan
-    return found.reindex(cells.index)
+    for cell in found.index.intersection(near["cell"]):
+        own = near["cell"] == cell
+        if (parts := own & apart).any():
+            scale, sd = _ratio_of_means(trace[parts], grad_sq[parts])
+            scale *= length[parts].iloc[0]
+            why = "|G|^2 not distinguishable from 0"
+        else:
+            logs = np.log(near["noise_scale_tokens"].astype(float).where(lambda x: x > 0))[own]
+            scale, sd = math.exp(logs.mean()), logs.std() / math.sqrt(max(logs.count(), 1))
+            why = str(found.loc[cell, "left_out"])
+        known = math.isfinite(scale)
+        sd = sd if math.isfinite(sd) else ONE_TRIAL
+        found.loc[cell] = (scale, sd, "") if known else (math.nan, math.nan, why)
+    return found
+
+
+def _ratio_of_means(trace: pd.Series, grad_sq: pd.Series) -> tuple[float, float]:
+    """mean(trace) / mean(grad_sq) and its log sd; NaN where a mean is not positive, and an sd
+    of NaN from one trial."""
+    means = trace.mean(), grad_sq.mean()
+    if min(means) <= 0:
+        return math.nan, math.nan
+    # To first order the log of the ratio varies as this difference does.
+    error = trace / means[0] - grad_sq / means[1]
+    return means[0] / means[1], float(error.std()) / math.sqrt(len(error))
 
 
 def fit_critical_batch(
@@ -192,7 +209,7 @@ def _noise_law(
         noise["noise_scale_tokens"].to_numpy(float)[known],
         noise["log_sd"].to_numpy(float)[known],
         cells=[str(c) for c in cells.index[known]],
-        left_out={str(c): "noise scale not measured" for c in cells.index[~known]},
+        left_out=noise["left_out"][~known].to_dict(),
         n_boot=n_boot,
         seed=seed,
     )

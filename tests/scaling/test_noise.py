@@ -83,7 +83,51 @@ def test_the_noise_scale_averages_numerator_and_denominator_apart():
     found = cell_noise_scale(cells, trials)
     # (10 + 30) / (1 + 9) sequences of 100 tokens; the trial far above the best does not count
     assert found.loc["a", "noise_scale_tokens"] == pytest.approx(400)
-    assert found.loc[["b", "c"]].isna().all(axis=None)
+    assert found.loc[["b", "c"], ["noise_scale_tokens", "log_sd"]].isna().all(axis=None)
+    assert set(found.loc[["b", "c"], "left_out"]) == {"noise scale not measured"}
+
+
+def test_estimates_below_zero_count_too():
+    """Chosen for being positive, one of four would tell a noise scale where there is none."""
+    trials = pd.DataFrame(
+        {
+            "cell": ["a"] * 4 + ["b"] * 4,
+            "loss": 2.0,
+            "noise_trace": [10.0, 30.0, 20.0, 20.0] * 2,
+            "noise_grad_sq": [-1.0, 9.0, 8.0, 4.0, -3.0, -2.0, 1.0, -1.0],
+            "noise_scale_tokens": [np.nan, 333.0, 250.0, 500.0, np.nan, np.nan, 2000.0, np.nan],
+            "sequence_length": 100.0,
+        }
+    )
+    cells = pd.DataFrame(index=pd.Index(["a", "b"], name="cell"))
+    found = cell_noise_scale(cells, trials)
+    assert found.loc["a", "noise_scale_tokens"] == pytest.approx(100 * 20 / 5)
+    parts = np.array([10, 30, 20, 20]) / 20 - np.array([-1, 9, 8, 4]) / 5
+    assert found.loc["a", "log_sd"] == pytest.approx(parts.std(ddof=1) / 2)
+    assert np.isnan(found.loc["b", "noise_scale_tokens"])
+    assert found.loc["b", "left_out"] == "|G|^2 not distinguishable from 0"
+
+
+def test_log_sd_tells_how_far_the_ratio_strays():
+    """Of 400 cells with noisy parts: the ratio's own spread, and its interval's coverage."""
+    rng = np.random.default_rng(0)
+    cell = np.repeat([f"c{i}" for i in range(400)], 8)
+    trials = pd.DataFrame(
+        {
+            "cell": cell,
+            "loss": 2.0,
+            "noise_trace": 20 * (1 + 0.3 * rng.standard_normal(len(cell))),
+            "noise_grad_sq": 5 * (1 + 0.5 * rng.standard_normal(len(cell))),
+            "noise_scale_tokens": np.nan,
+            "sequence_length": 1.0,
+        }
+    )
+    assert (trials["noise_grad_sq"] < 0).any()
+    found = cell_noise_scale(pd.DataFrame(index=pd.unique(cell)), trials)
+    error = np.log(found["noise_scale_tokens"] / 4)
+    assert abs(error.mean()) < 0.03
+    assert found["log_sd"].mean() == pytest.approx(error.std(), rel=0.1)
+    assert 0.88 < (abs(error) < 1.96 * found["log_sd"]).mean() < 0.97
 
 
 def test_the_recorded_ratio_serves_where_its_parts_are_unknown(planted_study):
