@@ -107,10 +107,8 @@ class Campaign:
     @property
     def done(self) -> bool:
         """Whether nothing runs and nothing can follow."""
-        if self._open:
-            return False
-        self._grant()
-        return not any(self.runnable(s) for s in self._ordered())
+        # Whether anything fits is not asked: workers may be gone, or not there yet.
+        return not (self._open or self._affordable() or any(map(self.runnable, self._ordered())))
 
     def ask(self, trial_id: str) -> Proposal | None:
         """The next trial to start, or None while none fits or everything waits on running ones."""
@@ -197,26 +195,31 @@ class Campaign:
         """Cells by compute, smallest first (as the study has them)."""
         return list(self.states.values())
 
-    def _grant(self) -> None:
-        """One more trial to the cell where a FLOP teaches most, once every cell has its own."""
+    def _affordable(self) -> list[CellState]:
+        """Cells that may be granted a trial: once each has its own, and FLOPs are left."""
         limit = self._search.total_flops
         if limit is None or any(s.wanted for s in self._ordered()):
-            return
+            return []
         most = MOST_GRANTED * self._search.trials_per_cell
-        affordable = [
+        return [
             s
             for s in self._ordered()
             if s.trunk is None
             and self._flops_spent + s.trial_flops <= limit
             and s.concluded + len(s.running) < most
             and not s.given_up
-            and self.ledger.fits(bundles_of(s.cell))
         ]
-        if not affordable:
+
+    def _grant(self) -> None:
+        """One more trial to the cell where a FLOP teaches most, of those that fit now."""
+        affordable = self._affordable()
+        fitting = [s for s in affordable if self.ledger.fits(bundles_of(s.cell))]
+        candidates = fitting or ([] if self._open else affordable)
+        if not candidates:
             return
         surface, targets = self._ladder.surface(), targets_of(self.study)
         state = max(
-            affordable, key=lambda s: trial_value(surface, s.features, targets) / s.trial_flops
+            candidates, key=lambda s: trial_value(surface, s.features, targets) / s.trial_flops
         )
         # An earlier run may have gone past the budget already.
         state.granted += 1 + max(0, state.concluded + len(state.running) - state.budget)

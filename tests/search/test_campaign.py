@@ -282,6 +282,26 @@ def test_a_flop_budget_beyond_each_cells_trials_goes_where_it_teaches_most() -> 
     assert limit - spent < cheapest or (counts == 16).any()
 
 
+def test_a_flop_budget_goes_on_after_a_stop_and_while_no_worker_is_there() -> None:
+    study = make_study(extend_edges=False)
+    limit = 1.6 * sum(4 * c.flops for c in study.cells)
+    study = make_study(total_flops=limit, extend_edges=False)
+    first = simulate(Campaign(study, "data", two_workers()), stop_after=4 * len(study.cells) + 1)
+    campaign = Campaign(study, "data", Ledger({}), rows=rows_of(first))
+    assert not campaign.done
+    asked = campaign.ask("waits")
+    assert asked is not None
+    assert campaign.ask("another") is None
+    campaign.ledger.update({"n": {"CPU": 2.0}})
+    campaign.tell("waits", *planted(asked))
+    log = first + [(asked, *planted(asked))] + simulate(campaign)
+    spent = sum(p.spec.cell.flops for p, *_ in log)
+    counts = pd.Series([p.spec.cell.name for p, *_ in log]).value_counts()
+    left = [c for c in study.cells if counts[c.name] < 16]
+    assert 0 <= limit - spent < min(c.flops for c in left)
+    assert Campaign(study, "data", Ledger({}), rows=rows_of(log)).done
+
+
 def test_same_seed_and_history_give_the_same_trials() -> None:
     logs = [simulate(Campaign(make_study(), "data", two_workers())) for _ in range(2)]
     first, second = ([p.spec.key for p, *_ in log] for log in logs)
