@@ -25,9 +25,6 @@ Kind = Literal["loss-optimal", "equal quality", "equal cost", "same quality, mor
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 """GPUs that may share one model."""
 
-# Laws whose N is the corresponding dense model, whatever is active.
-_DENSE_N = ("yun", "wang", "clark")
-
 
 @dataclass(frozen=True)
 class Serving:
@@ -169,11 +166,9 @@ class _Budget:
         return replace(self.serving.model, params=params, experts=self.experts)
 
     def _law_params(self, params: float) -> float:
-        """The law's N of a dense-equivalent size, by the law's own way of counting."""
-        law, unit = self.fit.law, self.model(1.0)
-        if law.key in _DENSE_N:
-            return params
-        total = law.parameter_count.startswith("params_total")
+        """The law's N of a dense-equivalent size: the count that the law was fitted on."""
+        unit = self.model(1.0)
+        total = self.fit.law.parameter_count.startswith("params_total")
         return params * (unit.params_total if total else unit.params_active)
 
     def loss(self, params: float, tokens: float) -> float:

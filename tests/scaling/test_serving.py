@@ -116,6 +116,29 @@ def test_loss_optimal_models_spend_the_budget_best(
             assert worse > best.loss
 
 
+def test_the_loss_is_the_laws_at_the_count_it_was_fitted_on() -> None:
+    """Wang's law, fitted on active parameters: of two whole experts a token, 4/3 of the dense."""
+    law = LOSS_LAWS["wang"]
+    n, d, e = (g.ravel() for g in np.meshgrid((1e8, 4e8, 2e9), (2e9, 1e10, 6e10), (1.0, 4.0, 16.0)))
+    inputs = {"params": n, "tokens": d, "experts": e}
+    truth = {"A": 400.0, "B": 2000.0, "s": 1.8, "a": 0.34, "b": 0.36, "g": 0.13}
+    fit = law.fit(inputs, law.predict(truth, inputs))
+    found = serving_solutions(fit, 3e20, Serving(A100, 2.0), experts=(4, 8))
+    for solution in found:
+        if solution.status == "found":
+            assert solution.params_active == pytest.approx(solution.params * 4 / 3)
+            own = {
+                "params": solution.params_active,
+                "tokens": solution.tokens,
+                "experts": solution.experts,
+            }
+            assert solution.loss == pytest.approx(law.predict(truth, own)[0], rel=1e-6)
+    best = find(found, "loss-optimal", 8)
+    # a A / (N^a E^g) = b B / D^b at the best split of 6 N D
+    of_n = 0.34 * 400 / best.params_active**0.34 / 8**0.13
+    assert of_n == pytest.approx(0.36 * 2000 / best.tokens**0.36, rel=1e-3)
+
+
 def test_equal_quality_is_smaller_overtrained_and_cheaper(solutions: list[Solution]) -> None:
     """Yun et al.: 16 experts, 70-85 % smaller than loss-optimal, match 4 experts and serve
     cheaper."""
