@@ -47,7 +47,7 @@ def calibrate(study: Study) -> Calibration:
     Raises UserError where the study wants GPUs that are not here, or nothing could be timed.
     """
     asked = json.dumps({"space": study.space.model_dump(mode="json"), "folder": str(study.folder)})
-    processors = float(len(os.sched_getaffinity(0)))
+    processors = float(_processors())
     resources = study.cells[0].resources
     gpus = _gpus() if resources.gpus_per_worker else 0
     slots = int(processors // resources.cpus_per_worker) or 1
@@ -60,7 +60,7 @@ def calibrate(study: Study) -> Calibration:
     for k in range(min(slots, MOST_AT_ONCE)):
         environment = {**os.environ}
         if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(k % gpus)
+            environment["CUDA_VISIBLE_DEVICES"] = _gpu(k % gpus)
         children.append(
             subprocess.Popen(
                 [sys.executable, "-m", "raysweep.training.calibrate"],
@@ -87,6 +87,20 @@ def calibrate(study: Study) -> Calibration:
         said = answers[0][1].strip().splitlines()
         raise UserError(f"the calibration failed: {said[-1] if said else 'no reason given'}")
     return Calibration(slots=slots, paces=_mean(good), at_once=len(good))
+
+
+def _processors() -> int:
+    """Those that this process may use; all, where the system does not say (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _gpu(index: int) -> str:
+    """The name of one of the GPUs that this process sees, of which the user may have made a
+    choice."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return chosen.split(",")[index].strip() if chosen else str(index)
 
 
 def _gpus() -> int:

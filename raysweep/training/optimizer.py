@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from raysweep.config.schema import Recipe
 from raysweep.training import schedule
 
+LONGEST_DOT = 1 << 30
+"""CUDA's dot product takes fewer than 2^31 elements."""
 _ALIGN = 16
 """Every parameter starts at a multiple of this many elements: 64 bytes in float32."""
 
@@ -85,7 +87,8 @@ class ShardedParameters:
 def squared_norm(gradients: list[Tensor]) -> Tensor:
     """Sum of squares of this worker's gradient tensors, as a scalar tensor."""
     if len(gradients) == 1:
-        return torch.dot(gradients[0], gradients[0])
+        dots = [torch.dot(part, part) for part in gradients[0].split(LONGEST_DOT)]
+        return dots[0] if len(dots) == 1 else torch.stack(dots).sum()
     return torch.stack([g.square().sum() for g in gradients]).sum()
 
 

@@ -116,11 +116,18 @@ def activation_bytes(shape: ModelShape) -> float:
     return shape.layers * layer + 10 * shape.vocab_size
 
 
+_NO_MEMORY = (
+    "DefaultCPUAllocator: ",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or in the CPU's allocator."""
+    """Whether an error says that memory ran out, on a GPU, in its libraries or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """The loop's parts: schedules, the optimizer's buffers, monitor, micro-batches."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from raysweep.config import Architecture, Recipe, Resources
 from raysweep.model import build
 from raysweep.scale import ModelShape
-from raysweep.training import optimizer, runtime, schedule
+from raysweep.training import calibrate, optimizer, runtime, schedule
 from raysweep.training.monitor import Monitor
 
 SHAPE = ModelShape(
@@ -102,6 +103,12 @@ class TestFlatParameters:
         optimizer.clip(flat.gradients(), norm, 1.0)
         assert optimizer.squared_norm(flat.gradients()).item() == pytest.approx(1.0, rel=1e-4)
 
+    def test_norms_of_more_elements_than_one_dot_product_takes(self, monkeypatch):
+        gradient = torch.randn(1000)
+        whole = optimizer.squared_norm([gradient])
+        monkeypatch.setattr(optimizer, "LONGEST_DOT", 300)
+        assert optimizer.squared_norm([gradient]).item() == pytest.approx(whole.item())
+
 
 class TestMonitor:
     def feed(self, losses: list[float], steps: int) -> tuple[Monitor, str | None]:
@@ -158,3 +165,32 @@ class TestMicroBatch:
 
     def test_odd_batches_are_cut_evenly(self):
         assert self.size(9, micro_batch_sequences=4) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lack"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `create`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_lack_of_memory_is_known_by_its_errors(error, is_lack):
+    assert runtime.is_out_of_memory(error) == is_lack
+
+
+def test_calibration_keeps_to_the_gpus_that_the_user_chose(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert calibrate._gpu(1) == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8932f937")
+    assert [calibrate._gpu(k) for k in range(2)] == ["3", "GPU-8932f937"]
+
+
+def test_processors_where_the_system_says_nothing_of_affinity(monkeypatch):
+    assert 1 <= calibrate._processors() <= (os.cpu_count() or 1)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert calibrate._processors() == os.cpu_count()
