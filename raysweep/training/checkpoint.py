@@ -18,6 +18,7 @@ from torch import Tensor
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
 from raysweep.results.store import CHECKPOINTS
+from raysweep.training.parallel import Workers
 
 NAME = "checkpoint.pt"
 
@@ -65,6 +66,18 @@ class Checkpoints:
             return None
         return state if state["key"] == self._key else None
 
+    def load_on_all(self, workers: Workers) -> dict[str, Any] | None:
+        """The checkpoint on all workers, read by the first. That one alone gets what a sharded
+        model has learned: it is too large to be everywhere."""
+        if workers.rank:
+            return workers.from_leader(None)
+        state = self.load()
+        if state is not None and state.get("sharded") != workers.sharded:
+            _log.warning("trial %s starts over: its checkpoint is of other workers", self._key)
+            state = None
+        workers.from_leader(_without_learned(state) if state and workers.sharded else state)
+        return state
+
     def _write(self, state: dict[str, Any]) -> None:
         try:
             buffer = io.BytesIO()
@@ -72,6 +85,12 @@ class Checkpoints:
             self._storage.write(buffer.getvalue(), CHECKPOINTS, self._key, NAME)
         except Exception as error:
             _log.warning("trial %s has no new checkpoint: %s", self._key, error)
+
+
+def _without_learned(state: dict[str, Any]) -> dict[str, Any]:
+    """The small part of a run's state, and of the trunk's in it."""
+    trunk = state["trunk"] and _without_learned(state["trunk"])
+    return {**state, "learned": None, "trunk": trunk}
 
 
 def snapshot(state: Any) -> Any:

@@ -43,13 +43,13 @@ def train(
     """Train one model and measure it.
 
     The result is a function of `spec` and the corpus alone: on CPUs bit for bit, whatever ran in
-    the process before. Divergence and lack of memory are outcomes, not errors. Where `checkpoints`
-    can be kept, a run that was killed goes on from its last one; the caller forgets it once the
-    outcome is safe (`checkpoint.forget`). With several `workers`, all call this with the same
-    arguments and get the same outcome. `branches` are the trial at shorter horizons: each decays
-    from the stable phase of this run (WSD), and `on_branch` hears of its outcome, on the first
-    worker. Raises UserError where the batch does not divide by the workers, or the corpus is too
-    small.
+    the process before. Divergence is an outcome, not an error, and so is lack of memory, except
+    where several workers cannot agree on it: that is a UserError. Where `checkpoints` can be kept,
+    a run that was killed goes on from its last one; the caller forgets it once the outcome is safe
+    (`checkpoint.forget`). With several `workers`, all call this with the same arguments and get the
+    same outcome. `branches` are the trial at shorter horizons: each decays from the stable phase of
+    this run (WSD), and `on_branch` hears of its outcome, on the first worker. Raises UserError also
+    where the batch does not divide by the workers, or the corpus is too small.
     """
     workers = workers or Workers()
     resources = spec.cell.resources
@@ -85,6 +85,21 @@ class _Run:
         self.checkpoints = None
         if storage is not None and spec.recipe.checkpoint_seconds:
             self.checkpoints = Checkpoints(storage, spec.key)
+        self.trunk: dict[str, Any] | None = None
+        """In a branch: the state of the run that it left."""
+        self.track = Track(spec)
+        self.waiting = sorted(map(Track, branches), key=lambda t: t.leaves_at)
+        """Branches that have not begun."""
+        self.step = 0
+        self.seconds = 0.0
+        self.out_of_memory = False
+        self.pending: list[Tensor] = []
+        self.rates: list[float] = []
+        self.traces: dict[int, Tensor] = {}
+
+    def _begin(self) -> None:
+        """Build the model and what trains it; go on from the checkpoint, if there is one."""
+        spec, device, workers = self.spec, self.device, self.workers
         recipe, shape = spec.recipe, spec.cell.shape
         self.model = build(
             shape,
@@ -102,50 +117,69 @@ class _Run:
             and spec.cell.flops > runtime.COMPILE_FLOPS
         )
         local = spec.batch_sequences // workers.world_size
+        micro = runtime.micro_batch(shape, spec.cell.resources, device, local)
+        if workers.sharded:  # all must make equally many passes: as many as the fullest device
+            micro = -workers.largest(-micro, device)
         self.gradient = GradientMaker(
             model=self.model,
             forward=torch.compile(self.model, dynamic=False) if compiled else self.model,
             parameters=self.parameters,
-            tokens=corpus.train,
+            tokens=self.corpus.train,
             workers=workers,
             device=device,
             precision=functools.partial(runtime.autocast, device, recipe),
             seed=spec.seed,
             batch_sequences=spec.batch_sequences,
-            micro=runtime.micro_batch(shape, spec.cell.resources, device, local),
+            micro=micro,
         )
-        self.trunk: dict[str, Any] | None = None
-        """In a branch: the state of the run that it left."""
-        self.track = Track(spec)
-        self.waiting = sorted(map(Track, branches), key=lambda t: t.leaves_at)
-        """Branches that have not begun."""
-        self.step = 0
-        self.seconds = 0.0
-        self.out_of_memory = False
-        self.pending: list[Tensor] = []
-        self.rates: list[float] = []
-        self.traces: dict[int, Tensor] = {}
+        self._resume()
 
     def to_the_end(
         self, on_branch: Callable[[TrialSpec, TrialOutcome], object] | None = None
     ) -> TrialOutcome:
         """Train, evaluate and sum up; branches as they come."""
-        self._resume()
-        while True:
-            status, reason = self._steps()
-            if status is None:
+        outcome = self._within_memory(self._begin)
+        while outcome is None:
+            outcome = self._within_memory(self._stretch)
+            if outcome is None:
                 self._fork(on_branch)
-                continue
-            outcome = self._conclude(status, reason)
-            if self.trunk is None or status == "stopped":
-                break
-            self._tell(on_branch, self.track, outcome)
-            self._back_to_trunk()
+            elif self.trunk is not None and outcome.status != "stopped":
+                self._tell(on_branch, self.track, outcome)
+                outcome = self._within_memory(self._back_to_trunk)
         if outcome.status in ("diverged", "out_of_memory"):
             for track in self.waiting:
                 lost = self._outcome(track, outcome.status, outcome.reason, None, 0.0)
                 self._tell(on_branch, track, lost)
         return outcome
+
+    def _within_memory(self, work: Callable[[], TrialOutcome | None]) -> TrialOutcome | None:
+        """Do a part of the run. One worker may lack memory: that is the outcome. Others would wait
+        for it in vain, so several workers fail together."""
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not runtime.is_out_of_memory(error):
+                raise
+            if self.workers.world_size > 1:
+                raise UserError(self._mend()) from error
+        reason = f"no memory beside that for the gradient, after {self.step} steps"
+        return self._outcome(self.track, "out_of_memory", reason, None, 0.0)
+
+    def _mend(self) -> str:
+        """What to tell the user where several workers are out of memory."""
+        micro = self._micro or 1
+        if not self.workers.sharded:
+            mend = "set resources.strategy to fsdp"
+        elif micro > 1:
+            mend = f"set resources.micro_batch_sequences to {micro // 2} (tried: {micro})"
+        else:
+            mend = "raise resources.workers"
+        return f"worker {self.workers.rank} is out of memory: {mend}"
+
+    def _stretch(self) -> TrialOutcome | None:
+        """Train and evaluate; None where a branch begins before."""
+        status, reason = self._steps()
+        return None if status is None else self._conclude(status, reason)
 
     def _conclude(self, status: Status, reason: str | None) -> TrialOutcome:
         """Evaluate what has finished."""
@@ -187,9 +221,8 @@ class _Run:
 
     def _back_to_trunk(self) -> None:
         self.out_of_memory = False
-        state, micro = self.workers.from_leader(self.trunk), self.gradient.micro
-        self._load(state)
-        self.gradient.micro = min(micro, self.gradient.micro)
+        assert self.trunk is not None
+        self._load(self.trunk)
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written."""
@@ -264,7 +297,11 @@ class _Run:
         if any(failed):
             self.out_of_memory = True
             return f"no memory for one sequence at step {first + 1}"
-        traces = {step: trace.item() for step, trace in self.traces.items()}
+        traces = {
+            step: value
+            for step, trace in self.traces.items()
+            if not math.isnan(value := trace.item())
+        }
         numbers = first, losses, grad_sqs, traces, self.rates
         reason = self.track.add(*numbers)
         if self.trunk is None:
@@ -291,6 +328,7 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "micro": self.gradient.micro,
+            "sharded": self.workers.sharded,
             "learned": self.workers.gather_state(self.model, self.optimizer),
             "track": self.track.spec.key,
             "tracks": {t.spec.key: t.state() for t in self._tracks()},
@@ -304,8 +342,7 @@ class _Run:
         """Take up the checkpoint of an earlier attempt, if there is one."""
         if self.checkpoints is None:
             return
-        state = self.checkpoints.load() if self.workers.rank == 0 else None
-        state = self.workers.from_leader(state)
+        state = self.checkpoints.load_on_all(self.workers)
         if state is None:
             return
         wanted = {track.spec.key for track in (self.track, *self.waiting)}
@@ -316,8 +353,7 @@ class _Run:
     def _load(self, state: dict[str, Any]) -> None:
         """Take up what `_state` gave, on the run or in a branch of it."""
         self.step, self.seconds, self.trunk = state["step"], state["seconds"], state["trunk"]
-        self.gradient.micro = state["micro"]
-        self.workers.scatter_state(self.model, self.optimizer, state["learned"])
+        self.gradient.micro = min(state["micro"], self.gradient.micro)
         on_run = state if self.trunk is None else self.trunk
         tracks = {t.spec.key: t for t in (Track(self.spec), self.track, *self.waiting)}
         known = {**on_run["tracks"], **state["tracks"]}
@@ -331,6 +367,12 @@ class _Run:
         self.pending = [numbers.to(self.device) for numbers in state["pending"]]
         self.rates = list(state["rates"])
         self.traces = {step: trace.to(self.device) for step, trace in state["traces"].items()}
+        self.workers.scatter_state(self.model, self.optimizer, state["learned"])
+
+    @property
+    def _micro(self) -> int | None:
+        """Sequences at once; None before there is a model."""
+        return self.gradient.micro if hasattr(self, "gradient") else None
 
     def _outcome(
         self,
@@ -340,7 +382,8 @@ class _Run:
         measured: Evaluation | None,
         seconds_steps: float,
     ) -> TrialOutcome:
-        spec, gradient = track.spec, self.gradient
+        spec, micro = track.spec, self._micro
+        local = spec.batch_sequences // self.workers.world_size
         step = track.monitor.step if track.diverged else self.step
         begun = step if track is not self.track else self.trunk["step"] if self.trunk else 0
         trained = (step - begun) * spec.batch_tokens
@@ -356,9 +399,9 @@ class _Run:
             train_loss=track.monitor.final_loss,
             seconds_train=self.seconds if track is self.track else 0.0,
             tokens_per_second=trained / seconds_steps if seconds_steps else 0.0,
-            peak_memory_bytes=runtime.peak_memory(self.device),
-            micro_batch_sequences=gradient.micro,
-            accumulation=-(-gradient.local_sequences // gradient.micro),
+            peak_memory_bytes=self.workers.largest(runtime.peak_memory(self.device), self.device),
+            micro_batch_sequences=micro,
+            accumulation=micro and -(-local // micro),
             world_size=self.workers.world_size,
             noise_scale_tokens=_times(track.noise.sequences, spec.cell.shape.sequence_length),
             noise_grad_sq=track.noise.grad_sq,

@@ -67,8 +67,9 @@ class TrialOutcome:
     """Of the step loop, all workers together."""
     peak_memory_bytes: int
     """Of the device, or of the process on CPUs; the most of any worker."""
-    micro_batch_sequences: int
-    accumulation: int
+    micro_batch_sequences: int | None
+    """None where there was no memory even for the model."""
+    accumulation: int | None
     """Micro-batches a step and worker."""
     world_size: int
     noise_scale_tokens: float | None

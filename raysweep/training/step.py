@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ class BatchGradient:
     """(3,): mean cross-entropy in nats a token; squared norm of the gradient; how many workers
     had not even the memory for one sequence, which makes the other two worthless."""
     trace: Tensor | None
-    """An estimate of tr S, where one was asked for and could be made."""
+    """An estimate of tr S, where one was asked for and could be made; NaN where a worker lacked
+    the memory for it."""
 
 
 @dataclass
@@ -51,23 +53,26 @@ class GradientMaker:
         return self.batch_sequences // self.workers.world_size
 
     def __call__(self, step: int, *, want_trace: bool) -> BatchGradient:
-        """The gradient of a step's batch. Out of memory is retried with half the micro-batch;
-        only workers that shard a model cannot agree on that, so there the error passes on."""
-        result, failed = None, False
+        """The gradient of a step's batch. Out of memory is retried without the trace, which takes
+        a copy of the gradient, then with half the micro-batch; only workers that shard a model
+        cannot agree on that, so there the error passes on."""
+        result, failed, split = None, False, want_trace
         while result is None:
             try:
-                result = self._accumulate(step, want_trace)
+                result = self._accumulate(step, split)
             except (RuntimeError, MemoryError) as error:
                 if not runtime.is_out_of_memory(error) or self.workers.sharded:
                     raise
-                failed = self.micro == 1
+                failed = self.micro == 1 and not split
             if failed:
                 # The other workers still wait for this one's part of the sums.
                 self.parameters.zero()
                 result = torch.zeros((), device=self.device), None
             elif result is None:
                 # Outside the handler, whose traceback keeps the failed step's tensors alive.
-                self.micro //= 2
+                if not split:
+                    self.micro //= 2
+                split = False
                 self.model.expert_load.zero_()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -100,10 +105,10 @@ class GradientMaker:
             if want_trace and begin == 0 and size < local:
                 first = [g.clone() for g in self.parameters.gradients()]
             elif first is not None:
-                # What has been summed is (g1 + g2) share: take g1 share off twice.
-                sums = self.parameters.gradients()
-                apart = [g - 2 * g1 for g, g1 in zip(sums, first, strict=True)]
-                trace = noise_scale.trace_of_pair(1.0, size) * squared_norm(apart) / share**2
+                # What has been summed is (g1 + g2) share: take g1 share off twice, in place.
+                for g, g1 in zip(self.parameters.gradients(), first, strict=True):
+                    g1.mul_(-2).add_(g)
+                trace = noise_scale.trace_of_pair(1.0, size) * squared_norm(first) / share**2
                 first = None
         return total, trace
 
@@ -113,7 +118,8 @@ class GradientMaker:
         """Average loss, gradient and tr S over the workers; sum expert loads."""
         workers, gradients = self.workers, self.parameters.gradients()
         n, sharded = workers.world_size, workers.sharded
-        by_worker = want_trace and trace is None and n > 1 and not sharded
+        in_pairs = want_trace and self.local_sequences > 1
+        by_worker = want_trace and not in_pairs and n > 1 and not sharded
         alone = squared_norm(gradients) if by_worker else None
         workers.mean_gradient(gradients)
         if len(self.model.expert_load):
@@ -121,8 +127,10 @@ class GradientMaker:
         grad_sq = workers.squared_norm(squared_norm(gradients))
         lost = torch.full_like(loss, float(failed))
         numbers = workers.sum(torch.stack([loss, grad_sq, lost]))
-        numbers /= numbers.new_tensor([n, n, 1])
-        if trace is not None:
+        if n > 1:
+            numbers[:2] /= n
+        if in_pairs:
+            trace = torch.full_like(loss, math.nan) if trace is None else trace
             # Of sharded models each worker holds a shard of a pair n times the size.
             trace = workers.sum(trace) * (n if sharded else 1 / n)
         elif alone is not None:

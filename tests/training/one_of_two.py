@@ -4,6 +4,7 @@ import importlib.util
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,16 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 
-    outcomes = {}
+    outcomes, sent = {}, []
+    from_leader = Workers.from_leader
+
+    def noting(self: Workers, value: Any) -> Any:
+        """What goes to all workers pickled: of a sharded model never what it has learned."""
+        if self.sharded and self.rank == 0:
+            sent.append(len(pickle.dumps(value)))
+        return from_leader(self, value)
+
+    Workers.from_leader = noting
     for strategy in ("ddp", "fsdp"):
         workers = Workers.of_process_group(strategy)
         for architecture in ("dense", "moe"):
@@ -50,9 +60,8 @@ def main(rank: int, folder: Path) -> None:
             except KeyboardInterrupt:
                 dist.barrier()
             outcomes[strategy, architecture, "resumed"] = train(trial, corpus, **options)
-            accumulating = toys.make_spec(
-                architecture, tokens=16 * 8 * 20, resources={"micro_batch_sequences": 1}
-            )
+            roomy = {"micro_batch_sequences": 1 + rank}  # as on GPUs of which one is half full
+            accumulating = toys.make_spec(architecture, tokens=16 * 8 * 20, resources=roomy)
             outcomes[strategy, architecture, "accumulated"] = train(
                 accumulating, corpus, workers=workers
             )
@@ -69,6 +78,14 @@ def main(rank: int, folder: Path) -> None:
         )
         single = toys.make_spec(batch_sequences=2, tokens=16 * 2 * 10)
         outcomes[strategy, "one sequence each"] = train(single, corpus, workers=workers)
+    sharded = Workers.of_process_group("fsdp")
+    outcomes["from ddp to fsdp"] = train(
+        toys.make_spec(tokens=16 * 8 * 20, recipe={"checkpoint_seconds": 1e-9}),
+        corpus,
+        workers=sharded,
+        checkpoints=Storage.at(folder / "ddp-dense"),
+    )
+    outcomes["sent"] = sent
     with (folder / f"outcomes{rank}").open("wb") as file:
         pickle.dump(outcomes, file)
     dist.destroy_process_group()

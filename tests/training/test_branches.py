@@ -4,8 +4,10 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from raysweep.errors import UserError
+from raysweep.model import Decoder
 from raysweep.results.filesystem import Storage
 from raysweep.training.checkpoint import Checkpoints
 from raysweep.training.loop import train
@@ -145,6 +147,21 @@ def test_what_ends_the_shared_phase_ends_all_horizons(corpus, spec, monkeypatch)
     assert found[64].reason is not None
     assert 45 < found[64].step <= 50
     assert found[64].loss is None
+
+
+def test_no_memory_in_a_branch_is_the_outcome_of_that_branch(corpus, spec, whole, monkeypatch):
+    evaluate, calls = Decoder.evaluate, []
+
+    def short_once(self, tokens, targets):
+        calls.append(len(tokens))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+        return evaluate(self, tokens, targets)
+
+    monkeypatch.setattr(Decoder, "evaluate", short_once)
+    found = branched(spec, corpus)
+    assert (found[40].status, found[40].step) == ("out_of_memory", 40)
+    assert all(result(found[n]) == result(whole[n]) for n in (64, 120))
 
 
 @pytest.mark.parametrize(

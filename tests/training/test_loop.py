@@ -9,7 +9,7 @@ import torch
 from raysweep.errors import UserError
 from raysweep.model import Decoder
 from raysweep.results.filesystem import Storage
-from raysweep.training import loop, monitor
+from raysweep.training import loop, monitor, noise_scale
 from raysweep.training.checkpoint import Checkpoints
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent, TrialOutcome
@@ -135,6 +135,32 @@ def test_no_memory_at_all_is_an_outcome(corpus, spec, monkeypatch):
     assert outcome.loss is None
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "steps"), [(torch.optim.AdamW, "step", 0), (Decoder, "evaluate", 40)]
+)
+def test_no_memory_beside_the_gradient_is_an_outcome(corpus, spec, monkeypatch, owner, name, steps):
+    def fails(*arguments):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+
+    monkeypatch.setattr(owner, name, fails)
+    outcome = train(spec(), corpus)
+    assert outcome.status == "out_of_memory"
+    assert outcome.reason == f"no memory beside that for the gradient, after {steps} steps"
+    assert (outcome.step, outcome.loss) == (steps, None)
+
+
+def test_no_memory_for_the_noise_scale_costs_the_noise_scale(corpus, spec, monkeypatch):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a gradient")
+
+    unmeasured = train(spec(recipe={"noise_scale": False}), corpus)
+    monkeypatch.setattr(noise_scale, "trace_of_pair", fails)
+    outcome = train(spec(), corpus)
+    assert outcome.noise_trace is None
+    assert outcome.micro_batch_sequences == 8
+    assert outcome.loss == unmeasured.loss
+
+
 def test_other_errors_pass_through(corpus, spec, monkeypatch):
     fail_above(monkeypatch, 0, RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
@@ -216,18 +242,20 @@ def test_bad_resources_are_one_clear_line(corpus, spec):
         train(spec(resources={"gpus_per_worker": 1}), corpus)
 
 
-def test_compiled_equals_eager_on_request(corpus, spec, monkeypatch):
-    """`compile: on` is honoured; what a GPU would run is traced here without a backend."""
-    seen = []
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
+def test_compiled_equals_eager_on_request(corpus, spec, monkeypatch, architecture):
+    """`compile: on` is honoured; what a GPU would run is traced here, and run without Inductor."""
+    seen, real = [], torch.compile
 
     def traced(model, **options):
         seen.append(options)
-        return model
+        return real(model, backend="aot_eager", fullgraph=True, **options)
 
     monkeypatch.setattr(torch, "compile", traced)
-    train(spec(recipe={"compile": "on"}, tokens=16 * 8), corpus)
-    train(spec(recipe={"compile": "auto"}, tokens=16 * 8), corpus)
+    compiled = train(spec(architecture, recipe={"compile": "on"}, tokens=16 * 8 * 5), corpus)
+    eager = train(spec(architecture, recipe={"compile": "auto"}, tokens=16 * 8 * 5), corpus)
     assert seen == [{"dynamic": False}]
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-5)
 
 
 def test_bfloat16_autocast_takes_the_plain_path_and_learns(corpus, spec):

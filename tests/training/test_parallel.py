@@ -1,5 +1,6 @@
 """Two workers agree with one, replicated (DDP) and sharded (FSDP2), also after a kill."""
 
+import logging
 import os
 import pickle
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from raysweep.errors import UserError
+from raysweep.results.filesystem import Storage
 from raysweep.training.loop import train
 from raysweep.training.parallel import Workers
 
@@ -17,9 +19,13 @@ SCRIPT = Path(__file__).with_name("one_of_two.py")
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory, repo):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("workers")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder, repo):
     """What each of two workers said of the same trials."""
-    folder = tmp_path_factory.mktemp("workers")
     environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -54,8 +60,10 @@ def test_two_workers_agree_with_one(outcomes, corpus, spec, strategy, architectu
     if architecture == "moe":
         assert first.expert_load_entropy == pytest.approx(one.expert_load_entropy, rel=1e-3)
     assert first.noise_trace == pytest.approx(one.noise_trace, rel=0.5)
-    parts = outcomes[0][strategy, architecture, "accumulated"]
+    assert first.peak_memory_bytes == second.peak_memory_bytes, "the most of either"
+    parts, others = (o[strategy, architecture, "accumulated"] for o in outcomes)
     assert (parts.micro_batch_sequences, parts.accumulation) == (1, 4)
+    assert others.micro_batch_sequences == (2 if strategy == "ddp" else 1)
     assert parts.loss == pytest.approx(one.loss, rel=1e-5)
 
 
@@ -67,6 +75,21 @@ def test_lost_workers_resume(outcomes, strategy, architecture):
         resumed = of_rank[strategy, architecture, "resumed"]
         assert resumed.loss == whole.loss
         assert resumed.curve == whole.curve
+
+
+def test_what_a_sharded_model_has_learned_is_never_sent_whole(outcomes, spec):
+    sent = outcomes[0]["sent"]
+    assert max(sent) > 500, "runs resumed"
+    assert max(sent) < 4 * spec().cell.counts.params_total
+
+
+def test_workers_of_another_strategy_start_over(outcomes, corpus, spec, folder, caplog):
+    assert outcomes[0]["from ddp to fsdp"].loss == outcomes[0]["fsdp", "dense"].loss
+    trial = spec(tokens=SHORT, recipe={"checkpoint_seconds": 1e-9})
+    with caplog.at_level(logging.WARNING, "raysweep"):
+        one = train(trial, corpus, checkpoints=Storage.at(folder / "fsdp-dense"))
+    assert "starts over: its checkpoint is of other workers" in caplog.text
+    assert one.loss == train(trial, corpus).loss
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
