@@ -102,7 +102,7 @@ def _laws(group: Group, quantity: str) -> list[dict[str, Any]]:
     laws = {
         name: law
         for name, law in group.laws.items()
-        if group.name != ALL or {"active_ratio", "experts"} & set(law.inputs)
+        if not group.wants_routing or {"active_ratio", "experts"} & set(law.inputs)
     }
     ordered = []
     while (law := best_law(laws, quantity, KNOWN_AHEAD)) is not None:

@@ -40,9 +40,8 @@ def read_steplaw(path: str | os.PathLike[str], study: str = "steplaw") -> pd.Dat
     length = get("seq_len").fillna(STEP_LAW_SEQUENCE_LENGTH)
     experts, top_k = get("nume").fillna(1).clip(lower=1), get("topk").fillna(1).clip(lower=1)
     sparse = experts > 1
-    routing = "moe-e" + experts.astype(int).astype(str) + "k" + top_k.astype(int).astype(str)
     rows = {
-        "architecture": "steplaw-" + routing.where(sparse, "dense"),
+        "architecture": "steplaw-" + _routing(experts, top_k),
         "d_model": get("h"),
         "layers": get("numl"),
         "heads": get("numh"),
@@ -127,7 +126,7 @@ def read_csv(
     the file that bear our names need no mapping. `loss`, `tokens` and
     `params_active_non_embedding` must come from one or the other; batches in tokens and sequences
     complete each other through `sequence_length`. Without `status` rows count as finished;
-    without `experts` as dense.
+    without `experts` as dense; without `architecture` each routing is one, such as moe-e8k2.
 
     UserError names a column of ours or of the file that does not exist, and what is near it.
     """
@@ -260,7 +259,8 @@ def _finish(
     frame["top_k"] = frame["top_k"].fillna(1.0)
     kind = pd.Series(np.where(frame["experts"] > 1, "moe", "dense"), index=frame.index)
     frame["architecture_kind"] = frame["architecture_kind"].fillna(kind)
-    frame["architecture"] = frame["architecture"].fillna(frame["architecture_kind"])
+    routing = _routing(frame["experts"], frame["top_k"])
+    frame["architecture"] = frame["architecture"].fillna(routing)
     frame["status"] = frame["status"].fillna(FINISHED)
     frame["study"] = frame["study"].fillna(study)
     frame["scale"] = frame["scale"].fillna(frame["params_active_non_embedding"].map(_named))
@@ -279,6 +279,12 @@ def _finish(
         finite = frame[name].where(np.isfinite(frame[name]))
         frame[name] = finite.round().astype("Int64")
     return frame
+
+
+def _routing(experts: pd.Series, top_k: pd.Series) -> pd.Series:
+    """Names of architectures by routing: every number of experts and top-k is one of its own."""
+    names = "moe-e" + experts.map("{:g}".format) + "k" + top_k.map("{:g}".format)
+    return names.where(experts > 1, "dense")
 
 
 def _named(value: float) -> str:

@@ -210,7 +210,7 @@ def _speaks(law: PowerLaw, group: Group, inputs: Mapping[str, float]) -> bool:
     tokens alone, from cells of one size (or one horizon), knows nothing of other sizes (or
     horizons).
     """
-    if group.name == ALL and not {"active_ratio", "experts"} & set(law.inputs):
+    if group.wants_routing and not {"active_ratio", "experts"} & set(law.inputs):
         return False
     if "params" in law.inputs or not law.ok:
         return True

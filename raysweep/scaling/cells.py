@@ -151,6 +151,11 @@ def cell_table(frame: pd.DataFrame) -> CellTable:
 _NUMERIC = {name for name, c in COLUMNS.items() if str(c.type) in ("int64", "double")}
 
 
+def routings(cells: pd.DataFrame) -> int:
+    """Different numbers of experts, and of experts a token, among rows; dense counts as one."""
+    return len(cells[["experts", "top_k"]].drop_duplicates())
+
+
 def _positive(column: pd.Series) -> pd.Series:
     return (column > 0) & np.isfinite(column.astype(float))
 

@@ -70,6 +70,8 @@ def expected_loss(
                 "three cells: the law of the loss has no floor, so it is too low far out"
             )
         return ExpectedLoss(key, value, (low, high), (said,), tuple(warnings))
+    if not why and own.mixes_experts:
+        why = ": the cells differ in experts, and no law that reads them could be fitted"
     nothing = (f"no law of the loss can predict this run's{why}",)
     return ExpectedLoss("", math.nan, (math.nan, math.nan), (), nothing)
 
@@ -77,8 +79,8 @@ def expected_loss(
 def loss_laws_asked(fits: Fits, group: Group) -> list[str]:
     """The laws of the loss that may answer for a group, in the order in which they are asked."""
     order = [key for key in (fits.loss_law,) if key] + group.loss_order()
-    if group.kind == "mixed":
-        return [key for key in order if "experts" in LOSS_LAWS[key].inputs]
+    if group.mixes_experts:
+        return [key for key in order if {"experts", "sparsity"} & set(LOSS_LAWS[key].inputs)]
     return order
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from raysweep.scaling.cells import CellTable, CellTrials
+from raysweep.scaling.cells import CellTable, CellTrials, routings
 from raysweep.scaling.group_loss import (
     JOINT_LAWS,
     ONE_ARCHITECTURE_LAWS,
@@ -94,6 +94,16 @@ class Group:
     def count(self) -> str:
         return self.counts.chosen
 
+    @property
+    def mixes_experts(self) -> bool:
+        """Whether its cells differ in routing, so that a law of the loss must read experts."""
+        return routings(self.cells) > 1
+
+    @property
+    def wants_routing(self) -> bool:
+        """Whether a law of the optima must read the routing to tell of a run."""
+        return self.name == ALL or self.mixes_experts
+
     def best_law(self, target: str) -> PowerLaw | None:
         """The law of `learning_rate` or `batch_tokens` that predicts unseen cells best, or None."""
         return best_law(self.laws, target, KNOWN_AHEAD)
@@ -164,7 +174,7 @@ def fit_group(name: str, cells: pd.DataFrame, data: Sources, loss_law: str | Non
         )
     else:
         losses = {}
-    if cells[["experts", "top_k"]].drop_duplicates().shape[0] > 1:
+    if routings(cells) > 1:
         losses |= fit_loss_laws(cells, JOINT_LAWS, n_boot=data.n_boot, seed=data.seed)
     if loss_law is not None and loss_law not in losses:
         losses[loss_law] = fit_loss_law(cells, loss_law, n_boot=data.n_boot, seed=data.seed)

@@ -100,7 +100,11 @@ def cell_noise_scale(cells: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
     trace, grad_sq, length = columns
     apart = trace.notna() & grad_sq.notna() & (length > 0)
     found = pd.DataFrame(
-        {"noise_scale_tokens": math.nan, "log_sd": math.nan, "left_out": "noise scale not measured"},
+        {
+            "noise_scale_tokens": math.nan,
+            "log_sd": math.nan,
+            "left_out": "noise scale not measured",
+        },
         index=cells.index,
     )
     for cell in found.index.intersection(near["cell"]):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from raysweep.scaling.cells import COUNTS, CellTrials
+from raysweep.scaling.cells import COUNTS, CellTrials, routings
 from raysweep.scaling.optimum import Optimum, find_optima
 from raysweep.scaling.power_law import PowerLaw, fit_power_law
 
@@ -22,7 +22,8 @@ LAWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch_tokens", ("flops",)),
     ("batch_tokens", ("loss",)),
 )
-"""Target and inputs of every law of the optima; a group that mixes architectures adds `EXTRAS`."""
+"""Target and inputs of every law of the optima; a group of several architectures or numbers of
+experts adds `EXTRAS`."""
 
 EXTRAS: tuple[tuple[str, ...], ...] = ((), ("active_ratio",), ("experts",), ("experts", "top_k"))
 """Further powers that may set MoE apart from dense cells."""
@@ -141,9 +142,10 @@ def fit_laws(
 ) -> dict[str, PowerLaw]:
     """All laws of `LAWS` over the rows of a cell table, by name.
 
-    Where the rows mix architectures, each law also comes with every set of `EXTRAS` that varies.
+    Where the rows mix architectures or numbers of experts, each law also comes with every set of
+    `EXTRAS` that varies.
     """
-    mixed = cells["architecture"].nunique() > 1
+    mixed = cells["architecture"].nunique() > 1 or routings(cells) > 1
     varying = {e for e in ("active_ratio", "experts", "top_k") if cells[e].nunique() > 1}
     laws = {}
     for target, inputs in LAWS:

@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from raysweep.errors import UserError
@@ -125,6 +126,30 @@ def test_experts_without_a_cell_are_answered_with_a_warning(both):
     assert (answer.experts, answer.top_k) == (16, 2)
     assert any("no cell of moe has 16 experts" in w for w in answer.warnings)
     assert "active_ratio" in answer.laws["learning_rate"]
+
+
+def test_several_numbers_of_experts_under_one_name_are_told_apart(planted_study):
+    """Learning rates fall and losses sink with experts: an answer for 64 is not that for 8."""
+    few = planted_study(kinds=("moe",), noise=0.0005)
+    more = []
+    for experts in (8, 16, 64):
+        extra = few["params_total_non_embedding"] - few["params_active_non_embedding"]
+        total = few["params_active_non_embedding"] + extra * (experts - 2) / 6
+        more.append(
+            few.assign(
+                experts=experts,
+                params_total_non_embedding=total,
+                params_total=total + few["params_total"] - few["params_total_non_embedding"],
+                cell=few["cell"] + f"-e{experts}",
+                learning_rate=few["learning_rate"] * (experts / 8) ** -0.5,
+                loss=few["loss"] * (experts / 8) ** -0.02,
+            )
+        )
+    fits = quick(pd.concat(more, ignore_index=True))
+    asked = {e: fits.recommend("moe", params=2e8, tokens=4e9, experts=e) for e in (8, 64)}
+    ratio = asked[64].learning_rate / asked[8].learning_rate
+    assert ratio == pytest.approx(8**-0.5, rel=0.1)
+    assert asked[64].loss / asked[8].loss == pytest.approx(8**-0.02, rel=0.01)
 
 
 def test_the_kind_of_an_answer_follows_the_experts(both):
