@@ -88,6 +88,7 @@ def _family(cells: pd.DataFrame) -> dict[str, Any]:
         "share_known": share is not None,
         # Embeddings grow with N^(1/3): their number at N = 1.
         "embedding": (example["params_active"] - 1e6) / 1e6 ** (1 / 3),
+        "head": example["head_params"] / 1e6 ** (1 / 3),
         "dense": example["params_dense"] / 1e6,
         "flops": [intercept, slope],
     }
@@ -266,7 +267,7 @@ def _power(power: Any) -> dict[str, Any]:
 
 # --- published laws ----------------------------------------------------------------------------
 
-_FEATURES = ("active", "total", "with_head", "tokens", "flops", "experts")
+_FEATURES = ("active", "total", "with_head", "tokens", "flops", "flops_non_embedding", "experts")
 
 
 def _published(law: PublishedLaw) -> dict[str, Any] | None:
@@ -302,21 +303,21 @@ def _settings() -> tuple[Sequence[Setting], np.ndarray]:
     for _ in range(24):
         active = 10 ** rng.uniform(6, 10)
         total, head = active * 10 ** rng.uniform(0, 1), active * 10 ** rng.uniform(-2, 0)
-        tokens, each = 10 ** rng.uniform(8, 12), active * rng.uniform(6, 9)
+        tokens, each = 10 ** rng.uniform(8, 12), active * rng.uniform(6, 9) + 6 * head
         experts = int(rng.integers(2, 65))
-        settings.append(
-            Setting(
-                params_active_non_embedding=active,
-                tokens=tokens,
-                params_total_non_embedding=total,
-                params_active=active + 2 * head,
-                head_params=head,
-                flops_per_token=each,
-                experts=experts,
-                top_k=1,
-            )
+        setting = Setting(
+            params_active_non_embedding=active,
+            tokens=tokens,
+            params_total_non_embedding=total,
+            params_active=active + 2 * head,
+            head_params=head,
+            flops_per_token=each,
+            experts=experts,
+            top_k=1,
         )
-        features.append([active, total, active + head, tokens, each * tokens, experts])
+        settings.append(setting)
+        compute = setting.flops, setting.flops_non_embedding
+        features.append([active, total, active + head, tokens, *compute, experts])
     return settings, np.log(features)
 
 

@@ -26,6 +26,8 @@ _SIZES = (
     *COUNTS,
     "experts",
     "top_k",
+    "d_model",
+    "vocab_size",
     "flops_per_token",
     "sequence_length",
     "d_ff",

@@ -33,6 +33,12 @@ class Setting:
         each = self.flops_per_token or 6 * self.params_active_non_embedding
         return each * self.tokens
 
+    @property
+    def flops_non_embedding(self) -> float:
+        """The same without the output head, 6 FLOPs a parameter and token; 6 N D at least."""
+        floor = 6 * self.params_active_non_embedding * self.tokens
+        return max(self.flops - 6 * (self.head_params or 0.0) * self.tokens, floor)
+
 
 @dataclass(frozen=True)
 class PublishedLaw:
@@ -99,7 +105,7 @@ def _step_law_params(s: Setting) -> float:
 
 
 def _porian_params(s: Setting) -> float:
-    return s.params_active_non_embedding + (s.head_params or 0.0)
+    return s.params_active_non_embedding + (s.head_params or math.nan)
 
 
 PUBLISHED_LAWS: dict[str, PublishedLaw] = {
@@ -125,8 +131,8 @@ PUBLISHED_LAWS: dict[str, PublishedLaw] = {
             convention="C = M D, M non-embedding FLOPs per token",
             applies="dense",
             notes="from points within 0.25 % of the best",
-            _learning_rate=lambda s: 0.3118 * s.flops**-0.1250,
-            _batch=lambda s: 0.2920 * s.flops**0.3271,
+            _learning_rate=lambda s: 0.3118 * s.flops_non_embedding**-0.1250,
+            _batch=lambda s: 0.2920 * s.flops_non_embedding**0.3271,
         ),
         PublishedLaw(
             key="porian",

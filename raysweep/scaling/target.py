@@ -18,7 +18,8 @@ class Target:
     """The run asked about, with every count that a law may want as its N."""
 
     inputs: dict[str, float]
-    """By column: the parameter counts, tokens, flops, experts, top_k, active_ratio."""
+    """By column: the parameter counts, tokens, flops, experts, top_k, active_ratio; and
+    head_params, NaN where the cells do not tell it."""
     notes: tuple[str, ...]
 
     def features(self) -> CellFeatures:
@@ -36,7 +37,7 @@ class Target:
     def setting(self) -> Setting:
         """As the published laws take it."""
         get = self.inputs.get
-        head = (get("params_total", math.nan) - self.inputs["params_total_non_embedding"]) / 2
+        head = self.inputs["head_params"]
         return Setting(
             params_active_non_embedding=self.inputs["params_active_non_embedding"],
             tokens=self.inputs["tokens"],
@@ -68,8 +69,11 @@ def describe_target(
         if experts > 1:
             notes.append("no MoE cell tells the share of experts in N: 2/3 is assumed")
     total = params if experts == 1 else params * (1 - share + share * experts / top_k)
-    embedding = float(largest["params_active"]) - n0
-    embedding *= (params / n0) ** (1 / 3)
+    wider = (params / n0) ** (1 / 3)
+    embedding = (float(largest["params_active"]) - n0) * wider
+    # Results that give one count for all tell nothing of a head.
+    head = float(largest["d_model"]) * float(largest["vocab_size"]) * wider
+    head = head if math.isfinite(head) else embedding / 2 or math.nan
     dense = float((cells["params_dense"] / cells["params_active_non_embedding"]).median()) * params
     inputs = {
         "params_active_non_embedding": params,
@@ -77,6 +81,7 @@ def describe_target(
         "params_active": params + embedding,
         "params_total": total + embedding,
         "params_dense": dense,
+        "head_params": head,
         "tokens": tokens,
         "flops": _flops_per_token(cells, params) * tokens,
         "experts": float(experts),

@@ -166,6 +166,13 @@ def test_counts_of_a_run_follow_its_family(both):
     # embeddings grow with N^(1/3)
     assert target.inputs["params_active"] - 1e9 == pytest.approx(3e5 * 100 ** (1 / 3), rel=1e-6)
     assert target.inputs["flops"] == pytest.approx(7e9 * 2e10)
+    # of two matrices one is the head; where the width and the tokens are known, so is the head
+    assert target.setting().head_params == pytest.approx(1.5e5 * 100 ** (1 / 3))
+    tied = describe_target(moe.assign(d_model=100, vocab_size=3000), 1e9, 2e10, 8, 2)
+    n0 = moe["params_active_non_embedding"].max()
+    assert tied.setting().head_params == pytest.approx(3e5 * (1e9 / n0) ** (1 / 3))
+    bare = moe.assign(params_active=moe["params_active_non_embedding"])
+    assert describe_target(bare, 1e9, 2e10, 8, 2).setting().head_params is None
     wider = describe_target(moe, 1e9, 2e10, 64, 2)
     assert wider.inputs["params_total_non_embedding"] == pytest.approx(1e9 * (1 / 3 + 64 / 3))
 

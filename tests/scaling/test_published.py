@@ -7,15 +7,18 @@ import pytest
 from raysweep.scaling.published import PUBLISHED_LAWS, Setting, published_answers
 
 # 1e9 = 10^9 and 1e11 = 10^11, so that powers are powers of ten.
-DENSE = Setting(params_active_non_embedding=1e9, tokens=1e11, flops_per_token=1e10)
+DENSE = Setting(
+    params_active_non_embedding=1e9, tokens=1e11, flops_per_token=1e10, head_params=5e8
+)
 
 
 @pytest.mark.parametrize(
     ("law", "rate", "batch"),
     [
         ("step_law", 1.79 * 10 ** (-0.713 * 9 + 0.307 * 11), 0.58 * 10 ** (0.571 * 11)),
-        ("deepseek", 0.3118 * 10 ** (-0.125 * 21), 0.2920 * 10 ** (0.3271 * 21)),
-        ("porian", 0.0047 * (1000 / 108) ** (-1 / 3), 2048 * 160 * (1000 / 108) ** (2 / 3)),
+        # C without the head: 1e10 - 6 * 5e8 a token
+        ("deepseek", 0.3118 * 7e20**-0.125, 0.2920 * 7e20**0.3271),
+        ("porian", 0.0047 * (1500 / 108) ** (-1 / 3), 2048 * 160 * (1500 / 108) ** (2 / 3)),
         ("ludziejewski", math.exp(8.39) * 10 ** (-0.81 * 9), None),
         ("schaipp", None, 0.667 * 10 ** (0.566 * 11)),
         ("bjorck", None, None),
@@ -45,6 +48,12 @@ def test_moe_settings_use_the_sources_counts():
     assert dense is not None
     assert sparse / dense == pytest.approx(64**-0.25)
     assert moe.flops == 6 * 1e9 * 1e11
+
+
+def test_without_a_known_head_the_law_that_counts_it_is_silent():
+    bare = Setting(params_active_non_embedding=1e9, tokens=1e11)
+    assert PUBLISHED_LAWS["porian"].batch_tokens(bare) is None
+    assert bare.flops_non_embedding == bare.flops == 6e20
 
 
 def test_only_laws_of_the_kind_answer():

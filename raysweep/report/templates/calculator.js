@@ -14,7 +14,7 @@ const recommend = (() => {
       params_active: params + embedding, params_total: total + embedding,
       params_dense: family.dense === null ? NaN : family.dense * params,
       tokens, flops: each * tokens, experts, top_k: topK, active_ratio: params / total,
-      sparsity: 1 - topK / experts, head: embedding / 2,
+      sparsity: 1 - topK / experts, head: family.head === null ? NaN : family.head * Math.cbrt(params),
     };
   };
 
@@ -114,11 +114,15 @@ const recommend = (() => {
   };
 
   const published = (laws, inputs) => {
-    const features = [inputs.params_active_non_embedding, inputs.params_total_non_embedding,
-      inputs.params_active_non_embedding + (Number.isFinite(inputs.head) ? inputs.head : 0),
-      inputs.tokens, inputs.flops, inputs.experts].map(Math.log);
+    const active = inputs.params_active_non_embedding, head = Number.isFinite(inputs.head) ? inputs.head : 0;
+    const body = Math.max(inputs.flops - 6 * head * inputs.tokens, 6 * active * inputs.tokens);
+    const features = [active, inputs.params_total_non_embedding, active + (head || NaN),
+      inputs.tokens, inputs.flops, body, inputs.experts].map(Math.log);
     const kind = inputs.experts > 1 ? "moe" : "dense";
-    const side = (c) => (c ? Math.exp(c[0] + dot(features, c.slice(1))) : null);
+    const side = (c) => {  // what a law does not read may be unknown
+      const log = c ? c[0] + c.slice(1).reduce((sum, x, i) => (x === 0 ? sum : sum + x * features[i]), 0) : NaN;
+      return Number.isFinite(log) ? Math.exp(log) : null;
+    };
     return laws.filter((l) => l.applies === "both" || l.applies === kind)
       .map((l) => ({ source: l.source, verified: l.verified, learning_rate: side(l.learning_rate), batch_tokens: side(l.batch_tokens) }));
   };
