@@ -1,14 +1,17 @@
 """One of two workers of a process group, started as a script by test_parallel.py."""
 
 import importlib.util
+import os
 import pickle
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from raysweep.errors import UserError
+from raysweep.model import Decoder
 from raysweep.results.filesystem import Storage
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
@@ -21,6 +24,10 @@ class Killed(Silent):
     def report(self, step: int, tokens: int, loss: float) -> None:
         if step == 11:
             raise KeyboardInterrupt
+
+
+def short_of_memory(*arguments: object) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
 
 
 def main(rank: int, folder: Path) -> None:
@@ -78,6 +85,12 @@ def main(rank: int, folder: Path) -> None:
         )
         single = toys.make_spec(batch_sequences=2, tokens=16 * 2 * 10)
         outcomes[strategy, "one sequence each"] = train(single, corpus, workers=workers)
+        evaluate, Decoder.evaluate = Decoder.evaluate, short_of_memory
+        try:
+            train(toys.make_spec(tokens=16 * 8), corpus, workers=workers)
+        except UserError as error:
+            outcomes[strategy, "out of memory"] = str(error)
+        Decoder.evaluate = evaluate
     sharded = Workers.of_process_group("fsdp")
     outcomes["from ddp to fsdp"] = train(
         toys.make_spec(tokens=16 * 8 * 20, recipe={"checkpoint_seconds": 1e-9}),
@@ -89,6 +102,10 @@ def main(rank: int, folder: Path) -> None:
     with (folder / f"outcomes{rank}").open("wb") as file:
         pickle.dump(outcomes, file)
     dist.destroy_process_group()
+    sys.stderr.flush()
+    # A thread of gloo may still have a tensor to drop, for which it takes Python's lock: while
+    # the interpreter ends (3.11), that aborts the process. So there is no such end.
+    os._exit(0)
 
 
 if __name__ == "__main__":

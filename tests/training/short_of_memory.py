@@ -1,4 +1,5 @@
-"""A run with all the memory it wants, then with too little; started by test_quality.py."""
+"""A run with all the memory it wants, then with too little, then one whose model alone is too
+large; started by test_quality.py."""
 
 import importlib.util
 import resource
@@ -29,6 +30,8 @@ def main() -> None:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, resource.RLIM_INFINITY))
     outcomes.append(train(trial, corpus))
+    huge = toys.make_spec(scale={"d_model": 1024, "layers": 4, "heads": 2})
+    outcomes.append(train(huge, corpus))
     for outcome in outcomes:
         parts = outcome.status, outcome.micro_batch_sequences, outcome.accumulation, outcome.loss
         print(*parts)

@@ -106,6 +106,16 @@ def test_noise_from_workers_that_cannot_split_their_part(outcomes):
     assert outcomes[0]["fsdp", "one sequence each"].noise_trace is None
 
 
+@pytest.mark.parametrize(
+    ("strategy", "mend"),
+    [("ddp", "resources.strategy to fsdp"), ("fsdp", "resources.micro_batch_sequences to 2")],
+)
+def test_workers_out_of_memory_say_what_to_set(outcomes, strategy, mend):
+    for rank in range(2):
+        message = outcomes[rank][strategy, "out of memory"]
+        assert message.startswith(f"worker {rank} is out of memory: set {mend}")
+
+
 def test_a_batch_that_does_not_divide_is_refused(corpus, spec):
     with pytest.raises(UserError, match="8 sequences does not divide by 3 workers"):
         train(spec(), corpus, workers=Workers(0, 3))

@@ -165,14 +165,15 @@ def test_a_trial_computes_on_the_threads_it_was_given(corpus, spec):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits address space")
 def test_real_lack_of_memory_halves_the_micro_batch(repo):
-    """A process that may not grow by as much as its batch takes, and one that may."""
+    """A process that may grow by less than its batch takes, or than its model, and one that may."""
     environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    free, limited = (line.split() for line in done.stdout.splitlines()[-2:])
+    free, limited, huge = (line.split() for line in done.stdout.splitlines()[-3:])
+    assert huge == ["out_of_memory", "None", "None", "None"]
     assert free[:3] == ["finished", "1024", "1"]
     status, micro, accumulation = limited[:3]
     assert status == "finished"
