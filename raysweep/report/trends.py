@@ -36,7 +36,15 @@ TOGETHER = 0.15
 POINTS, CURVE_POINTS = 13, 41
 """Along a power law, straight in logs, and along a law of the loss, which bends."""
 
-DESCRIBED = (*COUNTS, "experts", "top_k", "flops_exact", "flops_per_token")
+DESCRIBED = (
+    *COUNTS,
+    "experts",
+    "top_k",
+    "flops_exact",
+    "flops_per_token",
+    "d_model",
+    "vocab_size",
+)
 """The columns of cells that describe a run: a narrow table is faster to look into."""
 
 
