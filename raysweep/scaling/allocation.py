@@ -36,7 +36,9 @@ def six_n(params: np.ndarray) -> np.ndarray:
 class Allocation:
     """The loss-optimal split of a budget, with intervals where the fit was resampled.
 
-    `exponent` is d log N_opt / d log C at this budget."""
+    `exponent` is d log N_opt / d log C at this budget. `extrapolation` holds the params and tokens
+    of the split over the largest of each that was fitted (over the smallest, where they lie below
+    it; 1 inside): a split `outside` them is the law's word alone."""
 
     flops: float
     params: float
@@ -44,8 +46,9 @@ class Allocation:
     loss: float
     exponent: float
     method: Literal["closed form", "numeric"]
-    status: Literal["interior", "at edge", "no fit"]
+    status: Literal["interior", "outside", "at edge", "no fit"]
     intervals: dict[str, Interval]  # of params, tokens, loss, exponent
+    extrapolation: dict[str, float]
 
 
 def compute_optimal(
@@ -64,7 +67,7 @@ def compute_optimal(
     _check(fit, flops)
     if not fit.ok:
         nan = float("nan")
-        return Allocation(flops, nan, nan, nan, nan, "numeric", "no fit", {})
+        return Allocation(flops, nan, nan, nan, nan, "numeric", "no fit", {}, {})
     cost = flops_per_token or six_n
     closed = _has_closed_form(fit, cost)
     draws = fit.values[None] if fit.samples is None else np.vstack([fit.values, fit.samples])
@@ -87,7 +90,10 @@ def compute_optimal(
             low, high = interval_ends(values[1:, None], values[:1], level)
             ends = (float(low[0]), float(high[0]))
             intervals[name] = ends if name == "exponent" else (np.exp(ends[0]), np.exp(ends[1]))
-    edge = not SMALLEST * 1.01 < params[0] < LARGEST * 0.99
+    factors = outside(fit, float(params[0]), float(tokens[0]))
+    status = "interior" if all(f == 1 for f in factors.values()) else "outside"
+    if not SMALLEST * 1.01 < params[0] < LARGEST * 0.99:
+        status = "at edge"
     return Allocation(
         flops=float(flops),
         params=float(params[0]),
@@ -95,9 +101,17 @@ def compute_optimal(
         loss=float(loss[0]),
         exponent=float(quantities["exponent"][0]),
         method="closed form" if closed else "numeric",
-        status="at edge" if edge else "interior",
+        status=status,
         intervals=intervals,
+        extrapolation=factors,
     )
+
+
+def outside(fit: LossFit, params: float, tokens: float) -> dict[str, float]:
+    """How many times the largest params and tokens that were fitted a run has, or the smallest
+    where it has fewer; 1 inside."""
+    run, ranges = {"params": params, "tokens": tokens}, fit.ranges()
+    return {name: value / float(np.clip(value, *ranges[name])) for name, value in run.items()}
 
 
 def optimal_params(

@@ -11,6 +11,7 @@ from raysweep.scaling.noise import Ratio
 from raysweep.scaling.power_law import SYMBOLS, PowerLaw
 
 if TYPE_CHECKING:
+    from raysweep.scaling.allocation import Allocation
     from raysweep.scaling.budgets import Saving, Split
     from raysweep.scaling.fits import Fits
     from raysweep.scaling.groups import Group
@@ -149,6 +150,8 @@ def _split(split: Split) -> list[str]:
         f"    best split of {best.flops:.3g} FLOPs: N {best.params:.4g}, D {best.tokens:.4g}; "
         f"N_opt ~ C^{best.exponent:.3f}{between}, N is {split.count} ({split.status})"
     ]
+    if beyond := _beyond(best):
+        lines.append(f"      {beyond}: no cell tells of such a run, only the law does")
     if split.parabolas is not None:
         ends = split.parabolas.interval
         between = f" (95 %: {ends[0]:.3f}..{ends[1]:.3f})" if ends else ""
@@ -157,6 +160,15 @@ def _split(split: Split) -> list[str]:
             f"which {split.bias:+.3f} is their bias on these sizes; prefer the line above"
         )
     return lines
+
+
+def _beyond(best: Allocation) -> str:
+    """How far a split lies outside what was tried; empty where it lies inside."""
+    return " and ".join(
+        f"{symbol} is {factor:.3g} times the {'largest' if factor > 1 else 'smallest'} tried"
+        for symbol, factor in zip("ND", best.extrapolation.values(), strict=True)
+        if factor != 1
+    )
 
 
 def _saving(saving: Saving) -> list[str]:

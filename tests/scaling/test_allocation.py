@@ -35,7 +35,6 @@ def test_chinchilla_closed_form_is_the_minimum_on_the_budget() -> None:
     flops = 5.76e23
     best = compute_optimal(fit, flops)
     assert best.method == "closed form"
-    assert best.status == "interior"
     ratio = (c["a"] * c["A"] / (c["b"] * c["B"])) ** (1 / (c["a"] + c["b"]))
     assert best.params == pytest.approx(
         ratio * (flops / 6) ** (c["b"] / (c["a"] + c["b"])), rel=1e-5
@@ -60,6 +59,21 @@ def test_numeric_agrees_with_the_closed_form() -> None:
         assert closed.intervals["params"] == pytest.approx(numeric.intervals["params"], rel=1e-3)
         low, high = closed.intervals["exponent"]
         assert low < closed.exponent < high
+
+
+def test_a_split_outside_what_was_fitted_says_how_far() -> None:
+    """Cells of 3e7 to 7e9 parameters on 5e8 to 2e11 tokens, budgets within, beyond and below."""
+    fit = fitted("chinchilla", dict(LOSS_LAWS["chinchilla"].published))
+    ranges = fit.ranges()
+    inside = compute_optimal(fit, 1e21)
+    assert inside.status == "interior"
+    assert inside.extrapolation == {"params": 1.0, "tokens": 1.0}
+    for flops, end in ((5.76e23, 1), (1e16, 0)):
+        best = compute_optimal(fit, flops)
+        assert best.status == "outside"
+        for name, run in (("params", best.params), ("tokens", best.tokens)):
+            assert best.extrapolation[name] == pytest.approx(run / ranges[name][end])
+            assert (best.extrapolation[name] > 1) == bool(end)
 
 
 def test_laws_with_experts_and_granularity_are_solved_numerically() -> None:
