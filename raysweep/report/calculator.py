@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from raysweep.report.calculator_loss import losses, no_loss
+from raysweep.report.reading import INSIDE, NO_INTERVAL
 from raysweep.report.trends import FLOPS, PARAMS, QUANTITIES, TOKENS, names_of
-from raysweep.scaling.advise import FAR, SURFACE_CELLS
-from raysweep.scaling.expected_loss import loss_laws_asked
+from raysweep.scaling import cautions
+from raysweep.scaling.advise import SURFACE_CELLS
 from raysweep.scaling.fits import ALL, Fits
-from raysweep.scaling.group_loss import NON_EMBEDDING
 from raysweep.scaling.groups import Group
-from raysweep.scaling.laws import LOSS_LAWS
-from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.optima_laws import KNOWN_AHEAD, best_law
 from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import PUBLISHED_LAWS, PublishedLaw, Setting
 from raysweep.scaling.surface import CellFeatures, Surface
-from raysweep.scaling.target import ComputePath, describe_target, expert_share
+from raysweep.scaling.target import describe_target, expert_share
 
-DIGITS, SAMPLE_DIGITS = 12, 8
-"""Significant digits of coefficients and of their resamples: answers are compared at four."""
-
-KNOWN_INPUTS = {"params", "tokens", "flops", "experts", "sparsity"}
-"""Inputs of a law of the loss that are known of a run asked about."""
+DIGITS = 12
+"""Significant digits of coefficients: answers are compared at four."""
 
 RANGES = {"params": PARAMS, "tokens": TOKENS, "FLOPs": FLOPS}
 
@@ -48,7 +43,10 @@ def calculator(fits: Fits) -> dict[str, Any] | None:
     data = {
         "architectures": names,
         "all": ALL,
-        "far": FAR,
+        "far": cautions.FAR,
+        "words": {**cautions.WORDS, "inside": INSIDE, "no_interval": NO_INTERVAL},
+        "split_margin": cautions.SPLIT_MARGIN,
+        "compute_loss": cautions.COMPUTE_LOSS,
         "groups": described,
         "surface": surface,
         "published": [law for p in PUBLISHED_LAWS.values() if (law := _published(p)) is not None],
@@ -67,7 +65,10 @@ def _group(fits: Fits, group: Group) -> dict[str, Any]:
         "family": _family(cells),
         "range": _range(cells),
         "laws": {q: _laws(group, q) for q in QUANTITIES},
-        "losses": _losses(fits, group),
+        "losses": losses(fits, group),
+        # Why nothing answers, where nothing does.
+        "no_law": {q: cautions.no_law(group, q) for q in QUANTITIES},
+        "no_loss": no_loss(fits, group),
     }
 
 
@@ -85,7 +86,10 @@ def _family(cells: pd.DataFrame) -> dict[str, Any]:
     share = expert_share(cells)
     return {
         "share": 2 / 3 if share is None else share,
-        "share_known": share is not None,
+        "notes": {
+            kind: list(describe_target(cells, 1e6, 1e6, experts, 1).notes)
+            for kind, experts in (("dense", 1), ("moe", 2))
+        },
         # Embeddings grow with N^(1/3): their number at N = 1.
         "embedding": (example["params_active"] - 1e6) / 1e6 ** (1 / 3),
         "head": example["head_params"] / 1e6 ** (1 / 3),
@@ -95,7 +99,9 @@ def _family(cells: pd.DataFrame) -> dict[str, Any]:
 
 
 def _range(cells: pd.DataFrame) -> dict[str, list[float]]:
-    return {k: [float(cells[c].min()), float(cells[c].max())] for k, c in RANGES.items()}
+    columns = {name: cells[column] for name, column in RANGES.items()}
+    columns["ratio"] = cells[TOKENS] / cells[PARAMS]
+    return {name: [float(v.min()), float(v.max())] for name, v in columns.items()}
 
 
 def _laws(group: Group, quantity: str) -> list[dict[str, Any]]:
@@ -136,7 +142,7 @@ def _law(law: PowerLaw, cells: pd.DataFrame) -> dict[str, Any]:
         "near": near,
         "range": _range(used),
         "cells": law.n_cells,
-        "left_out": len(law.left_out),
+        "cautions": list(cautions.of_law(law.target, law)),
     }
 
 
@@ -192,76 +198,7 @@ def _surface_side(
         "reach": float(stats.t.ppf(0.975, laws.degrees[axis])),
         "range": _range(known),
         "cells": len(known),
-    }
-
-
-def _losses(fits: Fits, group: Group) -> list[dict[str, Any]]:
-    """The laws of the loss that answer for a group, with their resamples: the first that knows a
-    run's parameters, and those before it, which know its compute alone."""
-    found = []
-    for key in loss_laws_asked(fits, group):
-        fit = group.loss_laws.get(key)
-        if not isinstance(fit, LossFit) or not fit.ok:
-            continue
-        inputs = set(LOSS_LAWS[key].inputs)
-        if not inputs <= KNOWN_INPUTS:
-            continue
-        count = _count(group.cells, fit.law.parameter_count)
-        if "params" in inputs and count is None:
-            continue
-        knows = "params" in inputs
-        path = None if knows else asdict(ComputePath.of(group.cells))
-        found.append({**_loss_law(fit, count), "path": path})
-        if knows:
-            break
-    return found
-
-
-def _count(cells: pd.DataFrame, wanted: str) -> str | None:
-    """The count that stands for a law's N, as `predict_loss` chooses it."""
-    inputs = describe_target(cells, 1e6, 1e6, 1, 1).inputs
-    for name in (wanted, NON_EMBEDDING.get(wanted, wanted)):
-        if math.isfinite(inputs.get(name, math.nan)):
-            return name
-    return None
-
-
-def _loss_law(fit: LossFit, count: str | None) -> dict[str, Any]:
-    form = fit.law.form
-    samples = fit.samples if fit.samples is not None and len(fit.samples) > 1 else None
-    rows = fit.values[None] if samples is None else np.vstack([fit.values, samples])
-    noise = None
-    if samples is not None:
-        # A new run strays from the law as the fitted cells do: the same draws as LossFit.interval.
-        spread = fit.residuals * math.sqrt(fit.n_points / max(fit.n_points - fit.n_free, 1))
-        noise = np.random.default_rng(0).choice(spread, size=(len(samples), 1))[:, 0]
-        noise = [_short(v) for v in noise]
-    return {
-        "law": fit.name,
-        "formula": fit.law.formula,
-        "status": fit.status,
-        "count": count,
-        "names": list(form.names),
-        "kinds": [c.kind for c in form.coefficients],
-        "terms": [
-            {"amplitude": t.amplitude, "powers": [_power(p) for p in t.powers]} for t in form.terms
-        ],
-        "tilt": [_power(p) for p in form.tilt],
-        "rows": [rows[0].tolist(), *([_short(v) for v in row] for row in rows[1:])],
-        "noise": noise,
-        "cells": fit.n_cells,
-    }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.{SAMPLE_DIGITS}g}")
-
-
-def _power(power: Any) -> dict[str, Any]:
-    return {
-        "coefficient": power.coefficient,
-        "symbols": power.symbols.split(),
-        "scale": power.scale,
+        "cautions": list(cautions.of_law(QUANTITIES[axis], None)),
     }
 
 

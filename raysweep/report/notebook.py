@@ -23,6 +23,7 @@ from raysweep.report.figures import PlotFigure, colours
 from raysweep.report.losses import loss_figure
 from raysweep.report.numbers import NOTHING, Numbers, written
 from raysweep.report.optima import optima_figure
+from raysweep.report.reading import answer_limits, extrapolation
 from raysweep.report.style import DARK, LIGHT, short
 from raysweep.report.trends import names_of, rests_on, rules_used
 from raysweep.results.schema import FINISHED
@@ -176,12 +177,11 @@ def _(answer: Recommendation) -> str:
         (p["source"], _maybe(p["learning_rate"], "rate"), _maybe(p["batch_tokens"], "batch"))
         for p in answer.published
     ]
-    reach = ", ".join(f"{v:.3g}× in {k}" for k, v in answer.extrapolation.items() if v != 1)
     return _framed(
         _heading(f"{answer.architecture}: {model}, {short(answer.tokens)} tokens"),
         _table(("", "", "95 %"), rows, 0),
-        _said(f"Beyond the cells: {reach}." if reach else "Inside the range of the cells."),
-        *(_said(f"Caution: {warning}.") for warning in answer.warnings),
+        _said(f"{extrapolation(answer)}."),
+        *(_said(f"Caution: {warning}") for warning in answer_limits(answer)),
         _table(("published laws", "learning rate", "batch"), published, 2) if published else "",
     )
 

@@ -36,7 +36,7 @@ from raysweep.report.trends import names_of, rests_on, rules_used
 from raysweep.report.trials import trial_table
 from raysweep.report.variants import variants_figure
 from raysweep.results.store import Results
-from raysweep.scaling.advise import FAR
+from raysweep.scaling import cautions
 from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import ALL, Fits, fit
 
@@ -184,7 +184,7 @@ def _answers(fits: Fits, advice: Sequence[facts.Advice]) -> list[dict[str, Any]]
             "cell": fits.cells.index.get_loc(a.best_cell) if a.best_cell else None,
             "at": ("answers", i),
             "reach": reading.extrapolation(a.answer),
-            "far": a.answer.extrapolation.get("FLOPs", 1.0) > FAR,
+            "far": bool(cautions.far(a.answer.extrapolation)),
             "limits": reading.answer_limits(a.answer) if fits.optima[fits.method] else [],
         }
         for i, a in enumerate(advice)

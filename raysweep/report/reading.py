@@ -9,10 +9,14 @@ from markupsafe import Markup, escape
 
 from raysweep.report.numbers import Numbers
 from raysweep.report.style import short
+from raysweep.scaling import cautions
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.recommend import Recommendation
 
 NAMES_LISTED = 6
+
+INSIDE = "inside the range of the cells"
+NO_INTERVAL = "The expected loss has no interval: too few cells to resample."
 
 
 def listed(names: Iterable[object], most: int = NAMES_LISTED) -> Markup:
@@ -32,10 +36,11 @@ def plural(n: int, word: str) -> str:
 def answer_limits(answer: Recommendation) -> list[Markup]:
     """What to be wary of in one recommendation."""
     # How far it extrapolates stands above the list already.
-    warnings = [w for w in answer.warnings if not w.startswith("a long extrapolation")]
+    long = cautions.WORDS["far"].partition("{")[0]
+    warnings = [w for w in answer.warnings if not w.startswith(long)]
     said = [escape(_sentence(w)) for w in warnings]
     if not math.isfinite(answer.loss_interval[0]) and math.isfinite(answer.loss):
-        said.append(Markup("The expected loss has no interval: too few cells to resample."))
+        said.append(Markup(NO_INTERVAL))
     return said
 
 
@@ -178,11 +183,9 @@ def checks(fits: Fits, n: Numbers) -> list[Markup]:
 
 
 def extrapolation(answer: Recommendation) -> str:
-    """How far beyond the cells a recommendation lies, in a few words."""
-    factors = {k: v for k, v in answer.extrapolation.items() if v != 1}
-    if not factors:
-        return "Inside the range of the cells"
-    far = max(factors.items(), key=lambda kv: abs(math.log(kv[1])))
-    side = "beyond" if far[1] > 1 else "below"
-    factor = far[1] if far[1] > 1 else 1 / far[1]
-    return f"{short(factor)}× {side} the cells in {far[0]}"
+    """How far outside the cells a recommendation lies, in a few words."""
+    factors = answer.extrapolation
+    said = cautions.reach(factors, lambda f: f"{short(f)}×") or INSIDE
+    if cautions.far(factors):
+        said = cautions.WORDS["far"].format(reach=said)
+    return said[:1].upper() + said[1:]

@@ -12,6 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from raysweep.errors import UserError
+from raysweep.scaling import cautions
 from raysweep.scaling.expected_loss import expected_loss
 from raysweep.scaling.groups import ALL, Group
 from raysweep.scaling.optima_laws import KNOWN_AHEAD, best_law
@@ -28,9 +29,6 @@ QUANTITIES = ("learning_rate", "batch_tokens")
 
 SURFACE_CELLS = 3
 """Cells with a known optimum that the joint surface needs before it may answer."""
-
-FAR = 30.0
-"""Beyond this factor in FLOPs an extrapolation is called long."""
 
 
 def advise(
@@ -55,10 +53,8 @@ def advise(
     if ALL in fits.groups and not foreign:
         candidates.append(fits.groups[ALL])
     if foreign:
-        warnings.append(
-            f"no cell of {name} has {experts} experts and top-{top_k}: the answer rests on how "
-            "other numbers of experts behave"
-        )
+        blanks = {"architecture": name, "experts": experts, "top_k": top_k}
+        warnings.append(cautions.WORDS["foreign"].format(**blanks))
     family = candidates[0].cells
     target = describe_target(family, params, tokens, experts, top_k)
     warnings += target.notes
@@ -67,7 +63,7 @@ def advise(
     for quantity in QUANTITIES:
         answer = _answer(fits, candidates, quantity, target)
         if answer is None:
-            warnings.append(f"no law of {quantity} can answer: {_why_none(own, quantity)}")
+            warnings.append(cautions.no_law(own, quantity))
         else:
             answers[quantity] = answer
     nothing = _Answer("", math.nan, (math.nan, math.nan), "", (), None)
@@ -81,7 +77,8 @@ def advise(
     used = fits.cells.loc[sorted({c for answer in answers.values() for c in answer.cells})]
     used = used if len(used) else family
     factors = extrapolation(used, target.inputs)
-    warnings += _cautions(answers, loss.law, factors, used, params, tokens)
+    speaking = {q: answer.law for q, answer in answers.items()}
+    warnings += cautions.of_run(speaking, loss.law, factors, used, tokens / params)
     laws = {q: answer.name for q, answer in answers.items()}
     return Recommendation(
         architecture=name,
@@ -222,17 +219,6 @@ def _speaks(law: PowerLaw, group: Group, inputs: Mapping[str, float]) -> bool:
     return True
 
 
-def _why_none(group: Group, quantity: str) -> str:
-    said = [
-        f"{law.name} has {law.status}" + (f" ({law.message})" if law.message else "")
-        if not law.ok
-        else f"{law.name} rests on cells of one size or one horizon, far from the run's"
-        for law in group.laws.values()
-        if law.target == quantity and "loss" not in law.inputs
-    ]
-    return "; ".join(said)
-
-
 def _ask(law: PowerLaw, inputs: Mapping[str, float]) -> tuple[float, float, float]:
     named = {**inputs, "params": inputs.get(law.count, math.nan)} if law.count else dict(inputs)
     value = float(law.predict(named))
@@ -263,35 +249,3 @@ def _by_method(
 def _sequence_length(cells: pd.DataFrame) -> int | None:
     known = cells["sequence_length"].dropna()
     return int(known.mode().iloc[0]) if len(known) else None
-
-
-def _cautions(
-    answers: Mapping[str, _Answer],
-    loss_key: str,
-    factors: Mapping[str, float],
-    cells: pd.DataFrame,
-    params: float,
-    tokens: float,
-) -> list[str]:
-    said = []
-    if factors["FLOPs"] > FAR:
-        said.append(f"a long extrapolation: {factors['FLOPs']:.3g}x the FLOPs of the largest cell")
-    ratio = cells["tokens"] / cells["params_active_non_embedding"]
-    asked = tokens / params
-    compute_only = [q for q, a in answers.items() if a.law and a.law.inputs[0] == "flops"]
-    compute_only += ["loss"] if loss_key == "kaplan" else []
-    if compute_only and not ratio.min() / 2 <= asked <= ratio.max() * 2:
-        said.append(
-            f"the laws of {' and '.join(compute_only)} know compute only, from cells of "
-            f"{ratio.min():.3g} to {ratio.max():.3g} tokens a parameter; asked for {asked:.3g}"
-        )
-    for quantity, answer in answers.items():
-        if answer.law is None:
-            said.append(
-                f"too few cells for a law of {quantity} of their own: the answer leans on "
-                "Step Law's exponents"
-            )
-        elif answer.law.left_out:
-            n = len(answer.law.left_out)
-            said.append(f"the law of {quantity} leaves out {n} of {n + answer.law.n_cells} cells")
-    return said

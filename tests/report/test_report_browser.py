@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from raysweep.report import report
+from raysweep.report.reading import answer_limits, extrapolation
 from raysweep.results.store import Results
+from raysweep.scaling import cautions
 from raysweep.scaling.fits import Fits, fit
 
 pytestmark = pytest.mark.browser
@@ -36,6 +39,8 @@ for (const [architecture, params, tokens, experts, topK] of POINTS) {
   if (experts) { set("experts", String(experts)); set("top_k", String(topK)); }
   const shown = Object.fromEntries([...document.querySelectorAll("#ask-answer [data-out]")]
     .map((e) => [e.dataset.out, e.textContent]));
+  shown.limits = [...document.querySelectorAll('#ask-answer [data-out="limits"] li')].map((e) => e.textContent);
+  shown.far = document.querySelector('#ask-answer [data-out="reach"]').classList.contains("bad");
   answers.push({ shown, exact: recommend(data, architecture, params, tokens, experts, topK) });
 }
 return answers;
@@ -54,7 +59,8 @@ def same(shown: float | None, expected: float) -> None:
 
 
 def check(fits: Fits, point: tuple[Any, ...], answer: dict[str, Any]) -> None:
-    """The calculator's numbers are those of `recommend`, to four digits and more."""
+    """The calculator's numbers are those of `recommend`, to four digits and more; its warnings are
+    the same, and what is shown of them is what a card would show."""
     name, params, tokens, experts, top_k = point
     expected = fits.recommend(name, params, tokens, experts=experts, top_k=top_k)
     exact = answer["exact"]
@@ -76,6 +82,10 @@ def check(fits: Fits, point: tuple[Any, ...], answer: dict[str, Any]) -> None:
         for quantity in ("learning_rate", "batch_tokens"):
             value = theirs[quantity]
             same(ours[quantity], value if isinstance(value, float) else math.nan)
+    assert exact["warnings"] == list(expected.warnings), point
+    assert answer["shown"]["limits"] == [Markup(w).unescape() for w in answer_limits(expected)]
+    assert answer["shown"]["reach"] == extrapolation(expected) + "."
+    assert answer["shown"]["far"] == bool(cautions.far(expected.extrapolation))
     if math.isfinite(expected.loss):
         assert float(answer["shown"]["loss"]) == pytest.approx(expected.loss, abs=5.1e-5)
 

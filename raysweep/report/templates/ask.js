@@ -24,23 +24,25 @@
   };
   const whole = (name) => (field(name).value.trim() === "" ? undefined : parse(field(name).value));
 
-  const reach = (factors) => {
-    const far = Object.entries(factors).filter(([, f]) => f !== 1);
-    if (!far.length) return "Inside the range of the cells.";
-    return far.map(([name, f]) => `${short(f > 1 ? f : 1 / f)}× ${f > 1 ? "beyond" : "below"} the cells in ${name}`).join(", ") + ".";
+  const sentence = (text) => {
+    const plain = text.trim().replaceAll("learning_rate", "learning rate").replaceAll("batch_tokens", "batch");
+    return plain.charAt(0).toUpperCase() + plain.slice(1) + (plain.endsWith(".") ? "" : ".");
   };
-
+  const reach = (answer) => {
+    const said = recommend.reach(data, answer.extrapolation, (f) => `${short(f)}×`) || data.words.inside;
+    return sentence(answer.far ? recommend.fill(data.words.far, { reach: said }) : said);
+  };
+  /** What the cards say of an answer; how far it extrapolates stands above the list already. */
   const limits = (answer) => {
-    const said = [];
-    if (answer.foreign) said.push(`No cell has ${answer.experts} experts and top-${answer.top_k}: this rests on how other numbers of experts behave.`);
-    for (const [side, word] of [[answer.rate, "learning rate"], [answer.batch, "batch"]]) {
-      if (!side) said.push(`No law of the ${word} could be fitted.`);
-      else said.push(`${word[0].toUpperCase()}${word.slice(1)} by ${side.formula}, on ${side.cells} cells` + (side.left_out ? `; ${side.left_out} left out.` : "."));
-    }
-    if (!Number.isFinite(answer.loss.value)) said.push("No law of the loss can tell this run's.");
-    else said.push(`Loss by ${answer.loss.formula}, on ${answer.loss.cells} cells` + (answer.loss.status === "at bound" ? "; a coefficient lies at its bound." : "."));
+    const long = data.words.far.split("{")[0];
+    const said = answer.warnings.filter((text) => !text.startsWith(long)).map(sentence);
+    if (Number.isFinite(answer.loss.value) && !Number.isFinite(answer.loss.low)) said.push(data.words.no_interval);
     return said;
   };
+  const restsOn = (answer) =>
+    [["Learning rate", answer.rate], ["Batch", answer.batch], ["Loss", answer.loss]]
+      .filter(([, side]) => side?.formula)
+      .map(([word, side]) => `${word} by ${side.formula}, on ${side.cells} cells.`).join(" ");
 
   const update = () => {
     const params = parse(field("params").value), tokens = parse(field("tokens").value);
@@ -65,9 +67,10 @@
     out("batch_interval").textContent = interval(answer.batch, "batch");
     out("loss_interval").textContent = interval(answer.loss, "loss");
     out("sequences").textContent = answer.batch_sequences ? `${answer.batch_sequences} sequences of ${answer.sequence_length}` : "";
-    out("reach").textContent = reach(answer.extrapolation);
-    out("reach").classList.toggle("bad", answer.extrapolation.FLOPs > data.far);
+    out("reach").textContent = reach(answer);
+    out("reach").classList.toggle("bad", answer.far);
     out("limits").replaceChildren(...limits(answer).map((text) => make("li", text)));
+    out("rests_on").textContent = restsOn(answer);
     out("published").replaceChildren(...answer.published.map((law) => {
       const row = make("tr");
       row.append(make("td", law.source + (law.verified ? "" : " (unverified)")),

@@ -3,6 +3,13 @@ const recommend = (() => {
   const dot = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
   const quadratic = (x, m) => dot(x, m.map((row) => dot(row, x)));
   const rounded = (value, digits) => Number(Number(value).toPrecision(digits));
+  /** A number as Python's `%g` writes it. */
+  const general = (value, digits) => {
+    const [mantissa, exponent] = value.toExponential(digits - 1).split("e").map(Number);
+    if (exponent >= -4 && exponent < digits) return String(rounded(value, digits));
+    return `${mantissa}e${exponent < 0 ? "-" : "+"}${String(Math.abs(exponent)).padStart(2, "0")}`;
+  };
+  const fill = (sentence, blanks) => sentence.replace(/\{(\w+)\}/g, (_, name) => blanks[name]);
 
   /** Every count of a run, after the cells of its family. */
   const describe = (family, params, tokens, experts, topK) => {
@@ -41,7 +48,7 @@ const recommend = (() => {
     const half = side.reach * Math.sqrt(variance);
     return {
       name: "surface", formula: "the joint surface, whose exponents lean on Step Law's", cells: side.cells, range: side.range,
-      left_out: 0, value: Math.exp(middle), low: Math.exp(middle - half), high: Math.exp(middle + half),
+      cautions: side.cautions, value: Math.exp(middle), low: Math.exp(middle - half), high: Math.exp(middle + half),
     };
   };
 
@@ -80,13 +87,18 @@ const recommend = (() => {
     const at = q * (sorted.length - 1), below = Math.floor(at);
     return sorted[below] + (at - below) * ((sorted[below + 1] ?? sorted[below]) - sorted[below]);
   };
+  const asked = (inputs) => inputs.tokens / inputs.params_active_non_embedding;
+  const expected = (path, inputs) => Math.exp(path.intercept + path.slope * Math.log(inputs.flops));
   /** Whether a run splits its compute as the cells of a law in compute alone did. */
-  const near = (path, inputs) => !path || Math.abs(
-    Math.log(inputs.tokens / inputs.params_active_non_embedding) - path.intercept - path.slope * Math.log(inputs.flops),
-  ) <= path.tolerance;
-  const expect = (groups, inputs) => {
+  const near = (path, inputs) => !path || Math.abs(Math.log(asked(inputs) / expected(path, inputs))) <= path.tolerance;
+  const lossless = (own, groups, inputs) => {
+    const off = groups.map((g) => g.no_loss.off_path).filter((o) => o && !near(o.path, inputs)).at(-1);
+    if (!off) return own.no_loss.plain;
+    return fill(off.text, { expected: general(expected(off.path, inputs), 2), asked: general(asked(inputs), 2) });
+  };
+  const expect = (own, groups, inputs) => {
     const law = groups.flatMap((g) => g.losses).find((l) => near(l.path, inputs));
-    if (!law) return { value: NaN, low: NaN, high: NaN };
+    if (!law) return { value: NaN, low: NaN, high: NaN, cautions: [lossless(own, groups, inputs)] };
     const value = Math.exp(logLoss(law, law.rows[0], inputs));
     if (!law.noise) return { ...law, value, low: NaN, high: NaN };
     const draws = law.rows.slice(1).map((row, i) => logLoss(law, row, inputs) + law.noise[i]).sort((a, b) => a - b);
@@ -113,6 +125,25 @@ const recommend = (() => {
     }));
   };
 
+  /** The factors of an extrapolation that are long, and any factors in words. */
+  const far = (data, factors) =>
+    Object.fromEntries(Object.entries(factors).filter(([axis, f]) => Math.max(f, 1 / f) > data.far[axis]));
+  const reach = (data, factors, write = (f) => `${general(f, 3)}x`) =>
+    [["beyond", (f) => f], ["below", (f) => 1 / f]].map(([side, size]) => {
+      const own = Object.entries(factors).filter(([, f]) => size(f) > 1).map(([axis, f]) => `${write(size(f))} in ${axis}`);
+      return own.length ? fill(data.words[side], { factors: own.join(", ") }) : "";
+    }).filter(Boolean).join("; ");
+
+  const computeOnly = (data, sides, loss, ranges, inputs) => {
+    const blind = Object.entries(sides).filter(([, side]) => side?.inputs?.[0] === "flops").map(([quantity]) => quantity);
+    if (loss.law === data.compute_loss) blind.push("loss");
+    const low = Math.min(...ranges.map((r) => r.ratio[0])), high = Math.max(...ranges.map((r) => r.ratio[1]));
+    const inside = asked(inputs) >= low / data.split_margin && asked(inputs) <= high * data.split_margin;
+    if (!blind.length || inside) return [];
+    const numbers = { low: general(low, 3), high: general(high, 3), asked: general(asked(inputs), 3) };
+    return [fill(data.words.compute_only, { quantities: blind.join(" and "), ...numbers })];
+  };
+
   const published = (laws, inputs) => {
     const active = inputs.params_active_non_embedding, head = Number.isFinite(inputs.head) ? inputs.head : 0;
     const body = Math.max(inputs.flops - 6 * head * inputs.tokens, 6 * active * inputs.tokens);
@@ -127,7 +158,7 @@ const recommend = (() => {
       .map((l) => ({ source: l.source, verified: l.verified, learning_rate: side(l.learning_rate), batch_tokens: side(l.batch_tokens) }));
   };
 
-  return (data, architecture, params, tokens, experts, topK) => {
+  const answers = (data, architecture, params, tokens, experts, topK) => {
     const own = data.groups[architecture], all = data.groups[data.all];
     const e = experts ?? own.pairs[0][0];
     const same = own.pairs.find((p) => p[0] === e);
@@ -137,16 +168,30 @@ const recommend = (() => {
     const inputs = describe(candidates[0].family, params, tokens, e, k);
     const rate = answer(data, candidates, "learning_rate", inputs);
     const batch = answer(data, candidates, "batch_tokens", inputs);
-    const loss = expect([...(foreign ? [] : [own]), ...(all ? [all] : [])], inputs);
+    const sides = { learning_rate: rate, batch_tokens: batch };
+    const loss = expect(own, [...(foreign ? [] : [own]), ...(all ? [all] : [])], inputs);
     const length = candidates[0].sequence_length;
     const [batchTokens, sequences] = usable(batch ? batch.value : NaN, length);
-    const ranges = [rate, batch].filter((x) => x).map((x) => x.range);
+    const answered = [rate, batch].filter((x) => x);
+    const ranges = answered.length ? answered.map((x) => x.range) : [candidates[0].range];
+    const factors = distance(ranges, inputs), long = far(data, factors);
+    const isLong = Object.keys(long).length > 0;
+    const warnings = [
+      ...(foreign ? [fill(data.words.foreign, { architecture, experts: e, top_k: k })] : []),
+      ...candidates[0].family.notes[e > 1 ? "moe" : "dense"],
+      ...Object.keys(sides).filter((q) => !sides[q]).map((q) => own.no_law[q]),
+      ...loss.cautions,
+      ...(isLong ? [fill(data.words.far, { reach: reach(data, long) })] : []),
+      ...computeOnly(data, sides, loss, ranges, inputs),
+      ...answered.flatMap((side) => side.cautions),
+    ];
     return {
-      experts: e, top_k: k, foreign, rate, batch, loss,
+      experts: e, top_k: k, rate, batch, loss, warnings, far: isLong,
       learning_rate: rate ? rounded(rate.value, 3) : NaN,
       batch_tokens: batchTokens, batch_sequences: sequences, sequence_length: length,
-      extrapolation: distance(ranges.length ? ranges : [candidates[0].range], inputs),
+      extrapolation: factors,
       published: published(data.published, inputs),
     };
   };
+  return Object.assign(answers, { reach, fill });
 })();
