@@ -4,6 +4,7 @@
     URI/trials/*.parquet         one row a trial: a file each, or merged into part-*.parquet
     URI/curves/*.parquet         loss curves, likewise
     URI/studies/NAME.yaml        the search space of each study, as it was run last
+    URI/studies/NAME.ranges.json how far its search widened the ranges of that
     URI/runs/*.json              when each run was, on what, and how busy its workers were
     URI/checkpoints/KEY/         of running trials only
 
@@ -147,6 +148,18 @@ class Results(InNotebooks):
         """Search-space texts by study name."""
         texts = self._texts(STUDIES, ".yaml")
         return {name.removesuffix(".yaml"): text for name, text in texts.items()}
+
+    def save_ranges(self, study: str, ranges: Mapping[str, Any]) -> None:
+        """Keep how far a study has widened its ranges; any plain values."""
+        self.storage.write(json.dumps(dict(ranges)).encode(), STUDIES, f"{study}.ranges.json")
+
+    def ranges(self, study: str) -> dict[str, Any]:
+        """What `save_ranges` kept; empty where there is nothing, or nothing readable."""
+        try:
+            kept = json.loads(self.storage.read(STUDIES, f"{study}.ranges.json") or b"{}")
+        except (ValueError, RecursionError):
+            return {}  # they are found anew
+        return kept if isinstance(kept, dict) else {}
 
     def save_run(self, record: Mapping[str, Any]) -> None:
         """Keep what one `raysweep run` did: times, workers, utilisation. Needs `started_at`."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 import pandas as pd
@@ -22,7 +23,7 @@ from raysweep.search.early_stopping import make_pruner
 from raysweep.search.growth import Kind, kind_of
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.ledger import Bundle, Ledger
-from raysweep.search.resume import take_up, teach
+from raysweep.search.resume import take_up, teach, widen_again, widened
 from raysweep.search.strategies import RESTARTING, make_sampler
 from raysweep.search.value import targets_of, trial_value
 
@@ -62,6 +63,7 @@ class Campaign:
         ledger: the resources of the cluster.
         rows: what the results folder holds of this study already; it is continued.
         history: other rows that may teach (imported sweeps), with the schema's columns.
+        ranges: `widened` of the earlier runs that the rows are from.
     """
 
     def __init__(
@@ -71,9 +73,12 @@ class Campaign:
         ledger: Ledger,
         rows: pd.DataFrame | None = None,
         history: pd.DataFrame | None = None,
+        ranges: Mapping[str, Any] | None = None,
     ) -> None:
         self.study = study
         self.ledger = ledger
+        self.widenings = 0
+        """How often a range was widened since the start."""
         self._data_hash = data_hash
         self._search = study.space.search
         self._ladder = Ladder()
@@ -87,12 +92,19 @@ class Campaign:
             state.branches = [self.states[c.name] for c in study.branches(state.cell)]
             for branch in state.branches:
                 branch.trunk = state
+        if ranges:
+            widen_again(study, ranges, self.states)
         if rows is not None:
             self._flops_spent = take_up(rows, study, data_hash, self.states)
             for state in self._ordered():
                 self._attach_sampler(state)
             for state in self._ordered():
                 self._maybe_extend(state)
+
+    @property
+    def widened(self) -> dict[str, Any]:
+        """The ranges that were widened so far, as plain values: for a campaign that continues."""
+        return widened(self.study, self.states)
 
     @property
     def running(self) -> int:
@@ -190,6 +202,9 @@ class Campaign:
             if state.given_up:
                 _log.warning("cell %s given up: its trials crash", state.cell.name)
         self._maybe_extend(state)
+        if self.done:  # but perhaps for cells that were over before the others taught so much
+            for each in self._ordered():
+                self._maybe_extend(each)
 
     def _ordered(self) -> Sequence[CellState]:
         """Cells by compute, smallest first (as the study has them)."""
@@ -222,7 +237,8 @@ class Campaign:
             candidates, key=lambda s: trial_value(surface, s.features, targets) / s.trial_flops
         )
         # An earlier run may have gone past the budget already.
-        state.granted += 1 + max(0, state.concluded + len(state.running) - state.budget)
+        had = len(state.searched) + len(state.running - state.repeats)
+        state.granted += 1 + max(0, had - state.budget)
 
     def runnable(self, state: CellState) -> bool:
         """Whether a trial of this cell is wanted and within the budget of FLOPs."""
@@ -294,6 +310,8 @@ class Campaign:
                 user_attrs={"ran_at": point},
             )
         trial = state.study.ask(state.distributions)
+        if repeat:
+            state.repeats.add(trial.number)
         learning_rate, log2_batch = (
             float(trial.params[LEARNING_RATE]),
             int(trial.params[LOG2_BATCH]),
@@ -321,6 +339,7 @@ class Campaign:
         if not edges or not state.extend(edges):
             return
         state.extensions += 1
+        self.widenings += 1
         where = ", ".join(f"{name} {side}" for name, side in edges)
         _log.info("cell %s: optimum at the edge (%s): range widened", state.cell.name, where)
         self._attach_sampler(state)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.config import Cell, Search
+from raysweep.results.schema import FINISHED
 from raysweep.scaling.surface import CellFeatures
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH
 from raysweep.search.strategies import search_space
@@ -19,6 +22,8 @@ CRASHES_ALLOWED = 3
 """A cell whose trials crash this often in one run, none having finished, is given up."""
 EXTENSION_TRIALS = 2
 """Trials that a widened range adds to a cell's budget."""
+CONCLUDED = (FINISHED, "diverged", "stopped", "out_of_memory")
+"""Statuses of trials that told something: all but crashed ones."""
 
 
 @dataclass
@@ -73,14 +78,20 @@ class CellState:
     crashes: int = 0
     running: set[int] = field(default_factory=set)
     """Numbers of running trials of `study`."""
+    repeats: set[int] = field(default_factory=set)
+    """Numbers of trials, of all, that give a point another seed: they are no part of the search."""
     tried: dict[tuple[str, float], int] = field(default_factory=dict)
     """How often each (learning rate, log2 batch) was given out: the seed of the next such trial."""
 
     def __post_init__(self) -> None:
+        self.bounds = self._range()
+
+    def _range(self) -> Bounds:
+        """The search space's range, within what this cell can run."""
         rate, batch = self.search.learning_rate, self.search.batch_sequences
         high = min(int(math.log2(batch.high)), self._largest_log2_batch())
         low = min(max(int(math.log2(batch.low)), self._smallest_log2_batch()), high)
-        self.bounds = Bounds((rate.low, rate.high), (low, high))
+        return Bounds((rate.low, rate.high), (low, high))
 
     @property
     def features(self) -> CellFeatures:
@@ -97,12 +108,17 @@ class CellState:
 
     @property
     def finished(self) -> int:
-        return len(self.trials("finished"))
+        return len(self.trials(FINISHED))
 
     @property
     def concluded(self) -> int:
-        """Trials that told something: all but crashed ones."""
-        return len(self.trials("finished", "diverged", "stopped", "out_of_memory"))
+        """Trials that told something."""
+        return len(self.trials(*CONCLUDED))
+
+    @property
+    def searched(self) -> list[FrozenTrial]:
+        """Concluded trials that the budget counts: all but repeats."""
+        return [t for t in self.trials(*CONCLUDED) if t.number not in self.repeats]
 
     @property
     def trial_flops(self) -> float:
@@ -123,8 +139,9 @@ class CellState:
         """
         if self.trunk is not None or self.given_up:
             return 0
-        short = self.budget - self.finished - len(self.running)
-        short = min(short, 2 * self.budget - self.concluded - len(self.running))
+        finished = sum(t.user_attrs["status"] == FINISHED for t in self.searched)
+        short = min(self.budget - finished, 2 * self.budget - len(self.searched))
+        short -= len(self.running - self.repeats)
         return max(0, short, len(self.unfinished))
 
     @property
@@ -133,7 +150,7 @@ class CellState:
 
     @property
     def best(self) -> FrozenTrial | None:
-        done = [t for t in self.trials("finished") if t.state is TrialState.COMPLETE]
+        done = [t for t in self.trials(FINISHED) if t.state is TrialState.COMPLETE]
         return min(done, key=lambda t: t.value or math.inf, default=None)
 
     def next_seed(self, learning_rate: float, log2_batch: float) -> int:
@@ -143,6 +160,19 @@ class CellState:
         self.tried[key] = used + 1
         return used
 
+    @property
+    def widened(self) -> dict[str, Any] | None:
+        """How far the range was widened, for `widen_again`; None where it was not."""
+        if self.bounds == self._range():
+            return None
+        return asdict(self.bounds) | {"extensions": self.extensions}
+
+    def widen_again(self, kept: Mapping[str, Any]) -> None:
+        """Search the range again that an earlier run had widened."""
+        rate, batch = kept["learning_rate"], kept["log2_batch"]
+        self.bounds = Bounds((float(rate[0]), float(rate[1])), (int(batch[0]), int(batch[1])))
+        self.extensions = min(int(kept["extensions"]), self.search.max_extensions)
+
     def take_back(self, learning_rate: float, log2_batch: int) -> None:
         """Undo `next_seed` for a trial that crashed: its seed is free again."""
         key = (f"{learning_rate:.9e}", log2_batch)
@@ -151,20 +181,23 @@ class CellState:
     def add_row(
         self, learning_rate: float, log2_batch: float, status: str, loss: float | None
     ) -> None:
-        """Rebuild one trial of an earlier run. It may lie outside the range searched now."""
+        """Rebuild one trial of an earlier run. It may lie outside the range searched now, and is a
+        repeat where another stands at its point."""
+        if self.next_seed(learning_rate, log2_batch):
+            self.repeats.add(len(self.study.get_trials(deepcopy=False)))
         rate, batch = self.bounds.learning_rate, self.bounds.log2_batch
         params = {
             LEARNING_RATE: min(max(learning_rate, rate[0]), rate[1]),
             LOG2_BATCH: min(max(round(log2_batch), batch[0]), batch[1]),
         }
-        finished = status == "finished"
+        finished, place = status == FINISHED, (learning_rate, log2_batch)
         self.study.add_trial(
             optuna.create_trial(
                 params=params,
                 distributions=self.distributions,
                 value=loss if finished else None,
                 state=TrialState.COMPLETE if finished else TrialState.FAIL,
-                user_attrs={"status": status, "ran_at": (learning_rate, log2_batch)},
+                user_attrs={"status": status, "ran_at": place, "asked_at": place},
             )
         )
 

@@ -57,7 +57,8 @@ class Ladder:
     so a study rebuilt with `study.add_trial` teaches as a live one does. COMPLETE trials give their
     loss; FAIL trials whose user attribute "status" is "diverged" tell that the loss there is high;
     any other failure tells nothing; RUNNING ones are pending. A trial that ran elsewhere than it
-    was asked to says so in the user attribute "ran_at": (learning rate, log2 batch in sequences).
+    was asked to says so in the user attribute "ran_at": (learning rate, log2 batch in sequences);
+    one whose parameters are not what was asked for, in "asked_at".
     """
 
     def __init__(self, settings: SurfaceSettings = DEFAULT) -> None:
@@ -183,7 +184,8 @@ def _outcome(trial: FrozenTrial) -> _Told | None:
     lost = trial.state == TrialState.FAIL and trial.user_attrs.get("status") == "diverged"
     if place is None or not (lost or trial.state == TrialState.COMPLETE):
         return None
-    asked = trial.params.get(LEARNING_RATE, place[0]), trial.params.get(LOG2_BATCH, place[1])
+    params = trial.params.get(LEARNING_RATE, place[0]), trial.params.get(LOG2_BATCH, place[1])
+    asked = trial.user_attrs.get("asked_at", params)
     moved = math.log(place[0] / asked[0]), (place[1] - asked[1]) * math.log(2)
     return _Told(*place, math.nan if lost or trial.value is None else trial.value, moved)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -14,6 +16,8 @@ from raysweep.results.schema import FINISHED
 from raysweep.scaling.surface import CellFeatures
 from raysweep.search.cells import CellState
 from raysweep.search.ladder import Ladder
+
+_log = logging.getLogger("raysweep")
 
 
 def take_up(
@@ -37,14 +41,10 @@ def take_up(
             other_recipe.append(row["cell"])
             continue
         log2_batch = math.log2(sequences)
-        searched = state.trunk or state
-        while (rate, log2_batch) not in searched.bounds:
-            if not searched.extend(_edges_beyond(searched, rate, log2_batch)):
-                break
-            searched.extensions = min(searched.extensions + 1, searched.search.max_extensions)
-        points[searched.cell.name, state.cell.name].add((rate, int(log2_batch), spec.seed))
+        points[(state.trunk or state).cell.name, state.cell.name].add(
+            (rate, int(log2_batch), spec.seed)
+        )
         state.add_row(rate, log2_batch, row["status"], row["loss"])
-        state.next_seed(rate, log2_batch)
         spent += state.flops
     if other_recipe:
         raise UserError(
@@ -57,6 +57,30 @@ def take_up(
             missing = of_branch - points[trunk, trunk] - set(states[trunk].unfinished)
             states[trunk].unfinished += sorted(missing)
     return spent
+
+
+def widened(study: Study, states: Mapping[str, CellState]) -> dict[str, Any]:
+    """The ranges that were widened so far, as plain values, with those of the search space."""
+    found = {name: state.widened for name, state in states.items()}
+    return _given(study) | {"cells": {name: each for name, each in found.items() if each}}
+
+
+def widen_again(study: Study, kept: Mapping[str, Any], states: Mapping[str, CellState]) -> None:
+    """Search the ranges again that earlier runs widened, unless the search space gives others now
+    or wants none widened."""
+    given = _given(study)
+    if not study.space.search.extend_edges or {k: kept.get(k) for k in given} != given:
+        return
+    try:
+        for name in states.keys() & kept["cells"].keys():
+            states[name].widen_again(kept["cells"][name])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        _log.warning("the ranges that %s had widened are unreadable: found anew", study.name)
+
+
+def _given(study: Study) -> dict[str, Any]:
+    rate, batch = study.space.search.learning_rate, study.space.search.batch_sequences
+    return {"learning_rate": [rate.low, rate.high], "batch_sequences": [batch.low, batch.high]}
 
 
 def teach(ladder: Ladder, rows: pd.DataFrame) -> None:
@@ -81,14 +105,3 @@ def teach(ladder: Ladder, rows: pd.DataFrame) -> None:
             cell["loss"].to_numpy(float),
             (cell["status"] == "diverged").to_numpy(),
         )
-
-
-def _edges_beyond(state: CellState, rate: float, log2_batch: float) -> tuple[tuple[str, str], ...]:
-    (low, high), (small, large) = state.bounds.learning_rate, state.bounds.log2_batch
-    beyond = [
-        (rate < low, ("learning_rate", "low")),
-        (rate > high, ("learning_rate", "high")),
-        (log2_batch < small, ("batch", "low")),
-        (log2_batch > large, ("batch", "high")),
-    ]
-    return tuple(edge for is_beyond, edge in beyond if is_beyond)

@@ -81,7 +81,12 @@ def run(
         everything = results.frame()
         own = everything["study"] == study.name
         campaign = Campaign(
-            study, corpus.hash, Ledger({}), rows=everything[own], history=everything[~own]
+            study,
+            corpus.hash,
+            Ledger({}),
+            rows=everything[own],
+            history=everything[~own],
+            ranges=results.ranges(study.name),
         )
         warning = corpus.repeat_warning(max(c.tokens for c in study.cells))
         if warning:

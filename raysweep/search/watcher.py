@@ -61,6 +61,7 @@ class Watcher(tune.Callback):
         self._progress = progress
         self._interruption = interruption
         self._look_at_nodes = look
+        self._widenings = 0
         self._winding_down = False
         self._starts: dict[str, tuple[float, datetime]] = {}
         self._stalls = Stalls(self._study.space.search.stall_seconds)
@@ -79,6 +80,7 @@ class Watcher(tune.Callback):
     def on_step_end(self, iteration: int, trials: Sequence[Trial], **info: Any) -> None:
         """The refresh tick. Raises Interrupted once an interrupted run has wound down."""
         self._progress.refresh()
+        self._keep_ranges()
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._kill_hanging(trials)
             self.count_available()
@@ -161,6 +163,12 @@ class Watcher(tune.Callback):
             _log.warning("cell %s: %s: killed", trial.config["cell"], reason)
             if trial.temporary_state.ray_actor is not None:
                 ray.kill(trial.temporary_state.ray_actor)
+
+    def _keep_ranges(self) -> None:
+        """Keep the ranges whenever one was widened, for the runs that continue."""
+        if self._campaign.widenings > self._widenings:
+            self._widenings = self._campaign.widenings
+            self._results.save_ranges(self._study.name, self._campaign.widened)
 
     def _write_unfinished(self, trial: Trial, status: str, reason: str) -> None:
         begun, started_at = self._conclude(trial, status)

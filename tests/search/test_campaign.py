@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -198,6 +199,63 @@ def test_an_optimum_beyond_the_range_widens_it_within_the_hard_limits() -> None:
         assert best == pytest.approx(8e-3, rel=1.0)
 
 
+EDGY = {"learning_rate": {"low": 1e-4, "high": 1e-3}, "trials_per_cell": 4}
+
+
+def beyond(proposal: Proposal):
+    return planted(proposal, optimum=8e-3)
+
+
+@pytest.mark.parametrize("stop_after", [None, 3, 11, 17, 29])
+def test_a_study_that_widened_its_ranges_ends_once_wherever_it_was_stopped(stop_after) -> None:
+    """The budgets are those of widened ranges, and nothing is left to do when it is run again."""
+    study = make_study(**EDGY)
+    campaign = Campaign(study, "data", two_workers())
+    log = simulate(campaign, beyond, stop_after=stop_after)
+    if stop_after is not None:
+        kept = json.loads(json.dumps(campaign.widened))
+        campaign = Campaign(study, "data", two_workers(), rows=rows_of(log), ranges=kept)
+        log += simulate(campaign, beyond)
+    counts = pd.Series([p.spec.cell.name for p, *_ in log]).value_counts()
+    extensions = {name: s.extensions for name, s in campaign.states.items()}
+    assert sum(extensions.values()) > 0
+    running = 2 if stop_after else 0  # trials that the stop cut off had widened no range
+    for name, count in counts.items():
+        assert count <= 4 + 2 * extensions[str(name)] + running
+    again = Campaign(study, "data", two_workers(), rows=rows_of(log), ranges=campaign.widened)
+    assert again.done
+    assert again.widened == campaign.widened
+
+
+@pytest.mark.parametrize("extend", [True, False])
+def test_a_range_that_was_narrowed_stays_narrow(extend: bool) -> None:
+    wide = Campaign(make_study(), "data", two_workers())
+    log = simulate(wide)
+    rates = [p.spec.learning_rate for p, *_ in log]
+    assert max(rates) > 3e-2
+    narrow = make_study(
+        learning_rate={"low": 1e-3, "high": 3e-2}, trials_per_cell=6, extend_edges=extend
+    )
+    for _ in range(2):  # on the second run the file's ranges are those of the last run
+        campaign = Campaign(narrow, "data", two_workers(), rows=rows_of(log), ranges=wide.widened)
+        added = simulate(campaign, stop_after=5)
+        assert added
+        assert all(1e-3 <= p.spec.learning_rate <= 3e-2 for p, *_ in added)
+        log += added
+
+
+@pytest.mark.parametrize("strategy", ["ladder", "qmc"])
+def test_repeats_do_not_eat_the_budget_of_a_study_that_is_continued(strategy: str) -> None:
+    settings = {"repeats_at_optimum": 2, "extend_edges": False, "strategy": strategy}
+    log = simulate(Campaign(make_study(**settings), "data", two_workers()))
+    assert len(log) == 6 * (4 + 2)
+    more = make_study(**settings, trials_per_cell=8)
+    log += simulate(Campaign(more, "data", two_workers(), rows=rows_of(log)))
+    points = {(p.spec.cell.name, p.spec.learning_rate, p.spec.batch_sequences) for p, *_ in log}
+    assert len(points) == 6 * 8
+    assert Campaign(more, "data", two_workers(), rows=rows_of(log)).done
+
+
 def test_imported_results_teach_the_first_trial() -> None:
     # A sweep of someone else's whose optimum lies far from the published law.
     study = make_study()
@@ -294,7 +352,7 @@ def test_a_flop_budget_goes_on_after_a_stop_and_while_no_worker_is_there() -> No
     assert campaign.ask("another") is None
     campaign.ledger.update({"n": {"CPU": 2.0}})
     campaign.tell("waits", *planted(asked))
-    log = first + [(asked, *planted(asked))] + simulate(campaign)
+    log = [*first, (asked, *planted(asked)), *simulate(campaign)]
     spent = sum(p.spec.cell.flops for p, *_ in log)
     counts = pd.Series([p.spec.cell.name for p, *_ in log]).value_counts()
     left = [c for c in study.cells if counts[c.name] < 16]
