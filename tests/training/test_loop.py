@@ -252,8 +252,9 @@ def test_compiled_equals_eager_on_request(corpus, spec, monkeypatch, architectur
         return real(model, backend="aot_eager", fullgraph=True, **options)
 
     monkeypatch.setattr(torch, "compile", traced)
-    compiled = train(spec(architecture, recipe={"compile": "on"}, tokens=16 * 8 * 5), corpus)
-    eager = train(spec(architecture, recipe={"compile": "auto"}, tokens=16 * 8 * 5), corpus)
+    small = {"scale": {"layers": 1}, "tokens": 16 * 8 * 5}
+    compiled = train(spec(architecture, recipe={"compile": "on"}, **small), corpus)
+    eager = train(spec(architecture, recipe={"compile": "auto"}, **small), corpus)
     assert seen == [{"dynamic": False}]
     assert compiled.loss == pytest.approx(eager.loss, rel=1e-5)
 
