@@ -19,6 +19,7 @@ from raysweep.report.style import (
     short,
 )
 from raysweep.report.trends import names_of
+from raysweep.scaling.allocation import lies_outside, outside
 from raysweep.scaling.budgets import SPLIT_LAW, Split
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.holdout import levels
@@ -34,6 +35,8 @@ BAND = 3.0
 """Bands are seen this far beyond the lines."""
 
 CURVE_POINTS = 61
+
+DASHED = (0, (4, 2))
 
 
 def split_names(fits: Fits) -> list[str]:
@@ -64,9 +67,9 @@ def budget_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
             if split.parabolas is not None:
                 rows += _measured(left, fits, name, split, fit, index, i == 0, tips)
             else:
-                rows += _slices(left, name, split, fit, index, i == 0)
+                rows += _slices(left, name, split, fit, index, i == 0, tips)
             for axes, quantity in ((middle, "params"), (right, "tokens")):
-                rows += _path(axes, name, split, quantity, index, tips)
+                rows += _path(axes, name, split, quantity, fit.ranges()[quantity], index, tips)
         left.margins(x=0.13)
         for axes, label in ((left, ""), (middle, "best N, parameters"), (right, "best D, tokens")):
             axes.set_xlabel("N, parameters" if axes is left else "C, training FLOPs")
@@ -120,7 +123,13 @@ def _measured(
 
 
 def _slices(
-    axes: Axes, name: str, split: Split, fit: LossFit, index: int, labelled: bool
+    axes: Axes,
+    name: str,
+    split: Split,
+    fit: LossFit,
+    index: int,
+    labelled: bool,
+    tips: dict[str, list[str]],
 ) -> list[dict[str, object]]:
     """The law cut at budgets from the smallest cell's to the largest's: no measurement."""
     assert split.optimum is not None
@@ -130,13 +139,19 @@ def _slices(
     flops = np.log([a.flops for a in split.path])
     best = np.log([[a.params, a.tokens] for a in split.path])
     for budget in np.linspace(low, high, SLICES):
-        n, d = (np.exp(np.interp(budget, flops, best[:, k])) for k in range(2))
+        n, d = (float(np.exp(np.interp(budget, flops, best[:, k]))) for k in range(2))
         x = np.geomspace(n / WINDOW, n * WINDOW, CURVE_POINTS)
         tokens = n * d / x
         y = fit.predict({"params": x, "tokens": tokens})
-        axes.plot(x, y, color=colour, linewidth=1.1, ls=(0, (4, 2)), zorder=2)
+        axes.plot(x, y, color=colour, linewidth=1.1, ls=DASHED, zorder=2)
         at = float(fit.predict({"params": np.array([n]), "tokens": np.array([d])})[0])
-        _mark(axes, float(n), at, colour, True)
+        inside = not lies_outside(outside(fit, n, d))
+        gid = f"best{index}-{len(rows)}"
+        _mark(axes, n, at, colour, inside, gid)
+        tips[gid] = [
+            f"best of {scientific(float(np.exp(budget)))} FLOPs: N {short(n)}, D {short(d)} "
+            f"({'inside' if inside else 'outside'} the cells)"
+        ]
         if labelled:
             _name_budget(axes, float(x[-1]), float(y[-1]), float(np.exp(budget)), colour)
         rows += [
@@ -147,10 +162,14 @@ def _slices(
     return rows
 
 
-def _mark(axes: Axes, x: float, y: float, colour: str, inside: bool) -> None:
+def _mark(
+    axes: Axes, x: float, y: float, colour: str, inside: bool, gid: str | None = None
+) -> None:
     paper = LIGHT["paper"]
     face, edge = (colour, paper) if inside else (paper, colour)
-    axes.scatter([x], [y], s=62, marker="P", c=face, edgecolors=edge, linewidths=0.9, zorder=4)
+    axes.scatter(
+        [x], [y], s=62, marker="P", c=face, edgecolors=edge, linewidths=0.9, zorder=4, gid=gid
+    )
 
 
 def _name_budget(axes: Axes, x: float, y: float, flops: float, colour: str) -> None:
@@ -167,14 +186,28 @@ def _name_budget(axes: Axes, x: float, y: float, flops: float, colour: str) -> N
 
 
 def _path(
-    axes: Axes, name: str, split: Split, quantity: str, index: int, tips: dict[str, list[str]]
+    axes: Axes,
+    name: str,
+    split: Split,
+    quantity: str,
+    tried: tuple[float, float],
+    index: int,
+    tips: dict[str, list[str]],
 ) -> list[dict[str, object]]:
-    """The law's best N or D along compute with its band, and the parabolas' minima."""
+    """The law's best N or D along compute with its band, and the parabolas' minima.
+
+    `tried` are the smallest and the largest of that quantity among the cells."""
     colour = LIGHT[ARCHITECTURE_COLOURS[index]]
     x = np.array([a.flops for a in split.path])
     y = np.array([getattr(a, quantity) for a in split.path])
     ends = np.array([a.intervals.get(quantity, (np.nan, np.nan)) for a in split.path]).T
-    axes.plot(x, y, color=colour, linewidth=1.5, zorder=3)
+    # Solid where such sizes (or tokens) were tried, dashed where the law alone tells of them.
+    along = np.geomspace(x[0], x[-1], CURVE_POINTS)
+    best = np.exp(np.interp(np.log(along), np.log(x), np.log(y)))
+    smallest, largest = tried
+    tried_best = np.where((best >= smallest) & (best <= largest), best, np.nan)
+    axes.plot(along, best, color=colour, linewidth=1.1, ls=DASHED, zorder=2)
+    axes.plot(along, tried_best, color=colour, linewidth=1.7, zorder=3)
     if np.isfinite(ends).all():
         low, high = axes.get_ylim()
         band = np.clip(ends, low / 2, 2 * high)
@@ -182,8 +215,8 @@ def _path(
     axes.axvline(split.flops, color=LIGHT["faint"], linewidth=0.8, ls=":", zorder=1)
     rows: list[dict[str, object]] = [
         {"what": f"best {quantity} by the law", "architecture": name, "flops": a, quantity: b,
-         "low": lo, "high": hi}
-        for a, b, lo, hi in zip(x, y, *ends, strict=True)
+         "low": lo, "high": hi, "status": split.path[i].status}
+        for i, (a, b, lo, hi) in enumerate(zip(x, y, *ends, strict=True))
     ]  # fmt: skip
     if split.parabolas is not None:
         known = [p for p in split.parabolas.parabolas if np.isfinite(p.params)]

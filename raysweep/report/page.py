@@ -37,6 +37,7 @@ from raysweep.report.trials import trial_table
 from raysweep.report.variants import variants_figure
 from raysweep.results.store import Results
 from raysweep.scaling import cautions
+from raysweep.scaling.allocation import OUTSIDE
 from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import ALL, Fits, fit
 
@@ -153,6 +154,7 @@ def _context(
         "laws": reading_laws.law_rows(fits, numbers, rules),
         "loss_laws": reading_laws.loss_law_rows(fits, numbers, loss_laws),
         "budgets": reading_budgets.budget_rows(fits, numbers),
+        "outside": f"{OUTSIDE:g}",
         "serving": reading_budgets.serving_rows(served, numbers),
         "serving_kinds": [WORDS[kind] for kind in KINDS],
         "kinds_title": reading_kinds.kinds_title(fits),

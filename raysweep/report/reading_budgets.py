@@ -40,11 +40,12 @@ def budget_rows(fits: Fits, n: Numbers) -> list[Row]:
         rows.append(
             (
                 name,
-                "the law of the loss",
+                "law",
                 _with(n, "exponent", at, "exponent"),
                 n("exponent", at, "tokens_exponent"),
                 _with(n, "params", at, "params"),
                 _with(n, "tokens", at, "tokens"),
+                _outside(fits, name, n) or Markup("no"),
             )
         )
         if split.parabolas is not None:
@@ -52,8 +53,23 @@ def budget_rows(fits: Fits, n: Numbers) -> list[Row]:
             span = n.interval("exponent", (at, "interval", 0), (at, "interval", 1))
             value = Markup("{} ({})").format(n("exponent", at, "exponent"), span or "no interval")
             other = n("exponent", at, "tokens_exponent")
-            rows.append((name, "parabolas", value, other, NOTHING, NOTHING))
+            rows.append((name, "parabolas", value, other, *[NOTHING] * 3))
     return rows
+
+
+def _outside(fits: Fits, name: str, n: Numbers) -> Markup:
+    """How far the best split of the largest cell's budget lies outside the sizes and tokens tried;
+    empty where it lies inside."""
+    best = fits.allocation[name].optimum
+    assert best is not None
+    at = ("allocation", name, "optimum", "extrapolation")
+    return Markup("; ").join(
+        Markup("{} {}× the {}").format(
+            symbol, n("ratio", at, quantity), "largest" if factor > 1 else "smallest"
+        )
+        for symbol, (quantity, factor) in zip("ND", best.extrapolation.items(), strict=True)
+        if factor != 1
+    )
 
 
 def _with(n: Numbers, style: str, at: Sequence[object], name: str) -> Markup:
@@ -81,11 +97,15 @@ def budgets(fits: Fits, n: Numbers) -> list[Markup]:
             text = Markup(
                 "parameters and tokens may grow alike, or one faster: which is <em>not</em> settled"
             )
-        said.append(
-            Markup("<b>{}</b>: N ~ <i>C</i><sup>{}</sup>, D ~ <i>C</i><sup>{}</sup>; {}.").format(
-                name, n("exponent", at, "exponent"), n("exponent", at, "tokens_exponent"), text
-            )
-        )
+        text = Markup(
+            "<b>{}</b>: N ~ <i>C</i><sup>{}</sup>, D ~ <i>C</i><sup>{}</sup>; {}."
+        ).format(name, n("exponent", at, "exponent"), n("exponent", at, "tokens_exponent"), text)
+        if split.optimum.status == "outside":
+            text += Markup(
+                " At the largest cell's budget the best split lies outside the cells ({} tried): a "
+                "guess, <em>not</em> a finding."
+            ).format(_outside(fits, name, n))
+        said.append(text)
         if split.parabolas is None:
             continue
         at = ("allocation", name, "parabolas")

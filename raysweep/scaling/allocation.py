@@ -7,7 +7,7 @@ numerically, for all resamples at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,10 @@ Interval = tuple[float, float]
 
 # Where the optimum is looked for: no budget is best spent on fewer or more parameters than this.
 SMALLEST, LARGEST = 1e3, 1e15
+OUTSIDE = 2.0
+"""A split further than this from the sizes and tokens that were fitted is outside them. At the
+largest cell's budget every split but that cell's own is a little beyond one or the other."""
+
 # Parameter and token terms of the laws with a closed form: amplitude and exponent of each.
 _CLOSED = {"chinchilla": ("A", "a", "B", "b"), "wang": ("A", "a", "B", "b")}
 
@@ -38,7 +42,7 @@ class Allocation:
 
     `exponent` is d log N_opt / d log C at this budget. `extrapolation` holds the params and tokens
     of the split over the largest of each that was fitted (over the smallest, where they lie below
-    it; 1 inside): a split `outside` them is the law's word alone."""
+    it; 1 inside): a split far `outside` them is the law's word alone."""
 
     flops: float
     params: float
@@ -91,7 +95,7 @@ def compute_optimal(
             ends = (float(low[0]), float(high[0]))
             intervals[name] = ends if name == "exponent" else (np.exp(ends[0]), np.exp(ends[1]))
     factors = outside(fit, float(params[0]), float(tokens[0]))
-    status = "interior" if all(f == 1 for f in factors.values()) else "outside"
+    status = "outside" if lies_outside(factors) else "interior"
     if not SMALLEST * 1.01 < params[0] < LARGEST * 0.99:
         status = "at edge"
     return Allocation(
@@ -112,6 +116,11 @@ def outside(fit: LossFit, params: float, tokens: float) -> dict[str, float]:
     where it has fewer; 1 inside."""
     run, ranges = {"params": params, "tokens": tokens}, fit.ranges()
     return {name: value / float(np.clip(value, *ranges[name])) for name, value in run.items()}
+
+
+def lies_outside(factors: Mapping[str, float]) -> bool:
+    """Whether a run of such factors lies outside what was fitted by more than `OUTSIDE`."""
+    return any(max(f, 1 / f) > OUTSIDE for f in factors.values())
 
 
 def optimal_params(

@@ -150,8 +150,8 @@ def _split(split: Split) -> list[str]:
         f"    best split of {best.flops:.3g} FLOPs: N {best.params:.4g}, D {best.tokens:.4g}; "
         f"N_opt ~ C^{best.exponent:.3f}{between}, N is {split.count} ({split.status})"
     ]
-    if beyond := _beyond(best):
-        lines.append(f"      {beyond}: no cell tells of such a run, only the law does")
+    if best.status == "outside":
+        lines.append(f"      {_beyond(best)}: no cell tells of such a run, only the law does")
     if split.parabolas is not None:
         ends = split.parabolas.interval
         between = f" (95 %: {ends[0]:.3f}..{ends[1]:.3f})" if ends else ""
@@ -163,7 +163,7 @@ def _split(split: Split) -> list[str]:
 
 
 def _beyond(best: Allocation) -> str:
-    """How far a split lies outside what was tried; empty where it lies inside."""
+    """How far a split lies outside what was tried."""
     return " and ".join(
         f"{symbol} is {factor:.3g} times the {'largest' if factor > 1 else 'smallest'} tried"
         for symbol, factor in zip("ND", best.extrapolation.values(), strict=True)

@@ -39,8 +39,9 @@ for (const [architecture, params, tokens, experts, topK] of POINTS) {
   if (experts) { set("experts", String(experts)); set("top_k", String(topK)); }
   const shown = Object.fromEntries([...document.querySelectorAll("#ask-answer [data-out]")]
     .map((e) => [e.dataset.out, e.textContent]));
-  shown.limits = [...document.querySelectorAll('#ask-answer [data-out="limits"] li')].map((e) => e.textContent);
-  shown.far = document.querySelector('#ask-answer [data-out="reach"]').classList.contains("bad");
+  const out = (name) => document.querySelector(`#ask-answer [data-out="${name}"]`);
+  shown.limits = [...out("limits").children].map((e) => e.textContent);
+  shown.far = out("reach").classList.contains("bad");
   answers.push({ shown, exact: recommend(data, architecture, params, tokens, experts, topK) });
 }
 return answers;

@@ -310,6 +310,43 @@ def test_budgets_that_were_held_have_parabolas(
     assert "not measurements" not in page.text
 
 
+@pytest.mark.parametrize("times_tokens", [1.0, 0.01])
+def test_a_split_outside_the_cells_is_hollow_and_said(
+    make_rows: Callable, make_results: Callable, tmp_path: Path, times_tokens: float
+) -> None:
+    """The best run has about 16 tokens a parameter: cells of 20 come near, cells of 0.2 do not."""
+    rows = make_rows(("dense",), 4, 2, trials=5, smallest=2e6)
+    for row in rows:
+        row["tokens"] *= times_tokens
+        row["flops"] *= times_tokens
+        if row["loss"] is not None:
+            n, d = row["params_active_non_embedding"], row["tokens"]
+            row["loss"] = 1.6 + 300 / n**0.34 + 400 / d**0.3
+    results = make_results(rows)
+    fits = fit(results, n_boot=5)
+    page = Page(report(results, tmp_path / "out", fits=fits))
+    best = fits.allocation["dense"].optimum
+    assert best is not None
+    assert compare_numbers(page, fits.to_dict())["allocation"] > 5
+    marks = re.findall(
+        r"fill: var\(--(\w+)\);[^>]*><title>best of [^<]*\((\w+) the cells\)", page.source
+    )
+    assert len(marks) == 4
+    assert all((fill == "paper") == (where == "outside") for fill, where in marks)
+    said = "At the largest cell's budget the best split lies outside the cells"
+    if times_tokens == 1:
+        assert best.status == "interior"
+        assert {where for _, where in marks} == {"inside"}
+        assert said not in page.text
+        assert "the largest tried" not in str(fits)
+    else:
+        assert marks[-1][1] == "outside"
+        assert said in page.text
+        factor = best.extrapolation["tokens"]
+        assert f"D {factor:.2f} × the largest tried" in page.text
+        assert f"D is {factor:.3g} times the largest tried" in str(fits)
+
+
 def test_an_interval_that_tells_nothing_is_said() -> None:
     numbers = Numbers({"low": 1e-44, "high": 3e6, "near": 2e6})
     assert numbers.interval("params", ["low"], ["high"]) == "not determined"

@@ -68,6 +68,9 @@ def test_a_split_outside_what_was_fitted_says_how_far() -> None:
     inside = compute_optimal(fit, 1e21)
     assert inside.status == "interior"
     assert inside.extrapolation == {"params": 1.0, "tokens": 1.0}
+    largest = compute_optimal(fit, 6 * ranges["params"][1] * ranges["tokens"][1])
+    assert 1 < max(largest.extrapolation.values()) < 2  # as any split there but the cell's own
+    assert largest.status == "interior"
     for flops, end in ((5.76e23, 1), (1e16, 0)):
         best = compute_optimal(fit, flops)
         assert best.status == "outside"

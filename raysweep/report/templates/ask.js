@@ -39,10 +39,10 @@
     if (Number.isFinite(answer.loss.value) && !Number.isFinite(answer.loss.low)) said.push(data.words.no_interval);
     return said;
   };
-  const restsOn = (answer) =>
-    [["Learning rate", answer.rate], ["Batch", answer.batch], ["Loss", answer.loss]]
-      .filter(([, side]) => side?.formula)
-      .map(([word, side]) => `${word} by ${side.formula}, on ${side.cells} cells.`).join(" ");
+  const restsOn = (answer) => {
+    const sides = [answer.rate, answer.batch, answer.loss].filter((side) => side?.formula);
+    return sides.length ? `Rests on ${[...new Set(sides.map((s) => `${s.formula} (${s.cells} cells)`))].join("; ")}.` : "";
+  };
 
   const update = () => {
     const params = parse(field("params").value), tokens = parse(field("tokens").value);
