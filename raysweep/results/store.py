@@ -8,8 +8,9 @@
     URI/runs/*.json              when each run was, on what, and how busy its workers were
     URI/checkpoints/KEY/         of running trials only
 
-A row's file is named by its trial key, so that writing a trial again replaces it. `trials/` is an
-ordinary Parquet data set: `pandas.read_parquet("URI/trials")` reads it.
+A row's file is named by its trial key and study, so that writing a trial again replaces it, and
+studies that run the same trial have a row each. `trials/` is an ordinary Parquet data set:
+`pandas.read_parquet("URI/trials")` reads it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ COMPACT_ABOVE = 64
 """Files of a kind that a folder may hold before they are merged."""
 
 _KEY = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+_UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 class Results(InNotebooks):
@@ -98,7 +100,7 @@ class Results(InNotebooks):
             columns = {"trial_key": [key] * len(curve["step"]), **curve}
             table = pa.Table.from_pydict(columns, schema=CURVE_SCHEMA)
             self._curves.write(table, f"{key}.parquet")
-        self._trials.write(row_table([dict(row)]), f"{key}.parquet")
+        self._trials.write(row_table([dict(row)]), _row_file(key, str(row["study"])))
 
     def write_many(self, rows: pd.DataFrame) -> int:
         """Write many rows as one file, as imports do. Rows that stand already are not repeated.
@@ -117,20 +119,20 @@ class Results(InNotebooks):
     def frame(self, study: str | None = None) -> pd.DataFrame:
         """One row a trial, in order of writing; columns as in `schema.COLUMNS`.
 
-        Where a trial stands more than once (a retry, or a merge that was cut off), a finished row
-        counts before any other, then the latest.
+        Where a trial of a study stands more than once (a retry, or a merge that was cut off), a
+        finished row counts before any other, then the latest.
         """
         frame = self._trials.read().to_pandas()
         if study is not None:
             frame = frame[frame["study"] == study]
         order = frame.assign(_finished=frame["status"] == FINISHED)
         order = order.sort_values(["_finished", "started_at"], kind="stable", na_position="first")
-        kept = order.drop_duplicates("trial_key", keep="last").drop(columns="_finished")
+        kept = order.drop_duplicates(["study", "trial_key"], keep="last").drop(columns="_finished")
         return kept.sort_values(["started_at", "trial_key"], kind="stable").reset_index(drop=True)
 
-    def find(self, trial_key: str) -> dict[str, Any] | None:
-        """The row in a trial's own file, or None; merged rows are not looked for."""
-        table = self._trials.find(f"{trial_key}.parquet")
+    def find(self, trial_key: str, study: str) -> dict[str, Any] | None:
+        """The row in the own file of a study's trial, or None; merged rows are not looked for."""
+        table = self._trials.find(_row_file(trial_key, study))
         return table.to_pylist()[0] if table is not None and len(table) else None
 
     def curves(self, trial_keys: Iterable[str] | None = None) -> pd.DataFrame:
@@ -220,6 +222,10 @@ class Results(InNotebooks):
             except UnicodeDecodeError:
                 self._damaged[name] = f"{folder}/{name} is unreadable and was left out"
         return found
+
+
+def _row_file(trial_key: str, study: str) -> str:
+    return f"{trial_key}.{_UNFIT.sub('_', study)[:64]}.parquet"
 
 
 def _check_marker(marker: bytes, uri: str) -> None:

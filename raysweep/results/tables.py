@@ -18,7 +18,7 @@ from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
 
 PART = "part-"
-"""Beginning of the names of merged files; a single file is named by its trial key."""
+"""Beginning of the names of merged files; a single file begins with its trial key."""
 PART_ROWS = 50_000
 """Rows a merged file may hold before a new one is begun."""
 _STALE_SECONDS = 3600.0

@@ -102,7 +102,7 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
     spec = study.trial(
         cell, corpus.hash, config["learning_rate"], config["batch_sequences"], config["seed"]
     )
-    standing = results.find(spec.key)  # written before the actor died, say
+    standing = results.find(spec.key, spec.study)  # written before the actor died, say
     if standing is not None and _stands(standing):
         return standing
     write = RowWriter(
@@ -157,13 +157,13 @@ def branch_rows(context: TrialContext, config: dict[str, Any]) -> list[dict[str,
     study, results = context.study, Results.open(context.results_uri)
     point = config["learning_rate"], config["batch_sequences"], config["seed"]
     spec = study.trial(study.cell(config["cell"]), context.corpus.hash, *point)
-    rows = [results.find(branch.key) for branch in branch_specs(study, spec)]
+    rows = [results.find(branch.key, branch.study) for branch in branch_specs(study, spec)]
     return [row for row in rows if row is not None and _stands(row)]
 
 
 def _missing(results_uri: str, branches: list[TrialSpec]) -> list[TrialSpec]:
     results = Results.open(results_uri)
-    return [branch for branch in branches if not _stands(results.find(branch.key))]
+    return [branch for branch in branches if not _stands(results.find(branch.key, branch.study))]
 
 
 def _stands(row: dict[str, Any] | None) -> bool:

@@ -180,7 +180,7 @@ class Watcher(tune.Callback):
             config["batch_sequences"],
             config["seed"],
         )
-        standing = self._results.find(spec.key)
+        standing = self._results.find(spec.key, spec.study)
         if standing is not None and standing["status"] != "crashed":
             return  # its worker died after it had written its row
         if status == "crashed":

@@ -157,7 +157,7 @@ def test_one_trial_without_tune_keeps_its_row(tmp_path: Path) -> None:
 
     from raysweep.results import Results
 
-    row = Results.open(uri).find(said["trial_key"])
+    row = Results.open(uri).find(said["trial_key"], "smoke")
     assert row is not None
     assert row["status"] == "finished"
     assert row["loss"] == said["loss"] < 5.5

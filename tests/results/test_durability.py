@@ -105,10 +105,10 @@ def test_files_stay_few_over_a_long_study(results: Results, quick_disk, a_row, c
 def test_the_newest_single_files_stay_for_trials_that_are_retried(results: Results, a_row) -> None:
     for i in range(10):
         results.write(a_row(f"k{i}"))
-        os.utime(Path(results.uri) / "trials" / f"k{i}.parquet", (i, i))
+        os.utime(Path(results.uri) / "trials" / f"k{i}.s.parquet", (i, i))
     results.compact(above=3, recent=2)
-    assert results.find("k9") is not None
-    assert results.find("k0") is None
+    assert results.find("k9", "s") is not None
+    assert results.find("k0", "s") is None
     assert len(results.storage.list("trials")) == 3
 
 
@@ -162,11 +162,11 @@ def test_foreign_and_older_files_in_the_folder(results: Results, a_row) -> None:
     pq.write_table(pa.table({"x": [1, 2]}), folder / "foreign.parquet")
     (folder / "notes.txt").write_text("stray")
     (folder / "folder.parquet").mkdir()
-    wrong = pq.read_table(folder / "k.parquet").set_column(
+    wrong = pq.read_table(folder / "k.s.parquet").set_column(
         0, "schema_version", pa.array([["not a number"]])
     )
     pq.write_table(wrong, folder / "wrong.parquet")
-    older = pq.read_table(folder / "k.parquet").drop_columns(["router_confidence", "trial_key"])
+    older = pq.read_table(folder / "k.s.parquet").drop_columns(["router_confidence", "trial_key"])
     pq.write_table(older.append_column("trial_key", pa.array(["old"])), folder / "old.parquet")
     assert sorted(results.frame()["trial_key"]) == ["k", "old"]
     assert sorted(p.split()[0] for p in results.problems) == [
@@ -207,10 +207,10 @@ def test_a_full_disk_keeps_the_old_row_and_goes_on_when_freed(small_disk: Path, 
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"x" * 4096)
-    with pytest.raises(UserError, match=r"cannot write trials/k\.parquet .*no space left; free"):
+    with pytest.raises(UserError, match=r"cannot write trials/k\.s\.parquet .*no space left; free"):
         results.write(a_row("k", loss=2.0))
     assert results.frame()["loss"].tolist() == [1.0]
-    assert [p.name for p in (small_disk / "r" / "trials").iterdir()] == ["k.parquet"]
+    assert [p.name for p in (small_disk / "r" / "trials").iterdir()] == ["k.s.parquet"]
     ballast.unlink()
     results.write(a_row("k", loss=2.0))
     assert results.frame()["loss"].tolist() == [2.0]

@@ -76,10 +76,10 @@ def check_all(uri: str) -> None:
     assert sorted(frame["trial_key"]) == sorted([*(f"k{i}" for i in range(8)), "m1", "m2", "late"])
     assert frame.set_index("trial_key").loc["k3", "loss"] == 0.5
     assert len(results.curves()) == 2 * 9
-    found = results.find("late")
+    found = results.find("late", "s")
     assert found is not None
     assert found["loss"] == 3.0
-    assert results.find("none") is None
+    assert results.find("none", "s") is None
     assert results.search_spaces() == {"s": "study: s\n"}
     assert len(results.runs()) == 12
     assert not results.problems

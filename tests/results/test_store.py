@@ -26,10 +26,10 @@ def test_rows_and_curves_come_back(results: Results, a_row, curve) -> None:
     assert list(frame.columns) == list(COLUMNS)
     assert frame["loss"].tolist() == [2.5]
     assert results.curves(["k1"])["train_loss"].tolist() == [4.0, 3.0]
-    found = results.find("k1")
+    found = results.find("k1", "s")
     assert found is not None
     assert found["loss"] == 2.5
-    assert results.find("k2") is None
+    assert results.find("k2", "s") is None
 
 
 def test_pandas_and_duckdb_read_the_folder_as_it_is(results: Results, a_row) -> None:
@@ -49,6 +49,23 @@ def test_a_retried_trial_counts_once_and_its_finished_row_wins(results: Results,
     results.compact(above=0)
     results.write(late_crash)
     assert results.frame()["status"].tolist() == ["finished"]
+
+
+def test_studies_that_run_the_same_trial_have_a_row_each(results: Results, a_row, curve) -> None:
+    results.write(a_row("k", study="A", loss=2.0), curve)
+    older = Path(results.uri) / "trials" / "k.A.parquet"
+    older.rename(older.with_name("k.parquet"))  # as it was named once
+    assert results.find("k", "B") is None
+    results.write(a_row("k", study="B", loss=None, status="diverged"), curve)
+    found = results.find("k", "B")
+    assert found is not None
+    assert found["status"] == "diverged"
+    for above in (10, 0):
+        results.compact(above=above)
+        assert sorted(results.frame()["study"]) == ["A", "B"]
+        assert results.frame("A")["loss"].tolist() == [2.0]
+        assert results.frame("B")["status"].tolist() == ["diverged"]
+    assert len(results.curves(["k"])) == 2
 
 
 def test_compaction_keeps_every_row_and_bounds_the_files(results: Results, a_row, curve) -> None:
@@ -77,11 +94,11 @@ def test_a_damaged_file_is_named_and_costs_only_its_own_rows(
 ) -> None:
     results.write(a_row("good"))
     results.write(a_row("bad"))
-    path = Path(results.uri) / "trials" / "bad.parquet"
+    path = Path(results.uri) / "trials" / "bad.s.parquet"
     path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
     assert results.frame()["trial_key"].tolist() == ["good"]
     (problem,) = results.problems
-    assert "trials/bad.parquet is unreadable" in problem
+    assert "trials/bad.s.parquet is unreadable" in problem
     results.compact(above=0)
     assert path.exists()
     assert results.frame()["trial_key"].tolist() == ["good"]

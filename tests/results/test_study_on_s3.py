@@ -44,7 +44,7 @@ def test_run_damage_run_again_status_and_fit(
 
     # A damaged row costs its own trial again and no other.
     damaged, *kept = sorted(rows["trial_key"])
-    Results.open(bucket).storage.write(b"junk", "trials", f"{damaged}.parquet")
+    Results.open(bucket).storage.write(b"junk", "trials", f"{damaged}.smoke.parquet")
     again = raysweep("run", SMOKE, "--results", bucket, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "1 trials in" in again.stderr

@@ -1,6 +1,7 @@
 """One trial as a Tune actor runs it: what is lost, and what is not, when its process is."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,14 +24,12 @@ def _ray():
     ray.shutdown()
 
 
-@pytest.mark.usefixtures("_ray")
-def test_lost_between_its_outcome_and_its_row_it_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "text.txt").write_text("".join(f"line {i} of many\n" for i in range(2000)))
+def in_folder(folder: Path, name: str = "lost") -> tuple[TrialContext, dict[str, Any]]:
+    """What a trial of a study is given, with the point it runs at."""
+    (folder / "text.txt").write_text("".join(f"line {i} of many\n" for i in range(2000)))
     study = Study.from_dict(
         {
-            "study": "lost",
+            "study": name,
             "architectures": {"dense": {}},
             "model": {"sequence_length": 16},
             "scales": [{"d_model": 16, "layers": 1, "heads": 2}],
@@ -38,15 +37,21 @@ def test_lost_between_its_outcome_and_its_row_it_goes_on(
             "data": {"source": "text", "paths": ["text.txt"], "validation_sequences": 8},
             "recipe": {"checkpoint_seconds": 1e-9},
         },
-        tmp_path,
+        folder,
     )
-    corpus = prepare(study.space.data, tmp_path, cache=tmp_path / "cache", sequence_length=16)
-    uri = str(tmp_path / "results")
-    results = Results.open(uri, create=True)
-    context = TrialContext(study, corpus, uri)
-    point = {
-        "cell": study.cells[0].name, "learning_rate": 0.01, "batch_sequences": 8, "seed": 0
-    }  # fmt: skip
+    corpus = prepare(study.space.data, folder, cache=folder / "cache", sequence_length=16)
+    uri = str(folder / "results")
+    Results.open(uri, create=True)
+    at = {"cell": study.cells[0].name, "learning_rate": 0.01, "batch_sequences": 8, "seed": 0}
+    return TrialContext(study, corpus, uri), at
+
+
+@pytest.mark.usefixtures("_ray")
+def test_lost_between_its_outcome_and_its_row_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, point = in_folder(tmp_path)
+    results = Results.open(context.results_uri)
     kept = tmp_path / "results" / "checkpoints"
 
     def lost(self, spec, outcome):
@@ -59,7 +64,17 @@ def test_lost_between_its_outcome_and_its_row_it_goes_on(
     assert list(kept.glob("*/checkpoint.pt"))
     row = run_trial(context, point)
     assert row["status"] == "finished"
-    standing = results.find(row["trial_key"])
+    standing = results.find(row["trial_key"], row["study"])
     assert standing is not None
     assert standing["loss"] == row["loss"]
     assert not list(kept.iterdir())
+
+
+@pytest.mark.usefixtures("_ray")
+def test_studies_in_one_folder_that_run_the_same_trial_have_a_row_each(tmp_path: Path) -> None:
+    for name in ("one", "two", "two"):
+        run_trial(*in_folder(tmp_path, name))
+    rows = Results.open(tmp_path / "results").frame()
+    assert rows["study"].tolist() == ["one", "two"]
+    assert rows["trial_key"].nunique() == 1
+    assert len(list((tmp_path / "results" / "trials").iterdir())) == 2
