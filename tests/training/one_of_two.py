@@ -6,6 +6,7 @@ import pickle
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def main(rank: int, folder: Path) -> None:
             sent.append(len(pickle.dumps(value)))
         return from_leader(self, value)
 
-    Workers.from_leader = noting
+    patch.object(Workers, "from_leader", noting).start()
     for strategy in ("ddp", "fsdp"):
         workers = Workers.of_process_group(strategy)
         for architecture in ("dense", "moe"):
@@ -85,12 +86,11 @@ def main(rank: int, folder: Path) -> None:
         )
         single = toys.make_spec(batch_sequences=2, tokens=16 * 2 * 10)
         outcomes[strategy, "one sequence each"] = train(single, corpus, workers=workers)
-        evaluate, Decoder.evaluate = Decoder.evaluate, short_of_memory
-        try:
-            train(toys.make_spec(tokens=16 * 8), corpus, workers=workers)
-        except UserError as error:
-            outcomes[strategy, "out of memory"] = str(error)
-        Decoder.evaluate = evaluate
+        with patch.object(Decoder, "evaluate", short_of_memory):
+            try:
+                train(toys.make_spec(tokens=16 * 8), corpus, workers=workers)
+            except UserError as error:
+                outcomes[strategy, "out of memory"] = str(error)
     sharded = Workers.of_process_group("fsdp")
     outcomes["from ddp to fsdp"] = train(
         toys.make_spec(tokens=16 * 8 * 20, recipe={"checkpoint_seconds": 1e-9}),
