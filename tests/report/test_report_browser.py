@@ -99,7 +99,7 @@ def points_for(fits: Fits, count: int) -> list[tuple[Any, ...]]:
         if fits.groups[name].kind != "dense":
             routings += [(8, 2), (16, 2), (64, 1)]  # those searched, and others
         for i in range(count):
-            params, tokens = 10 ** rng.uniform(5, 10.5), 10 ** rng.uniform(7, 13)
+            params, tokens = 10 ** rng.uniform(3, 10.5), 10 ** rng.uniform(4, 13)
             points.append((name, params, tokens, *routings[i % len(routings)]))
     return points
 
@@ -113,23 +113,62 @@ def test_calculator_equals_recommend(ladder: tuple[Results, Path], drive: Drive)
         check(fits, point, answer)
 
 
+def floorless(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a loss whose floor would be below zero, so that a law's ends at its bound."""
+    return row | {"loss": row["loss"] and row["loss"] - 1.7}
+
+
+def countless(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a MoE that does not tell all its parameters, so that no share is known."""
+    return row | {
+        "params_total_non_embedding": row["params_active_non_embedding"],
+        "params_total": row["params_active"],
+    }
+
+
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "change", "said"),
     [
-        {"scales": 3, "horizons": 2},
-        {"architectures": ("dense",), "scales": 3},  # too few cells: the joint surface answers
-        {"architectures": ("moe",), "scales": 3},
+        (
+            {"scales": 3, "horizons": 2},
+            dict,
+            ["have no interior optimum", "the law of batch_tokens leaves out", "know compute only"],
+        ),
+        (
+            {"architectures": ("dense",), "scales": 3},
+            dict,
+            ["no floor", "no law of batch_tokens can answer", "one in compute alone knows about"],
+        ),
+        ({"architectures": ("dense",)}, dict, ["leans on Step Law's", "know compute only"]),
+        ({"architectures": ("moe",), "scales": 3}, dict, ["experts and top-"]),
+        ({"architectures": ("moe",), "horizons": 2}, countless, ["2/3 is assumed"]),
+        (
+            {"architectures": ("dense",), "horizons": 2},
+            floorless,
+            ["the law of the loss is not certain"],
+        ),
     ],
 )
 def test_calculator_equals_recommend_whatever_answers(
-    shape: dict[str, Any], make_rows: Callable, make_results: Callable, tmp_path: Path, drive: Drive
+    shape: dict[str, Any],
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    said: list[str],
+    make_rows: Callable,
+    make_results: Callable,
+    tmp_path: Path,
+    drive: Drive,
 ) -> None:
-    results = make_results(make_rows(**shape))
-    fits = fit(results)
+    """Whichever laws answer, and whatever there is to be wary of: `said` must come up."""
+    results = make_results([change(row) for row in make_rows(**shape)])
+    fits = fit(results, n_boot=40)
     page = report(results, tmp_path / "out", fits=fits)
-    points = points_for(fits, 5)
-    for point, answer in zip(points, ask(drive, page, points), strict=True):
+    points = points_for(fits, 12)
+    answers = ask(drive, page, points)
+    for point, answer in zip(points, answers, strict=True):
         check(fits, point, answer)
+    warned = " ".join(w for a in answers for w in a["exact"]["warnings"])
+    for words in (*said, "beyond the cells by", "below the cells by"):
+        assert words in warned
 
 
 def test_calculator_refuses_what_makes_no_sense(ladder: tuple[Results, Path], drive: Drive) -> None:
