@@ -27,9 +27,6 @@ from raysweep.search.progress import Progress, clock
 from raysweep.search.runtime import cluster_address, cluster_nodes, dashboard_url, ray_runtime
 from raysweep.training.record import library_versions
 
-RETRIES = 2
-"""How often Tune starts a trial again whose worker died."""
-
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -120,7 +117,7 @@ def _run_on_ray(
 
     from raysweep.search.searcher import CampaignSearcher, EarlyStop
     from raysweep.search.trial import TrialContext, make_trainable
-    from raysweep.search.watcher import Watcher
+    from raysweep.search.watcher import RETRIES, Watcher
 
     context = TrialContext(
         study=study,

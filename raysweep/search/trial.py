@@ -28,6 +28,8 @@ REPORT_SECONDS = 5.0
 """Least time between two progress reports of one trial: each costs a round trip."""
 ALIVE_SECONDS = 30.0
 """Without progress to report, a trial says this often that it lives."""
+FAILED = "failed"
+"""What a trial reports last that ends by an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
     """A Tune function trainable for the study's trials."""
 
     def trial(config: dict[str, Any]) -> None:
-        row = run_trial(context, config)
+        try:
+            row = run_trial(context, config)
+        except Exception as error:
+            tune.report({FAILED: str(error)})  # else the driver could not tell it from a lost node
+            raise
         final = {name: row[name] for name in ("status", "loss", "seconds_train")}
         branches = branch_rows(context, config)
         final["seconds_train"] += sum(b["seconds_train"] for b in branches)

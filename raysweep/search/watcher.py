@@ -26,11 +26,16 @@ from raysweep.search.interruption import (
 )
 from raysweep.search.progress import Progress
 from raysweep.search.stalls import Stalls
+from raysweep.search.trial import FAILED
 from raysweep.training.record import unfinished_row
 
 TIDY_EVERY, TIDY_RECENT = 256, 64
 """Trials after which the rows' files are merged but for the newest: those of trials that may be
 started again, which look for a row of their own."""
+RETRIES = 2
+"""How often a trial is started again that failed, or hung."""
+LOSSES = 20
+"""How often one is started again besides whose worker was lost: spot nodes come and go."""
 LOOK_SECONDS = 1.0
 """Least time between two looks for workers that hang."""
 
@@ -66,6 +71,9 @@ class Watcher(tune.Callback):
         self._starts: dict[str, tuple[float, datetime]] = {}
         self._stalls = Stalls(self._study.space.search.stall_seconds)
         self._looked = time.monotonic()
+        self._failed: set[str] = set()
+        self._reports: dict[str, Mapping[str, Any]] = {}
+        """What running trials said last of their progress."""
         self._hung: dict[str, str] = {}
         """Why the last worker of a trial was killed."""
 
@@ -122,14 +130,23 @@ class Watcher(tune.Callback):
         result: Mapping[str, Any],
         **info: Any,
     ) -> None:
-        """A sign of life."""
+        """A sign of life, or the last words of a trial that failed."""
         self._stalls.heard(trial.trial_id)
+        if FAILED in result:
+            self._failed.add(trial.trial_id)
+        else:
+            self._reports[trial.trial_id] = result
 
     def on_trial_recover(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
-        """The worker is gone; the trial waits for another."""
+        """The worker is gone; the trial waits for another. A lost node is no failure of its own, so
+        it may then fail once more than Tune thinks."""
         self._stalls.ended(trial.trial_id)
+        own = trial.trial_id in self._failed or trial.trial_id in self._hung
+        self._failed.discard(trial.trial_id)
+        if not own and trial.max_failures < RETRIES + LOSSES:
+            trial.max_failures += 1
 
     def on_trial_complete(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
@@ -139,6 +156,7 @@ class Watcher(tune.Callback):
         result = trial.last_result or {}
         if result.get("status") == INTERRUPTED:
             self._starts.pop(trial.trial_id, None)
+            self._reports.pop(trial.trial_id, None)
             self.training_seconds += float(result["seconds_train"])
         elif "status" in result:
             self._conclude(trial, result["status"])
@@ -150,6 +168,7 @@ class Watcher(tune.Callback):
     ) -> None:
         """Write the row of a trial that died more often than it may."""
         self._stalls.ended(trial.trial_id)
+        self._failed.discard(trial.trial_id)
         reason = self._hung.pop(trial.trial_id, None) or _reason(trial)
         self._write_unfinished(trial, "crashed", reason)
 
@@ -171,6 +190,7 @@ class Watcher(tune.Callback):
             self._results.save_ranges(self._study.name, self._campaign.widened)
 
     def _write_unfinished(self, trial: Trial, status: str, reason: str) -> None:
+        report = self._reports.get(trial.trial_id, {})
         begun, started_at = self._conclude(trial, status)
         config = trial.config
         spec = self._study.trial(
@@ -192,7 +212,7 @@ class Watcher(tune.Callback):
             strategy=self._study.space.search.strategy,
             started_at=started_at,
             seconds_wall=time.monotonic() - begun,
-            last_report=trial.last_result or {},
+            last_report=report,
         )
         self._results.write(row)
 
@@ -209,6 +229,7 @@ class Watcher(tune.Callback):
             self._tidy()
         result = trial.last_result or {}
         self.training_seconds += float(result.get("seconds_train") or 0.0)
+        self._reports.pop(trial.trial_id, None)
         start = self._starts.pop(trial.trial_id, (time.monotonic(), datetime.now(UTC)))
         self._progress.trial_done(trial.config["cell"], status, time.monotonic() - start[0])
         # Tune keeps every trial to the end. Most of one is running means that nobody reads.
