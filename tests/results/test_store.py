@@ -1,8 +1,11 @@
 """The results store: atomic, deduplicated, readable by others, and honest about damage."""
 
 import datetime as dt
+import errno
+import fcntl
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import duckdb
@@ -10,7 +13,7 @@ import pandas as pd
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.results import Results
+from raysweep.results import Results, lease
 from raysweep.results.lock import study_lock
 from raysweep.results.schema import COLUMNS
 
@@ -168,6 +171,41 @@ def test_a_second_driver_is_refused_and_a_dead_one_holds_nothing(results: Result
     holder.kill()
     holder.join()
     with study_lock(results.storage):
+        pass
+
+
+@pytest.mark.parametrize("why", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_the_file_system_has_no_locks_a_lease_holds_the_folder(
+    results: Results, why: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No such file system can be had here: its answer is put in the kernel's place."""
+
+    def refused(*_: object) -> None:
+        raise OSError(why, os.strerror(why))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    held = Path(results.uri) / lease.LEASE
+    with study_lock(results.storage):
+        assert held.exists()
+        with (
+            pytest.raises(UserError, match=r"in use by process .*lease"),
+            study_lock(results.storage),
+        ):
+            pass
+    assert not held.exists()
+
+
+def test_a_lock_that_fails_otherwise_says_why(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    why = r"cannot lock .*: Input/output error"
+    with pytest.raises(UserError, match=why), study_lock(results.storage):
         pass
 
 
