@@ -36,8 +36,11 @@ export OMP_NUM_THREADS=1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))  # a port of its own, should a Ray of an earlier job linger
 
-# One Ray over all nodes of the job, the study on its first, and Ray ended with the study.
+# One Ray over all nodes of the job, the study on its first, and Ray ended with the study. Since
+# 22.05 srun does not know how many CPUs sbatch was asked for: one a task, unless it is told.
+cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --cpus-per-task="$cpus" \
     ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
-    --num-cpus "$SLURM_CPUS_PER_TASK" --dashboard-host 127.0.0.1 --disable-usage-stats -- \
+    --num-cpus "$cpus" --dashboard-host 127.0.0.1 --disable-usage-stats -- \
     python -m raysweep.cli run "$space" --results "$results" --address auto

@@ -74,6 +74,14 @@ def test_cloud_workers_are_spot_and_bounded_and_the_head_is_not(name: str) -> No
     assert types["head"]["resources"]["CPU"] == 0
 
 
+def test_the_head_on_aws_may_hand_the_workers_their_role() -> None:
+    """Without a profile Ray makes one for the head, which may pass no role but its own."""
+    types = load("aws.yaml")["available_node_types"]
+    head, worker = (types[t]["node_config"]["IamInstanceProfile"]["Arn"] for t in ("head", "gpu"))
+    assert head != worker
+    assert "iam:PassRole" in (CLUSTER / "README.md").read_text()
+
+
 def test_the_kubernetes_job_has_the_shape_of_a_ray_job() -> None:
     job = load("kuberay.yaml")
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
@@ -104,6 +112,7 @@ def test_the_slurm_script_is_sound_shell() -> None:
         found = subprocess.run([shellcheck, script], text=True, capture_output=True, check=False)
         assert found.returncode == 0, found.stdout
     text = script.read_text()
+    assert re.search(r'\bsrun [^|;&]*--cpus-per-task="\$cpus"', text), "srun inherits it no more"
     wait = re.search(r"RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=(\d+)", text)
     assert wait
     assert int(wait[1]) >= 300
