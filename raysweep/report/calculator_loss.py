@@ -51,10 +51,11 @@ def losses(fits: Fits, group: Group) -> list[dict[str, Any]]:
 def no_loss(fits: Fits, group: Group) -> dict[str, Any]:
     """What `expected_loss` says where no law answers: of a run as such, and of one that lies off
     the compute path of laws that know nothing else (None where there are none of them)."""
+    # Asked of the group with no law, then with the blind ones alone, by themselves.
     mute = replace(group, loss_laws={}, loss_checks={})
     blind = [k for k in loss_laws_asked(fits, group) if "params" not in LOSS_LAWS[k].inputs]
     alone = replace(fits, groups={}, loss_law=None)
-    plain = expected_loss(alone, mute, False, _near_path(group)).warnings[0]
+    plain = expected_loss(alone, mute, False, _run(group)).warnings[0]
     if not blind:
         return {"plain": plain, "off_path": None}
     path = ComputePath.of(group.cells)
@@ -77,9 +78,13 @@ def _cautions(fits: Fits, group: Group, key: str) -> list[str]:
     return list(found.warnings)
 
 
+def _run(group: Group) -> dict[str, float]:
+    return describe_target(group.cells, 1e6, 1e6, 1, 1).inputs
+
+
 def _near_path(group: Group, times: float = 1.0) -> dict[str, float]:
     """A run with `times` the tokens that the cells have at its compute."""
-    inputs = describe_target(group.cells, 1e6, 1e6, 1, 1).inputs
+    inputs = _run(group)
     expected = ComputePath.of(group.cells).expected(inputs)
     return {**inputs, "tokens": times * expected * inputs[PARAMS]}
 
