@@ -44,8 +44,8 @@ class Checkpoints:
         """Copy the state now; a thread replaces the checkpoint by the copy, once the write
         before it is through."""
         self.wait()
-        arguments = ({"key": self._key, **snapshot(state)},)
-        self._writer = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        copy = {"key": self._key, **snapshot(state)}
+        self._writer = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
         self._writer.start()
 
     def wait(self) -> None:

@@ -57,12 +57,12 @@ def evaluate(
         world_size=workers.world_size,
     )
     at = workers.rank * sequences // workers.world_size
-    for inputs, targets, real in _equal_rounds(batches, sequences, batch_sequences, workers):
+    for inputs, targets, counted in _equal_rounds(batches, sequences, batch_sequences, workers):
         with precision():
             batch, routing = model.evaluate(
                 torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
             )
-        if not real:
+        if not counted:
             continue
         losses[at : at + len(batch)] = batch
         at += len(batch)

@@ -102,6 +102,7 @@ class Workers:
         # Tensor by tensor from the first worker: no other holds the whole. (set_state_dict does
         # both at once, but takes an empty part for nothing to do, and the first waits for ever.)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        # (set_model_state_dict writes its shards into the dict it is given, hence a new one.)
         values, moments = ({**state["model"]}, state["optimizer"]) if self.rank == 0 else ({}, {})
         set_model_state_dict(model, values, options=options)
         set_optimizer_state_dict(model, optimizer, moments, options=options)

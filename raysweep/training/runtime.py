@@ -20,6 +20,17 @@ COMPILE_FLOPS = 1e16
 CPU_MICRO_TOKENS = 2048
 """More tokens at once than this are no faster on a CPU: activations leave its cache."""
 
+_NO_MEMORY = (
+    "DefaultCPUAllocator: ",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What errors other than PyTorch's own OutOfMemoryError say where memory ran out."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt, by glibc's malloc.h."""
+_LARGEST_MMAP_THRESHOLD = 1 << 25
+"""The most that glibc takes."""
+
 
 def choose_device(resources: Resources) -> torch.device:
     """A GPU if the resources ask for one; UserError if there is none."""
@@ -81,6 +92,14 @@ def autocast(device: torch.device, recipe: Recipe) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+def compiles(device: torch.device, recipe: Recipe, flops: float) -> bool:
+    """Whether a run of so many operations compiles its model: as the recipe says, or on GPUs if
+    the run is long enough for that to pay."""
+    if recipe.compile == "auto":
+        return device.type == "cuda" and flops > COMPILE_FLOPS
+    return recipe.compile == "on"
+
+
 def floor_power_of_two(value: float) -> int:
     """The largest power of two not above the value, at least one."""
     return 1 << max(0, int(value).bit_length() - 1)
@@ -116,13 +135,6 @@ def activation_bytes(shape: ModelShape) -> float:
     return shape.layers * layer + 10 * shape.vocab_size
 
 
-_NO_MEMORY = (
-    "DefaultCPUAllocator: ",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU, in its libraries or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -140,10 +152,6 @@ def peak_memory(device: torch.device) -> int:
                 return 1024 * int(line.split()[1])
     unit = 1 if platform.system() == "Darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_MMAP_THRESHOLD = 1 << 25
 
 
 def _allocator(function: str, *arguments: int) -> None:

@@ -56,23 +56,23 @@ class GradientMaker:
         """The gradient of a step's batch. Out of memory is retried without the trace, which takes
         a copy of the gradient, then with half the micro-batch; only workers that shard a model
         cannot agree on that, so there the error passes on."""
-        result, failed, split = None, False, want_trace
+        result, failed, tracing = None, False, want_trace
         while result is None:
             try:
-                result = self._accumulate(step, split)
+                result = self._accumulate(step, tracing)
             except (RuntimeError, MemoryError) as error:
                 if not runtime.is_out_of_memory(error) or self.workers.sharded:
                     raise
-                failed = self.micro == 1 and not split
+                failed = self.micro == 1 and not tracing
             if failed:
                 # The other workers still wait for this one's part of the sums.
                 self.parameters.zero()
                 result = torch.zeros((), device=self.device), None
             elif result is None:
                 # Outside the handler, whose traceback keeps the failed step's tensors alive.
-                if not split:
+                if not tracing:
                     self.micro //= 2
-                split = False
+                tracing = False
                 self.model.expert_load.zero_()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()

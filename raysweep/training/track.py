@@ -48,20 +48,19 @@ class Track:
         grad_sqs: Sequence[float],
         traces: Mapping[int, float],
         rates: Sequence[float],
-    ) -> str | None:
-        """Take in the steps from number `first` on; a reason if the run has diverged.
+    ) -> None:
+        """Take in the steps from number `first` on, unless it has diverged before.
 
         `traces` are estimates of tr S by step.
         """
         if self.diverged:
-            return self.diverged
+            return
         for step, sq in enumerate(grad_sqs, start=first):
             if self.noise.counts(step):
                 self.noise.add_norm(sq)
             if step in traces and self.noise.wants_pair(step):
                 self.noise.add_trace(traces[step])
         self.diverged = self.monitor.add(losses, [math.sqrt(sq) for sq in grad_sqs], rates)
-        return self.diverged
 
     def state(self) -> dict[str, Any]:
         return {

@@ -57,9 +57,9 @@ def attempt(architecture: str, folder: Path, pipe: int) -> None:
         outcome = dataclasses.asdict(run.to_the_end())
     for name in ("seconds_train", "tokens_per_second", "peak_memory_bytes"):
         del outcome[name]
-    learned = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    learned = torch.cat([p.detach().flatten() for p in run.learner.model.parameters()])
     outcome["weights"] = hashlib.sha256(learned.numpy().tobytes()).hexdigest()
-    outcome["bias"] = run.model.expert_bias.tolist()
+    outcome["bias"] = run.learner.model.expert_bias.tolist()
     (folder / "outcome.json").write_text(json.dumps(outcome))
 
 

@@ -89,11 +89,11 @@ def test_router_z_loss_keeps_the_routers_normaliser_small(corpus, spec):
             )
         )
         seen = []
-        layer = run.model.feed_forward[-1]
+        layer = run.learner.model.feed_forward[-1]
         norm, router = layer.get_parameter("norm"), layer.get_parameter("router")
         layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
         with torch.no_grad():
-            run.model._trunk(torch.from_numpy(inputs))
+            run.learner.model._trunk(torch.from_numpy(inputs))
             unit = torch.nn.functional.rms_norm(seen[0], seen[0].shape[-1:], norm)
             return (unit @ router).logsumexp(-1).square().mean().item()
 
@@ -126,7 +126,8 @@ def test_standard_error_is_that_of_a_bootstrap(corpus, spec):
     inputs, targets = next(
         validation_batches(corpus.validation, sequences=33, sequence_length=16, batch_sequences=33)
     )
-    losses = run.model.evaluate(torch.from_numpy(inputs), torch.from_numpy(targets))[0].numpy()
+    model = run.learner.model
+    losses = model.evaluate(torch.from_numpy(inputs), torch.from_numpy(targets))[0].numpy()
     draws = np.random.default_rng(0).choice(losses, (20_000, len(losses)))
     assert outcome.loss == pytest.approx(losses.mean(), rel=1e-5)
     assert outcome.loss_se == pytest.approx(draws.mean(1).std(), rel=0.05)

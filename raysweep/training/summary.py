@@ -1,0 +1,64 @@
+"""The outcome of a run, or of a branch of it, from its course and its evaluation."""
+
+from __future__ import annotations
+
+import math
+
+from raysweep.training import runtime
+from raysweep.training.course import Course
+from raysweep.training.evaluate import Evaluation
+from raysweep.training.learner import Learner
+from raysweep.training.outcome import Status, TrialOutcome
+from raysweep.training.track import Track
+
+
+def sum_up(
+    course: Course,
+    learner: Learner,
+    track: Track,
+    status: Status,
+    reason: str | None,
+    evaluation: Evaluation | None = None,
+    *,
+    seconds_steps: float = 0.0,
+) -> TrialOutcome:
+    """The outcome of a track: the current one, or one that waited for it and is lost with the run.
+
+    `seconds_steps` is `course.seconds` without the evaluation. All workers must call this.
+    """
+    spec, workers, device, micro = track.spec, learner.workers, learner.device, learner.micro
+    current = track is course.track
+    # One that diverged was told of no steps after, though the run may have made some.
+    step = track.monitor.step if track.diverged else course.step
+    trained = (step - course.begun) * spec.batch_tokens if current else 0
+    local_sequences = spec.batch_sequences // workers.world_size
+    noise_sequences = track.noise.sequences
+    return TrialOutcome(
+        status=status,
+        reason=reason,
+        step=step,
+        tokens_seen=step * spec.batch_tokens,
+        tokens_trained=trained,
+        loss=evaluation and evaluation.loss,
+        loss_se=evaluation and evaluation.loss_se,
+        bits_per_byte=evaluation and _bits_per_byte(evaluation, learner.corpus.bytes_per_token),
+        train_loss=track.monitor.final_loss,
+        seconds_train=course.seconds if current else 0.0,
+        tokens_per_second=trained / seconds_steps if seconds_steps else 0.0,
+        peak_memory_bytes=workers.largest(runtime.peak_memory(device), device),
+        micro_batch_sequences=micro,
+        accumulation=micro and -(-local_sequences // micro),
+        world_size=workers.world_size,
+        noise_scale_tokens=noise_sequences and noise_sequences * spec.cell.shape.sequence_length,
+        noise_grad_sq=track.noise.grad_sq,
+        noise_trace=track.noise.trace,
+        expert_load_entropy=evaluation and evaluation.load_entropy,
+        expert_load_max_over_mean=evaluation and evaluation.load_max_over_mean,
+        router_confidence=evaluation and evaluation.confidence,
+        device=runtime.device_name(device),
+        curve=track.monitor.curve,
+    )
+
+
+def _bits_per_byte(evaluation: Evaluation, bytes_per_token: float | None) -> float | None:
+    return evaluation.loss / math.log(2) / bytes_per_token if bytes_per_token else None
