@@ -175,7 +175,11 @@ def _why_left_out(rows: pd.DataFrame) -> pd.Series:
     status = rows["status"].astype(object)
     why = why.where(status == FINISHED, status)
     excluded = rows["excluded"]
-    return why.where(excluded.isna() | (excluded == ""), "excluded: " + excluded.astype(str))
+    why = why.where(excluded.isna() | (excluded == ""), "excluded: " + excluded.astype(str))
+    # Studies that share a folder have a row each of a trial that both ran.
+    counts = (why == "") & rows["trial_key"].notna()
+    again = rows["trial_key"].where(counts).duplicated() & counts
+    return why.mask(again, "the same trial in another study")
 
 
 def _unique_cells(rows: pd.DataFrame) -> pd.Series:

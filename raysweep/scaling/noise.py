@@ -213,7 +213,7 @@ def _noise_law(
         noise["noise_scale_tokens"].to_numpy(float)[known],
         noise["log_sd"].to_numpy(float)[known],
         cells=[str(c) for c in cells.index[known]],
-        left_out=noise["left_out"][~known].to_dict(),
+        left_out={str(c): str(why) for c, why in noise["left_out"][~known].items()},
         n_boot=n_boot,
         seed=seed,
     )

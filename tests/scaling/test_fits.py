@@ -319,6 +319,15 @@ def test_rows_left_out_are_counted_by_reason(planted_study):
     assert fits.n_rows == 80
 
 
+def test_a_trial_that_two_studies_ran_counts_once(planted_study):
+    frame = planted_study(per_cell=10)
+    frame["trial_key"] = [f"k{i}" for i in range(len(frame))]
+    both = pd.concat([frame, frame.head(7).assign(study="other")], ignore_index=True)
+    fits = quick(both)
+    assert fits.left_out == {"the same trial in another study": 7}
+    assert fits.cells["n_finished"].sum() == 80
+
+
 def test_cells_of_one_name_and_two_sizes_are_kept_apart(planted_study):
     frame = planted_study(per_cell=6)
     fits = quick(frame.assign(cell="same"))

@@ -7,9 +7,7 @@ import pytest
 from raysweep.scaling.published import PUBLISHED_LAWS, Setting, published_answers
 
 # 1e9 = 10^9 and 1e11 = 10^11, so that powers are powers of ten.
-DENSE = Setting(
-    params_active_non_embedding=1e9, tokens=1e11, flops_per_token=1e10, head_params=5e8
-)
+DENSE = Setting(params_active_non_embedding=1e9, tokens=1e11, flops_per_token=1e10, head_params=5e8)
 
 
 @pytest.mark.parametrize(
