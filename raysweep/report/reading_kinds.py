@@ -121,8 +121,10 @@ def noise(fits: Fits, n: Numbers) -> list[Markup]:
                 "the optimal batch."
             )
         )
-    elif left := [c for c in fits.cells.index if c not in scales]:
-        said.append(Markup("The noise scale was not measured in {}.").format(listed(left)))
+    else:
+        for why, left in fits.noise_scale[fits.noise_scale["left_out"] != ""].groupby("left_out"):
+            names = listed(left.index)
+            said.append(Markup("Without a noise scale: {} ({}).").format(names, why))
     return said
 
 
