@@ -19,8 +19,8 @@ demo: $(STAMP)
 	$(BIN)/raysweep run search_spaces/laptop.yaml
 
 # ruff, pyright and import-linter, then every test that needs no GPU.
-test: check browser
-	$(BIN)/python -m pytest -m "not gpu"
+test: check browser fast
+	$(BIN)/python -m pytest -m "(ray or browser) and not gpu"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -28,9 +28,9 @@ check: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 
-# The tests without Ray or a browser: under three minutes.
+# The tests without Ray or a browser, some on each core: under three minutes on two.
 fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not ray and not browser"
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not gpu and not ray and not browser"
 
 # Headless Chromium for the tests of the report's page.
 browser:
