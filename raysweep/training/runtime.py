@@ -24,6 +24,7 @@ _NO_MEMORY = (
     "DefaultCPUAllocator: ",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a primitive",  # oneDNN, without room for the kernel that it compiles
 )
 """What errors other than PyTorch's own OutOfMemoryError say where memory ran out."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -1,5 +1,5 @@
-"""A run with all the memory it wants, one with too little, and one whose model alone is too large;
-started by test_quality.py."""
+"""A run with all the memory it wants, then one with too little, then one whose model alone is too
+large; started by test_quality.py."""
 
 import importlib.util
 import resource
@@ -19,21 +19,24 @@ def main() -> None:
     assert conftest.loader is not None
     toys = importlib.util.module_from_spec(conftest)
     conftest.loader.exec_module(toys)
-    trial = toys.make_spec(
-        batch_sequences=1024,
-        tokens=16 * 1024 * 2,
-        resources={"micro_batch_sequences": 1024},
-        scale={"d_model": 64, "layers": 2, "heads": 2},
+    # Memory that a run leaves is kept for the next, so the first one may only need little.
+    small, trial = (
+        toys.make_spec(
+            batch_sequences=1024,
+            tokens=16 * 1024 * 2,
+            resources={"micro_batch_sequences": micro},
+            scale={"d_model": 64, "layers": 2, "heads": 2},
+        )
+        for micro in (128, 1024)
     )
     corpus = toys.ToyCorpus()
-    # What libraries set up when first used is not to count, nor memory that a large run leaves.
-    train(toys.make_spec(tokens=16 * 8 * 2), corpus)
+    outcomes = [train(small, corpus)]
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, resource.RLIM_INFINITY))
-    limited = train(trial, corpus)
-    huge = train(toys.make_spec(scale={"d_model": 1024, "layers": 4, "heads": 2}), corpus)
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    for outcome in (train(trial, corpus), limited, huge):
+    outcomes.append(train(trial, corpus))
+    huge = toys.make_spec(scale={"d_model": 1024, "layers": 4, "heads": 2})
+    outcomes.append(train(huge, corpus))
+    for outcome in outcomes:
         parts = outcome.status, outcome.micro_batch_sequences, outcome.accumulation, outcome.loss
         print(*parts)
 

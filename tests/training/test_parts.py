@@ -176,6 +176,7 @@ class TestMicroBatch:
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `create`"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("could not create a primitive"), True),
         (ValueError("CUDA error: out of memory"), False),
     ],
 )

@@ -175,7 +175,7 @@ def test_real_lack_of_memory_halves_the_micro_batch(repo):
     assert done.returncode == 0, done.stderr[-2000:]
     free, limited, huge = (line.split() for line in done.stdout.splitlines()[-3:])
     assert huge == ["out_of_memory", "None", "None", "None"]
-    assert free[:3] == ["finished", "1024", "1"]
+    assert free[:3] == ["finished", "128", "8"]
     status, micro, accumulation = limited[:3]
     assert status == "finished"
     assert int(micro) < 1024
