@@ -23,13 +23,23 @@ Location = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses aliases (no search space needs them, and they can explode)."""
+    """Safe YAML that refuses aliases and depth: no search space needs them, both can explode."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        problem = None
         if self.check_event(yaml.AliasEvent):
+            problem = "aliases are not allowed"
+        elif self.depth > DEEPEST_NESTING:
+            problem = "nested too deeply: flatten it"
+        if problem:
             mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
-        return super().compose_node(parent, index)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def load_search_space(path: Path, overrides: Sequence[str] = ()) -> SearchSpace:
@@ -100,8 +110,6 @@ def _index(node: Any, at: Location, lines: dict[Location, int], source: str) -> 
     """Record each value's line; refuse duplicate keys, which YAML would silently overwrite."""
     if node is None:
         return
-    if len(at) > DEEPEST_NESTING:
-        raise UserError(f"{source}:{node.start_mark.line + 1}: nested too deeply: flatten it")
     lines.setdefault(at, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:

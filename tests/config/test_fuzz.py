@@ -110,7 +110,7 @@ def mutate(draw: Any, values: Any) -> Any:
     found = places(values)
     at = draw(st.sampled_from(found))
     if not at:
-        return draw(st.sampled_from([values, values, values, *SCALARS]))
+        return copy.deepcopy(draw(st.sampled_from([values, values, values, *SCALARS])))
     holder = functools.reduce(lambda inside, key: inside[key], at[:-1], values)
     key, other = at[-1], draw(st.sampled_from(found))
     change = draw(st.sampled_from(["scalar", "scalar", "swap", "rename", "drop", "wrap", "many"]))
