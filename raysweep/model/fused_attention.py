@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from raysweep.model.fused import matmul, matmul_of_transposed, normalise, project_out
+from raysweep.model.fused import NARROW, matmul, matmul_of_transposed, normalise, project_out
 
 SCORES_IN_CACHE = 1 << 18
 """Attention scores worked on at a time, in elements: 1 MiB."""
@@ -21,8 +21,6 @@ QUERY_BLOCK = 32
 """Queries that share one range of keys: keys after the block are never looked at."""
 ONE_BLOCK_UPTO = 1 << 17
 """Attention of no more scores than this is not cut: the calls would cost more than they save."""
-NARROW = 16
-"""BLAS is slow at products with fewer columns than this; it gets the transposed product."""
 
 
 def attention_block(

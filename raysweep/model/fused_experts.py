@@ -8,9 +8,10 @@ zero. Shape suffixes: see `raysweep.model.functional`; R stands for the rows wit
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,30 +31,45 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of each token's experts, and the experts' loads. No token is dropped."""
     n_experts, d_model, width = gate_up_EDF.shape
-    top_k = routing.experts_NK.shape[1]
-    order, ends = moe.dispatch(routing.experts_NK, n_experts)
-    loads = moe.loads(ends)
-    sizes = loads.tolist()
-    large = len(order) * d_model * width > ONE_BY_ONE_FROM * n_experts
-    if large:
-        sizes = [-(-size // ROW_MULTIPLE) * ROW_MULTIPLE for size in sizes]
+    large = routing.experts_NK.numel() * d_model * width > ONE_BY_ONE_FROM * n_experts
+    rows = _Rows(routing.experts_NK, n_experts, ROW_MULTIPLE if large else 1)
+    y = _Mix.apply(x_ND, routing.weights_NK, gate_up_EDF, down_EFD, rows, large)
+    return y, rows.loads_E  # type: ignore[return-value]
 
-    # Where each pair's row lies, and for each row the pair it came from; padding takes pair 0.
-    place = torch.arange(len(order))
-    pair_R, real_R = order, None
-    if sum(sizes) > len(order):
-        padding = torch.tensor([0, *sizes]).cumsum(0)[:-1] - (ends - loads)
-        place += padding.repeat_interleave(loads)
-        pair_R, real_R = order.new_zeros(sum(sizes)), x_ND.new_zeros(sum(sizes))
-        pair_R[place] = order
-        real_R[place] = 1.0
-    row_M = torch.empty_like(order)
-    row_M[order] = place
-    row_NK = row_M.view(-1, top_k)
-    groups = _one_by_one(sizes) if large else [(slice(None), slice(None))]
-    arguments = pair_R // top_k, pair_R, real_R, row_NK, ends, groups
-    y = _Mix.apply(x_ND, routing.weights_NK, gate_up_EDF, down_EFD, *arguments)
-    return y, loads  # type: ignore[return-value]
+
+class _Rows:
+    """Pairs (token k) sorted by expert, each expert's rows padded to a multiple.
+
+    In NumPy, which sorts the short integers by radix and has less to do for each small operation.
+    """
+
+    def __init__(self, experts_NK: Tensor, n_experts: int, multiple: int) -> None:
+        experts = experts_NK.numpy()
+        order = np.argsort(experts.reshape(-1).astype(np.uint16), kind="stable")
+        loads = np.bincount(experts.reshape(-1), minlength=n_experts)
+        sizes = -(-loads // multiple) * multiple
+        ends = sizes.cumsum()
+        place, pair, real = np.arange(len(order)), order, None
+        if ends[-1] > len(order):
+            place += np.repeat(ends - sizes - (loads.cumsum() - loads), loads)
+            pair, real = np.zeros(ends[-1], np.int64), np.zeros(ends[-1], np.float32)
+            pair[place], real[place] = order, 1.0
+        row = np.empty_like(order)
+        row[order] = place
+        self.loads_E = torch.from_numpy(loads.astype(np.int32))
+        self.ends_E = torch.from_numpy(ends.astype(np.int32))
+        self.pair_R = torch.from_numpy(pair)
+        """The pair in each row; 0 in padding."""
+        self.token_R = torch.from_numpy(pair // experts.shape[1])
+        self.real_R = None if real is None else torch.from_numpy(real)
+        """1 where there is a pair and 0 in padding; None without padding."""
+        self.row_NK = torch.from_numpy(row.reshape(experts.shape))
+        """Where each pair's row lies."""
+
+    def of_each_expert(self) -> list[tuple[slice, int]]:
+        """Each expert's rows, and the expert."""
+        ends = self.ends_E.tolist()
+        return [(slice(a, b), e) for e, (a, b) in enumerate(pairwise([0, *ends]))]
 
 
 class _Mix(Function):
@@ -64,62 +80,54 @@ class _Mix(Function):
         weights_NK: Tensor,
         gate_up_EDF: Tensor,
         down_EFD: Tensor,
-        token_R: Tensor,
-        pair_R: Tensor,
-        real_R: Tensor | None,
-        row_NK: Tensor,
-        ends_E: Tensor,
-        groups: list[tuple[slice, slice | int]],
+        rows: _Rows,
+        large: bool,
     ) -> Tensor:
-        x_RD = x_ND.index_select(0, token_R)
+        x_RD = x_ND.index_select(0, rows.token_R)
+        groups = rows.of_each_expert() if large else [(slice(None), slice(None))]
         outputs, activations = [], []
-        for rows, experts in groups:
-            both = _product(x_RD[rows], gate_up_EDF[experts], ends_E)
+        for part, experts in groups:
+            both = _product(x_RD[part], gate_up_EDF[experts], rows.ends_E)
             # Copies pay: elementwise kernels are slow on rows of odd width.
             gate, up = (half.contiguous() for half in both.chunk(2, 1))
             gated = F.silu(gate)
             hidden = gated * up
-            outputs.append(_product(hidden, down_EFD[experts], ends_E))
+            outputs.append(_product(hidden, down_EFD[experts], rows.ends_E))
             activations += [gate, up, gated, hidden]
-        y_RD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        weight_R1 = weights_NK.flatten().index_select(0, pair_R)[:, None]
-        if real_R is not None:
-            weight_R1 *= real_R[:, None]
-        indices = token_R, row_NK, ends_E
-        ctx.save_for_backward(gate_up_EDF, down_EFD, weight_R1, x_RD, y_RD, *indices, *activations)
-        ctx.groups = groups
-        return _sum_of_pairs(y_RD, row_NK, weights_NK)
+        y_RD = _joined(outputs)
+        weight_R1 = weights_NK.reshape(-1).index_select(0, rows.pair_R)[:, None]
+        if rows.real_R is not None:
+            weight_R1 *= rows.real_R[:, None]
+        ctx.save_for_backward(gate_up_EDF, down_EFD, weight_R1, x_RD, y_RD, *activations)
+        ctx.rows, ctx.groups = rows, groups
+        return _sum_of_pairs(y_RD, rows.row_NK, weights_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gate_up, down, weight_R1, x_RD, y_RD, token_R, row_NK, ends, *saved = ctx.saved_tensors
-        dy_RD = grads[0].index_select(0, token_R)
+        gate_up, down, weight_R1, x_RD, y_RD, *saved = ctx.saved_tensors
+        rows, ends = ctx.rows, ctx.rows.ends_E
+        dy_RD = grads[0].index_select(0, rows.token_R)
         d_weight_R = torch.linalg.vecdot(dy_RD, y_RD)
         dy_RD *= weight_R1
         of_gate_up, of_down, of_x = [], [], []
-        for i, (rows, experts) in enumerate(ctx.groups):
+        tallest, width = max(len(gate) for gate in saved[::4]), saved[0].shape[1]
+        space = x_RD.new_empty(tallest, 2 * width)
+        for i, (part, experts) in enumerate(ctx.groups):
             gate, up, gated, hidden = saved[4 * i : 4 * i + 4]
-            dy = dy_RD[rows]
+            dy = dy_RD[part]
             of_down.append(_gradient(hidden, dy, down[experts], ends))
             d_hidden = _product(dy, down[experts].mT, ends)
-            d_both = torch.cat(swiglu_backward(d_hidden, gate, up, gated), 1)
-            of_gate_up.append(_gradient(x_RD[rows], d_both, gate_up[experts], ends))
+            d_both = swiglu_backward(d_hidden, gate, up, gated, space[: len(dy)])
+            of_gate_up.append(_gradient(x_RD[part], d_both, gate_up[experts], ends))
             of_x.append(_product(d_both, gate_up[experts].mT, ends))
-        d_weights = d_weight_R.index_select(0, row_NK.flatten()).view_as(row_NK)
-        if of_down[0].ndim == 3:
-            return (_sum_of_pairs(of_x[0], row_NK), d_weights, of_gate_up[0], of_down[0]) + (
-                None,
-            ) * 6
-        dx = _sum_of_pairs(torch.cat(of_x), row_NK)
-        return (dx, d_weights, torch.stack(of_gate_up), torch.stack(of_down)) + (None,) * 6
+        dx = _sum_of_pairs(_joined(of_x), rows.row_NK)
+        d_weights = d_weight_R.index_select(0, rows.row_NK.flatten()).view_as(rows.row_NK)
+        of_weights = (g[0] if g[0].ndim == 3 else torch.stack(g) for g in (of_gate_up, of_down))
+        return dx, d_weights, *of_weights, None, None
 
 
-def _one_by_one(sizes: list[int]) -> list[tuple[slice, slice | int]]:
-    """Each expert's rows, and the expert."""
-    ends = accumulate(sizes)
-    return [
-        (slice(end - size, end), e) for e, (end, size) in enumerate(zip(ends, sizes, strict=True))
-    ]
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _product(x_RI: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:

@@ -28,6 +28,10 @@ class Routing:
     loss: Tensor
     """Balance loss and router z-loss, already weighted; zero where both are off."""
 
+    def confidence(self) -> Tensor:
+        """Probability given to the chosen experts, summed over tokens."""
+        return self.probs_NE.gather(-1, self.experts_NK).sum()
+
 
 def route(
     logits_NE: Tensor, top_k: int, share_E: Tensor, bias_E: Tensor, settings: Architecture

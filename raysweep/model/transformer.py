@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysweep.config.schema import Architecture
-from raysweep.model import functional, fused, fused_attention, fused_experts, moe
+from raysweep.model import functional, fused, fused_attention, fused_experts, fused_router, moe
 from raysweep.scale import ModelShape
 
 
@@ -80,9 +80,8 @@ class FeedForward(nn.Module):
 
 class ExpertsOutput(NamedTuple):
     x_BTD: Tensor
-    loss: Tensor
+    routing: moe.Routing
     load_E: Tensor
-    confidence: Tensor
 
 
 class Experts(nn.Module):
@@ -101,20 +100,19 @@ class Experts(nn.Module):
         self.shared_down = _weight(shared, d) if shared else None
 
     def forward(self, x_BTD: Tensor, share_E: Tensor, bias_E: Tensor) -> ExpertsOutput:
-        quick = fused.usable(x_BTD)
-        rms_norm, mix = (
-            (fused.rms_norm, fused_experts.mix) if quick else (functional.rms_norm, moe.mix)
-        )
-        h = rms_norm(x_BTD, self.norm).flatten(0, 1)
-        with torch.autocast(h.device.type, enabled=False):
-            logits = h.to(self.router.dtype) @ self.router
-        routing = moe.route(logits, self.top_k, share_E, bias_E, self.settings)
+        if fused.usable(x_BTD):
+            h = fused.rms_norm(x_BTD, self.norm).flatten(0, 1)
+            logits, route, mix = fused.linear(h, self.router), fused_router.route, fused_experts.mix
+        else:
+            h = functional.rms_norm(x_BTD, self.norm).flatten(0, 1)
+            with torch.autocast(h.device.type, enabled=False):
+                logits, route, mix = h.to(self.router.dtype) @ self.router, moe.route, moe.mix
+        routing = route(logits, self.top_k, share_E, bias_E, self.settings)
         dtype = _matmul_dtype(h)
         y, load = mix(h.to(dtype), self.gate_up.to(dtype), self.down.to(dtype), routing)
         if self.shared_gate_up is not None and self.shared_down is not None:
             y = y + functional.swiglu(h @ self.shared_gate_up) @ self.shared_down
-        chosen = routing.probs_NE.detach().gather(-1, routing.experts_NK).sum()
-        return ExpertsOutput(x_BTD + y.view_as(x_BTD), routing.loss, load, chosen)
+        return ExpertsOutput(x_BTD + y.view_as(x_BTD), routing, load)
 
 
 class Decoder(nn.Module):
@@ -152,7 +150,7 @@ class Decoder(nn.Module):
         x, routed = self._trunk(tokens_BT)
         objective, losses = self._head_loss(x, targets_BT, self.z_loss)
         for row, layer in enumerate(routed):
-            objective = objective + layer.loss
+            objective = objective + layer.routing.loss
             self.expert_load[row] += layer.load_E
         return Losses(objective, losses.mean())
 
@@ -164,7 +162,7 @@ class Decoder(nn.Module):
         stats = None
         if routed:
             load = torch.stack([layer.load_E for layer in routed])
-            stats = RouterStats(load, torch.stack([layer.confidence for layer in routed]))
+            stats = RouterStats(load, torch.stack([layer.routing.confidence() for layer in routed]))
         return losses.mean(1), stats
 
     @torch.no_grad()
