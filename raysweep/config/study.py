@@ -8,18 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from raysweep.config.cells import Architecture, ModelSettings, Resources, ScaleEntry
+from raysweep.config.fields import MOST_LAYERS, MOST_TOKEN_IDS
 from raysweep.config.load import load_search_space
-from raysweep.config.schema import (
-    MOST_LAYERS,
-    MOST_TOKEN_IDS,
-    Architecture,
-    Data,
-    ModelSettings,
-    Recipe,
-    Resources,
-    ScaleEntry,
-    SearchSpace,
-)
+from raysweep.config.schema import Data, SearchSpace
+from raysweep.config.trials import Recipe
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.scale import (

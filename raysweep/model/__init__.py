@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raysweep.config.schema import Architecture
+from raysweep.config.cells import Architecture
 from raysweep.model.transformer import Decoder, Losses, RouterStats, initialise
 from raysweep.scale import ModelShape
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from raysweep.config.schema import Architecture
+from raysweep.config.cells import Architecture
 from raysweep.model.moe import Routing
 
 

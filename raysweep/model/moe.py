@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raysweep.config.schema import Architecture
+from raysweep.config.cells import Architecture
 from raysweep.model import functional
 
 BIAS_STEP = 0.001

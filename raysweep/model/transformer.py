@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysweep.config.schema import Architecture
+from raysweep.config.cells import Architecture
 from raysweep.model import functional, fused, fused_attention, fused_experts, fused_router, moe
 from raysweep.scale import ModelShape
 

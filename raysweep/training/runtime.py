@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from raysweep.config.schema import Recipe, Resources
+from raysweep.config.cells import Resources
+from raysweep.config.trials import Recipe
 from raysweep.errors import UserError
 from raysweep.scale import ModelShape
 

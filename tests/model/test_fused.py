@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from raysweep.config import Architecture
-from raysweep.model import build, functional, fused, fused_attention, fused_experts, fused_router, moe
+from raysweep.model import (
+    build,
+    functional,
+    fused,
+    fused_attention,
+    fused_experts,
+    fused_router,
+    moe,
+)
 from raysweep.scale import ModelShape
 
 DENSE = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 4, "d_ff": 24, "vocab_size": 20}

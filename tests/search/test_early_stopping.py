@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from raysweep.config.schema import EarlyStopping
+from raysweep.config.trials import EarlyStopping
 from raysweep.search.early_stopping import REPORT_PERCENT, make_pruner
 
 

@@ -1,0 +1,125 @@
+"""Keys of the search-space file that say what is trained: models, horizons, on what machines."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raysweep.config.fields import MOST_LAYERS, Count, Name, NonNegative, Positive, Ratio, Section
+
+
+class Architecture(Section):
+    """Dense, or a mixture of experts laid over the dense shape of each scale."""
+
+    experts: Annotated[int, Field(ge=1, le=65536)] = 1
+    """Routed experts a MoE layer; 1 means dense."""
+    top_k: Count = 1
+    """Experts that each token is sent to."""
+    shared_experts: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Experts that every token passes through besides."""
+    expert_size: Literal["matched"] | Ratio = "matched"
+    """Width of an expert as a multiple of the dense feed-forward; `matched` makes the active
+    experts together as wide as it, so that active parameters equal the dense twin's."""
+    moe_every: Count = 1
+    """Every how-manieth layer is a MoE layer, counted so that the last one is."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """How expert load is balanced: an auxiliary loss, a router bias without loss, or not at all."""
+    balance_loss: NonNegative = 0.01
+    """Weight of the load-balance loss (Switch Transformer's), when `balance: loss`."""
+    router_z_loss: NonNegative = 0.001
+    """Weight of the router z-loss (ST-MoE)."""
+
+    @property
+    def kind(self) -> Literal["dense", "moe"]:
+        return "moe" if self.experts > 1 else "dense"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}: lower top_k")
+        if self.experts == 1 and self.shared_experts:
+            raise ValueError("shared_experts without experts: set experts above 1, or drop it")
+        return self
+
+
+class Resources(Section):
+    """What one trial occupies."""
+
+    workers: Annotated[int, Field(ge=1, le=65536)] = 1
+    """Processes that train one model together. One worker trains inside a reused Tune actor."""
+    cpus_per_worker: Positive = 1.0
+    gpus_per_worker: NonNegative = 0.0
+    """May be a fraction with one worker: several small trials then share a card."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How parameters are spread over workers: replicated, or sharded (FSDP2)."""
+    micro_batch_sequences: Annotated[int, Field(ge=1)] | None = None
+    """Largest batch one worker holds at once; derived from memory if left out. Never changes the
+    result, only speed."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.workers & (self.workers - 1):
+            raise ValueError(
+                f"workers {self.workers} is no power of two, as batches are: change it"
+            )
+        if self.workers > 1 and self.gpus_per_worker % 1:
+            raise ValueError("a fraction of a GPU means one worker: set workers: 1")
+        return self
+
+
+class ScaleEntry(Section):
+    """One rung: an explicit shape (d_model, layers, heads) or a `params` target."""
+
+    name: Name | None = None
+    params: Annotated[float, Field(ge=1, le=1e13)] | None = None
+    """Dense non-embedding parameters aimed at: the shape is derived, its true count reported."""
+    d_model: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
+    layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
+    heads: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    kv_heads: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Fewer key-value heads than heads is grouped-query attention; default: as many."""
+    d_ff: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    architectures: tuple[Name, ...] | None = None
+    """Architectures built at this scale; default: all."""
+    resources: Resources | None = None
+    """Resources of this scale's trials; default: the file's `resources`."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        shape = (self.d_model, self.layers, self.heads)
+        if self.params is not None and any(v is not None for v in (*shape, self.d_ff)):
+            raise ValueError("give either params or a shape (d_model, layers, heads), not both")
+        if self.params is None and any(v is None for v in shape):
+            raise ValueError("a scale needs either params, or d_model, layers and heads")
+        return self
+
+
+class Horizon(Section):
+    """A token budget: per parameter of the scale's dense twin (non-embedding), or absolute."""
+
+    tokens_per_param: Positive | None = None
+    tokens: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.tokens_per_param is None) == (self.tokens is None):
+            raise ValueError("a horizon is either tokens_per_param or tokens")
+        return self
+
+
+class ModelSettings(Section):
+    """What all shapes share."""
+
+    sequence_length: Annotated[int, Field(ge=2, le=1_048_576)] = 1024
+    head_dim: Annotated[int, Field(ge=2, le=1024)] = 64
+    """Head size of derived shapes."""
+    aspect_ratio: Ratio = 64.0
+    """d_model / layers aimed at by derived shapes."""
+    ffn_ratio: Ratio = 8 / 3
+    """Feed-forward width over d_model, where a scale gives no d_ff."""
+    ffn_multiple: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Feed-forward and expert widths are multiples of this."""
+    qk_norm: bool = True
+    tie_embeddings: bool = False
+    rope_base: Positive = 10_000.0
