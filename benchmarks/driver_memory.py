@@ -1,22 +1,25 @@
 """How much a driver grows: `python -m benchmarks.driver_memory [--trials 2000]`.
 
 Runs a study of almost empty trials on a local Ray, and samples the resident memory of this
-process, the driver, as rows come in. Reported is the growth from when 5 % of the trials are through
-to the end, and the number of files in the results folder.
+process, the driver, as rows come in. Reported are its sizes after 5 % of the trials, before the
+last of them, and at most, the merging of files at the end included; and the number of files.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import threading
 from pathlib import Path
 
 import numpy as np
+from pyarrow import parquet
 
 from benchmarks.overhead import empty_study
 from raysweep.results import Results
+from raysweep.results.tables import PART
 from raysweep.search.run import run
 from raysweep.training.record import library_versions
 
@@ -33,8 +36,21 @@ class Sampler(threading.Thread):
         self._trials = trials
 
     def run(self) -> None:
+        rows = 0
         while not self.done.wait(SAMPLE_SECONDS):
-            self.samples.append((len(list(self._trials.glob("[!.]*.parquet"))), resident()))
+            rows = max(rows, sum(map(rows_of, self._trials.glob("[!.]*.parquet"))))
+            self.samples.append((rows, resident()))
+
+
+@functools.cache
+def rows_of(file: Path) -> int:
+    """Rows of a file, which never change; none where it has just been merged into another."""
+    if not file.name.startswith(PART):
+        return 1
+    try:
+        return parquet.read_metadata(file).num_rows
+    except (OSError, ValueError):
+        return 0
 
 
 def resident() -> float:
@@ -61,14 +77,13 @@ def main() -> None:
         files = sum(path.is_file() for path in Path(folder).rglob("*"))
         rows = len(Results.open(f"{folder}/results").frame())
     counts, sizes = np.array(sampler.samples).T
-    before = counts < summary.started  # compaction comes after the last trial
-    counts, sizes = counts[: before.sum()], sizes[: before.sum()]
     late = counts >= 0.05 * args.trials
     slope = np.polyfit(counts[late], sizes[late], 1)[0]
     answer = {
         "trials": rows,
         "megabytes_at_5_percent": float(sizes[late][0]),
-        "megabytes_at_the_end": float(sizes[late][-1]),
+        "megabytes_at_the_last_trial": float(sizes[counts < counts.max()][-1]),
+        "megabytes_at_most": float(sizes.max()),
         "kilobytes_a_trial": float(1024 * slope),
         "files": files,
         "seconds": summary.seconds,
@@ -76,7 +91,8 @@ def main() -> None:
     }
     print(
         f"{rows} trials: {answer['megabytes_at_5_percent']:.0f} MB after 5 % of them, "
-        f"{answer['megabytes_at_the_end']:.0f} MB at the end, "
+        f"{answer['megabytes_at_the_last_trial']:.0f} MB before the last, "
+        f"{answer['megabytes_at_most']:.0f} MB at most (files are merged last), "
         f"{answer['kilobytes_a_trial']:.1f} kB a trial; {files} files; {summary.seconds:.0f} s"
     )
     if args.json:

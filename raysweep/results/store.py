@@ -25,6 +25,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from raysweep import allocator
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
@@ -196,6 +197,9 @@ class Results(InNotebooks):
             for name in names:
                 if name not in self._damaged:
                     self.storage.delete(RUNS, name)
+        # Long runs do this often, and what reading takes would never be used again.
+        pa.default_memory_pool().release_unused()
+        allocator.give_back_freed()
 
     def drop_checkpoints(self) -> None:
         """Remove checkpoints of trials that are over: a trial that was ended from outside, as by

@@ -29,9 +29,11 @@ from raysweep.search.stalls import Stalls
 from raysweep.search.trial import FAILED
 from raysweep.training.record import unfinished_row
 
-TIDY_EVERY, TIDY_RECENT = 256, 64
+TIDY_EVERY, TIDY_RECENT = 128, 64
 """Trials after which the rows' files are merged but for the newest: those of trials that may be
 started again, which look for a row of their own."""
+STILL_READ = ("trial_id", "status", "training_iteration", "done")
+"""Of a concluded trial's last result, what Tune or this module may still look at."""
 RETRIES = 2
 """How often a trial is started again that failed, or hung."""
 LOSSES = 20
@@ -72,6 +74,8 @@ class Watcher(tune.Callback):
         self._stalls = Stalls(self._study.space.search.stall_seconds)
         self._looked = time.monotonic()
         self._failed: set[str] = set()
+        self._ended: list[Trial] = []
+        """Trials concluded in this step."""
         self._reports: dict[str, Mapping[str, Any]] = {}
         """What running trials said last of their progress."""
         self._hung: dict[str, str] = {}
@@ -89,6 +93,9 @@ class Watcher(tune.Callback):
         """The refresh tick. Raises Interrupted once an interrupted run has wound down."""
         self._progress.refresh()
         self._keep_ranges()
+        while self._ended:
+            # Tune would pickle all trials when the run ends, to restore what nobody restores.
+            self._ended.pop()._state_json = "{}"
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._kill_hanging(trials)
             self.count_available()
@@ -232,9 +239,12 @@ class Watcher(tune.Callback):
         self._reports.pop(trial.trial_id, None)
         start = self._starts.pop(trial.trial_id, (time.monotonic(), datetime.now(UTC)))
         self._progress.trial_done(trial.config["cell"], status, time.monotonic() - start[0])
-        # Tune keeps every trial to the end. Most of one is running means that nobody reads.
+        # Tune keeps every trial to the end. Most of one are running means and a result that nobody
+        # reads any more.
         trial.run_metadata.metric_analysis.clear()
         trial.run_metadata.metric_n_steps.clear()
+        self._ended.append(trial)
+        trial.run_metadata.last_result = {k: result[k] for k in STILL_READ if k in result}
         return start
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import platform
 import resource
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from raysweep import allocator
 from raysweep.config.cells import Resources
 from raysweep.config.trials import Recipe
 from raysweep.errors import UserError
@@ -28,10 +28,6 @@ _NO_MEMORY = (
     "could not create a primitive",  # oneDNN, without room for the kernel that it compiles
 )
 """What errors other than PyTorch's own OutOfMemoryError say where memory ran out."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt, by glibc's malloc.h."""
-_LARGEST_MMAP_THRESHOLD = 1 << 25
-"""The most that glibc takes."""
 
 
 def choose_device(resources: Resources) -> torch.device:
@@ -74,13 +70,12 @@ def clean_slate(device: torch.device, threads: int | None, seed: int) -> Iterato
     if device.type == "cuda":
         torch.compiler.reset()
         torch.cuda.empty_cache()
-    _allocator("mallopt", _M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    _allocator("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)
+    allocator.keep_freed()
     _reset_peak_memory(device)
     try:
         yield
     finally:
-        _allocator("malloc_trim", 0)
+        allocator.give_back_freed()
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
         torch.set_flush_denormal(False)
@@ -154,16 +149,6 @@ def peak_memory(device: torch.device) -> int:
                 return 1024 * int(line.split()[1])
     unit = 1 if platform.system() == "Darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _allocator(function: str, *arguments: int) -> None:
-    """Call glibc's allocator, where the C library is glibc.
-
-    By default it returns activations to the system each time they are freed, and every step then
-    waits for its pages to be mapped and cleared again.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def _reset_peak_memory(device: torch.device) -> None:
