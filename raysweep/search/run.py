@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 from rich.console import Console
 
+from raysweep import allocator
 from raysweep.config import Cell, Study
 from raysweep.data.corpus import Corpus, prepare
 from raysweep.data.shipping import publish
@@ -99,6 +100,7 @@ def run(
             else:  # nodes may join at any time, and all that they share is the results URI
                 publish(corpus, results.storage)
             summary = _run_on_ray(study, corpus, results, campaign, scratch, console, interruption)
+        allocator.give_back_freed()  # what Tune held of all trials, before files are read again
         results.compact()
         results.drop_checkpoints()
     return summary
