@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.config import Study
 from raysweep.results import Results
 from raysweep.search.run import run
 from raysweep.search.runtime import ray_runtime
+from raysweep.study import Study
 from raysweep.training.record import library_versions
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raysweep.config import Study, TrialSpec
+from raysweep.study import Study, TrialSpec
 from raysweep.training.loop import train
 
 WARM_UP = 5

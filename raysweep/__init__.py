@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raysweep.config import Study
     from raysweep.errors import UserError
     from raysweep.report import report as write_report
     from raysweep.report.compare import write_comparison
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from raysweep.scaling.compare import Comparison, compare
     from raysweep.scaling.fits import Fits, fit
     from raysweep.search.run import run
+    from raysweep.study import Study
 
 __all__ = [
     "Comparison",
@@ -39,7 +39,7 @@ _HOMES = {
     "Comparison": ("raysweep.scaling.compare", "Comparison"),
     "Fits": ("raysweep.scaling.fits", "Fits"),
     "Results": ("raysweep.results", "Results"),
-    "Study": ("raysweep.config", "Study"),
+    "Study": ("raysweep.study", "Study"),
     "UserError": ("raysweep.errors", "UserError"),
     "compare": ("raysweep.scaling.compare", "compare"),
     "fit": ("raysweep.scaling.fits", "fit"),

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from raysweep.config import Cell, Study
-from raysweep.config.study import short_number
+from raysweep.study import Cell, Study
+from raysweep.study.study import short_number
 
 REFERENCE_PEAK_FLOPS = 989e12
 """Dense bf16 peak of one H100 SXM, from its data sheet."""

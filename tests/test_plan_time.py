@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysweep.config import Study
 from raysweep.errors import UserError
 from raysweep.plan import (
     START_SECONDS,
@@ -21,6 +20,7 @@ from raysweep.plan import (
     time_words,
     with_times,
 )
+from raysweep.study import Study
 from raysweep.training import calibrate as calibrating
 
 REPO = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from raysweep.cli import complete
 from raysweep.errors import UserError
 
 if TYPE_CHECKING:
-    from raysweep.config import Study
+    from raysweep.study import Study
 
 app = typer.Typer(
     help="Which learning rate and batch size for a dense or MoE model of N parameters on D tokens, "
@@ -97,7 +97,7 @@ def _root(
 
 
 def load_study(space: Path, overrides: list[str] | None) -> Study:
-    from raysweep.config import Study
+    from raysweep.study import Study
 
     return Study.load(space, overrides or ())
 

@@ -42,8 +42,8 @@ def cells(incomplete: str) -> list[str]:
 
     An option that still waits for its value keeps Typer from telling the arguments before it, so
     the line is read as the shell hands it over: in COMP_WORDS (bash) or _TYPER_COMPLETE_ARGS."""
-    from raysweep.config import Study
     from raysweep.errors import UserError
+    from raysweep.study import Study
 
     line = [os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")]
     for word in " ".join(line).split():

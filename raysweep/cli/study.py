@@ -118,6 +118,6 @@ def train_command(
 @app.command("schema")
 def schema_command() -> None:
     """Print the JSON Schema of search-space files, for editors."""
-    from raysweep.config.schema import SearchSpace
+    from raysweep.study.schema import SearchSpace
 
     typer.echo(json.dumps(SearchSpace.model_json_schema(), indent=1))

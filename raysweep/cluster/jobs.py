@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from raysweep.cluster.package import collect, stage
-from raysweep.config import Study
 from raysweep.errors import UserError
 from raysweep.results.filesystem import local_folder
+from raysweep.study import Study
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

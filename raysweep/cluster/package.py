@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from raysweep.config import Study
 from raysweep.data.sources import walk
 from raysweep.errors import UserError
+from raysweep.study import Study
 
 LARGEST_PACKAGE_BYTES = 50_000_000
 """Ray keeps packages in the head's memory and refuses those beyond some hundred megabytes."""

@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from raysweep.config import Study
 from raysweep.results import Results
 from raysweep.results.schema import FINISHED
+from raysweep.study import Study
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raysweep.config.schema import Data
-from raysweep.config.study import vocabulary_size
 from raysweep.data import machine
 from raysweep.data.existing_tokens import describe_shards
 from raysweep.data.sources import Format, Tally, boundary, find_files, read_documents
@@ -25,6 +23,8 @@ from raysweep.data.tokenizer import (
 )
 from raysweep.data.tokens import Shard, fingerprint, open_shards, smallest_dtype
 from raysweep.errors import UserError
+from raysweep.study.schema import Data
+from raysweep.study.study import vocabulary_size
 
 FORMAT = 1
 """Raised whenever the same settings would give other tokens, so that old caches are not used."""

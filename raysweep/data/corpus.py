@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from raysweep.config.schema import Data
 from raysweep.data import build, cache_folder
 from raysweep.data.batches import too_small_for_validation, windows_per_epoch
 from raysweep.data.tokens import Shard, ShardedTokens, fingerprint, open_shards
 from raysweep.errors import UserError
+from raysweep.study.schema import Data
 
 VERIFY_BYTES = 256 * 2**20
 """Up to this size the whole content of a cached corpus is checked against its hash."""

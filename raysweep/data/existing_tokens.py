@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.config.schema import Data
 from raysweep.data.tokens import Shard, fingerprint, open_shards
 from raysweep.errors import UserError
+from raysweep.study.schema import Data
 
 _HEADERS = {
     b"\x93NUMPY": "a NumPy file",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from raysweep.config.cells import Architecture
 from raysweep.model.transformer import Decoder, Losses, RouterStats, initialise
-from raysweep.scale import ModelShape
+from raysweep.study.cells import Architecture
+from raysweep.study.shape import ModelShape
 
 __all__ = ["Decoder", "Losses", "RouterStats", "build"]
 

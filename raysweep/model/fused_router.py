@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from raysweep.config.cells import Architecture
 from raysweep.model.moe import Routing
+from raysweep.study.cells import Architecture
 
 
 def route(

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raysweep.config.cells import Architecture
 from raysweep.model import functional
+from raysweep.study.cells import Architecture
 
 BIAS_STEP = 0.001
 """Update of the router bias after each step (Wang et al. 2024, arXiv 2408.15664)."""

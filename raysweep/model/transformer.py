@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysweep.config.cells import Architecture
 from raysweep.model import functional, fused, fused_attention, fused_experts, fused_router, moe
-from raysweep.scale import ModelShape
+from raysweep.study.cells import Architecture
+from raysweep.study.shape import ModelShape
 
 
 class Losses(NamedTuple):

@@ -15,7 +15,6 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from raysweep.config import Study
 from raysweep.plan import make_plan, summary_words
 from raysweep.report import reading_laws
 from raysweep.report.compare_figures import ratios_figure
@@ -31,6 +30,7 @@ from raysweep.results.store import Results
 from raysweep.scaling.compare import QUANTITY_WORDS, Comparison
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.recommend import Recommendation
+from raysweep.study import Study
 
 MOST_ROWS = 24
 """Rows of a table; a notebook is no place for 200 cells."""

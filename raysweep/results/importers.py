@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from raysweep.config.study import short_number
 from raysweep.errors import UserError
 from raysweep.results.schema import COLUMNS, FINISHED, SCHEMA_VERSION, STATUSES
+from raysweep.study.study import short_number
 
 STEP_LAW_SEQUENCE_LENGTH = 2048
 

@@ -16,7 +16,6 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
-from raysweep.config import Cell, Study, TrialSpec
 from raysweep.results.schema import FINISHED
 from raysweep.search.cells import CellState
 from raysweep.search.early_stopping import make_pruner
@@ -26,6 +25,7 @@ from raysweep.search.ledger import Bundle, Ledger
 from raysweep.search.resume import take_up, teach, widen_again, widened
 from raysweep.search.strategies import RESTARTING, make_sampler
 from raysweep.search.value import targets_of, trial_value
+from raysweep.study import Cell, Study, TrialSpec
 
 _log = logging.getLogger("raysweep")
 

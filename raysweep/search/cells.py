@@ -10,11 +10,11 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from raysweep.config import Cell, Search
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.surface import CellFeatures
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH
 from raysweep.search.strategies import search_space
+from raysweep.study import Cell, Search
 
 FEWEST_STEPS = 8
 """A batch so large that a trial would take fewer steps than this is never proposed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 
-from raysweep.config.trials import EarlyStopping
+from raysweep.study.trials import EarlyStopping
 
 REPORT_PERCENT = 5
 """Trials report at multiples of this share of their horizon, in per cent."""

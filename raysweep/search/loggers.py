@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raysweep.config import Study
 from raysweep.errors import UserError
 from raysweep.results import Results
+from raysweep.study import Study
 
 if TYPE_CHECKING:
     from ray.tune import Callback

@@ -176,7 +176,7 @@ def clock(seconds: float) -> str:
 
 
 def _cells_row(state: CellState) -> list[str]:
-    from raysweep.config.study import short_number
+    from raysweep.study.study import short_number
 
     best = state.best
     at = best.user_attrs.get("ran_at") if best else None

@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from raysweep.config import Study
 from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.surface import CellFeatures
 from raysweep.search.cells import CellState
 from raysweep.search.ladder import Ladder
+from raysweep.study import Study
 
 _log = logging.getLogger("raysweep")
 

@@ -14,7 +14,6 @@ import optuna
 from rich.console import Console
 
 from raysweep import allocator
-from raysweep.config import Cell, Study
 from raysweep.data.corpus import Corpus, prepare
 from raysweep.data.shipping import publish
 from raysweep.errors import UserError
@@ -26,6 +25,7 @@ from raysweep.search.ledger import Ledger
 from raysweep.search.loggers import check_loggers, make_loggers
 from raysweep.search.progress import Progress, clock
 from raysweep.search.runtime import cluster_address, cluster_nodes, dashboard_url, ray_runtime
+from raysweep.study import Cell, Study
 from raysweep.training.record import library_versions
 
 

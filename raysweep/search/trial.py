@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from raysweep.config import Study, TrialSpec
 from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import obtain
 from raysweep.results import Results
 from raysweep.results.filesystem import Storage
 from raysweep.search.early_stopping import REPORT_PERCENT
 from raysweep.search.interruption import INTERRUPTED, StopRequest
+from raysweep.study import Study, TrialSpec
 from raysweep.training.record import trial_row
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raysweep.config import Study
 from raysweep.scaling.surface import CellFeatures, Surface
 from raysweep.search.cells import features_of
+from raysweep.study import Study
 
 _DRAWS = 256
 _STEPS = (-0.7, 0.0, 0.7)

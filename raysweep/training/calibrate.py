@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.config import Cell, Study
 from raysweep.errors import UserError
 from raysweep.plan import Calibration, Pace
+from raysweep.study import Cell, Study
 
 SECONDS = 0.4
 """What one measurement may take, once it is known how long a step is."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raysweep.config.study import TrialSpec
+from raysweep.study.study import TrialSpec
 from raysweep.training.outcome import Status
 from raysweep.training.step import BatchGradient
 from raysweep.training.track import Track

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from raysweep.config.study import TrialSpec
 from raysweep.data.corpus import Corpus
 from raysweep.model import build
+from raysweep.study.study import TrialSpec
 from raysweep.training import optimizer, runtime
 from raysweep.training.evaluate import Evaluation, evaluate
 from raysweep.training.parallel import Workers

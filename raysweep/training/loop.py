@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from raysweep.config.study import TrialSpec
 from raysweep.data.corpus import Corpus
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
+from raysweep.study.study import TrialSpec
 from raysweep.training import runtime
 from raysweep.training.checkpoint import Checkpoints, Timer, snapshot
 from raysweep.training.course import Course

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from raysweep.config.trials import Recipe
+from raysweep.study.trials import Recipe
 from raysweep.training import schedule
 
 LONGEST_DOT = 1 << 30

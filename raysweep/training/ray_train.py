@@ -11,10 +11,10 @@ from ray import train
 from ray.train.torch import TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from raysweep.config.study import TrialSpec
 from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import obtain
 from raysweep.results.filesystem import Storage
+from raysweep.study.study import TrialSpec
 from raysweep.training.outcome import TrialOutcome
 
 RESTARTS = 3

@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysweep.config import Cell, TrialSpec
 from raysweep.results.schema import make_row
+from raysweep.study import Cell, TrialSpec
 
 if TYPE_CHECKING:
     from raysweep.training.outcome import TrialOutcome

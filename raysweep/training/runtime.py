@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from raysweep import allocator
-from raysweep.config.cells import Resources
-from raysweep.config.trials import Recipe
 from raysweep.errors import UserError
-from raysweep.scale import ModelShape
+from raysweep.study.cells import Resources
+from raysweep.study.shape import ModelShape
+from raysweep.study.trials import Recipe
 
 COMPILE_FLOPS = 1e16
 """A run of fewer floating-point operations is over before a compiled model has paid for itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from raysweep.config.trials import Recipe
+from raysweep.study.trials import Recipe
 
 
 def learning_rate(recipe: Recipe, peak: float, tokens: float, horizon: float) -> float:

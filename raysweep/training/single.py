@@ -7,10 +7,10 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from raysweep.config import Study
 from raysweep.data.corpus import prepare
 from raysweep.errors import UserError
 from raysweep.results import Results
+from raysweep.study import Study
 from raysweep.training.loop import train
 from raysweep.training.record import trial_row
 

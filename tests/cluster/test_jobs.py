@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.nodes import TRAIN_WORKER, Node, in_trial
-from raysweep.config import Study
 from raysweep.results import Results
+from raysweep.study import Study
 from raysweep.training.single import train_one
 
 pytestmark = pytest.mark.ray

@@ -12,10 +12,10 @@ from raysweep.cluster import package
 from raysweep.cluster.jobs import Jobs, _explain, read_env_file
 from raysweep.cluster.package import collect, stage
 from raysweep.cluster.progress import progress, render
-from raysweep.config import Study
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.schema import make_row
+from raysweep.study import Study
 
 SMOKE = Path(__file__).resolve().parents[2] / "search_spaces/smoke.yaml"
 

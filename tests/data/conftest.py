@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from raysweep.config.schema import Data
 from raysweep.data.corpus import Corpus, prepare
+from raysweep.study.schema import Data
 
 settings.register_profile("raysweep", deadline=None)  # machines are slow at times
 settings.load_profile("raysweep")

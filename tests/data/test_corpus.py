@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tokenizers
 
-from raysweep.config.schema import Data
 from raysweep.data import build as building
 from raysweep.data import cache_folder
 from raysweep.data.batches import train_batch, validation_batches
@@ -20,6 +19,7 @@ from raysweep.data.corpus import Corpus, prepare
 from raysweep.data.staging import Staging
 from raysweep.data.tokenizer import load_encoder
 from raysweep.errors import UserError
+from raysweep.study.schema import Data
 
 TEXT = {"source": "text", "paths": ["texts"]}
 
@@ -141,7 +141,7 @@ def test_open_refuses_what_is_no_corpus(build, text_folder: Path, tmp_path: Path
 PREPARE = """
 import os, signal, sys, time
 from pathlib import Path
-from raysweep.config.schema import Data
+from raysweep.study.schema import Data
 from raysweep.data import build, corpus
 
 data = Data(source="text", paths=("texts",), validation_sequences=4)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysweep.config import Data
 from raysweep.data.corpus import Corpus, prepare
 from raysweep.data.shipping import obtain, publish
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
+from raysweep.study import Data
 
 
 @pytest.fixture

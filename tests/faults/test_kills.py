@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.nodes import in_trial
-from raysweep.config import Study
 from raysweep.search import stalls
 from raysweep.search.run import run
+from raysweep.study import Study
 from raysweep.training.single import train_one
 
 pytestmark = pytest.mark.ray

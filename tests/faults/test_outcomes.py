@@ -2,9 +2,9 @@
 
 import pytest
 
-from raysweep.config import Study
 from raysweep.results import Results
 from raysweep.results.lock import LOCK, study_lock
+from raysweep.study import Study
 from raysweep.training.single import train_one
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysweep.config import Architecture, Study
 from raysweep.model import build, functional
 from raysweep.model.transformer import Decoder
-from raysweep.scale import ModelShape, count
+from raysweep.study import Architecture, Study
+from raysweep.study.shape import ModelShape, count
 
 
 def shape(**changes) -> ModelShape:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from raysweep.config import Architecture
 from raysweep.model import (
     build,
     functional,
@@ -13,7 +12,8 @@ from raysweep.model import (
     fused_router,
     moe,
 )
-from raysweep.scale import ModelShape
+from raysweep.study import Architecture
+from raysweep.study.shape import ModelShape
 
 DENSE = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 4, "d_ff": 24, "vocab_size": 20}
 EXPERTS = {"experts": 4, "top_k": 2, "expert_ff": 16, "moe_layers": (1,)}

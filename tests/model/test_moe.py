@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysweep.config import Architecture
 from raysweep.model import build, functional, moe
-from raysweep.scale import ModelShape
+from raysweep.study import Architecture
+from raysweep.study.shape import ModelShape
 
 UNIFORM = torch.full((4,), 0.25)
 NO_BIAS = torch.zeros(4)

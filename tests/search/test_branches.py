@@ -6,11 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from raysweep.config import Study
 from raysweep.plan import make_plan
 from raysweep.results.schema import COLUMNS
 from raysweep.search.campaign import Campaign
 from raysweep.search.ledger import Ledger
+from raysweep.study import Study
 
 SPACE = {
     "study": "branched",

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from raysweep.config import Study
 from raysweep.errors import UserError
 from raysweep.results.schema import COLUMNS
 from raysweep.search.campaign import Campaign, Proposal, bundles_of
 from raysweep.search.ledger import Ledger
+from raysweep.study import Study
 
 BASE = {
     "study": "sim",

@@ -4,8 +4,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from raysweep.config.trials import EarlyStopping
 from raysweep.search.early_stopping import REPORT_PERCENT, make_pruner
+from raysweep.study.trials import EarlyStopping
 
 
 def stopped_at(method: str, grace: float) -> dict[int, int]:

@@ -6,10 +6,10 @@ import importlib.util
 import pytest
 from pyarrow import fs
 
-from raysweep.config import Study
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.search.loggers import check_loggers
+from raysweep.study import Study
 
 SPACE = {
     "study": "logged",

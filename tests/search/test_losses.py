@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks.nodes import Cluster, in_trial
-from raysweep.config import Study
 from raysweep.search.cells import CRASHES_ALLOWED
 from raysweep.search.run import run
 from raysweep.search.watcher import RETRIES, Watcher
+from raysweep.study import Study
 
 pytestmark = pytest.mark.ray
 

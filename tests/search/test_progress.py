@@ -5,10 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from raysweep.config import Study
 from raysweep.search.campaign import Campaign
 from raysweep.search.ledger import Ledger
 from raysweep.search.progress import Progress, Timing, clock
+from raysweep.study import Study
 
 STUDY = {
     "study": "shown",

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.config import Study
 from raysweep.results import Results
 from raysweep.search.run import run
+from raysweep.study import Study
 
 pytestmark = pytest.mark.ray
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.nodes import Cluster, Driver
-from raysweep.config import Study
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.search.run import run
+from raysweep.study import Study
 
 pytestmark = pytest.mark.ray
 

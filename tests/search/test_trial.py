@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from raysweep.config import Study
 from raysweep.data.corpus import prepare
 from raysweep.results import Results
 from raysweep.search.trial import RowWriter, TrialContext, run_trial
+from raysweep.study import Study
 
 pytestmark = pytest.mark.ray
 

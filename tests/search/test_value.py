@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from raysweep.config import Study
 from raysweep.scaling.surface import CellFeatures, fit_surface
 from raysweep.search.value import targets_of, trial_value
+from raysweep.study import Study
 
 CELLS = [CellFeatures(f"c{i}", params=1e7 * 4**i, tokens=2e8 * 4**i) for i in range(4)]
 TARGET = CellFeatures("target", params=7e9, tokens=1.4e11)

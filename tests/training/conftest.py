@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raysweep.config import Study, TrialSpec
+from raysweep.study import Study, TrialSpec
 
 
 class ToyCorpus:

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from raysweep.config import Architecture, Recipe, Resources
 from raysweep.model import build
-from raysweep.scale import ModelShape
+from raysweep.study import Architecture, Recipe, Resources
+from raysweep.study.shape import ModelShape
 from raysweep.training import calibrate, optimizer, runtime, schedule
 from raysweep.training.monitor import Monitor
 

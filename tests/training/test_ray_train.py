@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from raysweep.config import Data
 from raysweep.data.corpus import prepare
 from raysweep.data.shipping import publish
 from raysweep.results.filesystem import Storage
+from raysweep.study import Data
 from raysweep.training.loop import train
 from raysweep.training.outcome import TrialOutcome
 

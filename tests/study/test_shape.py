@@ -3,7 +3,7 @@
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.scale import ModelShape, count, derive_width_depth
+from raysweep.study.shape import ModelShape, count, derive_width_depth
 
 SHAPE = ModelShape(
     d_model=8, layers=2, heads=2, kv_heads=1, d_ff=24, vocab_size=10, sequence_length=16

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.config import Study
-from raysweep.config.schema import SearchSpace
 from raysweep.plan import make_plan
+from raysweep.study import Study
+from raysweep.study.schema import SearchSpace
 
 REPO = Path(__file__).resolve().parents[2]
 SPACES = sorted((REPO / "search_spaces").glob("*.yaml"))

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.config import Study
-from raysweep.config.load import load_search_space
 from raysweep.errors import UserError
+from raysweep.study import Study
+from raysweep.study.load import load_search_space
 
 MINIMAL = """\
 study: tiny

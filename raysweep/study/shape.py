@@ -1,4 +1,4 @@
-"""Shapes of models and what they cost: exact parameter and FLOP counts, and shapes from a target.
+"""Shapes of models and sizes of runs: exact parameter and FLOP counts, and shapes from a target.
 
 Conventions, stated once and used everywhere:
 
@@ -83,6 +83,68 @@ class Counts:
     def flops_6nd(self, tokens: float) -> float:
         """The usual approximation 6 N D, N active and non-embedding."""
         return 6.0 * self.params_active_non_embedding * tokens
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """The size of one run: every count that a law may take as its N, the tokens, and the routing.
+
+    Counts are parameters: *active* ones act on a token, *non-embedding* leaves out the input
+    embedding and the output head. Only the active non-embedding count and the tokens must be known;
+    of the rest, `params_total_non_embedding` falls back to what `experts / top_k` say, and NaN
+    stands for what is not known. `flops` are those of the whole run, 6 N D where they are not
+    given.
+
+    Raises:
+        UserError: a count that is not positive, or a total below the active parameters.
+    """
+
+    params_active_non_embedding: float
+    tokens: float
+    experts: int = 1
+    top_k: int = 1
+    params_total_non_embedding: float = math.nan
+    params_active: float = math.nan
+    params_total: float = math.nan
+    params_dense: float = math.nan
+    """Non-embedding parameters of the dense twin."""
+    head_params: float = math.nan
+    """Parameters of the output head."""
+    flops: float = math.nan
+    name: str = "run"
+    """Of the cell, where the run is one."""
+
+    def __post_init__(self) -> None:
+        for field in ("params_active_non_embedding", "tokens", "experts", "top_k"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"{self.name}: {field} must be positive, got {value}")
+        if self.params_total_non_embedding < self.params_active_non_embedding * (1 - 1e-9):
+            raise UserError(
+                f"{self.name}: params_total_non_embedding {self.params_total_non_embedding:g} is "
+                f"below the active {self.params_active_non_embedding:g}"
+            )
+
+    @property
+    def compute(self) -> float:
+        """FLOPs of the run: `flops`, or 6 N D where they are not given."""
+        if math.isfinite(self.flops):
+            return self.flops
+        return 6.0 * self.params_active_non_embedding * self.tokens
+
+    @property
+    def log_sparsity(self) -> float:
+        """ln(total / active parameters); ln(experts / top_k) where the total is not known."""
+        if math.isfinite(self.params_total_non_embedding):
+            return math.log(
+                max(self.params_total_non_embedding / self.params_active_non_embedding, 1.0)
+            )
+        return max(0.0, math.log(self.experts / self.top_k))
+
+    @property
+    def routing(self) -> tuple[int, int]:
+        """(experts, top_k)."""
+        return (self.experts, self.top_k)
 
 
 def count(shape: ModelShape) -> Counts:

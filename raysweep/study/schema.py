@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raysweep.config.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
-from raysweep.config.fields import Count, Name, Positive, Section, TokenIds
-from raysweep.config.trials import Recipe, Search
+from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
+from raysweep.study.fields import Count, Name, Positive, Section, TokenIds
+from raysweep.study.trials import Recipe, Search
 
 
 class Tokenizer(Section):

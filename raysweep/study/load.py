@@ -10,8 +10,8 @@ from typing import Any, cast, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raysweep.config.schema import SearchSpace
 from raysweep.errors import UserError
+from raysweep.study.schema import SearchSpace
 
 LARGEST_FILE = 50_000
 """Bytes: shipped files have about a thousand, and safe YAML is slow."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raysweep.config.fields import Count, Fraction, NonNegative, Positive, Section
+from raysweep.study.fields import Count, Fraction, NonNegative, Positive, Section
 
 
 class LearningRateRange(Section):

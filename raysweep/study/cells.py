@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raysweep.config.fields import MOST_LAYERS, Count, Name, NonNegative, Positive, Ratio, Section
+from raysweep.study.fields import MOST_LAYERS, Count, Name, NonNegative, Positive, Ratio, Section
 
 
 class Architecture(Section):

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raysweep.config.cells import Architecture, ModelSettings, Resources, ScaleEntry
-from raysweep.config.fields import MOST_LAYERS, MOST_TOKEN_IDS
-from raysweep.config.load import load_search_space
-from raysweep.config.schema import Data, SearchSpace
-from raysweep.config.trials import Recipe
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
-from raysweep.scale import (
+from raysweep.study.cells import Architecture, ModelSettings, Resources, ScaleEntry
+from raysweep.study.fields import MOST_LAYERS, MOST_TOKEN_IDS
+from raysweep.study.load import load_search_space
+from raysweep.study.schema import Data, SearchSpace
+from raysweep.study.shape import (
     Counts,
     ModelShape,
     count,
@@ -23,6 +22,7 @@ from raysweep.scale import (
     feed_forward_width,
     round_to,
 )
+from raysweep.study.trials import Recipe
 
 BYTE_VOCABULARY = 256
 MOST_CELLS = 1_000

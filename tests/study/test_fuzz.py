@@ -14,11 +14,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raysweep.config import Study
-from raysweep.config.schema import SearchSpace
 from raysweep.errors import UserError
 from raysweep.plan import make_plan
 from raysweep.results.importers import parse_mapping
+from raysweep.study import Study
+from raysweep.study.schema import SearchSpace
 
 REPO = Path(__file__).resolve().parents[2]
 FILES = int(os.environ.get("RAYSWEEP_FUZZ", "0"))
