@@ -11,7 +11,7 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.results.importers import read_steplaw
 from raysweep.results.store import Results
-from raysweep.scaling.surface import CellFeatures
+from raysweep.study.shape import RunSize
 
 _FEW = 12  # a cell of fewer recorded runs replays nothing
 
@@ -20,7 +20,7 @@ _FEW = 12  # a cell of fewer recorded runs replays nothing
 class RecordedGrid:
     """One cell's recorded runs. Points are (ln learning rate, ln batch tokens)."""
 
-    cell: CellFeatures
+    cell: RunSize
     sequence_length: int
     point: np.ndarray  # [n, 2]
     loss: np.ndarray  # [n]; nan where the run diverged
@@ -88,13 +88,13 @@ def read_grids(uri: str) -> list[RecordedGrid]:
             continue
         first = rows.iloc[0]
         total = first["params_total_non_embedding"]
-        cell = CellFeatures(
-            name=str(name),
-            params=float(first["params_active_non_embedding"]),
+        cell = RunSize(
+            params_active_non_embedding=float(first["params_active_non_embedding"]),
             tokens=float(first["tokens"]),
             experts=int(first["experts"]),
             top_k=int(first["top_k"]),
-            params_total=None if pd.isna(total) else float(total),
+            params_total_non_embedding=np.nan if pd.isna(total) else float(total),
+            name=str(name),
         )
         grids.append(
             RecordedGrid(

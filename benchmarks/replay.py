@@ -29,10 +29,11 @@ import optuna
 
 from benchmarks.recorded import RecordedGrid, read_grids
 from raysweep.errors import UserError
-from raysweep.scaling.surface import DEFAULT, CellFeatures, SurfaceSettings
-from raysweep.scaling.surface_features import covariates_of
+from raysweep.scaling.optima.literature import OptimumPrior, flat_prior, literature_prior
+from raysweep.scaling.optima.model import LINEAR, Design
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.strategies import STRATEGIES, make_sampler, search_space
+from raysweep.study.shape import RunSize
 
 FIRST_CELL_TRIALS = 10
 MEASURES = ("found", "recommended", "recommended_denoised", "laws")
@@ -54,10 +55,10 @@ def replay(
     strategy: str,
     trials: int,
     seed: int,
-    settings: SurfaceSettings = DEFAULT,
+    prior: OptimumPrior | None = None,
 ) -> list[CellGaps]:
     """One replay of one strategy over all cells, smallest first."""
-    ladder = Ladder(settings)
+    ladder = Ladder(prior)
     asked: list[list[int]] = []
     for position, grid in enumerate(grids):
         budget = max(trials, FIRST_CELL_TRIALS) if position == 0 else trials
@@ -95,8 +96,8 @@ def replay(
     ]
     if strategy == "ladder":
         surface = ladder.surface()
-        recommended = [grid.nearest(np.log(surface.recommend(grid.cell))) for grid in grids]
-        by_law = [grid.nearest(np.log(surface.laws.predict(grid.cell))) for grid in grids]
+        recommended = [grid.nearest(surface.optimum(grid.cell).mean) for grid in grids]
+        by_law = [grid.nearest(surface.law(grid.cell)) for grid in grids]
     else:
         recommended = best
         points = np.array([grid.point[row] for grid, row in zip(grids, best, strict=True)])
@@ -114,9 +115,30 @@ def replay(
     ]
 
 
-def regress(cells: Sequence[CellFeatures], points: np.ndarray) -> np.ndarray:
+def add_prior_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that choose the prior of the optimum's law."""
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="leave a published law out of the prior: that of the replayed data, say (repeatable)",
+    )
+    parser.add_argument("--prior", choices=("literature", "flat"), default="literature")
+    parser.add_argument(
+        "--rate-off", type=float, default=1.0, help="factor on every learning rate of the prior"
+    )
+
+
+def prior_of(options: argparse.Namespace) -> OptimumPrior:
+    """The prior that the arguments of `add_prior_arguments` name."""
+    chosen = flat_prior() if options.prior == "flat" else literature_prior(options.without)
+    return chosen.shifted(float(np.log(options.rate_off)))
+
+
+def regress(cells: Sequence[RunSize], points: np.ndarray) -> np.ndarray:
     """Least-squares power laws through points [cells, 2], read back at the cells."""
-    design = covariates_of(cells).matrix(cells)
+    design = Design.of(cells).matrix(cells)[:, :LINEAR]
     return design @ np.linalg.lstsq(design, points, rcond=None)[0]
 
 
@@ -146,14 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", default="3,4,6", help="trials a cell, comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every number here")
-    parser.add_argument(
-        "--prior-widths",
-        default="1",
-        help="factors on every prior width of the surface model: 0.5,1,2 shows how robust it is",
-    )
+    add_prior_arguments(parser)
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     grids = read_grids(options.results)
+    prior = prior_of(options)
     runs = sum(len(grid.loss) for grid in grids)
     print(f"{options.results}: {len(grids)} cells, {runs} runs, {options.seeds} seeds")
     print(f"gaps in % over all cells but the first ({grids[0].cell.name}, 10 trials: last column)")
@@ -163,29 +182,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     report = []
     for strategy in options.strategies.split(","):
-        factors = options.prior_widths.split(",") if strategy == "ladder" else ["1"]
-        for factor in factors:
-            settings = DEFAULT.scaled(float(factor))
-            for trials in map(int, options.trials.split(",")):
-                replays = [
-                    replay(grids, strategy, trials, seed, settings) for seed in range(options.seeds)
-                ]
-                table = summarise(replays)
-                label = strategy if float(factor) == 1 else f"{strategy} x{factor}"
-                for measure, row in table.items():
-                    numbers = " ".join(f"{value:7.3f}" for value in row.values())
-                    print(f"{label:16} {trials:6}  {measure:21} {numbers}", flush=True)
-                report.append(
-                    {
-                        "strategy": strategy,
-                        "prior_widths": float(factor),
-                        "trials": trials,
-                        "summary": table,
-                        "replays": [[asdict(cell) for cell in run] for run in replays],
-                    }
-                )
+        for trials in map(int, options.trials.split(",")):
+            replays = [
+                replay(grids, strategy, trials, seed, prior) for seed in range(options.seeds)
+            ]
+            table = summarise(replays)
+            for measure, row in table.items():
+                numbers = " ".join(f"{value:7.3f}" for value in row.values())
+                print(f"{strategy:16} {trials:6}  {measure:21} {numbers}", flush=True)
+            report.append(
+                {
+                    "strategy": strategy,
+                    "trials": trials,
+                    "summary": table,
+                    "replays": [[asdict(cell) for cell in run] for run in replays],
+                }
+            )
     if options.json:
-        options.json.write_text(json.dumps({"results": options.results, "runs": report}, indent=1))
+        said = {"results": options.results, "prior": options.prior, "without": options.without}
+        said |= {"rate_off": options.rate_off, "seeds": options.seeds, "runs": report}
+        options.json.write_text(json.dumps(said, indent=1))
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ class Campaign:
             return
         surface, targets = self._ladder.surface(), targets_of(self.study)
         state = max(
-            candidates, key=lambda s: trial_value(surface, s.features, targets) / s.trial_flops
+            candidates, key=lambda s: trial_value(surface, s.cell.size, targets) / s.trial_flops
         )
         # An earlier run may have gone past the budget already.
         had = len(state.searched) + len(state.running - state.repeats)
@@ -277,7 +277,7 @@ class Campaign:
         return state
 
     def _attach_sampler(self, state: CellState) -> None:
-        features = state.features
+        features = state.cell.size
         length = state.cell.shape.sequence_length
         self._ladder.register(features, state.study, sequence_length=length)
         seed = self.study.space.seed
@@ -332,7 +332,7 @@ class Campaign:
         low, high = state.bounds.log2_batch
         surface, tokens = self._ladder.surface(), (2.0**low * length, 2.0**high * length)
         found = (
-            surface.edges(s.features, state.bounds.learning_rate, tokens)
+            surface.edges(s.cell.size, state.bounds.learning_rate, tokens)
             for s in (state, *state.branches)
         )
         edges = tuple(dict.fromkeys(edge for of_cell in found for edge in of_cell))

@@ -11,7 +11,6 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.results.schema import FINISHED
-from raysweep.scaling.surface import CellFeatures
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH
 from raysweep.search.strategies import search_space
 from raysweep.study import Cell, Search
@@ -37,20 +36,6 @@ class Bounds:
         low, high = self.learning_rate
         inside = low * (1 - 1e-9) <= point[0] <= high * (1 + 1e-9)
         return inside and self.log2_batch[0] <= point[1] <= self.log2_batch[1]
-
-
-def features_of(cell: Cell) -> CellFeatures:
-    """The cell as the surface model sees it."""
-    counts = cell.counts
-    return CellFeatures(
-        name=cell.name,
-        params=counts.params_active_non_embedding,
-        tokens=cell.tokens,
-        experts=cell.shape.experts,
-        top_k=cell.shape.top_k,
-        params_total=counts.params_total_non_embedding,
-        flops=cell.flops,
-    )
 
 
 @dataclass
@@ -92,10 +77,6 @@ class CellState:
         high = min(int(math.log2(batch.high)), self._largest_log2_batch())
         low = min(max(int(math.log2(batch.low)), self._smallest_log2_batch()), high)
         return Bounds((rate.low, rate.high), (low, high))
-
-    @property
-    def features(self) -> CellFeatures:
-        return features_of(self.cell)
 
     @property
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:

@@ -10,7 +10,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.errors import UserError
-from raysweep.scaling.surface import DEFAULT, CellFeatures, Surface, SurfaceSettings, fit_surface
+from raysweep.scaling.optima.literature import OptimumPrior
+from raysweep.scaling.optima.model import DEFAULT, Settings
+from raysweep.scaling.optima.surface import Surface, fit_surface
+from raysweep.study.shape import RunSize
 
 LEARNING_RATE = "learning_rate"
 LOG2_BATCH = "log2_batch_sequences"
@@ -36,7 +39,7 @@ class _Told:
 
 @dataclass
 class _Entry:
-    cell: CellFeatures
+    cell: RunSize
     study: optuna.Study | None = None
     sequence_length: int = 0
     imported: list[History] = field(default_factory=list)
@@ -61,12 +64,12 @@ class Ladder:
     one whose parameters are not what was asked for, in "asked_at".
     """
 
-    def __init__(self, settings: SurfaceSettings = DEFAULT) -> None:
-        self.settings = settings
+    def __init__(self, prior: OptimumPrior | None = None, settings: Settings = DEFAULT) -> None:
+        self.prior, self.settings = prior, settings
         self._entries: dict[str, _Entry] = {}
         self._cache: tuple[int, Surface] | None = None
 
-    def register(self, cell: CellFeatures, study: optuna.Study, *, sequence_length: int) -> None:
+    def register(self, cell: RunSize, study: optuna.Study, *, sequence_length: int) -> None:
         """Add a cell, or replace its study. `sequence_length` is in tokens."""
         entry = self._entry(cell)
         if entry.study is not study:
@@ -75,7 +78,7 @@ class Ladder:
 
     def add_history(
         self,
-        cell: CellFeatures,
+        cell: RunSize,
         learning_rate: np.ndarray,
         batch_tokens: np.ndarray,
         loss: np.ndarray,
@@ -97,7 +100,7 @@ class Ladder:
         self._entry(cell).imported.append(rows)
 
     @property
-    def cells(self) -> tuple[CellFeatures, ...]:
+    def cells(self) -> tuple[RunSize, ...]:
         """All cells, in the order they came."""
         return tuple(entry.cell for entry in self._entries.values())
 
@@ -153,10 +156,18 @@ class Ladder:
         ]
         key = hash((self.cells, index.tobytes(), *(a.tobytes() for a in arrays)))
         if self._cache is None or self._cache[0] != key:
-            self._cache = key, fit_surface(self.cells, index, *arrays, settings=self.settings)
+            surface = fit_surface(
+                self.cells,
+                index,
+                *arrays,
+                prior=self.prior,
+                settings=self.settings,
+                batch_searched=True,
+            )
+            self._cache = key, surface
         return self._cache[1]
 
-    def _entry(self, cell: CellFeatures) -> _Entry:
+    def _entry(self, cell: RunSize) -> _Entry:
         entry = self._entries.setdefault(cell.name, _Entry(cell))
         if entry.cell != cell:
             raise UserError(f"cell {cell.name!r} is already known with other sizes")

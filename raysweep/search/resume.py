@@ -12,10 +12,10 @@ import pandas as pd
 
 from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
-from raysweep.scaling.surface import CellFeatures
 from raysweep.search.cells import CellState
 from raysweep.search.ladder import Ladder
 from raysweep.study import Study
+from raysweep.study.shape import RunSize
 
 _log = logging.getLogger("raysweep")
 
@@ -90,16 +90,16 @@ def teach(ladder: Ladder, rows: pd.DataFrame) -> None:
     for name, cell in usable.groupby("cell", sort=True):
         first = cell.iloc[0]
         total = first["params_total_non_embedding"]
-        features = CellFeatures(
-            name=f"{first['source']}:{name}",
-            params=float(first["params_active_non_embedding"]),
+        size = RunSize(
+            params_active_non_embedding=float(first["params_active_non_embedding"]),
             tokens=float(first["tokens"]),
             experts=int(first["experts"]),
             top_k=int(first["top_k"]),
-            params_total=None if pd.isna(total) else float(total),
+            params_total_non_embedding=math.nan if pd.isna(total) else float(total),
+            name=f"{first['source']}:{name}",
         )
         ladder.add_history(
-            features,
+            size,
             cell["learning_rate"].to_numpy(float),
             cell["batch_tokens"].to_numpy(float),
             cell["loss"].to_numpy(float),

@@ -12,8 +12,9 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
-from raysweep.scaling.surface import CellFeatures, Surface
+from raysweep.scaling.optima.surface import Surface
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
+from raysweep.study.shape import RunSize
 
 _DRAWS = 128
 _RATES = 21  # candidate learning rates across the range, beside 13 about the optimum
@@ -59,7 +60,7 @@ class LadderSampler(RelativeSampler):
 
     def __init__(
         self,
-        cell: CellFeatures,
+        cell: RunSize,
         ladder: Ladder,
         space: dict[str, BaseDistribution],
         sequence_length: int,
@@ -134,7 +135,7 @@ class LadderSampler(RelativeSampler):
 
 def acquisition(
     surface: Surface,
-    cell: CellFeatures,
+    cell: RunSize,
     candidates: np.ndarray,
     tried: np.ndarray,
     log_loss: np.ndarray,
@@ -174,7 +175,7 @@ def acquisition(
     half = 0.5 * surface.optimum(cell).curvature
     taught = np.einsum("in,ij,jn->n", covariance[:2], half, covariance[:2]) / variance
     # The laws' expected gap, averaged over the cells of the ladder.
-    design = surface.covariates.matrix(surface.cells)
+    design = surface.design.matrix(surface.cells)
     by_cell = np.einsum("ck,akn->can", design, covariance[2:].reshape(2, -1, count))
     by_law = np.einsum("can,ab,cbn->n", by_cell, half, by_cell) / len(design) / variance
     return improvement + taught + _LAW_WEIGHT * by_law

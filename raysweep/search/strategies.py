@@ -16,9 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from raysweep.errors import UserError
-from raysweep.scaling.surface import CellFeatures
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.sampler import LadderSampler, RelativeSampler
+from raysweep.study.shape import RunSize
 
 Range = tuple[float, float]
 
@@ -45,7 +45,7 @@ def search_space(learning_rate: Range, log2_batch: Range) -> dict[str, BaseDistr
 def make_sampler(
     strategy: str,
     *,
-    cell: CellFeatures,
+    cell: RunSize,
     ladder: Ladder,
     learning_rate: Range,
     log2_batch: Range,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from raysweep.scaling.surface import CellFeatures, Surface
-from raysweep.search.cells import features_of
+from raysweep.scaling.optima.surface import Surface
 from raysweep.study import Study
+from raysweep.study.shape import RunSize
 
 _DRAWS = 256
 _STEPS = (-0.7, 0.0, 0.7)
@@ -18,34 +19,37 @@ _REACH = 10.0
 """Without targets: a run this much larger than the largest cell, in parameters and in tokens."""
 
 
-def targets_of(study: Study) -> tuple[CellFeatures, ...]:
+def targets_of(study: Study) -> tuple[RunSize, ...]:
     """The runs that a study is to recommend for, as the surface model sees them.
 
     Those that the file names; without any, each architecture's largest cell times ten in parameters
     and tokens. A MoE target is as sparse as the study's largest cell of its architecture.
     """
-    largest = {cell.architecture: features_of(cell) for cell in study.cells}
+    largest = {cell.architecture: cell.size for cell in study.cells}
     named = [(t.architecture, t.params, t.tokens) for t in study.space.targets]
     if not named:
-        named = [(a, c.params * _REACH, c.tokens * _REACH) for a, c in largest.items()]
+        named = [
+            (a, c.params_active_non_embedding * _REACH, c.tokens * _REACH)
+            for a, c in largest.items()
+        ]
     found = []
     for i, (architecture, params, tokens) in enumerate(named):
         like = largest[architecture]
         found.append(
-            CellFeatures(
-                name=f"target-{i}",
-                params=params,
+            RunSize(
+                params_active_non_embedding=params,
                 tokens=tokens,
                 experts=like.experts,
                 top_k=like.top_k,
-                params_total=params * (like.params_total or like.params) / like.params,
+                params_total_non_embedding=params * math.exp(like.log_sparsity),
+                name=f"target-{i}",
             )
         )
     return tuple(found)
 
 
 def trial_value(
-    surface: Surface, cell: CellFeatures, targets: Sequence[CellFeatures], seed: int = 0
+    surface: Surface, cell: RunSize, targets: Sequence[RunSize], seed: int = 0
 ) -> float:
     """Expected fall of the targets' expected loss gap (relative loss) by one trial in `cell`.
 
@@ -60,7 +64,7 @@ def trial_value(
     outcome = draws.levels[:, None] + gaps
     outcome = outcome - outcome.mean(0)
     variance = (outcome**2).mean(0) + surface.noise_variance(gaps.mean(0))
-    design = surface.covariates.matrix(targets)
+    design = surface.design.matrix(targets)
     predicted = np.einsum("nak,tk->nta", draws.laws, design)
     predicted = predicted - predicted.mean(0)
     covariance = np.einsum("nta,np->tap", predicted, outcome) / _DRAWS

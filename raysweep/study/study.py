@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from raysweep.display import InNotebooks
@@ -17,6 +18,7 @@ from raysweep.study.schema import Data, SearchSpace
 from raysweep.study.shape import (
     Counts,
     ModelShape,
+    RunSize,
     count,
     derive_width_depth,
     feed_forward_width,
@@ -54,6 +56,24 @@ class Cell:
     def flops(self) -> float:
         """Training FLOPs of one trial."""
         return self.counts.flops_per_token * self.tokens
+
+    @cached_property
+    def size(self) -> RunSize:
+        """What the laws know of a trial."""
+        counts = self.counts
+        return RunSize(
+            params_active_non_embedding=counts.params_active_non_embedding,
+            tokens=self.tokens,
+            experts=self.shape.experts,
+            top_k=self.shape.top_k,
+            params_total_non_embedding=counts.params_total_non_embedding,
+            params_active=counts.params_active,
+            params_total=counts.params_total,
+            params_dense=self.params_dense,
+            head_params=self.shape.d_model * self.shape.vocab_size,
+            flops=self.flops,
+            name=self.name,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
