@@ -1,122 +1,206 @@
-"""fit(results) -> Fits: optima, their laws, the laws of the loss, and how far to trust them."""
+"""fit(results) -> Fits: everything that a results table can tell, in one fitted object."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from raysweep.display import InNotebooks
 from raysweep.errors import UserError
-from raysweep.scaling.advise import advise
-from raysweep.scaling.budgets import Saving, Split, savings, split_budget, usable_experts_law
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
-from raysweep.scaling.expert_load import cell_expert_load
-from raysweep.scaling.groups import ALL, Group, Sources, fit_group
-from raysweep.scaling.noise import Ratio, cell_noise_scale, compare_kinds
-from raysweep.scaling.optimum import (
-    OPTIMUM_METHODS,
-    Optimum,
-    find_optima,
-    surface_of,
-    surface_optima,
+from raysweep.scaling.compare import Arm, Ratio, compare_arms
+from raysweep.scaling.compute.allocation import Split, split_budget
+from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
+from raysweep.scaling.estimate import Estimate
+from raysweep.scaling.evidence import Evidence, gather
+from raysweep.scaling.held_out import HeldOut, hold_out_largest
+from raysweep.scaling.loss.laws import LOSS_LAWS
+from raysweep.scaling.loss.model import LossModel
+from raysweep.scaling.optima.literature import OptimumPrior, literature_prior
+from raysweep.scaling.optima.noise_scale import (
+    NoiseLaw,
+    cell_expert_load,
+    cell_noise_scale,
+    fit_noise_scale,
 )
+from raysweep.scaling.optima.readings import Optimum, all_readings, readings_table
+from raysweep.scaling.optima.surface import EXPONENTS, TARGETS, Surface
 from raysweep.scaling.plain import plain
-from raysweep.scaling.recommend import Recommendation
-from raysweep.scaling.sensitivity import Sensitivity, group_sensitivity
-from raysweep.scaling.serving import Serving, Solution, serving_solutions
+from raysweep.scaling.recommend import BATCH_WITHIN, Recommendation, recommend
+from raysweep.scaling.relations import LossRelation, loss_relation
 from raysweep.scaling.summary import summary
-from raysweep.scaling.surface import Surface
+from raysweep.text import read_number, read_size
 
-__all__ = ["ALL", "Fits", "Group", "Recommendation", "fit"]
+__all__ = ["Fits", "Recommendation", "fit"]
 
 
 class HasFrame(Protocol):
     """Anything with the results table, such as `raysweep.results.store.Results`."""
 
-    def frame(self) -> pd.DataFrame:
+    def to_pandas(self) -> pd.DataFrame:
         """One row a trial, columns of `results.schema`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class Fits(InNotebooks):
-    """All fits of one results table.
+class Fits:
+    """Everything fitted to one results table. Each of its answers is read off `evidence`.
 
-    `cells` has one row a cell (index its name), smallest compute first, with `loss` (at the
-    optimum where that is interior, else the best trial's; `loss_from` says which), `loss_se`, and
-    the default method's `learning_rate`, `batch_tokens`, `status`. `optima[method][cell]` are the
-    optima by every method. `groups` are the architectures by name, and `ALL` where there are
-    several. `comparison` holds MoE over dense, `at equal loss` and `at equal N and D`; empty
-    without both. `allocation` tells how each architecture best splits a budget, `efficiency` what
-    each MoE architecture saves over dense (empty without both). `expert_load` is that of the MoE
-    cells that measured it, `sensitivity[architecture][target]` how a law depends on choices.
+    `evidence` holds one entry a set of data, by its label (one, "", where all rows share data).
+    `cells` has one row a cell (index its name), smallest compute first, of all sets together:
+    sizes, numbers of trials, `loss` at the optimum (`loss_from` says what told it) and its
+    `loss_se`, `learning_rate`, `batch_tokens` and `status` of the optimum. `optima[way][cell]` are
+    the optima by the model and by the readings that check it. `noise_scale` and `expert_load` are
+    what trials measured beside their loss. `group` are the columns that results were grouped by.
     """
 
-    method: str
-    cells: pd.DataFrame
-    left_out: dict[str, int]
     n_rows: int
+    left_out: dict[str, int]
+    messages: tuple[str, ...]
+    group: tuple[str, ...]
+    prior: OptimumPrior
+    evidence: dict[str, Evidence]
+    cells: pd.DataFrame
     optima: dict[str, dict[str, Optimum]]
-    groups: dict[str, Group]
-    comparison: dict[str, dict[str, Ratio]]
-    allocation: dict[str, Split]
-    efficiency: dict[str, Saving]
     noise_scale: pd.DataFrame
     expert_load: pd.DataFrame
-    sensitivity: dict[str, dict[str, Sensitivity]]
-    surface: Surface | None
-    loss_law: str | None
-    messages: tuple[str, ...]
+    table: CellTable
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain JSON values: what `raysweep fit --json` prints."""
-        result = plain(
-            {
-                "method": self.method,
-                "methods": {m.name: m.summary for m in OPTIMUM_METHODS.values()},
-                "n_rows": self.n_rows,
-                "left_out": self.left_out,
-                "cells": self.cells,
-                "optima": self.optima,
-                "groups": self.groups,
-                "comparison": self.comparison,
-                "allocation": self.allocation,
-                "efficiency": self.efficiency,
-                "noise_scale": self.noise_scale,
-                "expert_load": self.expert_load,
-                "sensitivity": self.sensitivity,
-                "messages": self.messages,
-            }
-        )
-        assert isinstance(result, dict)
-        return result
+    # ------------------------------------------------------------------ what there is
 
-    def __repr__(self) -> str:
-        return str(self)
+    @property
+    def architectures(self) -> list[str]:
+        """Names of the architectures, dense ones first."""
+        names = [name for e in self.evidence.values() for name in e.architectures]
+        return sorted(names, key=lambda name: self.kind(name) != "dense")
 
-    def __str__(self) -> str:
-        return summary(self)
+    def evidence_of(self, architecture: str) -> Evidence:
+        """What was fitted to the data of an architecture.
+
+        Raises:
+            UserError: no architecture of that name.
+        """
+        for evidence in self.evidence.values():
+            if architecture in evidence.architectures:
+                return evidence
+        known = ", ".join(self.architectures) or "none"
+        raise UserError(f"no architecture {architecture!r} in the results; known: {known}")
+
+    def cells_of(self, architecture: str) -> pd.DataFrame:
+        """The rows of `cells` of an architecture."""
+        return self.cells[self.cells["architecture"] == architecture]
+
+    def kind(self, architecture: str) -> str:
+        """`dense` or `moe`."""
+        return str(self.cells_of(architecture)["architecture_kind"].iloc[0])
+
+    def recipes(self, architecture: str) -> list[str]:
+        """The values of `group` among an architecture's cells."""
+        return list(dict.fromkeys(self.cells_of(architecture)["recipe"]))
+
+    # ------------------------------------------------------------------ what it answers
 
     def recommend(
         self,
         architecture: str | None = None,
-        params: float = math.nan,
-        tokens: float = math.nan,
+        params: float | str | Sequence[float | str] | np.ndarray = "",
+        tokens: float | str | Sequence[float | str] | np.ndarray = "",
         experts: int | None = None,
         top_k: int | None = None,
-    ) -> Recommendation:
+        *,
+        recipe: str | None = None,
+        within: float | str = BATCH_WITHIN,
+    ) -> Recommendation | pd.DataFrame:
         """What to run for `params` active non-embedding parameters on `tokens` tokens.
 
+        Numbers, text such as "7B", or sequences of either: then a DataFrame, one row a run.
         `architecture` is a name in the results, or `dense` or `moe`; without one, `experts`
-        decides. Raises UserError for what no results could answer; what these cannot answer is a
-        status.
+        decides. `within` is the share of the best loss that the largest batch may cost.
+
+        Raises:
+            UserError: what no results could answer.
         """
-        return advise(self, architecture, params, tokens, experts, top_k)
+        name = self._architecture(architecture, experts)
+        evidence = self.evidence_of(name)
+        share = _share(within)
+
+        def one(n: object, d: object) -> Recommendation:
+            return recommend(
+                evidence,
+                name,
+                read_size(_scalar(n, "params"), "params"),
+                read_size(_scalar(d, "tokens"), "tokens"),
+                experts=experts,
+                top_k=top_k,
+                recipe=recipe,
+                within=share,
+            )
+
+        if _single(params) and _single(tokens):
+            return one(params, tokens)
+        pairs = np.broadcast(np.atleast_1d(params), np.atleast_1d(tokens))
+        rows = [recommendation_row(one(n, d)) for n, d in pairs]
+        return pd.DataFrame(rows)
+
+    def predict(
+        self,
+        learning_rate: float | np.ndarray,
+        batch_tokens: float | np.ndarray,
+        params: float | str,
+        tokens: float | str,
+        architecture: str | None = None,
+        experts: int | None = None,
+        top_k: int | None = None,
+        *,
+        recipe: str | None = None,
+    ) -> pd.DataFrame:
+        """The loss of a run at any learning rates and batches: `loss`, `low`, `high`, and `cost`,
+        the share by which it lies above the loss at the optimum.
+
+        Raises:
+            UserError: what no results could answer.
+        """
+        found = self.recommend(
+            architecture, params, tokens, experts=experts, top_k=top_k, recipe=recipe
+        )
+        assert isinstance(found, Recommendation)
+        evidence = self.evidence_of(found.architecture)
+        if evidence.surface is None:
+            raise UserError("no trial tells its learning rate and batch: only the loss of cells")
+        rate, batch = np.broadcast_arrays(np.atleast_1d(learning_rate), np.atleast_1d(batch_tokens))
+        gap, least, most = evidence.gap(found.run, rate, batch)
+        base = np.log(np.array([found.loss, *found.loss_interval]))
+        own = base[0] - base[1], base[2] - base[0]
+        return pd.DataFrame(
+            {
+                "learning_rate": rate,
+                "batch_tokens": batch,
+                "loss": np.exp(base[0] + gap),
+                "low": np.exp(base[0] + gap - np.hypot(own[0], gap - least)),
+                "high": np.exp(base[0] + gap + np.hypot(own[1], most - gap)),
+                "cost": np.expm1(gap),
+            }
+        )
+
+    def split(self, flops: float | str | Sequence[float | str]) -> dict[str, list[Split]]:
+        """By architecture, the compute-optimal N and D of each training budget.
+
+        Raises:
+            UserError: a budget that is no positive number.
+        """
+        budgets = [flops] if isinstance(flops, float | int | str) else list(flops)
+        asked = [read_number(f, "flops") for f in budgets]
+        return {
+            name: [
+                split_budget(self.evidence_of(name).loss_model(name), self.cells_of(name), c)
+                for c in asked
+            ]
+            for name in self.architectures
+        }
 
     def serve(
         self,
@@ -128,101 +212,249 @@ class Fits(InNotebooks):
         """What a training budget buys with each number of experts, at equal quality and at equal
         serving cost; see `serving.serving_solutions`.
 
-        Raises UserError where no law over several numbers of experts was fitted."""
-        return serving_solutions(
-            usable_experts_law(self.groups), flops, serving, experts, reference
+        Raises:
+            UserError: no law over several numbers of experts was fitted.
+        """
+        for evidence in self.evidence.values():
+            model = evidence.shared_loss
+            if model.ok and model.law is not None and "experts" in model.law.inputs:
+                return serving_solutions(model, flops, serving, experts, reference)
+        raise UserError(
+            "serving needs a law of the loss over several numbers of experts: train cells with at "
+            "least two"
         )
+
+    def arm(self, architecture: str, recipe: str = "") -> Arm:
+        """One side of a comparison."""
+        name = architecture + (f", {recipe}" if recipe else "")
+        return Arm(name, self.evidence_of(architecture), architecture, recipe, self.noise_scale)
+
+    @cached_property
+    def comparison(self) -> dict[str, list[Ratio]]:
+        """Each MoE architecture over the dense one of its data, by its name; empty without both."""
+        found = {}
+        for evidence in self.evidence.values():
+            dense = [n for n in evidence.architectures if self.kind(n) == "dense"]
+            for name in evidence.architectures:
+                if dense and self.kind(name) == "moe":
+                    found[name] = compare_arms(self.arm(dense[0]), self.arm(name))
+        return found
+
+    @cached_property
+    def relations(self) -> dict[str, dict[str, LossRelation]]:
+        """By architecture, the optimal batch and learning rate as power laws of the loss (Wang et
+        al.: B = B0 / L^a); only those that are determined."""
+        found: dict[str, dict[str, LossRelation]] = {}
+        for name in self.architectures:
+            known = {t: loss_relation(self.evidence_of(name), name, t) for t in TARGETS}
+            found[name] = {t: r for t, r in known.items() if r is not None}
+        return found
+
+    @cached_property
+    def noise_laws(self) -> dict[str, NoiseLaw]:
+        """By architecture, the measured gradient noise scale as a power law of the loss."""
+        found = {}
+        for name in self.architectures:
+            cells = self.cells_of(name)
+            law = fit_noise_scale(cells, self.noise_scale.loc[cells.index])
+            if law is not None:
+                found[name] = law
+        return found
+
+    # ------------------------------------------------------------------ how far to trust it
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The largest cells, predicted by a fit of the smaller ones; None where they are too
+        few."""
+        return hold_out_largest(list(self.evidence.values()), self.table.searched(), self.prior)
+
+    @cached_property
+    def readings(self) -> pd.DataFrame:
+        """How other ways to read optima compare with the model, one row a way."""
+        return readings_table(self.optima, self.cells)
+
+    @cached_property
+    def prior_table(self) -> pd.DataFrame:
+        """What the literature says of each exponent and intercept, and how far the data moved it.
+
+        One row a set of data, target and coefficient: `prior`, `prior_sd`, `value`, `low`, `high`,
+        and `moved`, the distance from the prior's mean in its sds."""
+        rows = []
+        for label, evidence in self.evidence.items():
+            if evidence.surface is None:
+                continue
+            rows += [{"dataset": label, **row} for row in _against_prior(evidence.surface)]
+        return pd.DataFrame(rows)
+
+    def loss_model(self, architecture: str) -> LossModel:
+        """The law that tells the loss of an architecture's runs."""
+        return self.evidence_of(architecture).loss_model(architecture)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values: what `raysweep fit --json` prints."""
+        said = {
+            "n_rows": self.n_rows,
+            "left_out": self.left_out,
+            "messages": self.messages,
+            "group": self.group,
+            "cells": self.cells,
+            "optima": self.optima["model"] if self.optima else {},
+            "laws": {
+                label: _laws_dict(e.surface) for label, e in self.evidence.items() if e.surface
+            },
+            "loss": {name: self.loss_model(name).to_dict() for name in self.architectures},
+            "relations": self.relations,
+            "comparison": self.comparison,
+            "noise_scale": self.noise_scale,
+            "noise_laws": self.noise_laws,
+            "expert_load": self.expert_load,
+            "prior": self.prior_table,
+            "readings": self.readings if self.optima else {},
+            "held_out": self.held_out,
+        }
+        result = plain(said)
+        assert isinstance(result, dict)
+        return result
+
+    def __repr__(self) -> str:
+        n = len(self.cells)
+        return f"<Fits: {n} cells of {', '.join(self.architectures) or 'nothing'}>"
+
+    def __str__(self) -> str:
+        return summary(self)
+
+    def _architecture(self, wanted: str | None, experts: int | None) -> str:
+        """The name that a request means."""
+        names = self.architectures
+        if not names:
+            raise UserError("the results hold no cell, so there is nothing to recommend from")
+        if wanted in names:
+            return str(wanted)
+        many = (experts or 1) > 1
+        kind = wanted if wanted is not None else "moe" if many else "dense"
+        of_kind = [n for n in names if self.kind(n) == kind]
+        if wanted in ("dense", "moe", None) and of_kind:
+            routing = [n for n in of_kind if experts in set(self.cells_of(n)["experts"])]
+            return (routing or of_kind)[0]
+        if wanted is None and not many:
+            return names[0]
+        if wanted in ("moe", None):
+            raise UserError(
+                "no MoE cell in the results, so nothing tells of experts: leave them out"
+            )
+        raise UserError(f"no architecture {wanted!r} in the results; known: {', '.join(names)}")
 
 
 def fit(
     results: pd.DataFrame | HasFrame,
     *,
+    group: str | Sequence[str] = (),
+    without: Iterable[str] = (),
+    literature: Iterable[str] | None = None,
     loss_law: str | None = None,
-    optimum_method: str = "surface",
-    n_boot: int = 200,
-    seed: int = 0,
 ) -> Fits:
     """Fit everything that a results table can tell.
 
-    `loss_law` names a law to fit beside the usual ones and to predict losses with; `n_boot` is the
-    number of resamples behind every interval. What cannot be fitted has a status and a message.
-    Raises UserError for an unknown method or law, or a table without the columns every fit needs.
+    Args:
+        results: a results folder that was opened, or a DataFrame with the schema's columns.
+        group: columns by which runs differ in their recipe (optimizer, schedule, ...): they share
+            one valley, and have offsets of their own.
+        without: keys of published laws to leave out of the prior.
+        literature: keys of the only published laws to make the prior of.
+        loss_law: the law of the loss to answer with, in place of the one that predicts best.
+
+    Raises:
+        UserError: an unknown law or column, or a table without the columns every fit needs.
     """
-    if optimum_method not in OPTIMUM_METHODS:
-        known = ", ".join(OPTIMUM_METHODS)
-        raise UserError(f"unknown optimum method {optimum_method!r}; known: {known}")
-    frame = results if isinstance(results, pd.DataFrame) else results.frame()
-    table = cell_table(frame)
+    columns = (group,) if isinstance(group, str) else tuple(group)
+    if loss_law is not None and loss_law not in LOSS_LAWS:
+        raise UserError(f"unknown law of the loss {loss_law!r}; known: {', '.join(LOSS_LAWS)}")
+    frame = results if isinstance(results, pd.DataFrame) else results.to_pandas()
+    prior = literature_prior(without, literature)
+    table = cell_table(frame, group=columns)
     trials = table.searched()
-    surface = surface_of(trials) if trials else None
-    optima: dict[str, dict[str, Optimum]] = {}
-    for method in OPTIMUM_METHODS:
-        if method == "surface" and surface is not None:
-            found = surface_optima(surface, trials)
-        else:
-            found = find_optima(trials, method)
-        optima[method] = {o.cell: o for o in found}
-    cells = _with_optima(table.cells, optima[optimum_method])
-    noise = cell_noise_scale(cells, table.trials)
-    data = Sources(table, trials, optima, noise, optimum_method, n_boot, seed)
-    names = list(dict.fromkeys(cells["architecture"]))
-    kinds = set(cells["architecture_kind"])
-    groups = {
-        name: fit_group(name, cells[cells["architecture"] == name], data, loss_law)
-        for name in names
-    }
-    if len(names) > 1:
-        groups[ALL] = fit_group(ALL, cells, data, loss_law)
-    comparison = {}
-    if {"dense", "moe"} <= kinds:
-        default = optima[optimum_method]
-        for label, at_equal in (
-            ("at equal loss", ("loss",)),
-            ("at equal N and D", ("params", "tokens")),
-            ("at equal FLOPs", ("flops",)),
-        ):
-            comparison[label] = compare_kinds(
-                cells, default, noise, at_equal=at_equal, n_boot=n_boot, seed=seed
-            )
+    evidence = {}
+    for label in dict.fromkeys(table.cells["dataset"]):
+        cells = table.cells[table.cells["dataset"] == label]
+        own = [t for t in trials if t.name in cells.index]
+        evidence[str(label)] = gather(
+            str(label), cells, own, prior, None if loss_law is None else (loss_law,)
+        )
+    cells = pd.concat([e.cells for e in evidence.values()]) if evidence else table.cells
+    optima = _optima(evidence.values(), trials)
+    cells = _with_optima(cells, optima.get("model", {})).sort_values(
+        ["flops", "tokens"], kind="stable"
+    )
     left_out = table.left_out["why"].value_counts()
     return Fits(
-        method=optimum_method,
-        cells=cells,
-        left_out={str(k): int(v) for k, v in left_out.items()},
         n_rows=len(frame),
+        left_out={str(k): int(v) for k, v in left_out.items()},
+        messages=(*table.messages, *_messages(table, trials, optima.get("model", {}))),
+        group=columns,
+        prior=prior,
+        evidence=evidence,
+        cells=cells,
         optima=optima,
-        groups=groups,
-        comparison=comparison,
-        allocation={
-            name: split_budget(group, n_boot, seed) for name, group in groups.items() if name != ALL
-        },
-        efficiency=savings(groups),
-        noise_scale=noise,
+        noise_scale=cell_noise_scale(cells, table.trials),
         expert_load=cell_expert_load(cells, table.trials),
-        sensitivity={
-            name: group_sensitivity(group, optima, optimum_method, seed)
-            for name, group in groups.items()
-            if name != ALL
-        },
-        surface=surface,
-        loss_law=loss_law,
-        messages=tuple(_messages(table, trials, optima[optimum_method])),
+        table=table,
     )
 
 
+def recommendation_row(answer: Recommendation) -> dict[str, object]:
+    """A recommendation as one row of a table, or as plain values."""
+    low, high = "_low", "_high"
+    row: dict[str, object] = {
+        "architecture": answer.architecture,
+        "params": answer.params,
+        "tokens": answer.tokens,
+        "experts": answer.experts,
+        "top_k": answer.top_k,
+    }
+    for name in ("learning_rate", "batch_tokens", "loss"):
+        ends = getattr(answer, f"{name}_interval")
+        row |= {name: getattr(answer, name), name + low: ends[0], name + high: ends[1]}
+    keep = {f.name for f in fields(answer)} & {"largest_batch", "verdict"}
+    return row | {name: getattr(answer, name) for name in sorted(keep)}
+
+
+def _single(value: object) -> bool:
+    return isinstance(value, str | float | int | np.number)
+
+
+def _scalar(value: object, name: str) -> str | float:
+    if isinstance(value, str):
+        if not value:
+            raise UserError(f"recommend needs {name}: a number such as 7e9, or '7B'")
+        return value
+    return float(value)  # type: ignore[arg-type]
+
+
+def _share(within: float | str) -> float:
+    text = str(within).strip()
+    return read_number(text[:-1], "within") / 100 if text.endswith("%") else float(text)
+
+
+def _optima(
+    evidence: Iterable[Evidence], trials: Sequence[CellTrials]
+) -> dict[str, dict[str, Optimum]]:
+    """Optima by every way, over all sets of data."""
+    found: dict[str, dict[str, Optimum]] = {}
+    for one in evidence:
+        if one.surface is None:
+            continue
+        own = [t for t in trials if t.name in one.cells.index]
+        for way, optima in all_readings(one.surface, own).items():
+            found.setdefault(way, {}).update(optima)
+    return found
+
+
 def _with_optima(cells: pd.DataFrame, optima: Mapping[str, Optimum]) -> pd.DataFrame:
-    """The cell table with each cell's optimum, and the loss that stands for the cell."""
-    found = [optima.get(name) for name in cells.index]
-    interior = np.array([o is not None and o.interior for o in found], dtype=bool)
-    fitted = np.array([o.loss if o else math.nan for o in found], dtype=float)
-    se = np.array([o.loss_se if o else math.nan for o in found], dtype=float)
-    best = cells["best_loss"].to_numpy(float)
+    found = [optima.get(str(name)) for name in cells.index]
     return cells.assign(
-        loss=np.where(interior, fitted, best),
-        loss_from=np.where(interior, "optimum", np.where(np.isnan(best), "none", "best trial")),
-        loss_se=np.where(interior, se, np.nan),
-        learning_rate=[o.learning_rate if o else math.nan for o in found],
-        batch_tokens=[o.batch_tokens if o else math.nan for o in found],
+        learning_rate=[o.learning_rate if o else np.nan for o in found],
+        batch_tokens=[o.batch_tokens if o else np.nan for o in found],
         status=[o.status if o else "no learning rate or batch" for o in found],
     )
 
@@ -240,8 +472,54 @@ def _messages(
     outside = {str(k): int(v) for k, v in statuses.items() if k != "interior"}
     if outside:
         listed = ", ".join(f"{v} {k}" for k, v in outside.items())
-        said.append(
-            f"{len(optima) - sum(outside.values())} of {len(optima)} optima are interior; the laws "
-            f"of the optima leave out the others ({listed})"
-        )
+        n = len(optima)
+        said.append(f"{n - sum(outside.values())} of {n} optima lie inside their trials ({listed})")
     return said
+
+
+def _laws_dict(surface: Surface) -> dict[str, object]:
+    laws = surface.laws
+    return {
+        "status": surface.status,
+        "centre": {
+            "params": float(np.exp(laws.centre[0])),
+            "tokens": float(np.exp(laws.centre[1])),
+        },
+        "at_centre": {
+            t: float(np.exp(c)) for t, c in zip(TARGETS, laws.coefficients[:, 0], strict=True)
+        },
+        "exponents": {t: {n: laws.exponent(t, n) for n in EXPONENTS} for t in TARGETS},
+        "learned": {t: {n: laws.learned(t, n) for n in EXPONENTS} for t in TARGETS},
+        "one_batch": surface.batch_rule is not None,
+    }
+
+
+def _against_prior(surface: Surface) -> list[dict[str, object]]:
+    laws = surface.laws
+    size = laws.coefficients.size // 2
+    rows = []
+    for axis, target in enumerate(TARGETS):
+        for column, name in enumerate(("at the centre", *EXPONENTS)):
+            at = axis * size + column
+            mean, sd = float(laws.prior_mean[at]), float(laws.prior_covariance[at, at] ** 0.5)
+            value = float(laws.coefficients[axis, column])
+            reach = 1.96 * float(laws.covariance[at, at] ** 0.5)
+            found = Estimate(value, value - reach, value + reach)
+            if column:
+                found = laws.exponent(target, name)
+            moved = (value - mean) / sd
+            if not column:
+                found = Estimate(*np.exp([found.value, found.low, found.high]).tolist())
+            rows.append(
+                {
+                    "target": target,
+                    "coefficient": name,
+                    "prior": float(np.exp(mean)) if not column else mean,
+                    "prior_sd": sd,
+                    "value": found.value,
+                    "low": found.low,
+                    "high": found.high,
+                    "moved": moved,
+                }
+            )
+    return rows

@@ -1,31 +1,56 @@
-"""A recommendation: learning rate, batch and expected loss of a run that was never made."""
+"""A recommendation: learning rate, batch and expected loss of a run, read off the evidence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raysweep.display import InNotebooks
-from raysweep.scaling.plain import plain
+import numpy as np
+import pandas as pd
+
+from raysweep.errors import UserError
+from raysweep.scaling.estimate import Estimate
+from raysweep.scaling.evidence import Evidence, LossAnswer
+from raysweep.scaling.optima.literature import published_answers
+from raysweep.scaling.optima.surface import OptimumPosterior
+from raysweep.scaling.runs import describe_run, extrapolation
+from raysweep.study.shape import RunSize
+
+INSIDE, EXTRAPOLATED, PRIOR, NOT_DETERMINED = (
+    "inside the cells",
+    "extrapolated",
+    "published laws only",
+    "not determined",
+)
+"""The verdicts."""
+
+LONG = {"N": 10.0, "D": 10.0, "FLOPs": 30.0}
+"""Beyond or below the cells by more than this factor, an extrapolation is called long. Each axis
+has its own: many parameters on few tokens cancel in the FLOPs."""
+
+NEAR = 1.5
+"""A run this far outside the cells in N and D, at most, still counts as inside them."""
+
+BATCH_WITHIN = 0.005
+"""Share of the best loss that the largest batch of a recommendation may cost."""
 
 
 @dataclass(frozen=True, eq=False)
-class Recommendation(InNotebooks):
+class Recommendation:
     """What to run, how sure that is, and what it rests on.
 
-    Intervals are 95 %, (nan, nan) where the cells are too few for one. `batch_tokens` is rounded to
-    4, 5, 6 or 7 times a power of two sequences; `batch_tokens_exact` is what the law says.
-    `extrapolation` is the factor by which the run lies beyond the cells behind the laws (below 1:
-    beneath them; 1: inside). `by_method` holds (learning rate, batch tokens) as each way of
-    reading optima would have it.
+    Intervals are 95 %. `batch_tokens` is `batch_tokens_exact` rounded to 4, 5, 6 or 7 times a power
+    of two sequences. `covariance` [2, 2] is that of (ln learning rate, ln batch). `largest_batch`
+    is the largest batch, in tokens, whose loss at its own best learning rate
+    (`largest_batch_learning_rate`) lies within `within` of the best. `verdict` says whether the run
+    lies inside the cells, is extrapolated to, or is not determined; `extrapolation` by how much
+    (above 1: beyond the cells; below: beneath). `directions` are those that the cells do not span,
+    along which the answer follows published laws. `told_by` names what told the loss.
     """
 
     architecture: str
-    params: float
-    tokens: float
-    experts: int
-    top_k: int
+    run: RunSize
     learning_rate: float
     learning_rate_interval: tuple[float, float]
     batch_tokens: float
@@ -33,44 +58,127 @@ class Recommendation(InNotebooks):
     batch_tokens_interval: tuple[float, float]
     batch_sequences: int | None
     sequence_length: int | None
+    covariance: np.ndarray
+    within: float
+    largest_batch: float
+    largest_batch_learning_rate: float
     loss: float
     loss_interval: tuple[float, float]
-    laws: dict[str, str]
+    told_by: str
+    verdict: str
     extrapolation: dict[str, float]
-    rests_on: tuple[str, ...]
-    by_method: dict[str, tuple[float, float]]
+    directions: tuple[str, ...]
     published: tuple[dict[str, object], ...]
     warnings: tuple[str, ...]
-    status: str
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain JSON values."""
-        return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}
+    @property
+    def params(self) -> float:
+        """Active non-embedding parameters of the run."""
+        return self.run.params_active_non_embedding
 
-    def __repr__(self) -> str:
-        return str(self)
+    @property
+    def tokens(self) -> float:
+        """The horizon."""
+        return self.run.tokens
 
-    def __str__(self) -> str:
-        model = f"{_short(self.params)} active non-embedding parameters"
-        if self.experts > 1:
-            model += f", {self.experts} experts, top-{self.top_k}"
-        sequences = f" ({self.batch_sequences} sequences of {self.sequence_length})"
-        lines = [
-            f"{self.architecture}: {model}, {_short(self.tokens)} tokens",
-            f"  learning rate  {_with(self.learning_rate, self.learning_rate_interval, '.3g')}",
-            f"  batch          {_tokens(self.batch_tokens, self.batch_tokens_interval)}"
-            + (sequences if self.batch_sequences else ""),
-            f"  expected loss  {_with(self.loss, self.loss_interval, '.4f')}",
-        ]
-        factors = ", ".join(f"{v:.3g}x in {k}" for k, v in self.extrapolation.items())
-        lines.append(f"  extrapolates   {factors or 'unknown'}")
-        lines += [f"  rests on       {line}" for line in self.rests_on]
-        for name, (rate, batch) in self.by_method.items():
-            lines.append(f"  by {name:<12}lr {rate:.3g}, batch {_short(batch)} tokens")
-        for answer in self.published:
-            lines.append(f"  {_published(answer)}")
-        lines += [f"  warning        {w}" for w in self.warnings]
-        return "\n".join(lines)
+    @property
+    def experts(self) -> int:
+        return self.run.experts
+
+    @property
+    def top_k(self) -> int:
+        return self.run.top_k
+
+    @property
+    def status(self) -> str:
+        """`ok`, or the verdict where there is no learning rate."""
+        return "ok" if math.isfinite(self.learning_rate) else self.verdict
+
+
+def recommend(
+    evidence: Evidence,
+    architecture: str,
+    params: float,
+    tokens: float,
+    *,
+    experts: int | None = None,
+    top_k: int | None = None,
+    recipe: str | None = None,
+    within: float = BATCH_WITHIN,
+) -> Recommendation:
+    """What to run for `params` active non-embedding parameters on `tokens` tokens.
+
+    `architecture` is one of the evidence's; `experts` and `top_k` are those of its cells unless
+    given; `recipe` is one of the groups that the results were fitted by.
+
+    Raises:
+        UserError: a question that no results could answer.
+    """
+    if not 0 < within < 1:
+        raise UserError(f"within must be a share such as 0.5%, not {within}")
+    own = evidence.cells[evidence.cells["architecture"] == architecture]
+    experts, top_k, foreign = _routing(architecture, own, experts, top_k)
+    recipe = _recipe(own, recipe)
+    run = describe_run(
+        evidence.cells if foreign else own,
+        params,
+        tokens,
+        experts=experts,
+        top_k=top_k,
+        recipe=recipe,
+    )
+    return answer(evidence, architecture, run, within=within, foreign=foreign)
+
+
+def answer(
+    evidence: Evidence,
+    architecture: str,
+    run: RunSize,
+    *,
+    within: float = BATCH_WITHIN,
+    foreign: bool = False,
+) -> Recommendation:
+    """The recommendation for a run whose counts are known."""
+    family = evidence.cells if foreign else _family(evidence, architecture)
+    length = _sequence_length(family)
+    factors = extrapolation(family, run)
+    optimum = evidence.optimum(run)
+    loss = evidence.loss(architecture, run)
+    directions = () if evidence.surface is None else evidence.surface.unspanned(run)
+    verdict = _verdict(evidence, optimum, factors)
+    nothing = Estimate.missing("no trial tells its learning rate and batch")
+    rate, batch = optimum.estimates() if optimum is not None else (nothing, nothing)
+    if rate.value > 1:
+        rate = Estimate.missing("the learning rate would be above 1")
+    usable, sequences = usable_batch(batch.value, length)
+    most = (math.nan, math.nan)
+    if evidence.surface is not None and evidence.surface.batch_rule is None:
+        most = evidence.surface.largest_batch(run, within)
+    return Recommendation(
+        architecture=architecture,
+        run=run,
+        learning_rate=float(f"{rate.value:.3g}"),
+        learning_rate_interval=(rate.low, rate.high),
+        batch_tokens=usable,
+        batch_tokens_exact=batch.value,
+        batch_tokens_interval=(batch.low, batch.high),
+        batch_sequences=sequences,
+        sequence_length=length,
+        covariance=np.full((2, 2), math.nan) if optimum is None else optimum.covariance,
+        within=within,
+        largest_batch=most[0],
+        largest_batch_learning_rate=most[1],
+        loss=loss.loss.value,
+        loss_interval=(loss.loss.low, loss.loss.high),
+        told_by=loss.told_by,
+        verdict=verdict,
+        extrapolation=factors,
+        directions=directions,
+        published=tuple(published_answers(run)),
+        warnings=tuple(
+            _warnings(evidence, architecture, run, rate, batch, loss, factors, directions, foreign)
+        ),
+    )
 
 
 def usable_batch(tokens: float, sequence_length: int | None) -> tuple[float, int | None]:
@@ -88,39 +196,107 @@ def usable_batch(tokens: float, sequence_length: int | None) -> tuple[float, int
     return float(sequences * sequence_length), sequences
 
 
-def _short(value: float) -> str:
-    if not math.isfinite(value):
-        return "unknown"
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{letter}"
-    return f"{value:.3g}"
+def long_reach(factors: Mapping[str, float]) -> dict[str, float]:
+    """Those of the factors of an extrapolation, by axis, that are long."""
+    return {axis: f for axis, f in factors.items() if max(f, 1 / f) > LONG[axis]}
 
 
-def _with(value: float, interval: tuple[float, float], style: str) -> str:
-    if not math.isfinite(value):
-        return "unknown"
-    low, high = interval
-    if not math.isfinite(low + high):
-        return f"{value:{style}} (no interval: too few cells)"
-    return f"{value:{style}} (95 %: {low:{style}} to {high:{style}})"
+def reach(factors: Mapping[str, float]) -> str:
+    """How far a run lies outside the cells, in words; empty where it lies inside."""
+    beyond = [f"{f:.3g}x in {axis}" for axis, f in factors.items() if f > 1]
+    below = [f"{1 / f:.3g}x in {axis}" for axis, f in factors.items() if f < 1]
+    parts = [f"beyond the cells by {', '.join(beyond)}"] if beyond else []
+    parts += [f"below the cells by {', '.join(below)}"] if below else []
+    return "; ".join(parts)
 
 
-def _tokens(value: float, interval: tuple[float, float]) -> str:
-    if not math.isfinite(value):
-        return "unknown"
-    low, high = interval
-    if not math.isfinite(low + high):
-        return f"{_short(value)} tokens (no interval: too few cells)"
-    return f"{_short(value)} tokens (95 %: {_short(low)} to {_short(high)})"
+def _verdict(
+    evidence: Evidence, optimum: OptimumPosterior | None, factors: Mapping[str, float]
+) -> str:
+    if optimum is None:
+        return NOT_DETERMINED
+    surface = evidence.surface
+    if surface is None or not surface.trials.any():
+        return PRIOR
+    outside = max(max(factors[axis], 1 / factors[axis]) for axis in ("N", "D"))
+    return INSIDE if outside <= NEAR else EXTRAPOLATED
 
 
-def _published(answer: Mapping[str, object]) -> str:
-    rate, batch = answer["learning_rate"], answer["batch_tokens"]
-    parts = []
-    if isinstance(rate, float):
-        parts.append(f"lr {rate:.3g}")
-    if isinstance(batch, float):
-        parts.append(f"batch {_short(batch)} tokens")
-    doubt = "" if answer["verified"] else " (unverified)"
-    return f"{answer['source']}{doubt}: {', '.join(parts)}"
+def _warnings(
+    evidence: Evidence,
+    architecture: str,
+    run: RunSize,
+    rate: Estimate,
+    batch: Estimate,
+    loss: LossAnswer,
+    factors: Mapping[str, float],
+    directions: Sequence[str],
+    foreign: bool,
+) -> list[str]:
+    said = []
+    if foreign:
+        said.append(
+            f"no cell of {architecture} has {run.experts} experts and top-{run.top_k}: the answer "
+            "rests on how other numbers of experts behave"
+        )
+    if long := long_reach(factors):
+        said.append(f"a long extrapolation: {reach(long)}")
+    if directions:
+        listed = " and of ".join(directions)
+        said.append(
+            f"the cells do not tell the effect of {listed}: there the answer follows published laws"
+        )
+    surface = evidence.surface
+    if surface is not None and surface.batch_rule is not None:
+        said.append("no cell varied its batch: the learning rate is that at the batch that was run")
+    if surface is not None and surface.status == "not converged":
+        said.append("the fit did not converge: the numbers are its last step's")
+    if not rate.known and rate.why:
+        said.append(rate.why)
+    if not loss.loss.known:
+        said.append(f"the loss is not determined: {loss.loss.why}")
+    if loss.told_by == "pairs":
+        said.append("the loss rests on its ratio in cells of the same size")
+    return said
+
+
+def _family(evidence: Evidence, architecture: str) -> pd.DataFrame:
+    return evidence.cells[evidence.cells["architecture"] == architecture]
+
+
+def _routing(
+    architecture: str, cells: pd.DataFrame, experts: int | None, top_k: int | None
+) -> tuple[int, int, bool]:
+    """(experts, top_k) of the run, and whether no cell of the architecture has them."""
+    if set(cells["architecture_kind"]) == {"dense"} and (experts or 1) > 1:
+        raise UserError(
+            f"architecture {architecture!r} is dense: leave out experts, or ask for a MoE"
+        )
+    pairs = cells[["experts", "top_k"]].drop_duplicates()
+    common = pairs.iloc[0]
+    e = int(common["experts"]) if experts is None else int(experts)
+    k = int(common["top_k"]) if top_k is None else int(top_k)
+    if experts is not None and top_k is None:
+        same = pairs[pairs["experts"] == e]
+        k = int(same.iloc[0]["top_k"]) if len(same) else min(k, e)
+    if not 1 <= k <= e:
+        raise UserError(f"top_k {k} must lie between 1 and experts {e}")
+    return e, k, not bool(((pairs["experts"] == e) & (pairs["top_k"] == k)).any())
+
+
+def _recipe(cells: pd.DataFrame, recipe: str | None) -> str:
+    """The recipe asked for; the one of lowest loss in the cells where none is named."""
+    known = list(dict.fromkeys(cells["recipe"]))
+    if recipe is not None:
+        if recipe not in known:
+            raise UserError(f"no recipe {recipe!r} in the results; known: {', '.join(known)}")
+        return recipe
+    if len(known) == 1:
+        return known[0]
+    best = cells.assign(size=np.log(cells["flops"])).dropna(subset=["loss"])
+    return str(best.sort_values(["size", "loss"]).iloc[-1]["recipe"]) if len(best) else known[0]
+
+
+def _sequence_length(cells: pd.DataFrame) -> int | None:
+    known = cells["sequence_length"].dropna()
+    return int(known.mode().iloc[0]) if len(known) else None

@@ -14,7 +14,7 @@ from raysweep.scaling.optima.arrow import (
     solve,
 )
 from raysweep.scaling.optima.model import (
-    LEVEL_NAMES,
+    LEVEL_LAW,
     LINEAR,
     Point,
     Problem,
@@ -128,7 +128,7 @@ def _step(
     """The next point, damped until it is no worse, and the damping to begin with there."""
     head, cross, tail = blocks
     layout = problem.layout
-    level = layout.level.start + np.arange(len(LEVEL_NAMES))
+    level = layout.level.start + np.arange(LEVEL_LAW)
     now = problem.cost(point, widths, variance)
     for _ in range(8):
         shared, own = solve(damped(head, damping), cross, damped(tail, damping), *gradient)

@@ -24,6 +24,7 @@ from raysweep.study.shape import RunSize
 LINEAR = len(COLUMNS)
 BENDS = ("params params", "params tokens", "tokens tokens")
 LEVEL_NAMES = ("level", "ln N term", "ln D term", "ln N exponent", "ln D exponent", "experts")
+LEVEL_LAW = len(LEVEL_NAMES)
 CHINCHILLA = (482.0 / 1.817, 0.348, 2085.0 / 1.817, 0.366)
 """Terms over the floor and exponents of Chinchilla's law: Besiroglu et al., arXiv 2404.10102."""
 
@@ -43,6 +44,8 @@ class Settings:
     term_slope_weight: float = 8.0
     bend_guess: float = 0.03  # second derivatives of ln lr*, ln batch* per nat^2: no law is exact
     bend_weight: float = 30.0  # hardly learned: a level's misfit would be booked as a bend
+    level_bend_guess: float = 0.003  # the same of ln loss: no law of the loss is exact either
+    level_bend_weight: float = 4.0
     shift_guess: float = 0.1  # a cell's own effect on its optimum, in ln lr and ln batch
     shift_weight: float = 2.0
     level_guess: float = 0.01  # a cell's own effect on its ln loss
@@ -156,8 +159,8 @@ class Layout:
 
     @property
     def level(self) -> slice:
-        """Of ln loss at the optimum: `LEVEL_NAMES`, then offsets."""
-        return slice(self.slopes.stop, self.slopes.stop + len(LEVEL_NAMES) + self.offsets)
+        """Of ln loss at the optimum: `LEVEL_NAMES`, then bends, then offsets."""
+        return slice(self.slopes.stop, self.slopes.stop + LEVEL_LAW + len(BENDS) + self.offsets)
 
     @property
     def size(self) -> int:
@@ -170,16 +173,16 @@ class Layout:
         return np.concatenate([law.start + np.arange(LINEAR) for law in self.law])
 
     @cached_property
-    def bends(self) -> tuple[np.ndarray, np.ndarray]:
-        """The departures from a power law, of each target."""
+    def bends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The smooth departures from the laws, of the level, of ln lr* and of ln batch*."""
         rate, batch = (law.start + LINEAR + np.arange(len(BENDS)) for law in self.law)
-        return rate, batch
+        return self.level.start + LEVEL_LAW + np.arange(len(BENDS)), rate, batch
 
     def offset(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Those numbered `which`: of the level, of ln lr*, of ln batch*."""
         first = LINEAR + len(BENDS)
         rate, batch = (law.start + first + which for law in self.law)
-        return self.level.start + len(LEVEL_NAMES) + which, rate, batch
+        return self.level.start + LEVEL_LAW + len(BENDS) + which, rate, batch
 
 
 @dataclass(frozen=True)
@@ -211,19 +214,20 @@ def level_terms(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """ln of the law of the loss over its value at the centre, and its derivatives.
 
     L / L_centre = (1 + e^(tN - a (n + g s)) + e^(tD - b d)) / (1 + e^tN + e^tD), with q = (level,
-    tN, tD, ln a, ln b, g, offsets) and n, d, s columns 1 to 3 of `x` [n, columns]: Chinchilla's
-    law in which total over active parameters count as N^g.
+    tN, tD, ln a, ln b, g, bends, offsets) and n, d, s columns 1 to 3 of `x` [n, columns]:
+    Chinchilla's law in which total over active parameters count as N^g; bends and offsets add to
+    its ln.
 
     Returns:
         ln loss [n], and the Jacobian [n, len(q)].
     """
-    level, tn, td, log_a, log_b, g = q[: len(LEVEL_NAMES)]
+    level, tn, td, log_a, log_b, g = q[:LEVEL_LAW]
     a, b = np.exp(log_a), np.exp(log_b)
     n, d, s = x[:, 1] + g * x[:, 3], x[:, 2], x[:, 3]
     en, ed = np.exp(np.clip(tn - a * n, -30, 30)), np.exp(np.clip(td - b * d, -30, 30))
     total, centre = 1 + en + ed, 1 + np.exp(tn) + np.exp(td)
     share_n, share_d = en / total, ed / total
-    offsets = x[:, LINEAR + len(BENDS) :]
+    added = x[:, LINEAR:]
     jacobian = np.column_stack(
         [
             np.ones(len(n)),
@@ -232,10 +236,10 @@ def level_terms(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             -share_n * a * n,
             -share_d * b * d,
             -share_n * a * s,
-            offsets,
+            added,
         ]
     )
-    value = level + np.log(total / centre) + offsets @ q[len(LEVEL_NAMES) :]
+    value = level + np.log(total / centre) + added @ q[LEVEL_LAW:]
     return value, jacobian
 
 
@@ -355,7 +359,7 @@ class Problem:
         # Far below the sizes that the law was measured at, its terms say less and less.
         share_n, less_n = _tempered(math.log(over_n) - a * n, settings.share_sd)
         share_d, less_d = _tempered(math.log(over_d) - b * d, settings.share_sd)
-        level = layout.level.start + np.arange(len(LEVEL_NAMES))
+        level = layout.level.start + np.arange(LEVEL_LAW)
         self.mean[level] = [
             float(typical.mean()) if len(typical) else 1.0,
             share_n,
@@ -369,11 +373,12 @@ class Problem:
 
     def _components(self) -> list[Component]:
         settings, layout, design = self.settings, self.layout, self.design
-        rate, batch = layout.bends
+        level, rate, batch = layout.bends
         bends = rate if self.batch_rule is not None else np.r_[rate, batch]
         slopes = np.arange(layout.slopes.start, layout.slopes.stop)
         found = [
             Component(bends, settings.bend_guess, settings.bend_weight),
+            Component(level, settings.level_bend_guess, settings.level_bend_weight),
             Component(slopes, settings.term_slope_guess, settings.term_slope_weight),
         ]
         first = 0
@@ -420,7 +425,7 @@ class Problem:
         for component, width in zip(self.components, widths.shared, strict=True):
             sd[component.index] = width
         if self.batch_rule is not None:
-            sd[self.layout.bends[1]] = 1e-4
+            sd[self.layout.bends[2]] = 1e-4
             sd[self.layout.offset(np.arange(self.design.offsets))[2]] = 1e-4
         return sd
 

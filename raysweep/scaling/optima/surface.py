@@ -108,6 +108,16 @@ class OptimumLaws:
     degrees: np.ndarray  # [2], of freedom of Student's t: the cells' scatter is itself estimated
     centre: np.ndarray  # [2]
 
+    @property
+    def centre_sizes(self) -> np.ndarray:
+        """[2], the N and D of the ladder's centre."""
+        return np.exp(self.centre)
+
+    @property
+    def at_centre(self) -> np.ndarray:
+        """[2], the learning rate and the batch in tokens there, of a dense model."""
+        return np.exp(self.coefficients[:, 0])
+
     def exponent(self, target: str, name: str, level: float = 0.95) -> Estimate:
         """The exponent of `name` in the law of "learning_rate" or "batch_tokens".
 
@@ -176,6 +186,11 @@ class Surface:
         if not len(self.observed.cell):
             return "prior"
         return "converged" if self.mode.converged else "not converged"
+
+    @cached_property
+    def sparse(self) -> bool:
+        """Whether the cells differ in sparsity, so that its exponent is told at all."""
+        return bool(np.ptp(sizes_of(self.cells)[:, 2]) > 1e-9)
 
     @cached_property
     def laws(self) -> OptimumLaws:
@@ -321,6 +336,58 @@ class Surface:
             levels=level[0] + moved + own[:, 0],
             gaps=gap(u, v, valley_at(draws, x, layout)),
         )
+
+    def sample_optima(
+        self, runs: Sequence[RunSize], count: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Joint draws of the optima (ln learning rate, ln batch) of runs, [count, runs, 2]."""
+        mode, layout = self.mode, self._layout
+        root = jittered_cholesky(mode.covariance.shared)
+        moved = rng.standard_normal((count, layout.size)) @ root.T
+        x = self.design.matrix(runs)
+        shared = mode.shared + moved
+        optima = np.stack([shared[:, law] @ x.T for law in layout.law], -1)
+        for i, run in enumerate(runs):
+            index = self._index.get(run.name)
+            own = rng.standard_normal((count, 3)) * mode.widths.own
+            if index is not None:
+                cross = mode.covariance.cross[index]  # [S, 3]
+                slope = np.linalg.solve(mode.covariance.shared, cross)
+                left = mode.covariance.own[index] - cross.T @ slope
+                own = rng.standard_normal((count, 3)) @ jittered_cholesky(left).T
+                own += mode.own[index] + moved @ slope
+            optima[:, i] += own[:, 1:]
+        return optima
+
+    def recipe_offset(self, recipe: str) -> float:
+        """ln loss of a recipe over the mean of all, other things equal; 0 without several."""
+        if recipe not in self.design.recipes:
+            return 0.0
+        return math.log(self.recipe_effect(recipe)[2].value)
+
+    def recipe_effect(self, recipe: str) -> tuple[Estimate, Estimate, Estimate]:
+        """A recipe's learning rate, batch and loss over the mean of all, other things equal.
+
+        Raises:
+            UserError: no such recipe among several.
+        """
+        if recipe not in self.design.recipes:
+            known = ", ".join(self.design.recipes) or "none: the results were not grouped"
+            raise UserError(f"no recipe {recipe!r} in this fit; known: {known}")
+        which = len(self.design.routings) + self.design.recipes.index(recipe)
+        every = len(self.design.routings) + np.arange(len(self.design.recipes))
+        found = []
+        for index, block in zip(
+            self._layout.offset(np.array([which])), self._layout.offset(every), strict=True
+        ):
+            row = np.zeros(self._layout.size)
+            row[index] = 1.0
+            row[block] -= 1.0 / len(every)
+            mean = float(row @ self.mode.shared)
+            half = 1.96 * float(row @ self.mode.covariance.shared @ row) ** 0.5
+            found.append(Estimate(*np.exp([mean, mean - half, mean + half]).tolist()))
+        loss, rate, batch = found
+        return rate, batch, loss
 
     def noise_variance(self, gaps: np.ndarray) -> np.ndarray:
         """Variance of one run's ln loss at a given gap."""

@@ -1,0 +1,261 @@
+"""Evidence: everything fitted to the trials that share data, and what it says of any run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from raysweep.scaling.cells import CellTrials
+from raysweep.scaling.estimate import Estimate
+from raysweep.scaling.loss.data import LossData
+from raysweep.scaling.loss.model import LossModel
+from raysweep.scaling.loss.selection import choose_loss
+from raysweep.scaling.optima.literature import OptimumPrior
+from raysweep.scaling.optima.readings import Optimum
+from raysweep.scaling.optima.surface import OptimumPosterior, Surface, fit_surface
+from raysweep.scaling.runs import size_of
+from raysweep.study.shape import RunSize
+
+DRAWS = 400
+
+WITHIN, AT_LEAST = 0.05, 12
+"""The surface is fitted to the trials within this share of their cell's best loss, but to at least
+so many a cell: far up its walls a valley tells little of its bottom."""
+
+PAIRED = 0.05
+"""Cells of two architectures whose ln N and ln D differ by less than this are a pair."""
+
+
+@dataclass(frozen=True)
+class LossAnswer:
+    """The expected loss of a run, and what told it: a law's name, `cell`, or `pairs`."""
+
+    loss: Estimate
+    told_by: str
+    count: str = ""
+    """The column that the law takes as N."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """All that is fitted to one set of data.
+
+    `cells` has one row a cell (index its name), smallest compute first, with `loss`: the loss at
+    the optimum where the trials enclose it, else the best one. `surface` is None where no trial
+    tells its learning rate and batch. `shared_loss` is the law of the loss over all architectures,
+    `own_loss` those of single ones where the shared one is not determined.
+    """
+
+    dataset: str
+    cells: pd.DataFrame
+    surface: Surface | None
+    shared_loss: LossModel
+    own_loss: dict[str, LossModel]
+
+    @property
+    def architectures(self) -> list[str]:
+        """Their names, dense ones first."""
+        kinds = self.cells.groupby("architecture", sort=False)["architecture_kind"].first()
+        return sorted(kinds.index, key=lambda name: kinds[name] != "dense")
+
+    @cached_property
+    def sizes(self) -> dict[str, RunSize]:
+        """The size of each cell's runs."""
+        return {str(name): size_of(name, row) for name, row in self.cells.iterrows()}
+
+    def optimum(self, run: RunSize) -> OptimumPosterior | None:
+        """The posterior of a run's optimum; None where no trial tells its rate and batch."""
+        return None if self.surface is None else self.surface.optimum(run)
+
+    def loss_model(self, architecture: str) -> LossModel:
+        """The law that tells the loss of an architecture's runs."""
+        return self.own_loss.get(architecture, self.shared_loss)
+
+    def loss(self, architecture: str, run: RunSize) -> LossAnswer:
+        """The loss of a new run at its optimum.
+
+        Of a measured cell its own; else by the law of the loss; where that is not determined, by a
+        determined law of another architecture and the ratio in cells of the same size."""
+        if run.name in self.cells.index:
+            row = self.cells.loc[run.name]
+            if math.isfinite(row["loss"]):
+                return LossAnswer(self._measured(row), "cell")
+        model = self.loss_model(architecture)
+        if model.ok and model.law is not None:
+            value, low, high = (float(v[0]) for v in model.predict([run]))
+            if math.isfinite(value):
+                factor = math.exp(self._recipe_offset(run.recipe))
+                loss = Estimate(factor * value, factor * low, factor * high)
+                return LossAnswer(loss, model.law.key, model.count)
+        paired = self._by_pairs(architecture, run)
+        if paired is not None:
+            return paired
+        return LossAnswer(Estimate.missing(model.why or "no law of the loss reads this run"), "")
+
+    def gap(
+        self, run: RunSize, learning_rate: np.ndarray, batch_tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Expected ln loss above the optimum's at given settings [n], and its 95 % interval.
+
+        The expectation and the interval are over where the optimum may be."""
+        assert self.surface is not None
+        point = np.log(np.column_stack(np.broadcast_arrays(learning_rate, batch_tokens)))
+        if self.surface.batch_rule is not None:
+            point[:, 1] = self.surface.law(run)[1]
+        rng = np.random.default_rng(0)
+        gaps = self.surface.sample_cell(run, point, DRAWS, rng).gaps
+        low, high = np.quantile(gaps, [0.025, 0.975], axis=0)
+        return gaps.mean(0), low, high
+
+    def sample(
+        self, architecture: str, runs: Sequence[RunSize], seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Joint draws of runs: (ln learning rate, ln batch) of the optima [draws, runs, 2], NaN
+        without a surface, and ln loss there [draws, runs], NaN where it is not determined."""
+        rng = np.random.default_rng(seed)
+        optima = np.full((DRAWS, len(runs), 2), np.nan)
+        if self.surface is not None:
+            optima = self.surface.sample_optima(runs, DRAWS, rng)
+        losses = self.loss_model(architecture).sample(list(runs), DRAWS, seed)
+        for i, run in enumerate(runs):
+            losses[:, i] += self._recipe_offset(run.recipe)
+            if run.name in self.cells.index and math.isfinite(self.cells.loc[run.name, "loss"]):
+                row = self.cells.loc[run.name]
+                se = row["loss_se"] / row["loss"] if math.isfinite(row["loss_se"]) else 0.0
+                losses[:, i] = math.log(row["loss"]) + se * rng.standard_normal(DRAWS)
+        return optima, losses
+
+    def pairs(self, one: str, two: str) -> list[tuple[str, str]]:
+        """Cells of two architectures with a loss whose active N and D agree."""
+        known = self.cells[self.cells["loss"].notna()]
+        sizes = np.log(known[["params_active_non_embedding", "tokens"]].to_numpy(float))
+        found = []
+        of = known["architecture"].to_numpy()
+        for i in np.flatnonzero(of == one):
+            off = np.abs(sizes - sizes[i]).max(1)
+            off[of != two] = np.inf
+            j = int(off.argmin())
+            if off[j] < PAIRED:
+                found.append((str(known.index[i]), str(known.index[j])))
+        return found
+
+    def _measured(self, row: pd.Series) -> Estimate:
+        """A new run at a cell's optimum: its level, and what one run departs from another."""
+        noise = self.surface.mode.widths.noise if self.surface is not None else 0.0
+        se = float(row["loss_se"]) / float(row["loss"])
+        half = stats.t.ppf(0.975, 10) * math.hypot(noise, se if math.isfinite(se) else 0.0)
+        loss = float(row["loss"])
+        return Estimate(loss, loss * math.exp(-half), loss * math.exp(half))
+
+    def _by_pairs(self, architecture: str, run: RunSize) -> LossAnswer | None:
+        for other in self.architectures:
+            model = self.own_loss.get(other)
+            if other == architecture or model is None or not model.ok:
+                continue
+            pairs = self.pairs(architecture, other)
+            if not pairs:
+                continue
+            loss = self.cells["loss"]
+            ratio = np.array([math.log(loss[a] / loss[b]) for a, b in pairs])
+            # A ratio drifts with size: it is told no better than it varies, and than 1 %.
+            spread = max(float(ratio.std()), 0.01)
+            value, low, high = (float(v[0]) for v in model.predict([run]))
+            if not math.isfinite(value):
+                continue
+            half = math.hypot(math.log(high / low) / 2, 1.96 * spread)
+            middle = value * math.exp(float(ratio.mean()))
+            estimate = Estimate(middle, middle * math.exp(-half), middle * math.exp(half))
+            return LossAnswer(estimate, "pairs", model.count)
+        return None
+
+    def _recipe_offset(self, recipe: str) -> float:
+        return 0.0 if self.surface is None else self.surface.recipe_offset(recipe)
+
+
+def gather(
+    dataset: str,
+    cells: pd.DataFrame,
+    trials: Sequence[CellTrials],
+    prior: OptimumPrior,
+    loss_laws: Sequence[str] | None = None,
+) -> Evidence:
+    """Fit everything to one set of data: the surface, then the law of the loss at its optima.
+
+    `cells` holds `loss_mean` and `loss_se`, what trials tell without the surface.
+    """
+    surface = surface_of(trials, prior) if trials else None
+    cells = _with_losses(cells, surface, {t.name: t for t in trials})
+    data = cells
+    if surface is not None:
+        offset = cells["recipe"].map(surface.recipe_offset).astype(float)
+        data = cells.assign(loss=cells["loss"] * np.exp(-offset))
+    shared = choose_loss(LossData.from_cells(data), loss_laws)
+    names = list(dict.fromkeys(cells["architecture"]))
+    own = {}
+    if not shared.ok and len(names) > 1:
+        for name in names:
+            part = data[data["architecture"] == name]
+            own[name] = choose_loss(LossData.from_cells(part), loss_laws)
+    return Evidence(dataset, cells, surface, shared, own)
+
+
+def surface_of(trials: Sequence[CellTrials], prior: OptimumPrior) -> Surface:
+    """The model of cells, fitted to the trials near each cell's bottom and to the diverged."""
+    near = [_near_bottom(t) for t in trials]
+    lost = [np.full_like(t.failed_learning_rate, np.nan) for t in trials]
+    both = list(zip(trials, near, lost, strict=True))
+    return fit_surface(
+        [t.size for t in trials],
+        np.repeat(np.arange(len(trials)), [int(n.sum()) + len(x) for _, n, x in both]),
+        np.concatenate([np.r_[t.learning_rate[n], t.failed_learning_rate] for t, n, _ in both]),
+        np.concatenate([np.r_[t.batch_tokens[n], t.failed_batch_tokens] for t, n, _ in both]),
+        np.concatenate([np.r_[t.loss[n], x] for t, n, x in both]),
+        prior=prior,
+    )
+
+
+def _near_bottom(trials: CellTrials) -> np.ndarray:
+    """[n] bool: the trials near the bottom of their cell."""
+    enough = np.sort(trials.loss)[:AT_LEAST][-1]
+    return trials.loss <= max(enough, trials.loss.min() * (1 + WITHIN))
+
+
+def _with_losses(
+    cells: pd.DataFrame, surface: Surface | None, trials: Mapping[str, CellTrials]
+) -> pd.DataFrame:
+    """The cell table with `loss`, `loss_se` and `loss_from`: what stands for each cell."""
+    loss, se, told = [], [], []
+    for name, row in cells.iterrows():
+        value, error, by = float(row["loss_mean"]), float(row["loss_se"]), "trials"
+        if surface is not None and name in trials:
+            posterior = surface.optimum(str(name))
+            if _encloses(trials[str(name)], posterior, surface.batch_rule is not None):
+                value, by = posterior.loss, "optimum"
+                error = posterior.loss * posterior.log_loss_sd
+        if not math.isfinite(value):
+            by = "none"
+        loss.append(value)
+        se.append(error)
+        told.append(by)
+    return cells.assign(loss=loss, loss_se=se, loss_from=told)
+
+
+def _encloses(trials: CellTrials, optimum: OptimumPosterior, one_batch: bool) -> bool:
+    """Whether a cell's trials lie on both sides of its optimum, in all that was searched."""
+    rate = np.log(np.r_[trials.learning_rate, trials.failed_learning_rate])
+    batch = np.log(trials.batch_tokens)
+    inside = rate.min() <= optimum.mean[0] <= rate.max()
+    if one_batch:
+        return bool(inside)
+    return bool(inside and batch.min() <= optimum.mean[1] <= batch.max())
+
+
+def interior_share(optima: Mapping[str, Optimum]) -> tuple[int, int]:
+    """How many of the cells' optima their trials enclose, and of how many."""
+    return sum(o.interior for o in optima.values()), len(optima)

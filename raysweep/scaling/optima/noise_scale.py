@@ -1,0 +1,141 @@
+"""What trials measure beside their loss: gradient noise scale and load of experts, by cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from raysweep.scaling.estimate import Estimate
+
+NEAR_BEST = 0.01
+"""The noise scale of a cell is read off its trials within this share of the best loss."""
+ONE_TRIAL = 0.5
+"""sd of ln noise scale where one trial tells it."""
+
+
+def cell_noise_scale(cells: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """The gradient noise scale B_simple = tr S / |G|^2 of each cell, in tokens, with its log sd.
+
+    From the trials within 1 % of the cell's best. Numerator and denominator are averaged separately
+    where both are recorded (McCandlish 1812.06162, app. A), else the recorded ratios in logs. An
+    estimate of |G|^2 may be negative, and counts: to leave it out would choose by the outcome.
+    Columns `noise_scale_tokens` and `log_sd`, indexed by cell, NaN where `left_out` says why.
+    """
+    best = trials.groupby("cell")["loss"].transform("min")
+    near = trials[trials["loss"] <= best * (1 + NEAR_BEST)]
+    columns = [near[c].astype(float) for c in ("noise_trace", "noise_grad_sq", "sequence_length")]
+    trace, grad_sq, length = columns
+    apart = trace.notna() & grad_sq.notna() & (length > 0)
+    found = pd.DataFrame(
+        {
+            "noise_scale_tokens": math.nan,
+            "log_sd": math.nan,
+            "left_out": "noise scale not measured",
+        },
+        index=cells.index,
+    )
+    for cell in found.index.intersection(near["cell"]):
+        own = near["cell"] == cell
+        if (parts := own & apart).any():
+            scale, sd = _ratio_of_means(trace[parts], grad_sq[parts])
+            scale *= length[parts].iloc[0]
+            why = "|G|^2 not distinguishable from 0"
+        else:
+            logs = np.log(near["noise_scale_tokens"].astype(float).where(lambda x: x > 0))[own]
+            scale, sd = math.exp(logs.mean()), logs.std() / math.sqrt(max(logs.count(), 1))
+            why = str(found.loc[cell, "left_out"])
+        known = math.isfinite(scale)
+        sd = sd if math.isfinite(sd) else ONE_TRIAL
+        found.loc[cell] = (scale, sd, "") if known else (math.nan, math.nan, why)
+    return found
+
+
+def _ratio_of_means(trace: pd.Series, grad_sq: pd.Series) -> tuple[float, float]:
+    """mean(trace) / mean(grad_sq) and its log sd; NaN where a mean is not positive, and an sd
+    of NaN from one trial."""
+    means = trace.mean(), grad_sq.mean()
+    if min(means) <= 0:
+        return math.nan, math.nan
+    # To first order the log of the ratio varies as this difference does.
+    error = trace / means[0] - grad_sq / means[1]
+    return means[0] / means[1], float(error.std()) / math.sqrt(len(error))
+
+
+@dataclass(frozen=True)
+class NoiseLaw:
+    """The noise scale as a power law: ln scale = intercept + sum of exponents times ln inputs."""
+
+    intercept: float
+    exponents: dict[str, Estimate]
+    n: int
+
+    @property
+    def b0(self) -> float:
+        """The coefficient, in tokens: the noise scale where every input is 1."""
+        return math.exp(self.intercept)
+
+
+def fit_noise_scale(
+    cells: pd.DataFrame,
+    noise: pd.DataFrame,
+    inputs: Sequence[str] = ("loss",),
+    factor: np.ndarray | None = None,
+) -> NoiseLaw | None:
+    """Weighted least squares over the cells that measured it; None where they are too few.
+
+    `inputs` are columns of `cells`; `factor` [cells], 0 or 1, adds a ratio of the cells marked 1
+    over the others, as the exponent `factor` of e. Weights are those of the cells' own errors with
+    their scatter about the law (by moments); intervals are Student's.
+    """
+    known = (noise["noise_scale_tokens"] > 0).to_numpy()
+    columns = [np.log(cells[name].to_numpy(float)[known]) for name in inputs]
+    names = list(inputs)
+    if factor is not None:
+        columns.append(factor[known].astype(float))
+        names.append("factor")
+    design = np.column_stack([np.ones(int(known.sum())), *columns])
+    usable = np.isfinite(design).all(axis=1)
+    design = design[usable]
+    y = np.log(noise["noise_scale_tokens"].to_numpy(float)[known][usable])
+    sd = noise["log_sd"].to_numpy(float)[known][usable]
+    degrees = len(y) - design.shape[1]
+    spread = np.linalg.svd(design - design.mean(0) * (np.arange(design.shape[1]) > 0))[1]
+    if degrees < 1 or spread[-1] < 0.1:
+        return None
+    scatter = 0.0
+    for _ in range(20):
+        weight = 1 / (sd**2 + scatter)
+        normal = np.linalg.inv(design.T @ (design * weight[:, None]))
+        theta = normal @ (design.T @ (weight * y))
+        square = float((weight * (y - design @ theta) ** 2).sum())
+        scatter = max(0.0, scatter + (square - degrees) / float(weight.sum()))
+    reach = stats.t.ppf(0.975, degrees) * np.sqrt(normal.diagonal() * max(square / degrees, 1.0))
+    exponents = {
+        name: Estimate(float(t), float(t - r), float(t + r))
+        for name, t, r in zip(names, theta[1:], reach[1:], strict=True)
+    }
+    return NoiseLaw(float(theta[0]), exponents, len(y))
+
+
+LOAD_COLUMNS = ("expert_load_entropy", "expert_load_max_over_mean", "router_confidence")
+"""As in `results.schema`."""
+
+
+def cell_expert_load(cells: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """One row a MoE cell that measured any of `LOAD_COLUMNS`, indexed by cell.
+
+    Each is the mean over the cell's `n_trials` within 1 % of its best loss, with its standard
+    deviation between them as `COLUMN_sd` (NaN of one trial)."""
+    best = trials.groupby("cell")["loss"].transform("min")
+    near = trials[trials["loss"] <= best * (1 + NEAR_BEST)]
+    near = near[near[list(LOAD_COLUMNS)].notna().any(axis=1)]
+    grouped = near.groupby("cell")[list(LOAD_COLUMNS)]
+    found = grouped.mean().join(grouped.std().add_suffix("_sd"))
+    found.insert(0, "n_trials", near.groupby("cell").size())
+    moe = cells.index[cells["architecture_kind"] == "moe"]
+    return found.reindex([c for c in moe if c in found.index]).rename_axis("cell")

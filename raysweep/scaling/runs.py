@@ -1,0 +1,129 @@
+"""From a few numbers to a run: every count that a law may want, after cells already measured."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from raysweep.errors import UserError
+from raysweep.study.shape import RunSize
+
+SAME = 0.02
+"""Runs of one routing whose N and D agree within this share are of one cell."""
+
+FEED_FORWARD = 2 / 3
+"""Share of the non-embedding parameters in feed-forward blocks where no cell tells it."""
+
+AXES = {"N": "params_active_non_embedding", "D": "tokens", "FLOPs": "flops"}
+"""What a run's distance from the cells is told in, and the column of each."""
+
+
+def describe_run(
+    cells: pd.DataFrame,
+    params: float,
+    tokens: float,
+    *,
+    experts: int,
+    top_k: int,
+    recipe: str = "",
+) -> RunSize:
+    """Every count of a run of `params` active non-embedding parameters, after `cells`.
+
+    A run of the size of one of the cells is that cell. Else embeddings grow as the width does, with
+    N^(1/3), from the largest cell; FLOPs a token follow the cells' own trend in N, never below 6 N;
+    routed experts keep the share of active parameters that they have in the cells.
+
+    Raises:
+        UserError: a number of parameters or tokens that is not positive.
+    """
+    for name, value in (("params", params), ("tokens", tokens)):
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name} must be above zero, not {value}")
+    own = cells[(cells["experts"] == experts) & (cells["top_k"] == top_k)]
+    own = own[own["recipe"] == recipe] if recipe else own
+    if len(own):
+        off = np.abs(np.log(own[[AXES["N"], AXES["D"]]].to_numpy(float) / [params, tokens])).max(1)
+        if off.min() < SAME:
+            return size_of(own.index[int(off.argmin())], own.iloc[int(off.argmin())])
+    largest = cells.iloc[int(cells[AXES["N"]].to_numpy(float).argmax())]
+    n0 = float(largest[AXES["N"]])
+    share = expert_share(cells) or FEED_FORWARD
+    total = params if experts == 1 else params * (1 - share + share * experts / top_k)
+    wider = (params / n0) ** (1 / 3)
+    embedding = (float(largest["params_active"]) - n0) * wider
+    # Results that give one count for all tell nothing of a head.
+    head = float(largest["d_model"]) * float(largest["vocab_size"]) * wider
+    twin = float((cells["params_dense"] / cells[AXES["N"]]).median())
+    return RunSize(
+        params_active_non_embedding=params,
+        tokens=tokens,
+        experts=experts,
+        top_k=top_k,
+        params_total_non_embedding=total,
+        params_active=params + embedding,
+        params_total=total + embedding,
+        params_dense=twin * params,
+        head_params=head if math.isfinite(head) else embedding / 2 or math.nan,
+        flops=_flops_per_token(cells, params) * tokens,
+        recipe=recipe,
+    )
+
+
+def size_of(name: object, row: pd.Series) -> RunSize:
+    """The size of a cell's runs, from its row of the cell table."""
+
+    def number(column: str) -> float:
+        return float(row[column]) if column in row and pd.notna(row[column]) else math.nan
+
+    active, total = number("params_active_non_embedding"), number("params_total_non_embedding")
+    return RunSize(
+        params_active_non_embedding=active,
+        tokens=number("tokens"),
+        experts=int(row["experts"]),
+        top_k=int(row["top_k"]),
+        params_total_non_embedding=math.nan if total < active else total,
+        params_active=number("params_active"),
+        params_total=number("params_total"),
+        params_dense=number("params_dense"),
+        head_params=number("d_model") * number("vocab_size"),
+        flops=number("flops"),
+        recipe=str(row.get("recipe", "")),
+        name=str(name),
+    )
+
+
+def expert_share(cells: pd.DataFrame) -> float | None:
+    """Share of the active non-embedding parameters in routed experts, from the largest MoE cell."""
+    total, active = cells["params_total_non_embedding"], cells[AXES["N"]]
+    moe = cells[(cells["experts"] > cells["top_k"]) & (total > active)]
+    if not len(moe):
+        return None
+    row = moe.iloc[int(moe[AXES["N"]].to_numpy(float).argmax())]
+    one = float(row["params_total_non_embedding"]) - float(row[AXES["N"]])
+    expert = one / float(row["experts"] - row["top_k"])
+    return min(1.0, float(row["top_k"]) * expert / float(row[AXES["N"]]))
+
+
+def _flops_per_token(cells: pd.DataFrame, params: float) -> float:
+    exact = cells[cells["flops_exact"]]
+    floor = 6 * params
+    if not len(exact):
+        return floor
+    n, f = np.log(exact[[AXES["N"], "flops_per_token"]].to_numpy(float)).T
+    if np.ptp(n) < 1e-9:
+        return max(floor, float(np.exp(f.mean())) * params / float(np.exp(n.mean())))
+    slope, intercept = np.polyfit(n, f, 1)
+    return max(floor, math.exp(intercept + slope * math.log(params)))
+
+
+def extrapolation(cells: pd.DataFrame, run: RunSize) -> dict[str, float]:
+    """How many times the largest N, D and FLOPs among cells a run has; below 1 how many times the
+    smallest; 1 inside their range."""
+    asked = {"N": run.params_active_non_embedding, "D": run.tokens, "FLOPs": run.compute}
+    factors = {}
+    for axis, column in AXES.items():
+        low, high = float(cells[column].min()), float(cells[column].max())
+        factors[axis] = asked[axis] / float(np.clip(asked[axis], low, high))
+    return factors
