@@ -48,7 +48,8 @@ class Fits(InNotebooks):
     """All fits of one results table.
 
     `cells` has one row a cell (index its name), smallest compute first, with `loss` (at the
-    optimum where that is interior, else the best trial's; `loss_from` says which), `loss_se`, and
+    optimum where that is interior, else the mean over the runs of the best setting, or of all runs
+    where none tells its setting; `loss_from` says which), `loss_se`, and
     the default method's `learning_rate`, `batch_tokens`, `status`. `optima[method][cell]` are the
     optima by every method. `groups` are the architectures by name, and `ALL` where there are
     several. `comparison` holds MoE over dense, `at equal loss` and `at equal N and D`; empty
@@ -216,11 +217,12 @@ def _with_optima(cells: pd.DataFrame, optima: Mapping[str, Optimum]) -> pd.DataF
     interior = np.array([o is not None and o.interior for o in found], dtype=bool)
     fitted = np.array([o.loss if o else math.nan for o in found], dtype=float)
     se = np.array([o.loss_se if o else math.nan for o in found], dtype=float)
-    best = cells["best_loss"].to_numpy(float)
+    mean = cells["loss_mean"].to_numpy(float)
+    source = np.where(cells["n_searched"] > 0, "best trial", "mean of runs")
     return cells.assign(
-        loss=np.where(interior, fitted, best),
-        loss_from=np.where(interior, "optimum", np.where(np.isnan(best), "none", "best trial")),
-        loss_se=np.where(interior, se, np.nan),
+        loss=np.where(interior, fitted, mean),
+        loss_from=np.where(interior, "optimum", np.where(np.isnan(mean), "none", source)),
+        loss_se=np.where(interior, se, cells["loss_se"].to_numpy(float)),
         learning_rate=[o.learning_rate if o else math.nan for o in found],
         batch_tokens=[o.batch_tokens if o else math.nan for o in found],
         status=[o.status if o else "no learning rate or batch" for o in found],
@@ -231,7 +233,7 @@ def _messages(
     table: CellTable, trials: Sequence[CellTrials], optima: Mapping[str, Optimum]
 ) -> list[str]:
     """What a reader must know before any number: in whole sentences."""
-    said = []
+    said = list(table.messages)
     if not len(table.trials):
         said.append("no finished trial with a loss counts: nothing can be fitted")
     elif not trials:
