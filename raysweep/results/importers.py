@@ -132,9 +132,10 @@ def read_csv(
     bear our names, or those of our recipes' keys (optimizer, schedule, weight_decay, ...), need no
     mapping; "recipe.NAME" keeps any other of the recipe's. `loss`, `tokens` and
     `params_active_non_embedding` must come from one or the other; batches in tokens and sequences
-    complete each other through `sequence_length`. Without `status` rows count as finished;
-    without `experts` as dense; without `architecture` each routing is one, such as moe-e8k2. Rows
-    flagged in a column `outlier` stay, excluded, with the file's `reason`, if any.
+    complete each other through `sequence_length`. Rows whose numbers cannot be in the units of
+    their columns are excluded, and a file of such rows is refused. Without `status` rows count as
+    finished; without `experts` as dense; without `architecture` each routing is one, such as
+    moe-e8k2. Rows flagged in a column `outlier` stay, excluded, with the file's `reason`, if any.
 
     UserError names a column of ours or of the file that does not exist, and what is near it.
     """
@@ -419,8 +420,10 @@ def _finish(
     frame["schema_version"] = SCHEMA_VERSION
     frame["source"] = f"import:{source}"
     for doubt in doubts(frame[frame["excluded"].isna()]):
-        if doubt.impossible:
+        if doubt.impossible and doubt.most:
             raise UserError(doubt.text)
+        if doubt.impossible:
+            frame.loc[doubt.rows, "excluded"] = f"{doubt.column} is in another unit than elsewhere"
     frame["trial_key"], copies = _keys(table, source)
     frame["excluded"] = _excluded(frame, hyperparameters, copies)
     frame["started_at"] = pd.to_datetime(frame["started_at"], utc=True, errors="coerce")

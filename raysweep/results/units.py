@@ -28,12 +28,16 @@ HIGHEST_LOSS = 13.0
 
 @dataclass(frozen=True)
 class Doubt:
-    """A column whose numbers do not fit the others. `impossible`: they cannot be right."""
+    """A column whose numbers do not fit the others, and the rows (index labels) that show it.
+
+    `impossible`: they cannot be right, whatever was trained. `most`: of the rows that tell, over
+    half are such."""
 
     column: str
-    n_rows: int
+    rows: pd.Index
     text: str
     impossible: bool
+    most: bool
 
     def __str__(self) -> str:
         return self.text
@@ -77,12 +81,10 @@ def _typical(column: pd.Series) -> float:
 def _doubt(
     column: str, bad: pd.Series, known: pd.Series, impossible: bool, text: Callable[[str], str]
 ) -> Doubt | None:
-    """A doubt of the rows that are bad; impossible only where most rows are."""
     n, of = int(bad.sum()), int(known.notna().sum())
     if not n:
         return None
-    most = n > of / 2
-    return Doubt(column, n, text(f"in {n} of {of} rows"), impossible and most)
+    return Doubt(column, bad.index[bad], text(f"in {n} of {of} rows"), impossible, n > of / 2)
 
 
 def _unit(value: float) -> tuple[str, str]:

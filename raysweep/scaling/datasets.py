@@ -63,7 +63,7 @@ def said_of(sets: pd.Series, architectures: pd.Series) -> str:
     """One sentence on several data sets among rows; empty where there is one.
 
     `sets` are labels of `data_sets`, `architectures` the names before they are told apart."""
-    names = list(dict.fromkeys(sets))
+    names = sorted(set(sets))
     if len(names) < 2:
         return ""
     shared = architectures.groupby(sets).unique().explode().value_counts()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import numpy as np
 import pandas as pd
 
@@ -21,6 +19,17 @@ SAME_SHAPE = 0.01
 """So are sizes of one shape (or of none stated), which differ by what was counted."""
 
 _SHAPE = ("d_model", "layers", "heads", "d_ff", "expert_ff", "shared_experts")
+_READ = (
+    "cell",
+    "source",
+    "scale",
+    "params_active_non_embedding",
+    "params_total_non_embedding",
+    "tokens",
+    "steps",
+    "learning_rate",
+    "batch_tokens",
+)
 _BLOCK = ("dataset", "group", "architecture", "experts", "top_k")
 
 
@@ -58,6 +67,7 @@ def join_cells(rows: pd.DataFrame) -> pd.Series:
     batch, as in IsoFLOP sweeps, only repeats share a cell: a law of the loss reads every run at its
     own N and D, and joining would only blur them.
     """
+    rows = rows[[*_BLOCK, *_SHAPE, *_READ]]
     block = rows.groupby(list(_BLOCK), sort=False, dropna=False).ngroup()
     exact = ["params_active_non_embedding", "tokens"]
     given = rows["cell"].astype(object)
@@ -72,7 +82,7 @@ def join_cells(rows: pd.DataFrame) -> pd.Series:
         study = rows[~free & sized & (block == key)]
         for label in np.unique(labels):
             members = part.index[labels == label]
-            near = _nearest(study, part.loc[members])
+            near = _nearest(study, part.loc[members]) if len(study) else None
             cell.loc[members] = count if near is None else cell.loc[near]
             count += 1
     return _names(rows, cell, free, given)
@@ -103,13 +113,12 @@ def _joined(part: pd.DataFrame) -> np.ndarray:
     """Labels of the cells among rows of one block, by size and then by tokens."""
     searched = (part[["learning_rate", "batch_tokens"]] > 0).all(axis=1).any()
     size = _sizes(part, SAME_SHAPE if searched else SIZE)
-    keys: list[Hashable] = [None] * len(part)
+    found = np.zeros(len(part), dtype=int)
     for label in np.unique(size):
         at = np.flatnonzero(size == label)
         horizon = together(_horizons(part.iloc[at]), TOKENS if searched else STEPS_TIMES_BATCH)
-        for row, h in zip(at, horizon, strict=True):
-            keys[row] = (label, h)
-    return pd.factorize(pd.Series(keys, dtype=object))[0]
+        found[at] = horizon + found.max() + 1
+    return found
 
 
 def _sizes(part: pd.DataFrame, spread: float) -> np.ndarray:
@@ -122,10 +131,11 @@ def _sizes(part: pd.DataFrame, spread: float) -> np.ndarray:
     params = part["params_active_non_embedding"].to_numpy(float)
     same = together(params, SIZE)
     shape = part[list(_SHAPE)].astype(float).fillna(-1.0)
-    of_one = shape.groupby(same).transform("max").astype(str).agg(" ".join, axis=1).to_numpy()
+    of_one = shape.groupby(same).transform("max").assign(total=apart).to_numpy(float)
+    kind = np.unique(of_one, axis=0, return_inverse=True)[1].ravel()
     found = np.zeros(len(part), dtype=int)
-    for key in set(zip(apart, of_one, strict=True)):
-        at = np.flatnonzero((apart == key[0]) & (of_one == key[1]))
+    for k in range(kind.max() + 1):
+        at = np.flatnonzero(kind == k)
         found[at] = together(params[at], spread) + found.max() + 1
     return found
 
