@@ -35,20 +35,34 @@ def import_command(
     file: Annotated[Path, typer.Argument(help="File to read.", metavar="FILE")],
     results: Annotated[str, typer.Option("--results", help="Results folder or URI.")],
     map_: Annotated[
-        str | None, typer.Option("--map", help="For csv: column=name,... ours to the file's.")
+        str | None,
+        typer.Option(
+            "--map",
+            help="For csv: column=name,... ours to the file's; column=name*1e9 converts units, "
+            "recipe.key=name keeps a hyperparameter.",
+        ),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(help="Name of the rows' study; default: the format, or of csv the file."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Name of the data; studies of one name are fitted together."),
     ] = None,
 ) -> None:
     """Bring results that exist already: published sweeps, or your own as CSV."""
+    from raysweep.cli.imported import said_of_import
     from raysweep.results import Results
-    from raysweep.results.importers import import_file
+    from raysweep.results.importers import read_file
 
-    rows = import_file(format_, file, map_)
+    found = read_file(format_, file, map_, study=study, data=data)
     store = Results.open(results, create=True)
-    new = store.write_many(rows)
-    left_out = rows[rows["excluded"].notna()]
-    typer.echo(f"{new} new rows of {len(rows)} in {store.uri}; {len(left_out)} kept out of fits")
-    for reason, count in left_out["excluded"].value_counts().items():
-        typer.echo(f"  {count} x {reason}")
+    new = store.write_many(found.rows)
+    out = int(found.rows["excluded"].notna().sum())
+    typer.echo(f"{new} new rows of {len(found.rows)} in {store.uri}; {out} kept out of fits")
+    for line in said_of_import(found, store.frame(), results):
+        typer.echo(line)
 
 
 @app.command("export")

@@ -7,16 +7,24 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.results.flags import flags
 from raysweep.results.schema import COLUMNS, FINISHED, SCHEMA_VERSION, STATUSES
+from raysweep.results.units import doubts
 from raysweep.study.study import short_number
+from raysweep.study.trials import Recipe
 
 STEP_LAW_SEQUENCE_LENGTH = 2048
+
+WHOLE = 0.98
+"""A run that ends before this share of its steps or tokens was cut short: its learning rate had not
+come down yet."""
 
 _NUMERIC = tuple(n for n, c in COLUMNS.items() if str(c.type) in ("int64", "double"))
 _WHOLE = tuple(n for n, c in COLUMNS.items() if str(c.type) == "int64")
@@ -91,20 +99,16 @@ def read_isoflop(path: str | os.PathLike[str], study: str = "isoflop") -> pd.Dat
     """IsoFLOP runs (arXiv 2603.22339): `tokens, params, budget, loss`, and `outlier, reason` if
     there.
 
-    Flagged outliers stay, excluded with their reason. Experiments do not share data, so each
-    `experiment` is an architecture of its own. They enter laws of the loss only. How `params`
-    were counted is not stated: they fill every count. UserError where a column is missing.
+    Flagged outliers stay, excluded with their reason, if any. Experiments do not share data, so
+    each `experiment` is an architecture and a set of data of its own. They enter laws of the loss
+    only. How `params` were counted is not stated: they fill every count. UserError where a column
+    is missing.
     """
     table = _read(path)
     _need(table, ("tokens", "params", "budget", "loss"), path)
     get = _numbers(table)
     params, tokens = get("params"), get("tokens")
     name = table["experiment"] if "experiment" in table else pd.Series("isoflop", index=table.index)
-    excluded = pd.Series(None, index=table.index, dtype=object)
-    if "outlier" in table:
-        flagged = table["outlier"].astype(str).str.strip().str.lower().isin(("true", "1", "yes"))
-        why = table["reason"].astype(str) if "reason" in table else "no reason given"
-        excluded = excluded.mask(flagged, "outlier: " + why)
     rows = {
         "architecture": name.astype(object).fillna("isoflop"),
         **_every_count(params),
@@ -112,7 +116,8 @@ def read_isoflop(path: str | os.PathLike[str], study: str = "isoflop") -> pd.Dat
         "flops": get("budget"),
         "flops_per_token": get("budget") / tokens,
         "loss": get("loss"),
-        "excluded": excluded,
+        "excluded": _outliers(table),
+        "data_hash": table.get("experiment"),
     }
     return _finish(table, rows, "isoflop", study)
 
@@ -122,43 +127,125 @@ def read_csv(
 ) -> pd.DataFrame:
     """Any table with one row a run (CSV or Parquet). `mapping`: our column -> the file's.
 
-    A value that starts with "=" is a constant: {"tokens": "D", "status": "=finished"}. Columns of
-    the file that bear our names need no mapping. `loss`, `tokens` and
+    A value that starts with "=" is a constant: {"tokens": "D", "status": "=finished"}; one that
+    ends in "*" and a number is a column times it: {"tokens": "D*1e9"}. Columns of the file that
+    bear our names, or those of our recipes' keys (optimizer, schedule, weight_decay, ...), need no
+    mapping; "recipe.NAME" keeps any other of the recipe's. `loss`, `tokens` and
     `params_active_non_embedding` must come from one or the other; batches in tokens and sequences
-    complete each other through `sequence_length`. Without `status` rows count as finished;
-    without `experts` as dense; without `architecture` each routing is one, such as moe-e8k2.
+    complete each other through `sequence_length`. Rows whose numbers cannot be in the units of
+    their columns are excluded, and a file of such rows is refused. Without `status` rows count as
+    finished; without `experts` as dense; without `architecture` each routing is one, such as
+    moe-e8k2. Rows flagged in a column `outlier` stay, excluded, with the file's `reason`, if any.
 
     UserError names a column of ours or of the file that does not exist, and what is near it.
     """
     table = _read(path)
-    rows: dict[str, object] = {}
-    for ours, theirs in mapping.items():
-        if ours not in COLUMNS:
-            raise UserError(f"--map: there is no column {ours!r} of results{_near(ours, COLUMNS)}")
-        if theirs.startswith("="):
-            rows[ours] = pd.Series(theirs[1:], index=table.index, dtype=object)
-        elif theirs in table:
-            rows[ours] = table[theirs]
-        else:
-            raise UserError(f"{path} has no column {theirs!r}{_near(theirs, table.columns)}")
-    fixed = ("trial_key", "schema_version", "source")
-    rows |= {n: table[n] for n in COLUMNS if n in table and n not in rows and n not in fixed}
+    rows, recipe = _mapped(table, mapping, path)
+    if "outlier" in table:
+        rows["excluded"] = _outliers(table)
+    elif "excluded" in rows:
+        rows["excluded"] = _reasons(rows["excluded"])
+    if recipe:
+        found = _recipes(pd.DataFrame(recipe), rows.get("recipe"))
+        rows["recipe"] = pd.Series(found, index=table.index, dtype=object)
     for needed in ("loss", "tokens", "params_active_non_embedding"):
         if needed not in rows:
             near = _near(needed, table.columns)
             raise UserError(f"{path} has no column {needed!r}: map one with {needed}=NAME{near}")
     for name in _NUMERIC:
         if name in rows:
-            rows[name] = pd.to_numeric(pd.Series(rows[name], index=table.index), errors="coerce")
-    length = rows.get("sequence_length")
-    if isinstance(length, pd.Series):
-        batch, sequences = rows.get("batch_tokens"), rows.get("batch_sequences")
-        if isinstance(sequences, pd.Series) and batch is None:
-            rows["batch_tokens"] = sequences * length
-        if isinstance(batch, pd.Series) and sequences is None:
-            rows["batch_sequences"] = (batch / length).round()
+            rows[name] = pd.to_numeric(rows[name], errors="coerce")
+    length, batch = rows.get("sequence_length"), rows.get("batch_tokens")
+    sequences = rows.get("batch_sequences")
+    if length is not None and sequences is not None and batch is None:
+        rows["batch_tokens"] = sequences * length
+    if length is not None and batch is not None and sequences is None:
+        rows["batch_sequences"] = (batch / length).round()
     searched = "learning_rate" in rows and "batch_tokens" in rows
     return _finish(table, rows, "csv", study, hyperparameters=searched)
+
+
+def _mapped(
+    table: pd.DataFrame, mapping: Mapping[str, str], path: str | os.PathLike[str]
+) -> tuple[dict[str, pd.Series], dict[str, pd.Series]]:
+    """Columns of ours, and keys of the recipe, from a file's table."""
+    rows: dict[str, pd.Series] = {}
+    recipe: dict[str, pd.Series] = {}
+    for ours, theirs in mapping.items():
+        key = ours.removeprefix(_RECIPE)
+        if ours not in COLUMNS and (key == ours or not key):
+            raise UserError(f"--map: there is no column {ours!r} of results{_near(ours, COLUMNS)}")
+        name, factor = _scaled(theirs, table)
+        if theirs.startswith("="):
+            found = pd.Series(theirs[1:], index=table.index, dtype=object)
+        elif name not in table:
+            raise UserError(f"{path} has no column {name!r}{_near(name, table.columns)}")
+        elif factor is not None:
+            found = pd.to_numeric(table[name], errors="coerce") * factor
+        else:
+            found = table[name]
+        if ours in COLUMNS:
+            rows[ours] = found
+        else:
+            recipe[key] = found
+    own = [n for n in COLUMNS if n in table and n not in rows and n not in _FIXED]
+    rows |= {n: table[n] for n in own}
+    kept = [n for n in Recipe.model_fields if n in table and n not in recipe]
+    recipe |= {n: table[n] for n in kept}
+    return rows, recipe
+
+
+_RECIPE = "recipe."
+_FIXED = ("trial_key", "schema_version", "source")
+
+
+def _scaled(theirs: str, table: pd.DataFrame) -> tuple[str, float | None]:
+    """The column and factor of "NAME*1e9"; the text itself where that is a column."""
+    name, star, factor = theirs.rpartition("*")
+    if theirs in table or not star:
+        return theirs, None
+    try:
+        return name.strip(), float(factor)
+    except ValueError:
+        return theirs, None
+
+
+def _recipes(values: pd.DataFrame, given: pd.Series | None) -> list[str | None]:
+    """Recipes as JSON, a row each: what the file's own say, and these values."""
+    known = list(given) if given is not None else [None] * len(values)
+    found = []
+    for text, row in zip(known, values.astype(object).to_dict("records"), strict=True):
+        try:
+            own = json.loads(text) if isinstance(text, str) else {}
+        except ValueError:
+            own = {}
+        own = own if isinstance(own, dict) else {}
+        own |= {str(k): v for k, v in row.items() if not pd.isna(v)}
+        found.append(json.dumps(own, sort_keys=True, default=str) if own else None)
+    return found
+
+
+def _outliers(table: pd.DataFrame) -> pd.Series:
+    """Why flagged rows are excluded: their flag counts, whatever the reason says."""
+    if "outlier" not in table:
+        return pd.Series(None, index=table.index, dtype=object)
+    flagged = flags(table["outlier"])
+    why = pd.Series("", index=table.index, dtype=object)
+    if "reason" in table:
+        why = table["reason"].astype(object).where(flags(table["reason"]), "")
+    text = ("outlier: " + why.astype(str)).where(why != "", "outlier")
+    return text.astype(object).where(flagged, None)
+
+
+def _reasons(excluded: pd.Series) -> pd.Series:
+    """Texts of a column `excluded`, which may hold flags instead."""
+    said = flags(excluded)
+    text = excluded.astype(str).str.strip()
+    bare = (
+        text.str.lower().isin(("true", "yes", "y", "t"))
+        | pd.to_numeric(text, errors="coerce").notna()
+    )
+    return text.astype(object).mask(bare, "flagged in the file").where(said, None)
 
 
 def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
@@ -180,18 +267,78 @@ IMPORTERS: dict[str, Callable[..., pd.DataFrame]] = {
 """By format, beside `csv`. Every row of a file becomes a row; what cannot be used is `excluded`."""
 
 
+@dataclass(frozen=True)
+class Imported:
+    """The rows of a file, and which of its columns they were read from."""
+
+    rows: pd.DataFrame
+    used: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
 def import_file(
-    format: str, path: str | os.PathLike[str], mapping: str | None = None
+    format: str,
+    path: str | os.PathLike[str],
+    mapping: str | None = None,
+    *,
+    study: str | None = None,
+    data: str | None = None,
 ) -> pd.DataFrame:
-    """Read a file of a named format; `mapping` is the text of `--map`, for `csv` only."""
-    if format == "csv":
-        return read_csv(path, parse_mapping([mapping] if mapping else []))
-    if format not in IMPORTERS:
+    """Read a file of a named format; see `read_file`."""
+    return read_file(format, path, mapping, study=study, data=data).rows
+
+
+def read_file(
+    format: str,
+    path: str | os.PathLike[str],
+    mapping: str | None = None,
+    *,
+    study: str | None = None,
+    data: str | None = None,
+) -> Imported:
+    """Read a file of a named format; `mapping` is the text of `--map`, for `csv` only.
+
+    `study` names the rows' study; by default the format, or for `csv` and `isoflop`, where no two
+    files need have anything in common, the file's name. `data` names the data of rows that do not
+    tell theirs: studies that share data are fitted together. Raises UserError where the file will
+    not do, or its numbers cannot be in the units of their columns.
+    """
+    if format not in (*IMPORTERS, "csv"):
         known = ", ".join((*IMPORTERS, "csv"))
         raise UserError(f"unknown import format {format!r}; known: {known}")
-    if mapping:
+    if mapping and format != "csv":
         raise UserError(f"--map goes with csv only: the columns of {format} are known")
-    return IMPORTERS[format](path)
+    name = study or (Path(path).stem if format in ("csv", "isoflop") else format)
+    names = [str(c) for c in _read(path).columns]
+    if format == "csv":
+        known = parse_mapping([mapping] if mapping else [])
+        rows = read_csv(path, known, name)
+        table = pd.DataFrame(columns=names)
+        sources = {_scaled(theirs, table)[0] for theirs in known.values()}
+        own = {n for n in COLUMNS if n not in known and n not in _FIXED}
+        used = sources | own | set(Recipe.model_fields) | {"outlier"}
+    else:
+        rows = IMPORTERS[format](path, name)
+        used = set(_USED[format])
+    if study is not None:
+        rows["study"] = study
+    if data is not None:
+        rows["data_hash"] = rows["data_hash"].where(rows["data_hash"].notna(), data)
+    return Imported(
+        rows,
+        used=tuple(n for n in names if n in used),
+        ignored=tuple(n for n in names if n not in used),
+    )
+
+
+_USED = {
+    "steplaw": (
+        "h", "ffnh", "numh", "numl", "lr", "bs", "ti", "smooth loss", "N", "D", "seq_len",
+        "nume", "topk", "sed", "moeh", "Na",
+    ),
+    "chinchilla": ("Model Size", "Training FLOP", "loss"),
+    "isoflop": ("tokens", "params", "budget", "loss", "experiment", "outlier", "reason"),
+}  # fmt: skip
 
 
 # --- shared ------------------------------------------------------------------------------------
@@ -272,6 +419,11 @@ def _finish(
     frame["flops_6nd"] = frame["flops_6nd"].fillna(rough)
     frame["schema_version"] = SCHEMA_VERSION
     frame["source"] = f"import:{source}"
+    for doubt in doubts(frame[frame["excluded"].isna()]):
+        if doubt.impossible and doubt.most:
+            raise UserError(doubt.text)
+        if doubt.impossible:
+            frame.loc[doubt.rows, "excluded"] = f"{doubt.column} is in another unit than elsewhere"
     frame["trial_key"], copies = _keys(table, source)
     frame["excluded"] = _excluded(frame, hyperparameters, copies)
     frame["started_at"] = pd.to_datetime(frame["started_at"], utc=True, errors="coerce")
@@ -325,4 +477,9 @@ def _excluded(frame: pd.DataFrame, hyperparameters: bool, copies: pd.Series) -> 
         leave_out(where & ~np.isfinite(value) & value.notna(), f"{name} is not finite")
         leave_out(where & (value <= 0), f"{name} is zero or negative")
     leave_out(copies > 0, "the same as an earlier row of the file")
+    short = finished & (frame["step"] < WHOLE * frame["steps"])
+    leave_out(short, f"cut short: step is below {WHOLE:.0%} of steps")
+    counted = frame["source"] == "import:csv"  # in others it is computed from planned steps
+    short = finished & counted & (frame["tokens_seen"] < WHOLE * frame["tokens"])
+    leave_out(short, f"cut short: tokens_seen is below {WHOLE:.0%} of tokens")
     return excluded.where(excluded.notna(), None)

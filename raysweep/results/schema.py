@@ -101,7 +101,8 @@ COLUMNS: dict[str, Column] = {
     "device": Column(_text, "GPU or CPU model"),
     "versions": Column(_text, "library versions as JSON"),
     "git_revision": Column(_text, "of raysweep, with + when modified"),
-    "data_hash": Column(_text, "hash of the token shards"),
+    "data_hash": Column(_text, "the data: hash of the token shards, or its name in an import"),
+    "validation_sequences": Column(_int, "size of the slice that the loss is measured on"),
 }
 
 ARROW_SCHEMA = pa.schema([pa.field(name, c.type) for name, c in COLUMNS.items()])

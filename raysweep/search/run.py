@@ -19,6 +19,7 @@ from raysweep.data.shipping import publish
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.lock import study_lock
+from raysweep.scaling.datasets import other_data
 from raysweep.search.campaign import Campaign, bundles_of
 from raysweep.search.interruption import Interrupted, Interruption
 from raysweep.search.ledger import Ledger
@@ -86,6 +87,11 @@ def run(
             history=everything[~own],
             ranges=results.ranges(study.name),
         )
+        space = study.space
+        slice_size = space.data.validation_sequences, space.model.sequence_length
+        others = other_data(everything[~own], corpus.hash, *slice_size)
+        if others:
+            console.print(f"{results.uri}: {others}", highlight=False, soft_wrap=True)
         warning = corpus.repeat_warning(max(c.tokens for c in study.cells))
         if warning:
             console.print(f"warning: {warning}", highlight=False)

@@ -65,6 +65,7 @@ def spec_columns(spec: TrialSpec) -> dict[str, Any]:
         "steps": spec.steps,
         "recipe": json.dumps(spec.recipe.model_dump(), sort_keys=True),
         "data_hash": spec.data_hash,
+        "validation_sequences": spec.validation_sequences,
         "git_revision": git_revision(),
         "versions": json.dumps(library_versions(), sort_keys=True),
     }

@@ -175,10 +175,40 @@ def test_a_number_missing_in_one_imported_row_hides_no_other(tmp_path: Path) -> 
     columns = "learning_rate=lr,batch_tokens=bs,params_active_non_embedding=N,loss=val"
     done = raysweep("import", "csv", str(table), "--results", uri, "--map", columns)
     assert done.returncode == 0, done.stderr
-    assert "1 x tokens is missing" in done.stderr + done.stdout
+    assert "1 kept out of fits: tokens is missing" in done.stdout
     for command in (["fit", uri], ["status", uri], ["report", uri, "-o", str(tmp_path / "page")]):
         done = raysweep(*command)
         assert done.returncode == 0, done.stderr
         assert not done.stderr, done.stderr
         if command[0] != "report":
             assert re.search(r"^ *dense-1M-20Mtok +10 ", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_import_says_what_it_did(tmp_path: Path) -> None:
+    lines = ["loss,D,params_active_non_embedding,learning_rate,batch_tokens,note"]
+    for tokens in ("2", "4"):
+        for k, rate in enumerate((5e-4, 1e-3, 2e-3)):
+            lines.append(f"{3 + 0.01 * k},{tokens},1e8,{rate},262144,x")
+    table, uri = tmp_path / "mine.csv", str(tmp_path / "r")
+    table.write_text("\n".join(lines))
+    refused = raysweep("import", "csv", str(table), "--results", uri, "--map", "tokens=D")
+    assert refused.returncode == 2
+    assert "tokens is below 10000 in 6 of 6 rows" in refused.stderr
+    assert not (tmp_path / "r").exists()
+    done = raysweep("import", "csv", str(table), "--results", uri, "--map", "tokens=D*1e9")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == f"6 new rows of 6 in {uri}; 0 kept out of fits"
+    assert "6 rows count, in 2 cells of 3 trials each (dense)" in done.stdout
+    assert "no cell varies its batch" in done.stdout
+    assert "D 2B to 4B tokens" in done.stdout
+    assert "learning rate 0.0005 to 0.002" in done.stdout
+    assert "columns ignored: note" in done.stdout
+    assert f"next: raysweep fit {uri}" in done.stdout
+    table.write_text("\n".join(line.replace("1e8", "2e8") for line in lines))
+    again = ("import", "csv", str(table), "--results", uri, "--map", "tokens=D*1e9")
+    other = raysweep(*again, "--study", "other")
+    assert "the folder now holds 2 sets of data (mine, other)" in other.stdout
+    from raysweep.results import Results
+
+    assert set(Results.open(uri).frame()["study"]) == {"mine", "other"}

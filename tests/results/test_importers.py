@@ -1,5 +1,7 @@
 """Importers: what becomes of every row of a file, and what is said of a file that will not do."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,11 +12,14 @@ from raysweep.results.importers import (
     parse_mapping,
     read_chinchilla,
     read_csv,
+    read_file,
     read_isoflop,
     read_steplaw,
 )
 from raysweep.results.schema import COLUMNS
 from raysweep.results.store import Results
+from raysweep.results.units import doubts
+from raysweep.scaling.cells import cell_table
 
 
 def step_law_rows(**changes):
@@ -173,6 +178,167 @@ def test_flagged_outliers_are_excluded_with_their_reason(tmp_path):
     assert rows["excluded"][1] == "outlier: loss_spike"
     assert rows["excluded"][[0, 2]].isna().all()
     assert rows["flops_per_token"][0] == pytest.approx(6e8)
+
+
+@pytest.mark.parametrize(
+    "flag", [True, "True", "yes", "1", 1, 1.0, "1.0", "flagged", "spline_outlier"]
+)
+@pytest.mark.parametrize("reason", [None, "", "none", "loss_spike"])
+def test_a_flag_counts_whatever_the_reason_says(tmp_path, flag, reason):
+    frame = pd.DataFrame(
+        {
+            "tokens": [1e9, 2e9, 3e9],
+            "params": [1e8, 1e8, 1e8],
+            "budget": [6e17, 1.2e18, 1.8e18],
+            "loss": [3.0, 2.9, 2.8],
+            "outlier": [False if isinstance(flag, bool | str) else 0.0, flag, None],
+            "reason": ["none", reason, None],
+        }
+    )
+    expected = "outlier: loss_spike" if reason == "loss_spike" else "outlier"
+    rows = read_isoflop(write(tmp_path, frame))
+    assert rows["excluded"][1] == expected
+    assert rows["excluded"][[0, 2]].isna().all()
+    ours = frame.rename(columns={"params": "params_active_non_embedding", "budget": "flops"})
+    rows = read_csv(write(tmp_path, ours), {})
+    assert rows["excluded"][1] == expected
+    assert rows["excluded"][[0, 2]].isna().all()
+
+
+def test_a_column_excluded_may_hold_flags_or_reasons(tmp_path):
+    frame = runs(6).assign(excluded=["False", "0", "", "true", "1", "hardware fault"])
+    rows = read_csv(write(tmp_path, frame), {})
+    assert rows["excluded"][:3].isna().all()
+    assert list(rows["excluded"][3:]) == ["flagged in the file"] * 2 + ["hardware fault"]
+
+
+def runs(n=4, **columns):
+    """A table in our own columns, units as they should be."""
+    frame = pd.DataFrame(
+        {
+            "loss": np.linspace(3.0, 3.1, n),
+            "tokens": 2e9,
+            "params_active_non_embedding": 1e8,
+            "learning_rate": np.geomspace(1e-3, 2e-3, n),
+            "batch_tokens": 262144.0,
+        }
+    )
+    return frame.assign(**columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"params_active_non_embedding": 0.1}, "params_active_non_embedding is below 1000 in 4 of"),
+        ({"params_active_non_embedding": 100.0}, "seems to be in millions"),
+        ({"params_active_non_embedding": 0.1}, r"params_active_non_embedding=COLUMN\*1e9"),
+        ({"tokens": 2.0, "batch_tokens": None}, "tokens is below 10000 in 4 of 4 rows .* billions"),
+        ({"tokens": 2e-3, "params_active_non_embedding": 0.1}, "params_active_non_embedding is b"),
+        ({"flops": 1.2e9}, "flops is 1e-09 times 6 N D in 4 of 4 rows"),
+        ({"batch_tokens": 256, "sequence_length": 1024}, "batch_tokens is below the sequence len"),
+        ({"batch_tokens": 256, "sequence_length": 1024}, "map it to batch_sequences"),
+        ({"batch_tokens": 128, "steps": 7629}, "is 2048, a sequence length: batch_tokens is in"),
+        ({"batch_tokens": 4e9}, "batch_tokens is above the tokens of the run in 4 of 4 rows"),
+        ({"learning_rate": -3.0}, "learning_rate is negative in 4 of 4 rows"),
+    ],
+)
+def test_units_that_cannot_be_right_are_refused(tmp_path, columns, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_csv(write(tmp_path, runs(**columns)), {})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"flops": 6e18}, "flops is 5 times 6 N D in 4 of 4 rows"),
+        (
+            {"batch_tokens": 512},
+            "batch_tokens (median 512) would mean 3.9e+06 steps in 4 of",
+        ),
+        ({"steps": 15258}, "tokens / (batch_tokens * steps) is 0.5 and should be 1 in 4 of 4 rows"),
+        ({"tokens": 5e5, "batch_tokens": 1e4}, "fewer than one token for 100 parameters in 4 of 4"),
+        ({"learning_rate": 30.0}, "learning_rate is above 10 in 4 of 4 rows"),
+        ({"loss": [20.0, 21.0, 22.0, 23.0]}, "loss is above 13 in 4 of 4 rows"),
+    ],
+)
+def test_units_that_may_be_right_are_told_of(tmp_path, columns, message):
+    rows = read_csv(write(tmp_path, runs(**columns)), {})
+    said = [str(d) for d in doubts(rows)]
+    assert len(said) == 1
+    assert message in said[0]
+
+
+def test_a_few_rows_in_another_unit_are_kept_out(tmp_path):
+    frame = runs(params_active_non_embedding=[1e8, 1e8, 1e8, 0.1])
+    rows = read_csv(write(tmp_path, frame), {})
+    assert list(rows["excluded"].notna()) == [False, False, False, True]
+    assert rows["excluded"][3] == "params_active_non_embedding is in another unit than elsewhere"
+    assert not cell_table(rows).messages
+
+
+def test_right_units_raise_no_doubt(tmp_path, shared_data):
+    plain = runs(flops=1.3e18, steps=7629, sequence_length=2048)
+    assert not doubts(read_csv(write(tmp_path, plain), {}))
+    for name in ("isoflop_llama3", "isoflop_marin_comma", "isoflop_misfitting"):
+        assert not doubts(import_file("isoflop", shared_data / f"{name}.csv")), name
+    assert not doubts(import_file("chinchilla", shared_data / "chinchilla_points.csv"))
+    assert not doubts(import_file("steplaw", shared_data / "steplaw_dense.csv"))
+
+
+def test_a_mapping_can_convert_units(tmp_path):
+    frame = runs().assign(size=0.1).drop(columns="params_active_non_embedding")
+    mapping = parse_mapping(["params_active_non_embedding=size*1e9"])
+    rows = read_csv(write(tmp_path, frame), mapping)
+    assert list(rows["params_active_non_embedding"]) == pytest.approx([1e8] * 4)
+    with pytest.raises(UserError, match=r"no column 'sise' \(near: size"):
+        read_csv(write(tmp_path, frame), {"params_active_non_embedding": "sise*1e9"})
+
+
+def test_hyperparameters_are_kept_in_the_recipe(tmp_path):
+    frame = runs(optimizer=["adamw", "muon", None, "muon"], z=[1, 2, 3, 4], note="x")
+    path = write(tmp_path, frame)
+    found = read_file("csv", path, "recipe.z_loss_weight=z")
+    recipes = [json.loads(text) for text in found.rows["recipe"]]
+    assert recipes[0] == {"optimizer": "adamw", "z_loss_weight": 1}
+    assert recipes[2] == {"z_loss_weight": 3}
+    assert found.ignored == ("note",)
+    assert set(found.used) >= {"loss", "optimizer", "z"}
+    cells = cell_table(found.rows, group=("optimizer",)).cells
+    assert sorted(cells["group"]) == ["adamw", "muon", "unknown"]
+
+
+def test_runs_cut_short_are_kept_out(tmp_path):
+    frame = runs(steps=7629, step=[7629, 7500, 7400, 100], tokens_seen=2e9)
+    rows = read_csv(write(tmp_path, frame), {})
+    assert list(rows["excluded"].notna()) == [False, False, True, True]
+    assert rows["excluded"][2] == "cut short: step is below 98% of steps"
+    rows = read_csv(write(tmp_path, runs(tokens_seen=[2e9, 1.97e9, 1.9e9, 1e9])), {})
+    assert list(rows["excluded"].notna()) == [False, False, True, True]
+
+
+def test_studies_and_data_are_named(tmp_path):
+    one, two = write(tmp_path, runs(), "one.csv"), write(tmp_path, runs(loss=3.3), "two.csv")
+    rows = [import_file("csv", path) for path in (one, two)]
+    assert [set(r["study"]) for r in rows] == [{"one"}, {"two"}]
+    assert cell_table(pd.concat(rows)).cells["dataset"].nunique() == 2
+    rows = [import_file("csv", path, data="web") for path in (one, two)]
+    assert cell_table(pd.concat(rows)).cells["dataset"].nunique() == 1
+    assert set(import_file("csv", one, study="mine")["study"]) == {"mine"}
+
+
+def test_experiments_share_no_data(tmp_path):
+    frame = pd.DataFrame(
+        {
+            "experiment": ["a", "a", "b", "b"],
+            "tokens": [1e9, 2e9, 1e9, 2e9],
+            "params": 1e8,
+            "budget": [6e17, 1.2e18, 6e17, 1.2e18],
+            "loss": [3.0, 2.9, 2.0, 1.9],
+        }
+    )
+    cells = cell_table(read_isoflop(write(tmp_path, frame))).cells
+    assert sorted(cells["dataset"]) == ["a", "a", "b", "b"]
 
 
 def test_any_csv_by_mapping(tmp_path):

@@ -1,0 +1,87 @@
+"""What `raysweep import` says of a file: its rows, cells, ranges and doubts, and what is next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+
+from raysweep.results.importers import Imported
+from raysweep.scaling.cells import CellTable, cell_table
+from raysweep.scaling.datasets import data_sets
+from raysweep.study.study import short_number
+
+_RANGES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("params_active_non_embedding", "N", "active non-embedding parameters", short_number),
+    ("tokens", "D", "tokens", short_number),
+    ("learning_rate", "learning rate", "", "{:.3g}".format),
+    ("batch_tokens", "batch", "tokens", short_number),
+    ("loss", "loss", "nats a token", "{:.4g}".format),
+)
+
+
+def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[str]:
+    """Lines on a file just imported; `everything` are all rows of the folder `uri`."""
+    rows = found.rows
+    lines = [
+        f"  {count} kept out of fits: {reason}"
+        for reason, count in rows["excluded"].value_counts().items()
+    ]
+    table = cell_table(rows)
+    lines += [_cells(table), *_ranges(table.trials)]
+    lines.append("columns used: " + (", ".join(found.used) or "none"))
+    if found.ignored:
+        lines.append("columns ignored: " + ", ".join(found.ignored))
+    lines += [f"warning: {text}" for text in table.messages]
+    sets = data_sets(everything.reset_index(drop=True))
+    if sets.nunique() > max(1, data_sets(rows.reset_index(drop=True)).nunique()):
+        names = ", ".join(sorted(set(sets)))
+        lines.append(
+            f"the folder now holds {sets.nunique()} sets of data ({names}), fitted apart; import "
+            "with --data NAME what shares data"
+        )
+    lines.append(f"next: raysweep fit {uri}")
+    lines.append(f"      raysweep report {uri} -o PAGE")
+    if len(table.trials) and table.cells["n_searched"].any():
+        params = 10 * float(table.cells["params_active_non_embedding"].max())
+        tokens = 10 * float(table.cells["tokens"].max())
+        size = f"--params {short_number(params)} --tokens {short_number(tokens)}"
+        lines.append(f"      raysweep recommend {uri} {size}")
+    return lines
+
+
+def _cells(table: CellTable) -> str:
+    cells = table.cells[table.cells["n_finished"] > 0]
+    if not len(cells):
+        return "no row counts: nothing can be fitted"
+    per = cells["n_finished"]
+    trials = _span([float(per.min()), float(per.max())], "{:g}".format)
+    runs = "trial each" if trials == "1" else "trials each"
+    said = f"{len(table.trials)} rows count, in {_many(len(cells), 'cell')} of {trials} {runs}"
+    said += f" ({', '.join(dict.fromkeys(cells['architecture']))})"
+    if not (cells["n_searched"] > 0).any():
+        return said + "; none tells its learning rate and batch, so only laws of the loss follow"
+    names = {"learning_rate": "learning rate", "batch_tokens": "batch"}
+    fixed = [names[name] for name, varied in table.varied.items() if not varied]
+    if fixed:
+        said += f"; no cell varies its {' or '.join(fixed)}: its optimum cannot be told"
+    return said
+
+
+def _ranges(trials: pd.DataFrame) -> list[str]:
+    found = []
+    for column, name, unit, show in _RANGES:
+        values = trials[column][trials[column] > 0]
+        if len(values):
+            span = _span([float(values.min()), float(values.max())], show)
+            found.append(f"{name} {span}{' ' if unit else ''}{unit}")
+    return ["  " + ", ".join(found)] if found else []
+
+
+def _span(ends: Sequence[float], show: Callable[[float], str]) -> str:
+    low, high = map(show, ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
