@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from raysweep.scaling.contrast_loss import contrast_losses
 from raysweep.scaling.fits import ALL, fit
 from raysweep.scaling.plain import plain
 from raysweep.scaling.sides import Side, Source, differences, doubts, make_side, parts_of, why_apart
+from raysweep.text import estimated
 
 MOST_SIDES = 6
 """Sides told apart in one figure."""
@@ -187,9 +187,8 @@ def _pair_lines(pair: Pair) -> list[str]:
         if not c.ok:
             text = f"{c.status}: {c.message}"
         else:
-            known = math.isfinite(c.low)
-            span = f" (95 %: {c.low:.4g} to {c.high:.4g})" if known else " (no interval)"
-            text = f"{c.ratio:.4g}{span}" + (f"; {c.message}" if c.message else "")
+            text = estimated(c.ratio, c.low, c.high, style="number")
+            text += f"; {c.message}" if c.message else ""
         lines.append(f"    {name:<42} {text}")
     if pair.apart:
         lines.append(f"  losses are not compared: {pair.apart}")

@@ -31,6 +31,7 @@ from raysweep.scaling.sensitivity import Sensitivity, group_sensitivity
 from raysweep.scaling.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.summary import summary
 from raysweep.scaling.surface import Surface
+from raysweep.text import read_number, read_size
 
 __all__ = ["ALL", "Fits", "Group", "Recommendation", "fit"]
 
@@ -105,22 +106,24 @@ class Fits(InNotebooks):
     def recommend(
         self,
         architecture: str | None = None,
-        params: float = math.nan,
-        tokens: float = math.nan,
+        params: float | str = math.nan,
+        tokens: float | str = math.nan,
         experts: int | None = None,
         top_k: int | None = None,
     ) -> Recommendation:
-        """What to run for `params` active non-embedding parameters on `tokens` tokens.
+        """What to run for `params` active non-embedding parameters on `tokens` tokens: numbers, or
+        text such as "7B".
 
         `architecture` is a name in the results, or `dense` or `moe`; without one, `experts`
         decides. Raises UserError for what no results could answer; what these cannot answer is a
         status.
         """
-        return advise(self, architecture, params, tokens, experts, top_k)
+        run = read_size(params, "params"), read_size(tokens, "tokens")
+        return advise(self, architecture, *run, experts, top_k)
 
     def serve(
         self,
-        flops: float,
+        flops: float | str,
         serving: Serving,
         experts: Sequence[float] = (2, 4, 8, 16, 32, 64),
         reference: float | None = None,
@@ -129,9 +132,8 @@ class Fits(InNotebooks):
         serving cost; see `serving.serving_solutions`.
 
         Raises UserError where no law over several numbers of experts was fitted."""
-        return serving_solutions(
-            usable_experts_law(self.groups), flops, serving, experts, reference
-        )
+        law, budget = usable_experts_law(self.groups), read_number(flops, "flops")
+        return serving_solutions(law, budget, serving, experts, reference)
 
 
 def fit(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from raysweep.display import InNotebooks
 from raysweep.scaling.plain import plain
+from raysweep.text import estimated, short, written
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,22 +52,26 @@ class Recommendation(InNotebooks):
         return str(self)
 
     def __str__(self) -> str:
-        model = f"{_short(self.params)} active non-embedding parameters"
+        model = f"{short(self.params)} active non-embedding parameters"
         if self.experts > 1:
             model += f", {self.experts} experts, top-{self.top_k}"
         sequences = f" ({self.batch_sequences} sequences of {self.sequence_length})"
+        rate = estimated(self.learning_rate, *self.learning_rate_interval, style="rate")
+        batch = estimated(
+            self.batch_tokens, *self.batch_tokens_interval, style="batch", unit="tokens"
+        )
+        loss = estimated(self.loss, *self.loss_interval, style="loss")
         lines = [
-            f"{self.architecture}: {model}, {_short(self.tokens)} tokens",
-            f"  learning rate  {_with(self.learning_rate, self.learning_rate_interval, '.3g')}",
-            f"  batch          {_tokens(self.batch_tokens, self.batch_tokens_interval)}"
-            + (sequences if self.batch_sequences else ""),
-            f"  expected loss  {_with(self.loss, self.loss_interval, '.4f')}",
+            f"{self.architecture}: {model}, {short(self.tokens)} tokens",
+            f"  learning rate  {rate}",
+            f"  batch          {batch}{sequences if self.batch_sequences else ''}",
+            f"  expected loss  {loss}",
         ]
         factors = ", ".join(f"{v:.3g}x in {k}" for k, v in self.extrapolation.items())
         lines.append(f"  extrapolates   {factors or 'unknown'}")
         lines += [f"  rests on       {line}" for line in self.rests_on]
-        for name, (rate, batch) in self.by_method.items():
-            lines.append(f"  by {name:<12}lr {rate:.3g}, batch {_short(batch)} tokens")
+        for name, pair in self.by_method.items():
+            lines.append(f"  by {name:<12}{_pair(*pair)}")
         for answer in self.published:
             lines.append(f"  {_published(answer)}")
         lines += [f"  warning        {w}" for w in self.warnings]
@@ -88,39 +93,16 @@ def usable_batch(tokens: float, sequence_length: int | None) -> tuple[float, int
     return float(sequences * sequence_length), sequences
 
 
-def _short(value: float) -> str:
-    if not math.isfinite(value):
-        return "unknown"
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def _with(value: float, interval: tuple[float, float], style: str) -> str:
-    if not math.isfinite(value):
-        return "unknown"
-    low, high = interval
-    if not math.isfinite(low + high):
-        return f"{value:{style}} (no interval: too few cells)"
-    return f"{value:{style}} (95 %: {low:{style}} to {high:{style}})"
-
-
-def _tokens(value: float, interval: tuple[float, float]) -> str:
-    if not math.isfinite(value):
-        return "unknown"
-    low, high = interval
-    if not math.isfinite(low + high):
-        return f"{_short(value)} tokens (no interval: too few cells)"
-    return f"{_short(value)} tokens (95 %: {_short(low)} to {_short(high)})"
-
-
 def _published(answer: Mapping[str, object]) -> str:
-    rate, batch = answer["learning_rate"], answer["batch_tokens"]
+    doubt = "" if answer["verified"] else " (unverified)"
+    return f"{answer['source']}{doubt}: {_pair(answer['learning_rate'], answer['batch_tokens'])}"
+
+
+def _pair(rate: object, batch: object) -> str:
+    """A learning rate and a batch, as far as there are any."""
     parts = []
     if isinstance(rate, float):
-        parts.append(f"lr {rate:.3g}")
+        parts.append(f"lr {written(rate, 'rate')}")
     if isinstance(batch, float):
-        parts.append(f"batch {_short(batch)} tokens")
-    doubt = "" if answer["verified"] else " (unverified)"
-    return f"{answer['source']}{doubt}: {', '.join(parts)}"
+        parts.append(f"batch {written(batch, 'batch')} tokens")
+    return ", ".join(parts)

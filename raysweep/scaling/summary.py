@@ -9,6 +9,7 @@ from raysweep.scaling.group_loss import NotFitted
 from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.noise import Ratio
 from raysweep.scaling.power_law import SYMBOLS, PowerLaw
+from raysweep.text import estimated
 
 if TYPE_CHECKING:
     from raysweep.scaling.allocation import Allocation
@@ -34,7 +35,7 @@ def summary(fits: Fits) -> str:
     for label, ratios in fits.comparison.items():
         lines += ["", f"MoE over dense {label}"]
         for name, r in ratios.items():
-            text = f"{r.ratio:.3g} (95 %: {r.low:.3g} to {r.high:.3g})" if r.ok else _why(r)
+            text = estimated(r.ratio, r.low, r.high, style="ratio") if r.ok else _why(r)
             lines.append(f"  {name:<20} {text}")
     for saving in fits.efficiency.values():
         lines += ["", f"Experts of {saving.architecture} against a dense model", *_saving(saving)]
