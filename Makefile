@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check fast browser clean
+.PHONY: install demo test check fast browser size clean
 
 install: $(STAMP)
 
@@ -18,9 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/raysweep run search_spaces/laptop.yaml
 
-# ruff, pyright and import-linter, then every test that needs no GPU.
+# ruff, pyright and import-linter, then every test that needs no GPU. Those that wait for Ray or a
+# browser more than they work run two at a time, those of one cluster one after the other.
 test: check browser fast
-	$(BIN)/python -m pytest -m "(ray or browser) and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "(ray or browser) and not gpu"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -39,6 +40,10 @@ browser:
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 	echo "no Chromium found and none could be installed: the browser tests will be skipped"
+
+# Lines and files of each package.
+size:
+	@$(PYTHON) -m benchmarks.size
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -12,6 +12,8 @@ The public API, loaded on first use so that `import raysweep` costs neither torc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from raysweep.display import show_with
+
 if TYPE_CHECKING:
     from raysweep.errors import UserError
     from raysweep.report import report as write_report
@@ -59,3 +61,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _html_of(thing: object) -> str:
+    from raysweep.report.notebook import html_of
+
+    return html_of(thing)
+
+
+show_with(_html_of)

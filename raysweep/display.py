@@ -1,12 +1,21 @@
-"""Objects that show themselves in notebooks. How is the report's business: it is loaded by name."""
+"""Objects that show themselves in notebooks. How is the report's business: it is told at import."""
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
 
 
 class InNotebooks:
-    """Mixin: Jupyter shows what `raysweep.report.notebook` makes of the object."""
+    """Mixin: a notebook shows the HTML that `draw` makes of the object."""
 
     def _repr_html_(self) -> str:
-        return import_module("raysweep.report.notebook").html_of(self)
+        return _draw(self)
+
+
+def show_with(draw: Callable[[object], str]) -> None:
+    """Let `draw` make the HTML of every object that shows itself."""
+    global _draw
+    _draw = draw
+
+
+_draw: Callable[[object], str] = repr

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raysweep.study import Cell, Study
-from raysweep.study.study import short_number
+from raysweep.text import duration, scientific, short
 
 REFERENCE_PEAK_FLOPS = 989e12
 """Dense bf16 peak of one H100 SXM, from its data sheet."""
@@ -212,7 +212,7 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
 
 
 def _is_scale(entry: Any, cell: Cell) -> bool:
-    return cell.scale == (entry.name or short_number(entry.params))
+    return cell.scale == (entry.name or short(entry.params))
 
 
 def _shape_words(cell: Cell) -> str:
@@ -241,13 +241,13 @@ def render_plan(plan: Plan, console: Console | None = None) -> None:
         table.add_row(
             cell.name,
             *([cell.shape] if with_shape else []),
-            short_number(cell.params_active_non_embedding),
-            short_number(cell.params_total_non_embedding),
-            short_number(cell.tokens),
+            short(cell.params_active_non_embedding),
+            short(cell.params_total_non_embedding),
+            short(cell.tokens),
             str(cell.trials),
-            f"{cell.flops_per_trial:.2e}",
-            f"{cell.gpu_hours:.2g}",
-            *([clock(plan.seconds[k])] if plan.seconds else []),
+            scientific(cell.flops_per_trial),
+            short(cell.gpu_hours, 2),
+            *([duration(plan.seconds[k])] if plan.seconds else []),
         )
     console.print(table)
     console.print(summary_words(plan), highlight=False)
@@ -258,9 +258,9 @@ def render_plan(plan: Plan, console: Console | None = None) -> None:
 def summary_words(plan: Plan) -> str:
     """The whole of a plan in a sentence."""
     return (
-        f"{len(plan.cells)} cells, {plan.trials} trials, {plan.flops:.2e} FLOPs, "
-        f"{plan.gpu_hours:.2g} GPU-hours on H100s at {REFERENCE_UTILISATION:.0%} utilisation. "
-        "Parameters are non-embedding."
+        f"{len(plan.cells)} cells, {plan.trials} trials, {scientific(plan.flops)} FLOPs, "
+        f"{short(plan.gpu_hours, 2)} GPU-hours on H100s at {REFERENCE_UTILISATION:.0%} "
+        "utilisation. Parameters are non-embedding."
     )
 
 
@@ -271,19 +271,7 @@ def time_words(plan: Plan) -> str:
     at_once = "one at a time" if found.slots == 1 else f"{found.slots} trials at once"
     timed = ", ".join(p.cell for p in found.paces)
     return (
-        f"About {clock(plan.wall_seconds)} on this machine, {at_once} (column 'here': of one "
+        f"About {duration(plan.wall_seconds)} on this machine, {at_once} (column 'here': of one "
         f"worker). From training steps of {timed} just timed, {found.at_once} processes side by "
         "side; expect a factor of two either way."
     )
-
-
-def clock(seconds: float) -> str:
-    """Seconds as a person says them: 42s, 3m05s, 2h10m, 12d."""
-    whole = max(1, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole / 86400:.0f}d"

@@ -15,7 +15,6 @@ from raysweep.plan import (
     TRIAL_SECONDS,
     Calibration,
     Pace,
-    clock,
     make_plan,
     time_words,
     with_times,
@@ -109,11 +108,3 @@ def test_gpus_that_are_not_here_are_said(monkeypatch: pytest.MonkeyPatch) -> Non
     study = Study.from_dict({**SPACE, "resources": {"gpus_per_worker": 1}})
     with pytest.raises(UserError, match="none is here"):
         calibrating.calibrate(study)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.1, "1s"), (61, "1m01s"), (7300, "2h01m"), (3e5, "3d")],
-)
-def test_clock(seconds: float, words: str) -> None:
-    assert clock(seconds) == words

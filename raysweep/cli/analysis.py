@@ -16,6 +16,7 @@ from raysweep.cli.common import (
     app,
     check_folder,
     fit_results,
+    size,
     watch_report,
     write_report,
 )
@@ -97,9 +98,9 @@ def fit_command(results: ResultsArgument, as_json: AsJson = False) -> None:
 def recommend_command(
     results: ResultsArgument,
     params: Annotated[
-        float, typer.Option(help="Active non-embedding parameters: 7e9 or 7B.", parser=amount)
+        float, typer.Option(help="Active non-embedding parameters: 7e9 or 7B.", parser=size)
     ],
-    tokens: Annotated[float, typer.Option(help="Token budget: 1.4e12 or 1.4T.", parser=amount)],
+    tokens: Annotated[float, typer.Option(help="Token budget: 1.4e12 or 1.4T.", parser=size)],
     architecture: Annotated[
         str | None, typer.Option(help="Architecture of the study; default: the one that fits.")
     ] = None,
@@ -117,7 +118,9 @@ def recommend_command(
 @app.command("serving")
 def serving_command(
     results: ResultsArgument,
-    flops: Annotated[float, typer.Option(help="Training budget in FLOPs, e.g. 1e22.")],
+    flops: Annotated[
+        float, typer.Option(help="Training budget in FLOPs, e.g. 1e22.", parser=amount)
+    ],
     gpu: Annotated[
         str, typer.Option(help="GPU to serve on, e.g. h100.", autocompletion=complete.gpus)
     ],

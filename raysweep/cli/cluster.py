@@ -65,7 +65,8 @@ def status_command(
     as_json: AsJson = False,
 ) -> None:
     """Show a cluster's studies, one of them, or how far the cells of a results URI are."""
-    from raysweep.cluster import jobs, progress
+    from raysweep.cluster import jobs
+    from raysweep.results import progress
 
     if what is not None and not what.startswith(("raysweep-", "raysubmit_")):
         cells = progress.progress(what)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import typer
 
 from raysweep.cli import complete
 from raysweep.errors import UserError
+from raysweep.text import read_number, read_size
 
 if TYPE_CHECKING:
     from raysweep.study import Study
@@ -71,13 +71,19 @@ def _show_version(wanted: bool) -> None:
 
 def amount(text: str) -> float:
     """A number as people write it: 7e9, 7B, 1.4T, 20_000."""
-    plain = re.sub(r"[_, ]", "", text.lower())
-    match = re.fullmatch(r"([-+0-9.]+(?:e[-+]?[0-9]+)?)([kmbt]?)", plain)
+    return _read(read_number, text)
+
+
+def size(text: str) -> float:
+    """Parameters or tokens of a run, as `amount`; 7 alone is asked about."""
+    return _read(read_size, text)
+
+
+def _read(read: Callable[[str], float], text: str) -> float:
     try:
-        number, letter = match.groups() if match else ("", "")
-        return float(number) * {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[letter]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number: write 7e9 or 7B") from None
+        return read(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.callback()

@@ -11,6 +11,7 @@ from pathlib import Path
 from raysweep.data.sources import walk
 from raysweep.errors import UserError
 from raysweep.study import Study
+from raysweep.text import size
 
 LARGEST_PACKAGE_BYTES = 50_000_000
 """Ray keeps packages in the head's memory and refuses those beyond some hundred megabytes."""
@@ -119,8 +120,8 @@ def _check_size(files: Files) -> None:
     if total <= LARGEST_PACKAGE_BYTES:
         return
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
-    named = ", ".join(f"{name} ({size / 1e6:.0f} MB)" for name, size in largest)
+    named = ", ".join(f"{name} ({size(n)})" for name, n in largest)
     raise UserError(
-        f"the code to send is {total / 1e6:.0f} MB, over {LARGEST_PACKAGE_BYTES / 1e6:.0f} MB; "
+        f"the code to send is {size(total)}, over {size(LARGEST_PACKAGE_BYTES)}; "
         f"largest: {named}: move them out of the checkout"
     )

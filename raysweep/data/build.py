@@ -25,6 +25,7 @@ from raysweep.data.tokens import Shard, fingerprint, open_shards, smallest_dtype
 from raysweep.errors import UserError
 from raysweep.study.schema import Data
 from raysweep.study.study import vocabulary_size
+from raysweep.text import size as bytes_written
 
 FORMAT = 1
 """Raised whenever the same settings would give other tokens, so that old caches are not used."""
@@ -167,7 +168,7 @@ def _reported(documents: Iterator[bytes], say: Say) -> Iterator[bytes]:
     for text in documents:
         count, size = count + 1, size + len(text)
         if time.monotonic() - spoken > 2:
-            say(f"corpus: read {size / 1e6:.0f} MB in {count} documents")
+            say(f"corpus: read {bytes_written(size)} in {count} documents")
             spoken = time.monotonic()
         yield text
 

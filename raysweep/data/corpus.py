@@ -16,6 +16,7 @@ from raysweep.data.batches import too_small_for_validation, windows_per_epoch
 from raysweep.data.tokens import Shard, ShardedTokens, fingerprint, open_shards
 from raysweep.errors import UserError
 from raysweep.study.schema import Data
+from raysweep.text import short
 
 VERIFY_BYTES = 256 * 2**20
 """Up to this size the whole content of a cached corpus is checked against its hash."""
@@ -93,9 +94,9 @@ class Corpus:
         if tokens <= self.train_tokens:
             return None
         return (
-            f"a horizon of {tokens:,.0f} tokens is {self.epochs(tokens):.2f} passes over the "
-            f"{self.train_tokens:,} training tokens: repeated text teaches less than new text, so "
-            "laws fitted on it do not hold for fresh data"
+            f"a horizon of {short(tokens)} tokens is {self.epochs(tokens):.2f} passes over the "
+            f"{short(self.train_tokens)} training tokens: repeated text teaches less than new "
+            "text, so laws fitted on it do not hold for fresh data"
         )
 
     def missing(self) -> Path | None:

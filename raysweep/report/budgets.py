@@ -14,9 +14,7 @@ from raysweep.report.style import (
     finish,
     log_axis,
     new_figure,
-    scientific,
     settings,
-    short,
 )
 from raysweep.report.trends import names_of
 from raysweep.scaling.allocation import lies_outside, outside
@@ -24,6 +22,7 @@ from raysweep.scaling.budgets import SPLIT_LAW, Split
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.holdout import levels
 from raysweep.scaling.loss_fit import LossFit
+from raysweep.text import scientific, short
 
 SLICES = 4
 """Budgets at which a law is cut where none was held."""

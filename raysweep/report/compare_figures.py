@@ -9,17 +9,11 @@ import numpy as np
 import pandas as pd
 
 from raysweep.report.figures import AXIS_NAMES, PlotFigure
-from raysweep.report.style import (
-    LIGHT,
-    finish,
-    log_axis,
-    new_figure,
-    scientific,
-    settings,
-)
+from raysweep.report.style import LIGHT, finish, log_axis, new_figure, settings
 from raysweep.report.trends import FLOPS
 from raysweep.scaling.compare import QUANTITY_WORDS, Comparison
 from raysweep.scaling.contrast import MATCHED, OWN_LAWS, Contrast
+from raysweep.text import scientific
 
 REACH = 5.0
 """The axis of ratios goes as far as this factor beyond the outermost estimate and no farther."""

@@ -10,15 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from raysweep.report.style import (
-    ARCHITECTURE_COLOURS,
-    LIGHT,
-    MARKERS,
-    Drawing,
-    short,
-    spread,
-)
+from raysweep.report.style import ARCHITECTURE_COLOURS, LIGHT, MARKERS, Drawing, spread
 from raysweep.report.trends import FLOPS, PARAMS, TOKENS, Line
+from raysweep.text import short
 
 End = tuple[float, float, str, str]
 """Where a line ends, (x, y), what is written there, and in which colour."""

@@ -21,14 +21,13 @@ from raysweep.report.style import (
     finish,
     log_axis,
     new_figure,
-    scientific,
     settings,
-    short,
 )
 from raysweep.report.trends import FLOPS, names_of
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.groups import Group
 from raysweep.scaling.power_law import PowerLaw
+from raysweep.text import scientific, short
 
 PANELS = {
     "learning_rate": "optimal learning rate",

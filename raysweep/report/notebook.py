@@ -20,10 +20,10 @@ from raysweep.report import reading_laws
 from raysweep.report.compare_figures import ratios_figure
 from raysweep.report.figures import PlotFigure, colours
 from raysweep.report.losses import loss_figure
-from raysweep.report.numbers import NOTHING, Numbers, written
+from raysweep.report.numbers import Numbers
 from raysweep.report.optima import optima_figure
 from raysweep.report.reading import answer_limits, extrapolation
-from raysweep.report.style import DARK, LIGHT, short
+from raysweep.report.style import DARK, LIGHT
 from raysweep.report.trends import names_of, rests_on, rules_used
 from raysweep.results.schema import FINISHED
 from raysweep.results.store import Results
@@ -31,6 +31,7 @@ from raysweep.scaling.compare import QUANTITY_WORDS, Comparison
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.recommend import Recommendation
 from raysweep.study import Study
+from raysweep.text import NOTHING, short, written
 
 MOST_ROWS = 24
 """Rows of a table; a notebook is no place for 200 cells."""

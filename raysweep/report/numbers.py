@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from raysweep.report.style import scientific, short
-
-STYLES: dict[str, Callable[[float], str]] = {
-    "rate": lambda v: scientific(v, 3, full=True),
-    "batch": lambda v: short(v, 3, full=True),
-    "tokens": lambda v: short(v, 3),
-    "params": lambda v: short(v, 3),
-    "flops": lambda v: scientific(v, 3),
-    "loss": lambda v: f"{v:.4f}",
-    "exponent": lambda v: f"{v:+.3f}".replace("-", "\N{MINUS SIGN}"),
-    "ratio": lambda v: f"{v:.2f}" if 0.1 <= abs(v) < 10 else f"{v:.3g}",
-    "number": lambda v: f"{v:.4g}",
-    "coefficient": lambda v: scientific(v, 4),
-    "percent": lambda v: f"{100 * v:.2g}\N{NO-BREAK SPACE}%",
-    "share": lambda v: f"{100 * v:.0f}\N{NO-BREAK SPACE}%",
-    "count": lambda v: f"{v:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
-}
-"""How each kind of number is written."""
-
-NOTHING = "–"
+from raysweep.text import NOTHING, written
 
 UNKNOWN = 1e5
 """An interval whose ends lie this factor apart tells nothing."""
-
-
-def written(value: float | None, style: str) -> str:
-    """A number in a style; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return NOTHING
-    return STYLES[style](value)
 
 
 def pointer(*parts: object) -> str:

@@ -27,9 +27,7 @@ from raysweep.report.style import (
     finish,
     log_axis,
     new_figure,
-    scientific,
     settings,
-    short,
 )
 from raysweep.report.trends import (
     Line,
@@ -44,6 +42,7 @@ from raysweep.scaling.fits import Fits
 from raysweep.scaling.optimum import Optimum
 from raysweep.scaling.published import PUBLISHED_LAWS, PublishedLaw, Setting
 from raysweep.scaling.recommend import Recommendation
+from raysweep.text import scientific, short
 
 QUANTITIES = {"learning_rate": "learning rate", "batch_tokens": "batch, tokens"}
 

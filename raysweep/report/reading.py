@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from markupsafe import Markup, escape
 
 from raysweep.report.numbers import Numbers
-from raysweep.report.style import short
 from raysweep.scaling import cautions
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.recommend import Recommendation
+from raysweep.text import short
 
 NAMES_LISTED = 6
 

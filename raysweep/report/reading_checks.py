@@ -6,12 +6,13 @@ import math
 
 from markupsafe import Markup
 
-from raysweep.report.numbers import NOTHING, Numbers
+from raysweep.report.numbers import Numbers
 from raysweep.report.reading import plural
 from raysweep.report.reading_laws import TARGETS, Row
 from raysweep.report.trends import names_of
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.group_loss import LossCheck
+from raysweep.text import NOTHING
 
 STEADY = 1.25
 """A prediction that no variant moves by more than this factor is called steady."""

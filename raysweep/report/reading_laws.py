@@ -9,12 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 from markupsafe import Markup, escape
 
-from raysweep.report.numbers import NOTHING, STYLES, Numbers
+from raysweep.report.numbers import Numbers
 from raysweep.report.reading import listed, plural
 from raysweep.report.trends import Rule, loss_fit
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.power_law import SYMBOLS, PowerLaw
 from raysweep.scaling.surface import Surface
+from raysweep.text import NOTHING, STYLES
 
 TARGETS = {"learning_rate": "learning rate", "batch_tokens": "batch"}
 

@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from raysweep.report.numbers import written
+from raysweep.text import written
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 

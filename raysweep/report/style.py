@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from raysweep.text import scientific, short
+
 LIGHT: dict[str, str] = {
     "ink": "#1a1f24",
     "muted": "#59636d",
@@ -258,33 +260,6 @@ def _drawn(group: ET.Element) -> list[ET.Element]:
 
 
 # --- axes --------------------------------------------------------------------------------------
-
-
-def short(value: float, digits: int = 3, full: bool = False) -> str:
-    """A count as people say it: 16.4k, 125M, 1.4T; `full` keeps trailing zeros, as in 1.40T."""
-    if not np.isfinite(value):
-        return "–"
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")):
-        # 999.6k rounds to 1000k: the next letter then
-        if abs(value) >= limit * (1 - 0.5 * 10.0**-digits):
-            return _digits(value / limit, digits, full) + letter
-    return _digits(value, digits, full)
-
-
-def scientific(value: float, digits: int = 3, full: bool = False) -> str:
-    """A learning rate or a number of FLOPs: 2.4e-3; plain between 0.01 and 1000."""
-    if not np.isfinite(value):
-        return "–"
-    if value == 0 or 1e-2 <= abs(value) < 1e3:
-        return _digits(value, digits, full)
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    if "." in mantissa and not full:
-        mantissa = mantissa.rstrip("0").rstrip(".")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def _digits(value: float, digits: int, full: bool) -> str:
-    return f"{value:#.{digits}g}".rstrip(".") if full else f"{value:.{digits}g}"
 
 
 def log_axis(axes: Axes, which: str, kind: str = "count", most: int = 5) -> None:

@@ -8,20 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from raysweep.report.style import (
-    LIGHT,
-    Drawing,
-    finish,
-    log_axis,
-    new_figure,
-    scientific,
-    settings,
-    short,
-)
+from raysweep.report.style import LIGHT, Drawing, finish, log_axis, new_figure, settings
 from raysweep.scaling.cells import CellTable, CellTrials
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.optimum import Optimum
 from raysweep.scaling.surface import Surface
+from raysweep.text import scientific, short
 
 GAPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Borders between the six shades: loss above the cell's best, relative."""

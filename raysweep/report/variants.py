@@ -9,17 +9,10 @@ import pandas as pd
 
 from raysweep.report.figures import PlotFigure
 from raysweep.report.rows import Mark, draw_rows, rows_height, rows_units
-from raysweep.report.style import (
-    ARCHITECTURE_COLOURS,
-    finish,
-    log_axis,
-    new_figure,
-    scientific,
-    settings,
-    short,
-)
+from raysweep.report.style import ARCHITECTURE_COLOURS, finish, log_axis, new_figure, settings
 from raysweep.report.trends import names_of
 from raysweep.scaling.fits import Fits
+from raysweep.text import scientific, short
 
 TARGETS = {"learning_rate": "optimal learning rate", "batch_tokens": "optimal batch"}
 

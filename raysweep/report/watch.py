@@ -24,9 +24,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from raysweep.cluster.progress import CellProgress, progress
 from raysweep.report.page import report
 from raysweep.report.render import replace_file
+from raysweep.results.progress import CellProgress, progress
 from raysweep.results.schema import FINISHED
 from raysweep.results.store import RUNS, STUDIES, TRIALS, Results
 

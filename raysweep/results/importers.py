@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from raysweep.errors import UserError
 from raysweep.results.flags import flags
 from raysweep.results.schema import COLUMNS, FINISHED, SCHEMA_VERSION, STATUSES
 from raysweep.results.units import doubts
-from raysweep.study.study import short_number
 from raysweep.study.trials import Recipe
+from raysweep.text import read_number, short
 
 STEP_LAW_SEQUENCE_LENGTH = 2048
 
@@ -379,9 +380,20 @@ def _numbers(table: pd.DataFrame) -> Callable[[str], pd.Series]:
     def get(name: str) -> pd.Series:
         if name not in table:
             return pd.Series(np.nan, index=table.index)
-        return pd.to_numeric(table[name], errors="coerce").astype(float)
+        column = table[name]
+        if not pd.api.types.is_numeric_dtype(column):
+            column = column.map(_number)
+        return column.astype(float)
 
     return get
+
+
+def _number(value: object) -> float:
+    """As people write it; NaN for what is none."""
+    try:
+        return read_number(value) if isinstance(value, str | float | int) else math.nan
+    except UserError:
+        return math.nan
 
 
 def _every_count(params: pd.Series) -> dict[str, pd.Series]:
@@ -440,7 +452,7 @@ def _routing(experts: pd.Series, top_k: pd.Series) -> pd.Series:
 
 
 def _named(value: float) -> str:
-    return short_number(value) if np.isfinite(value) and value > 0 else "unknown"
+    return short(value) if np.isfinite(value) and value > 0 else "unknown"
 
 
 def _keys(table: pd.DataFrame, source: str) -> tuple[list[str], pd.Series]:

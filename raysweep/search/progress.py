@@ -15,6 +15,7 @@ from rich.text import Text
 
 from raysweep.search.campaign import Campaign
 from raysweep.search.cells import CellState
+from raysweep.text import duration, short, written
 
 PLAIN_SECONDS = 15.0
 """Least time between two lines where the output is no terminal."""
@@ -132,8 +133,8 @@ class Progress:
         return (
             f"{self._campaign.study.name}: {done}/{total} trials, "
             f"{self._campaign.running} running, "
-            f"{clock(time.monotonic() - self._timing.begun)} gone, "
-            f"{clock(left) if left is not None else '?'} left{_best_words(self._campaign)}"
+            f"{duration(time.monotonic() - self._timing.begun)} gone, "
+            f"{duration(left) if left is not None else '?'} left{_best_words(self._campaign)}"
         )
 
     def _panel(self) -> Group:
@@ -149,13 +150,13 @@ class Progress:
             table.add_row(*(row[k] for k in shown), style="dim" if not state.concluded else "")
         done, total = self._totals()
         left = self._timing.left(self._campaign)
-        gone = clock(time.monotonic() - self._timing.begun)
+        gone = duration(time.monotonic() - self._timing.begun)
         words = [
             Text(f"study {self._campaign.study.name}", style="bold"),
             f"{done}/{total} trials",
             f"{self._campaign.running} running",
             f"{gone} gone",
-            f"{clock(left)} left" if left is not None else "time left: measuring",
+            f"{duration(left)} left" if left is not None else "time left: measuring",
         ]
         if width < WITH_BAR:
             return Group(Text(", ").join([words[0], *(Text(str(w)) for w in words[1:])]), table)
@@ -165,19 +166,7 @@ class Progress:
         return Group(head, table)
 
 
-def clock(seconds: float) -> str:
-    """Seconds as a person says them: 42s, 3m05s, 2h10m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
 def _cells_row(state: CellState) -> list[str]:
-    from raysweep.study.study import short_number
-
     best = state.best
     at = best.user_attrs.get("ran_at") if best else None
     rate = (at[0] if at else best.params["learning_rate"]) if best else math.nan
@@ -185,13 +174,13 @@ def _cells_row(state: CellState) -> list[str]:
     failed = state.concluded - state.finished
     return [
         state.cell.name,
-        short_number(state.cell.counts.params_active_non_embedding),
-        short_number(state.cell.tokens),
+        short(state.cell.counts.params_active_non_embedding),
+        short(state.cell.tokens),
         f"{state.finished}/{state.budget}" + (f" (+{failed} failed)" if failed else ""),
         str(len(state.running) or ""),
-        f"{best.value:.4f}" if best else "",
-        f"{rate:.2e}" if best else "",
-        short_number(2**log2 * state.cell.shape.sequence_length) if best else "",
+        written(best.value, "loss") if best else "",
+        written(rate, "rate") if best else "",
+        short(2**log2 * state.cell.shape.sequence_length) if best else "",
     ]
 
 
@@ -206,4 +195,4 @@ def _window(states: list[CellState], room: int) -> list[CellState]:
 
 def _best_words(campaign: Campaign) -> str:
     values = [b.value for s in campaign.states.values() if (b := s.best) and b.value is not None]
-    return f", best loss {min(values):.4f}" if values else ""
+    return f", best loss {written(min(values), 'loss')}" if values else ""

@@ -24,9 +24,10 @@ from raysweep.search.campaign import Campaign, bundles_of
 from raysweep.search.interruption import Interrupted, Interruption
 from raysweep.search.ledger import Ledger
 from raysweep.search.loggers import check_loggers, make_loggers
-from raysweep.search.progress import Progress, clock
+from raysweep.search.progress import Progress
 from raysweep.search.runtime import cluster_address, cluster_nodes, dashboard_url, ray_runtime
 from raysweep.study import Cell, Study
+from raysweep.text import duration
 from raysweep.training.record import library_versions
 
 
@@ -187,7 +188,7 @@ def _run_on_ray(
     results.save_run(record)
     utilisation = min(1.0, watcher.training_seconds / available) if available else 0.0
     console.print(
-        f"{study.name}: {watcher.concluded} trials in {clock(seconds)}, "
+        f"{study.name}: {watcher.concluded} trials in {duration(seconds)}, "
         f"workers {utilisation:.0%} in the training loop",
         highlight=False,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import secrets
@@ -11,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from raysweep.data import cache_folder
 from raysweep.errors import UserError
@@ -100,9 +100,10 @@ def _read_token_again() -> None:
     """Make Ray look at the environment once more: where it was imported before this, in a notebook
     say, it has settled on another token, or on none, and would knock in vain for 20 s."""
     import ray
+    from ray import _raylet
 
     if not ray.is_initialized():
-        raylet = importlib.import_module("ray._raylet")  # compiled: it has no types to check
+        raylet: Any = _raylet  # compiled: it has no types to check
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
 

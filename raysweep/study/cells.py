@@ -6,7 +6,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raysweep.study.fields import MOST_LAYERS, Count, Name, NonNegative, Positive, Ratio, Section
+from raysweep.study.fields import (
+    MOST_LAYERS,
+    Count,
+    Name,
+    NonNegative,
+    Params,
+    Positive,
+    Ratio,
+    Section,
+)
 
 
 class Architecture(Section):
@@ -72,7 +81,7 @@ class ScaleEntry(Section):
     """One rung: an explicit shape (d_model, layers, heads) or a `params` target."""
 
     name: Name | None = None
-    params: Annotated[float, Field(ge=1, le=1e13)] | None = None
+    params: Params | None = None
     """Dense non-embedding parameters aimed at: the shape is derived, its true count reported."""
     d_model: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None

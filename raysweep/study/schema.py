@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
-from raysweep.study.fields import Count, Name, Positive, Section, TokenIds
+from raysweep.study.fields import Count, Name, Positive, Section, Size, TokenIds
 from raysweep.study.trials import Recipe, Search
 
 
@@ -64,9 +64,9 @@ class Target(Section):
     """A run that the report recommends for."""
 
     architecture: Name
-    params: Positive
+    params: Size
     """Active non-embedding parameters."""
-    tokens: Positive
+    tokens: Size
 
 
 class SearchSpace(Section):

@@ -25,6 +25,7 @@ from raysweep.study.shape import (
     round_to,
 )
 from raysweep.study.trials import Recipe
+from raysweep.text import short
 
 BYTE_VOCABULARY = 256
 MOST_CELLS = 1_000
@@ -241,7 +242,7 @@ def build_shape(
         heads = d_model // model.head_dim
         if layers > MOST_LAYERS:
             raise UserError(
-                f"params {entry.params:g} at head_dim {model.head_dim} and aspect_ratio "
+                f"params {short(entry.params)} at head_dim {model.head_dim} and aspect_ratio "
                 f"{model.aspect_ratio:g} would be {layers} layers: raise one of the latter"
             )
     else:
@@ -278,14 +279,6 @@ def build_shape(
     )
 
 
-def short_number(value: float) -> str:
-    """A number for names: 20e6 -> 20M, 1500 -> 1.5k, 3e9 -> 3B."""
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{letter}"
-    return f"{value:.3g}"
-
-
 def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
     cells: dict[str, Cell] = {}
     shapes = sum(len(e.architectures or space.architectures) for e in space.scales)
@@ -304,7 +297,7 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
                 raise UserError(f"scales.{index} as {name}: {error}") from None
             params = count(shape.dense_twin()).params_active_non_embedding
             scale = entry.name or (
-                short_number(entry.params) if entry.params else f"d{shape.d_model}x{shape.layers}"
+                short(entry.params) if entry.params else f"d{shape.d_model}x{shape.layers}"
             )
             for horizon in space.horizons:
                 if horizon.tokens_per_param is not None:
@@ -314,10 +307,10 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
                     )
                 else:
                     assert horizon.tokens is not None
-                    tokens, label = horizon.tokens, f"{short_number(horizon.tokens)}tok"
+                    tokens, label = horizon.tokens, f"{short(horizon.tokens)}tok"
                 if not shape.sequence_length <= tokens < 1e18:
                     raise UserError(
-                        f"scales.{index}: a horizon of {tokens:.3g} tokens is out of range "
+                        f"scales.{index}: a horizon of {short(tokens)} tokens is out of range "
                         f"({shape.sequence_length} to 1e18): change horizons"
                     )
                 cell = Cell(

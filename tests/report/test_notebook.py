@@ -61,7 +61,7 @@ def test_two_outputs_share_no_ids(
 
 
 def test_recommendation(fits: Fits) -> None:
-    answer = fits.recommend("moe", params=1e9, tokens=2e10)
+    answer = fits.recommend("moe", params="1B", tokens="20B")
     html = well_made(answer._repr_html_())
     assert "1B active non-embedding parameters, 8 experts, top-2, 20B tokens" in html
     assert f"{answer.loss:.4f}" in html

@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from raysweep.report.numbers import NOTHING, STYLES, Numbers, written
+from raysweep.report.numbers import NOTHING, Numbers
 from raysweep.report.reading import listed
 from raysweep.report.style import (
     LIGHT,
     finish,
     log_ticks,
     new_figure,
-    scientific,
     settings,
-    short,
     spread,
 )
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(16384, "16.4k"), (999_600, "1M"), (7e9, "7B"), (1.4e12, "1.4T"), (64, "64"), (0.5, "0.5")],
-)
-def test_counts_as_people_say_them(value: float, expected: str) -> None:
-    assert short(value) == expected
-
-
-def test_trailing_zeros_only_where_digits_matter() -> None:
-    assert short(4700, full=True) == "4.70k"
-    assert short(393_000, full=True) == "393k"
-    assert scientific(5.2e-4) == "5.2e-4"
-    assert scientific(5.2e-4, full=True) == "5.20e-4"
-    assert scientific(0.013, full=True) == "0.0130"
-
-
-@given(st.floats(1e-6, 1e24))
-def test_written_numbers_read_back(value: float) -> None:
-    assert float(scientific(value, 4)) == pytest.approx(value, rel=1e-3)
-    for style in ("rate", "flops", "coefficient"):
-        assert float(written(value, style)) == pytest.approx(value, rel=1e-2)
-
-
-def test_what_is_not_a_number_is_a_dash() -> None:
-    for value in (None, math.nan, math.inf):
-        assert all(written(value, style) == NOTHING for style in STYLES)
 
 
 @given(st.floats(1e-9, 1e15), st.floats(1.05, 1e9), st.integers(3, 8))

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from raysweep.search.campaign import Campaign
 from raysweep.search.ledger import Ledger
-from raysweep.search.progress import Progress, Timing, clock
+from raysweep.search.progress import Progress, Timing
 from raysweep.study import Study
 
 STUDY = {
@@ -34,11 +34,6 @@ def test_one_known_cell_is_enough_to_guess() -> None:
     timing.add(1e9, 4.0)
     assert timing.one(1e9) == 3.0
     assert 3.0 < timing.one(1e10) < 30.0
-
-
-@pytest.mark.parametrize(("seconds", "said"), [(42.4, "42s"), (185, "3m05s"), (7800, "2h10m")])
-def test_clock(seconds: float, said: str) -> None:
-    assert clock(seconds) == said
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -9,7 +9,7 @@
 
   /** A number as people type it: 7e9, 7B, 1.4T, 20 000. */
   const parse = (text) => {
-    const match = /^([0-9.]+(?:e[+-]?[0-9]+)?)([kmbt]?)$/i.exec(text.replaceAll(/[\s,_]/g, ""));
+    const match = /^([0-9.]+(?:e[+-]?[0-9]+)?)([kmbt]?)$/i.exec(text.replaceAll(/[\s_]|,(?=[0-9]{3}(?![0-9]|[kmbt]))/gi, ""));
     return match ? Number(match[1]) * { "": 1, k: 1e3, m: 1e6, b: 1e9, t: 1e12 }[match[2].toLowerCase()] : NaN;
   };
   const write = (value, style) => (Number.isFinite(value) ? styles[style](value) : "–");

@@ -11,6 +11,7 @@ import yaml
 from raysweep.results import Results
 from raysweep.results.schema import FINISHED
 from raysweep.study import Study
+from raysweep.text import NOTHING, written
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def render(cells: list[CellProgress]) -> str:
                 cell.cell,
                 f"{done}/{cell.wanted}" if cell.wanted is not None else str(done),
                 str(cell.statuses.get(FINISHED, 0)),
-                ", ".join(f"{n} {s}" for s, n in others.items()) or "-",
-                "-" if cell.best_loss is None else f"{cell.best_loss:.4f}",
-                cell.last or "-",
+                ", ".join(f"{n} {s}" for s, n in others.items()) or NOTHING,
+                written(cell.best_loss, "loss"),
+                cell.last or NOTHING,
             )
         )
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]

@@ -1,0 +1,62 @@
+"""How far a study is, as `status` counts it from the rows alone."""
+
+import datetime as dt
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from raysweep.results import Results
+from raysweep.results.progress import progress, render
+from raysweep.results.schema import make_row
+from raysweep.study import Study
+
+SMOKE = Path(__file__).resolve().parents[2] / "search_spaces/smoke.yaml"
+
+
+def test_status_of_results_without_ray(tmp_path: Path) -> None:
+    store = Results.open(tmp_path / "r", create=True)
+    store.save_search_space("smoke", SMOKE.read_text())
+    cell = Study.load(SMOKE).cells[0]
+    for second, (status, loss) in enumerate(
+        [("finished", 2.5), ("diverged", None), ("finished", 2.0)], start=5
+    ):
+        row = make_row(
+            trial_key=f"k{second}",
+            study="smoke",
+            cell=cell.name,
+            architecture=cell.architecture,
+            architecture_kind="dense",
+            scale=cell.scale,
+            source="raysweep",
+            experts=1,
+            top_k=1,
+            params_active_non_embedding=1.0,
+            tokens=1.0,
+            status=status,
+            loss=loss,
+            started_at=dt.datetime(2026, 1, 2, 3, 4, second, tzinfo=dt.UTC),
+        )
+        store.write(row)
+    cells = progress(str(tmp_path / "r"))
+    assert [c.cell for c in cells] == [c.name for c in Study.load(SMOKE).cells]
+    assert cells[0].statuses == {"finished": 2, "diverged": 1}
+    assert (cells[0].wanted, cells[0].best_loss) == (2, 2.0)
+    assert cells[0].last == "2026-01-02 03:04:07"
+    assert (cells[1].statuses, cells[1].best_loss, cells[1].last) == ({}, None, None)
+    text = render(cells)
+    assert "1 diverged" in text
+    assert text.endswith("smoke: 1 of 4 cells complete, 3 trials concluded")
+    code = (
+        "import sys; from raysweep.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert not {'ray', 'torch'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "status", str(tmp_path / "r"), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=SMOKE.parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["best_loss"] == 2.0
