@@ -9,13 +9,13 @@ import pandas as pd
 from raysweep.results.importers import Imported
 from raysweep.scaling.cells import CellTable, cell_table
 from raysweep.scaling.datasets import data_sets
-from raysweep.study.study import short_number
+from raysweep.text import short
 
 _RANGES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-    ("params_active_non_embedding", "N", "active non-embedding parameters", short_number),
-    ("tokens", "D", "tokens", short_number),
+    ("params_active_non_embedding", "N", "active non-embedding parameters", short),
+    ("tokens", "D", "tokens", short),
     ("learning_rate", "learning rate", "", "{:.3g}".format),
-    ("batch_tokens", "batch", "tokens", short_number),
+    ("batch_tokens", "batch", "tokens", short),
     ("loss", "loss", "nats a token", "{:.4g}".format),
 )
 
@@ -45,7 +45,7 @@ def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[
     if len(table.trials) and table.cells["n_searched"].any():
         params = 10 * float(table.cells["params_active_non_embedding"].max())
         tokens = 10 * float(table.cells["tokens"].max())
-        size = f"--params {short_number(params)} --tokens {short_number(tokens)}"
+        size = f"--params {short(params)} --tokens {short(tokens)}"
         lines.append(f"      raysweep recommend {uri} {size}")
     return lines
 

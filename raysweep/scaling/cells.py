@@ -16,7 +16,7 @@ from raysweep.results.schema import COLUMNS, FINISHED
 from raysweep.results.units import doubts
 from raysweep.scaling.datasets import data_sets, said_of
 from raysweep.scaling.joining import join_cells
-from raysweep.scaling.surface_features import CellFeatures
+from raysweep.scaling.runs import size_of
 from raysweep.study.shape import RunSize
 
 COUNTS = (
@@ -58,7 +58,7 @@ class CellTrials:
     The `failed_*` arrays hold the diverged trials: they bound the searched range.
     """
 
-    features: CellFeatures
+    size: RunSize
     learning_rate: np.ndarray
     batch_tokens: np.ndarray
     loss: np.ndarray
@@ -67,7 +67,7 @@ class CellTrials:
 
     @property
     def name(self) -> str:
-        return self.features.name
+        return self.size.name
 
     def averaged(self) -> tuple[CellTrials, np.ndarray]:
         """The same with one entry a setting, its loss the mean of its runs; and their numbers."""
@@ -124,44 +124,10 @@ class CellTable:
         failed = dict(iter(self.failed.groupby("cell", sort=False)))
         nothing = self.failed.iloc[:0]
         return [
-            _arrays(self.features(name), trials[name], failed.get(name, nothing))
+            _arrays(size_of(name, self.cells.loc[name]), trials[name], failed.get(name, nothing))
             for name in self.cells.index
             if name in trials
         ]
-
-    def run_size(self, cell: str) -> RunSize:
-        """The size of one cell's runs, with every count that the rows tell."""
-        row = self.cells.loc[[cell]].to_dict("records")[0]
-        active = float(row["params_active_non_embedding"])
-        total = float(row["params_total_non_embedding"])
-        return RunSize(
-            params_active_non_embedding=active,
-            tokens=float(row["tokens"]),
-            experts=int(row["experts"]),
-            top_k=int(row["top_k"]),
-            params_total_non_embedding=total if total >= active else np.nan,
-            params_active=float(row["params_active"]),
-            params_total=float(row["params_total"]),
-            params_dense=float(row["params_dense"]),
-            head_params=float(row["d_model"]) * float(row["vocab_size"]),
-            flops=float(row["flops"]),
-            name=cell,
-        )
-
-    def features(self, cell: str) -> CellFeatures:
-        """One cell as the surface model sees it."""
-        row = self.cells.loc[[cell]].to_dict("records")[0]
-        total = float(row["params_total_non_embedding"])
-        active = float(row["params_active_non_embedding"])
-        return CellFeatures(
-            name=cell,
-            params=active,
-            tokens=float(row["tokens"]),
-            experts=int(row["experts"]),
-            top_k=int(row["top_k"]),
-            params_total=total if np.isfinite(total) and total >= active else None,
-            flops=float(row["flops"]),
-        )
 
 
 def cell_table(frame: pd.DataFrame, group: Sequence[str] = ()) -> CellTable:
@@ -441,9 +407,9 @@ def _count(sized: pd.DataFrame, mask: pd.Series, index: pd.Index) -> pd.Series:
     return mask[sized.index].groupby(sized["cell"]).sum().reindex(index).astype(int)
 
 
-def _arrays(features: CellFeatures, rows: pd.DataFrame, failed: pd.DataFrame) -> CellTrials:
+def _arrays(size: RunSize, rows: pd.DataFrame, failed: pd.DataFrame) -> CellTrials:
     return CellTrials(
-        features=features,
+        size=size,
         learning_rate=rows["learning_rate"].to_numpy(float),
         batch_tokens=rows["batch_tokens"].to_numpy(float),
         loss=rows["loss"].to_numpy(float),

@@ -1,4 +1,4 @@
-"""Two arms of one comparison: architectures, recipes, studies or folders; other things equal."""
+"""Two arms of one comparison: architectures, groups, studies or folders; other things equal."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ MAX_RUNS = 12
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One side of a comparison: the cells of one architecture and recipe in one set of data."""
+    """One side of a comparison: the cells of one architecture and group in one set of data."""
 
     name: str
     evidence: Evidence
     architecture: str
-    recipe: str = ""
+    group: str = ""
     noise: pd.DataFrame | None = None
     """Measured noise scales, by cell."""
 
@@ -45,10 +45,10 @@ class Arm:
         """Its cells, smallest compute first."""
         cells = self.evidence.cells
         own = cells[cells["architecture"] == self.architecture]
-        return own[own["recipe"] == self.recipe] if self.recipe else own
+        return own[own["group"] == self.group] if self.group else own
 
     def run(self, params: float, tokens: float) -> RunSize:
-        """A run of its architecture and recipe: a measured cell where it is of a cell's size."""
+        """A run of its architecture and group: a measured cell where it is of a cell's size."""
         first = self.cells.iloc[0]
         return describe_run(
             self.cells,
@@ -56,7 +56,7 @@ class Arm:
             tokens,
             experts=int(first["experts"]),
             top_k=int(first["top_k"]),
-            recipe=self.recipe,
+            group=self.group,
         )
 
 

@@ -90,7 +90,7 @@ class Evidence:
         if model.ok and model.law is not None:
             value, low, high = (float(v[0]) for v in model.predict([run]))
             if math.isfinite(value):
-                factor = math.exp(self._recipe_offset(run.recipe))
+                factor = math.exp(self._group_offset(run.group))
                 loss = Estimate(factor * value, factor * low, factor * high)
                 return LossAnswer(loss, model.law.key, model.count)
         paired = self._by_pairs(architecture, run)
@@ -124,7 +124,7 @@ class Evidence:
             optima = self.surface.sample_optima(runs, DRAWS, rng)
         losses = self.loss_model(architecture).sample(list(runs), DRAWS, seed)
         for i, run in enumerate(runs):
-            losses[:, i] += self._recipe_offset(run.recipe)
+            losses[:, i] += self._group_offset(run.group)
             if run.name in self.cells.index and math.isfinite(self.cells.loc[run.name, "loss"]):
                 row = self.cells.loc[run.name]
                 se = row["loss_se"] / row["loss"] if math.isfinite(row["loss_se"]) else 0.0
@@ -174,8 +174,8 @@ class Evidence:
             return LossAnswer(estimate, "pairs", model.count)
         return None
 
-    def _recipe_offset(self, recipe: str) -> float:
-        return 0.0 if self.surface is None else self.surface.recipe_offset(recipe)
+    def _group_offset(self, group: str) -> float:
+        return 0.0 if self.surface is None else self.surface.group_offset(group)
 
 
 def gather(
@@ -193,7 +193,7 @@ def gather(
     cells = _with_losses(cells, surface, {t.name: t for t in trials})
     data = cells
     if surface is not None:
-        offset = cells["recipe"].map(surface.recipe_offset).astype(float)
+        offset = cells["group"].map(surface.group_offset).astype(float)
         data = cells.assign(loss=cells["loss"] * np.exp(-offset))
     shared = choose_loss(LossData.from_cells(data), loss_laws)
     names = list(dict.fromkeys(cells["architecture"]))

@@ -13,7 +13,7 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
-from raysweep.scaling.compute.allocation import Split, split_budget
+from raysweep.scaling.compute.allocation import Allocation, compute_optimal
 from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
@@ -29,7 +29,7 @@ from raysweep.scaling.optima.noise_scale import (
 )
 from raysweep.scaling.optima.readings import Optimum, all_readings, readings_table
 from raysweep.scaling.optima.surface import EXPONENTS, TARGETS, Surface
-from raysweep.scaling.plain import plain
+from raysweep.scaling.plain import to_json
 from raysweep.scaling.recommend import BATCH_WITHIN, Recommendation, recommend
 from raysweep.scaling.relations import LossRelation, loss_relation
 from raysweep.scaling.summary import summary
@@ -98,9 +98,9 @@ class Fits:
         """`dense` or `moe`."""
         return str(self.cells_of(architecture)["architecture_kind"].iloc[0])
 
-    def recipes(self, architecture: str) -> list[str]:
+    def groups(self, architecture: str) -> list[str]:
         """The values of `group` among an architecture's cells."""
-        return list(dict.fromkeys(self.cells_of(architecture)["recipe"]))
+        return list(dict.fromkeys(self.cells_of(architecture)["group"]))
 
     # ------------------------------------------------------------------ what it answers
 
@@ -112,7 +112,7 @@ class Fits:
         experts: int | None = None,
         top_k: int | None = None,
         *,
-        recipe: str | None = None,
+        group: str | None = None,
         within: float | str = BATCH_WITHIN,
     ) -> Recommendation | pd.DataFrame:
         """What to run for `params` active non-embedding parameters on `tokens` tokens.
@@ -136,7 +136,7 @@ class Fits:
                 read_size(_scalar(d, "tokens"), "tokens"),
                 experts=experts,
                 top_k=top_k,
-                recipe=recipe,
+                group=group,
                 within=share,
             )
 
@@ -156,7 +156,7 @@ class Fits:
         experts: int | None = None,
         top_k: int | None = None,
         *,
-        recipe: str | None = None,
+        group: str | None = None,
     ) -> pd.DataFrame:
         """The loss of a run at any learning rates and batches: `loss`, `low`, `high`, and `cost`,
         the share by which it lies above the loss at the optimum.
@@ -165,7 +165,7 @@ class Fits:
             UserError: what no results could answer.
         """
         found = self.recommend(
-            architecture, params, tokens, experts=experts, top_k=top_k, recipe=recipe
+            architecture, params, tokens, experts=experts, top_k=top_k, group=group
         )
         assert isinstance(found, Recommendation)
         evidence = self.evidence_of(found.architecture)
@@ -186,7 +186,7 @@ class Fits:
             }
         )
 
-    def split(self, flops: float | str | Sequence[float | str]) -> dict[str, list[Split]]:
+    def split(self, flops: float | str | Sequence[float | str]) -> dict[str, list[Allocation]]:
         """By architecture, the compute-optimal N and D of each training budget.
 
         Raises:
@@ -195,10 +195,7 @@ class Fits:
         budgets = [flops] if isinstance(flops, float | int | str) else list(flops)
         asked = [read_number(f, "flops") for f in budgets]
         return {
-            name: [
-                split_budget(self.evidence_of(name).loss_model(name), self.cells_of(name), c)
-                for c in asked
-            ]
+            name: [*compute_optimal(self.loss_model(name), asked, given=self._routing(name))]
             for name in self.architectures
         }
 
@@ -224,10 +221,16 @@ class Fits:
             "least two"
         )
 
-    def arm(self, architecture: str, recipe: str = "") -> Arm:
+    def _routing(self, architecture: str) -> dict[str, float]:
+        """Experts, top-k and granularity of an architecture's largest cell."""
+        largest = self.cells_of(architecture).iloc[-1]
+        known = {name: float(largest[name]) for name in ("experts", "top_k", "granularity")}
+        return {name: value for name, value in known.items() if np.isfinite(value)}
+
+    def arm(self, architecture: str, group: str = "") -> Arm:
         """One side of a comparison."""
-        name = architecture + (f", {recipe}" if recipe else "")
-        return Arm(name, self.evidence_of(architecture), architecture, recipe, self.noise_scale)
+        name = architecture + (f", {group}" if group else "")
+        return Arm(name, self.evidence_of(architecture), architecture, group, self.noise_scale)
 
     @cached_property
     def comparison(self) -> dict[str, list[Ratio]]:
@@ -313,7 +316,7 @@ class Fits:
             "readings": self.readings if self.optima else {},
             "held_out": self.held_out,
         }
-        result = plain(said)
+        result = to_json(said)
         assert isinstance(result, dict)
         return result
 
@@ -358,7 +361,7 @@ def fit(
 
     Args:
         results: a results folder that was opened, or a DataFrame with the schema's columns.
-        group: columns by which runs differ in their recipe (optimizer, schedule, ...): they share
+        group: columns by which runs differ in their group (optimizer, schedule, ...): they share
             one valley, and have offsets of their own.
         without: keys of published laws to leave out of the prior.
         literature: keys of the only published laws to make the prior of.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from raysweep.study.study import short_number
+from raysweep.text import short
 
 TOKENS = 0.02
 """Runs whose tokens spread no further than this share a cell."""
@@ -171,7 +171,7 @@ def _derived(architecture: object, scale: object, tokens: float) -> str:
 
 
 def _number(value: float) -> str:
-    return short_number(value) if np.isfinite(value) and value > 0 else "unknown"
+    return short(value) if np.isfinite(value) and value > 0 else "unknown"
 
 
 def _names(rows: pd.DataFrame, cell: pd.Series, free: pd.Series, given: pd.Series) -> pd.Series:

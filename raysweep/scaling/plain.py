@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 
 import numpy as np
 import pandas as pd
 
 
-def plain(value: object) -> object:
-    """`value` as nested dicts, lists, strings, finite numbers, booleans and None."""
+def to_json(value: object) -> object:
+    """`value` as nested dicts, lists, strings, finite numbers, booleans and None.
+
+    A dataclass becomes its fields, unless it has a `to_dict` of its own."""
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, np.generic):
-        return plain(value.item())
+        return to_json(value.item())
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(v) for v in value]
+        return [to_json(v) for v in value]
     if isinstance(value, pd.DataFrame):
         records = value.reset_index().astype(object).to_dict("records")
-        return [plain(record) for record in records]
+        return [to_json(record) for record in records]
     if value is None or isinstance(value, bool | str | int):
         return value
     if isinstance(value, float):
@@ -29,5 +32,7 @@ def plain(value: object) -> object:
     if value is pd.NA or value is pd.NaT:
         return None
     to_dict = getattr(value, "to_dict", None)
-    assert callable(to_dict), f"no plain form of {type(value)}"
-    return plain(to_dict())
+    if callable(to_dict):
+        return to_json(to_dict())
+    assert is_dataclass(value), f"no plain form of {type(value)}"
+    return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}

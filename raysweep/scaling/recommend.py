@@ -103,13 +103,13 @@ def recommend(
     *,
     experts: int | None = None,
     top_k: int | None = None,
-    recipe: str | None = None,
+    group: str | None = None,
     within: float = BATCH_WITHIN,
 ) -> Recommendation:
     """What to run for `params` active non-embedding parameters on `tokens` tokens.
 
     `architecture` is one of the evidence's; `experts` and `top_k` are those of its cells unless
-    given; `recipe` is one of the groups that the results were fitted by.
+    given; `group` is one of the groups that the results were fitted by.
 
     Raises:
         UserError: a question that no results could answer.
@@ -118,14 +118,14 @@ def recommend(
         raise UserError(f"within must be a share such as 0.5%, not {within}")
     own = evidence.cells[evidence.cells["architecture"] == architecture]
     experts, top_k, foreign = _routing(architecture, own, experts, top_k)
-    recipe = _recipe(own, recipe)
+    group = _group(own, group)
     run = describe_run(
         evidence.cells if foreign else own,
         params,
         tokens,
         experts=experts,
         top_k=top_k,
-        recipe=recipe,
+        group=group,
     )
     return answer(evidence, architecture, run, within=within, foreign=foreign)
 
@@ -284,17 +284,17 @@ def _routing(
     return e, k, not bool(((pairs["experts"] == e) & (pairs["top_k"] == k)).any())
 
 
-def _recipe(cells: pd.DataFrame, recipe: str | None) -> str:
-    """The recipe asked for; the one of lowest loss in the cells where none is named."""
-    known = list(dict.fromkeys(cells["recipe"]))
-    if recipe is not None:
-        if recipe not in known:
-            raise UserError(f"no recipe {recipe!r} in the results; known: {', '.join(known)}")
-        return recipe
+def _group(cells: pd.DataFrame, group: str | None) -> str:
+    """The group asked for; the one of lowest loss in the cells where none is named."""
+    known = list(dict.fromkeys(cells["group"]))
+    if group is not None:
+        if group not in known:
+            raise UserError(f"no group {group!r} in the results; known: {', '.join(known)}")
+        return group
     if len(known) == 1:
         return known[0]
     best = cells.assign(size=np.log(cells["flops"])).dropna(subset=["loss"])
-    return str(best.sort_values(["size", "loss"]).iloc[-1]["recipe"]) if len(best) else known[0]
+    return str(best.sort_values(["size", "loss"]).iloc[-1]["group"]) if len(best) else known[0]
 
 
 def _sequence_length(cells: pd.DataFrame) -> int | None:

@@ -27,7 +27,7 @@ def describe_run(
     *,
     experts: int,
     top_k: int,
-    recipe: str = "",
+    group: str = "",
 ) -> RunSize:
     """Every count of a run of `params` active non-embedding parameters, after `cells`.
 
@@ -42,7 +42,7 @@ def describe_run(
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{name} must be above zero, not {value}")
     own = cells[(cells["experts"] == experts) & (cells["top_k"] == top_k)]
-    own = own[own["recipe"] == recipe] if recipe else own
+    own = own[own["group"] == group] if group else own
     if len(own):
         off = np.abs(np.log(own[[AXES["N"], AXES["D"]]].to_numpy(float) / [params, tokens])).max(1)
         if off.min() < SAME:
@@ -67,7 +67,7 @@ def describe_run(
         params_dense=twin * params,
         head_params=head if math.isfinite(head) else embedding / 2 or math.nan,
         flops=_flops_per_token(cells, params) * tokens,
-        recipe=recipe,
+        group=group,
     )
 
 
@@ -89,7 +89,7 @@ def size_of(name: object, row: pd.Series) -> RunSize:
         params_dense=number("params_dense"),
         head_params=number("d_model") * number("vocab_size"),
         flops=number("flops"),
-        recipe=str(row.get("recipe", "")),
+        group=str(row.get("group", "")),
         name=str(name),
     )
 

@@ -50,10 +50,10 @@ def _laws(fits: Fits, label: str) -> list[str]:
             lines.append(f"    ~ {_SYMBOLS[name]}^{estimated(exponent, style='exponent')}{source}")
     if surface.batch_rule is not None:
         lines.append("  no cell varied its batch: the learning rate is that at the batch run")
-    for recipe in surface.design.recipes:
-        rate, batch, loss = surface.recipe_effect(recipe)
+    for group in surface.design.groups:
+        rate, batch, loss = surface.group_effect(group)
         lines.append(
-            f"  {recipe}: learning rate x{estimated(rate, style='ratio')}, "
+            f"  {group}: learning rate x{estimated(rate, style='ratio')}, "
             f"batch x{estimated(batch, style='ratio')}, loss {100 * (loss.value - 1):+.2f} %"
         )
     return lines

@@ -111,8 +111,8 @@ class RunSize:
     head_params: float = math.nan
     """Parameters of the output head."""
     flops: float = math.nan
-    recipe: str = ""
-    """What else runs differ in (optimizer, schedule, ...), where results are grouped by it."""
+    group: str = ""
+    """Of recipes (optimizer, schedule, ...), where results are grouped by them."""
     name: str = "run"
     """Of the cell, where the run is one."""
 

@@ -1,8 +1,8 @@
 """The one model of all trials: its parameters, prior, and what trials leave unexplained.
 
     ln L = level_c + gap(p - m_c; valley_c) + noise        p = (ln learning rate, ln batch tokens)
-    m_c = law(N, D, sparsity) + departure + offset of routing and recipe + shift of the cell
-    level_c = ln(floor + term in N and sparsity + term in D) + offset of the recipe + own effect
+    m_c = law(N, D, sparsity) + departure + offset of routing and group + shift of the cell
+    level_c = ln(floor + term in N and sparsity + term in D) + offset of the group + own effect
 
 README.md in `scaling/` explains it in words.
 """
@@ -51,7 +51,7 @@ class Settings:
     level_guess: float = 0.01  # a cell's own effect on its ln loss
     level_weight: float = 6.0
     routing_guess: tuple[float, float, float] = (0.01, 0.15, 0.15)  # level, ln lr, ln batch
-    recipe_guess: tuple[float, float, float] = (0.02, 0.6, 0.3)
+    group_guess: tuple[float, float, float] = (0.02, 0.6, 0.3)
     offset_weight: float = 2.0
     share_sd: float = 0.5  # of the ln terms of the loss over its floor, at the ladder's centre
     power_sd: float = 0.2  # of their ln exponents
@@ -86,36 +86,36 @@ class Design:
     """The regressors of the laws: sizes about the ladder's centre, bends, and offsets.
 
     Routings (experts, top_k) of MoE cells have offsets where there are two or more (the sparsity
-    already sets a single one apart from dense), recipes where there are two or more.
+    already sets a single one apart from dense), groups where there are two or more.
     """
 
     centre: np.ndarray  # [2]: the ln N and ln D at which intercepts are read
     routings: tuple[tuple[int, int], ...]
-    recipes: tuple[str, ...]
+    groups: tuple[str, ...]
 
     @classmethod
     def of(cls, cells: Sequence[RunSize]) -> Design:
         """The regressors that these cells can tell apart."""
         sizes = sizes_of(cells)
         sparse = sorted({cell.routing for cell in cells if cell.log_sparsity > 0})
-        recipes = sorted({cell.recipe for cell in cells})
+        groups = sorted({cell.group for cell in cells})
         return cls(
             centre=sizes[:, :2].mean(0),
             routings=tuple(sparse) if len(sparse) > 1 else (),
-            recipes=tuple(recipes) if len(recipes) > 1 else (),
+            groups=tuple(groups) if len(groups) > 1 else (),
         )
 
     @property
     def offsets(self) -> int:
         """How many offsets a law has."""
-        return len(self.routings) + len(self.recipes)
+        return len(self.routings) + len(self.groups)
 
     def matrix(self, cells: Sequence[RunSize]) -> np.ndarray:
         """[cells, 1, N, D, sparsity; three bends; offsets]."""
         n, d, s = (sizes_of(cells) - [*self.centre, 0.0]).T
         columns = [np.ones(len(n)), n, d, s, n * n / 2, n * d, d * d / 2]
         columns += [np.array([float(c.routing == r) for c in cells]) for r in self.routings]
-        columns += [np.array([float(c.recipe == r) for c in cells]) for r in self.recipes]
+        columns += [np.array([float(c.group == r) for c in cells]) for r in self.groups]
         return np.column_stack(columns)
 
 
@@ -384,7 +384,7 @@ class Problem:
         first = 0
         for names, guesses in (
             (design.routings, settings.routing_guess),
-            (design.recipes, settings.recipe_guess),
+            (design.groups, settings.group_guess),
         ):
             which = first + np.arange(len(names))
             first += len(names)

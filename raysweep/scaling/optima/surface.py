@@ -359,23 +359,23 @@ class Surface:
             optima[:, i] += own[:, 1:]
         return optima
 
-    def recipe_offset(self, recipe: str) -> float:
-        """ln loss of a recipe over the mean of all, other things equal; 0 without several."""
-        if recipe not in self.design.recipes:
+    def group_offset(self, group: str) -> float:
+        """ln loss of a group over the mean of all, other things equal; 0 without several."""
+        if group not in self.design.groups:
             return 0.0
-        return math.log(self.recipe_effect(recipe)[2].value)
+        return math.log(self.group_effect(group)[2].value)
 
-    def recipe_effect(self, recipe: str) -> tuple[Estimate, Estimate, Estimate]:
-        """A recipe's learning rate, batch and loss over the mean of all, other things equal.
+    def group_effect(self, group: str) -> tuple[Estimate, Estimate, Estimate]:
+        """A group's learning rate, batch and loss over the mean of all, other things equal.
 
         Raises:
-            UserError: no such recipe among several.
+            UserError: no such group among several.
         """
-        if recipe not in self.design.recipes:
-            known = ", ".join(self.design.recipes) or "none: the results were not grouped"
-            raise UserError(f"no recipe {recipe!r} in this fit; known: {known}")
-        which = len(self.design.routings) + self.design.recipes.index(recipe)
-        every = len(self.design.routings) + np.arange(len(self.design.recipes))
+        if group not in self.design.groups:
+            known = ", ".join(self.design.groups) or "none: the results were not grouped"
+            raise UserError(f"no group {group!r} in this fit; known: {known}")
+        which = len(self.design.routings) + self.design.groups.index(group)
+        every = len(self.design.routings) + np.arange(len(self.design.groups))
         found = []
         for index, block in zip(
             self._layout.offset(np.array([which])), self._layout.offset(every), strict=True
@@ -528,15 +528,15 @@ def _far(cells: Sequence[RunSize], observed: Observations, far: float) -> np.nda
     """[n] bool: trials that diverged, or ended so high that they tell no more than a diverged one.
 
     Far means above the best of the cell by `far` in ln loss. So that a cell whose every trial was
-    bad is seen to be so, the best of any cell of its recipe no larger in parameters, tokens and
+    bad is seen to be so, the best of any cell of its group no larger in parameters, tokens and
     sparsity counts too: it should have been beaten.
     """
     finished = ~observed.diverged
     lowest = np.full(len(cells), np.inf)
     np.minimum.at(lowest, observed.cell[finished], observed.log_loss[finished])
     sizes = sizes_of(cells)
-    recipes = np.array([cell.recipe for cell in cells])
-    smaller = (sizes[None] <= sizes[:, None]).all(-1) & (recipes[None] == recipes[:, None])
+    groups = np.array([cell.group for cell in cells])
+    smaller = (sizes[None] <= sizes[:, None]).all(-1) & (groups[None] == groups[:, None])
     reference = np.where(smaller, lowest, np.inf).min(1)
     return observed.diverged | (observed.log_loss > reference[observed.cell] + far)
 
