@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.plan import (
+from raysweep.study.plan import (
     START_SECONDS,
     TRIAL_SECONDS,
     Calibration,

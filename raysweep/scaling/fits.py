@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Protocol
+from os import PathLike
+from typing import overload
 
 import numpy as np
 import pandas as pd
 
+from raysweep.display import InNotebooks, Plots, plots_of
 from raysweep.errors import UserError
+from raysweep.results.store import Results
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
 from raysweep.scaling.compute.allocation import Allocation, compute_optimal
@@ -33,21 +36,17 @@ from raysweep.scaling.plain import to_json
 from raysweep.scaling.recommend import BATCH_WITHIN, Recommendation, recommend
 from raysweep.scaling.relations import LossRelation, loss_relation
 from raysweep.scaling.summary import summary
+from raysweep.study.load import parse_yaml
 from raysweep.text import read_number, read_size
 
 __all__ = ["Fits", "Recommendation", "fit"]
 
-
-class HasFrame(Protocol):
-    """Anything with the results table, such as `raysweep.results.store.Results`."""
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row a trial, columns of `results.schema`."""
-        ...
+Many = float | str | Sequence[float | str] | np.ndarray
+"""Numbers, or text such as "7B"."""
 
 
-@dataclass(frozen=True, eq=False)
-class Fits:
+@dataclass(frozen=True, eq=False, repr=False)
+class Fits(InNotebooks):
     """Everything fitted to one results table. Each of its answers is read off `evidence`.
 
     `evidence` holds one entry a set of data, by its label (one, "", where all rows share data).
@@ -104,11 +103,37 @@ class Fits:
 
     # ------------------------------------------------------------------ what it answers
 
+    @overload
     def recommend(
         self,
         architecture: str | None = None,
-        params: float | str | Sequence[float | str] | np.ndarray = "",
-        tokens: float | str | Sequence[float | str] | np.ndarray = "",
+        params: float | str = "",
+        tokens: float | str = "",
+        experts: int | None = None,
+        top_k: int | None = None,
+        *,
+        group: str | None = None,
+        within: float | str = BATCH_WITHIN,
+    ) -> Recommendation: ...
+
+    @overload
+    def recommend(
+        self,
+        architecture: str | None = None,
+        params: Many = "",
+        tokens: Many = "",
+        experts: int | None = None,
+        top_k: int | None = None,
+        *,
+        group: str | None = None,
+        within: float | str = BATCH_WITHIN,
+    ) -> pd.DataFrame: ...
+
+    def recommend(
+        self,
+        architecture: str | None = None,
+        params: Many = "",
+        tokens: Many = "",
         experts: int | None = None,
         top_k: int | None = None,
         *,
@@ -148,8 +173,8 @@ class Fits:
 
     def predict(
         self,
-        learning_rate: float | np.ndarray,
-        batch_tokens: float | np.ndarray,
+        learning_rate: Many,
+        batch_tokens: Many,
         params: float | str,
         tokens: float | str,
         architecture: str | None = None,
@@ -167,11 +192,12 @@ class Fits:
         found = self.recommend(
             architecture, params, tokens, experts=experts, top_k=top_k, group=group
         )
-        assert isinstance(found, Recommendation)
         evidence = self.evidence_of(found.architecture)
         if evidence.surface is None:
             raise UserError("no trial tells its learning rate and batch: only the loss of cells")
-        rate, batch = np.broadcast_arrays(np.atleast_1d(learning_rate), np.atleast_1d(batch_tokens))
+        rate, batch = np.broadcast_arrays(
+            _numbers(learning_rate, "learning_rate"), _numbers(batch_tokens, "batch_tokens")
+        )
         gap, least, most = evidence.gap(found.run, rate, batch)
         base = np.log(np.array([found.loss, *found.loss_interval]))
         own = base[0] - base[1], base[2] - base[0]
@@ -264,6 +290,11 @@ class Fits:
                 found[name] = law
         return found
 
+    @property
+    def plot(self) -> Plots:
+        """Figures of Matplotlib: `optima()`, `loss()`, `surface(cell)`, `trials()`."""
+        return plots_of(self)
+
     # ------------------------------------------------------------------ how far to trust it
 
     @cached_property
@@ -325,7 +356,22 @@ class Fits:
         return f"<Fits: {n} cells of {', '.join(self.architectures) or 'nothing'}>"
 
     def __str__(self) -> str:
-        return summary(self)
+        return self.summary()
+
+    def summary(self, everything: bool = False) -> str:
+        """The laws and how they did on what was held out, as text; with `everything` the cells,
+        the comparison of architectures, the prior and the checks too."""
+        return summary(self, everything)
+
+    def asked(self, experts: int | None = None) -> list[str]:
+        """The architectures that a request without one means: all, or those that have experts."""
+        if (experts or 1) > 1:
+            moe = [name for name in self.architectures if self.kind(name) == "moe"]
+            known = [n for n in moe if experts in set(self.cells_of(n)["experts"])]
+            return known or moe or [self._architecture(None, experts)]
+        if experts == 1:
+            return [self._architecture(None, 1)]
+        return self.architectures or [self._architecture(None, None)]
 
     def _architecture(self, wanted: str | None, experts: int | None) -> str:
         """The name that a request means."""
@@ -350,31 +396,40 @@ class Fits:
 
 
 def fit(
-    results: pd.DataFrame | HasFrame,
+    results: str | PathLike[str] | Results | pd.DataFrame,
     *,
     group: str | Sequence[str] = (),
-    without: Iterable[str] = (),
+    without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
     loss_law: str | None = None,
 ) -> Fits:
     """Fit everything that a results table can tell.
 
     Args:
-        results: a results folder that was opened, or a DataFrame with the schema's columns.
+        results: a results folder or URI, opened or not, or a DataFrame with the schema's columns.
         group: columns by which runs differ in their group (optimizer, schedule, ...): they share
             one valley, and have offsets of their own.
         without: keys of published laws to leave out of the prior.
-        literature: keys of the only published laws to make the prior of.
+        literature: keys of the only published laws to make the prior of. What is not given here
+            is as the search spaces of the results say, if they agree.
         loss_law: the law of the loss to answer with, in place of the one that predicts best.
 
     Raises:
-        UserError: an unknown law or column, or a table without the columns every fit needs.
+        UserError: no results there, an unknown law or column, or a table without the columns that
+            every fit needs.
     """
+    if isinstance(results, str | PathLike):
+        results = Results.open(results)
     columns = (group,) if isinstance(group, str) else tuple(group)
     if loss_law is not None and loss_law not in LOSS_LAWS:
         raise UserError(f"unknown law of the loss {loss_law!r}; known: {', '.join(LOSS_LAWS)}")
     frame = results if isinstance(results, pd.DataFrame) else results.to_pandas()
-    prior = literature_prior(without, literature)
+    doubt = ""
+    if isinstance(results, Results) and (without is None or literature is None):
+        out, trusted, doubt = _laws_to_trust(results, frame)
+        without = out if without is None else without
+        literature = trusted if literature is None else literature
+    prior = literature_prior(without or (), literature)
     table = cell_table(frame, group=columns)
     trials = table.searched()
     evidence = {}
@@ -393,7 +448,11 @@ def fit(
     return Fits(
         n_rows=len(frame),
         left_out={str(k): int(v) for k, v in left_out.items()},
-        messages=(*table.messages, *_messages(table, trials, optima.get("model", {}))),
+        messages=(
+            *([doubt] if doubt else []),
+            *table.messages,
+            *_messages(table, trials, optima.get("model", {})),
+        ),
         group=columns,
         prior=prior,
         evidence=evidence,
@@ -403,6 +462,27 @@ def fit(
         expert_load=cell_expert_load(cells, table.trials),
         table=table,
     )
+
+
+def _laws_to_trust(
+    results: Results, frame: pd.DataFrame
+) -> tuple[Iterable[str], Iterable[str] | None, str]:
+    """`without` and `literature` of the search spaces that rows came of; nothing, and why in a
+    sentence, where they differ."""
+    own = set(frame["study"].astype(str))
+    said = []
+    for name, text in results.search_spaces().items():
+        if name in own:
+            space, _ = parse_yaml(text, name)
+            keys = space if isinstance(space, dict) else {}
+            trusted = keys.get("literature")
+            said.append(
+                (tuple(keys.get("without") or ()), None if trusted is None else tuple(trusted))
+            )
+    if len(set(said)) > 1:
+        return (), None, "the studies name different published laws: the fits start from all"
+    without, literature = said[0] if said else ((), None)
+    return without, literature, ""
 
 
 def recommendation_row(answer: Recommendation) -> dict[str, object]:
@@ -420,6 +500,15 @@ def recommendation_row(answer: Recommendation) -> dict[str, object]:
         row |= {name: getattr(answer, name), name + low: ends[0], name + high: ends[1]}
     keep = {f.name for f in fields(answer)} & {"largest_batch", "verdict"}
     return row | {name: getattr(answer, name) for name in sorted(keep)}
+
+
+def _numbers(values: Many, name: str) -> np.ndarray:
+    """[n] positive numbers, of numbers or of text such as "2M"."""
+    each = [values] if _single(values) else list(values)  # type: ignore[arg-type]
+    read = np.array([read_number(_scalar(v, name), name) for v in each])
+    if not (np.isfinite(read) & (read > 0)).all():
+        raise UserError(f"{name} must be above zero, not {values}")
+    return read
 
 
 def _single(value: object) -> bool:

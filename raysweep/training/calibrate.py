@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from raysweep.errors import UserError
-from raysweep.plan import Calibration, Pace
+from raysweep.study.plan import Calibration, Pace
 from raysweep.study import Cell, Study
 
 SECONDS = 0.4

@@ -133,7 +133,7 @@ def test_a_study_runs_as_a_batch_job_and_again_to_continue(slurm, tmp_path: Path
             assert time.monotonic() < deadline, run(["squeue"], slurm) + logs(tmp_path / "slurm")
             time.sleep(1)
         texts.append((tmp_path / f"raysweep-{job}.log").read_text())
-    rows = Results.open(results).frame()
+    rows = Results.open(results).to_pandas()
     assert rows.groupby("cell").size().tolist() == [2, 2, 2, 2], texts[0]
     assert set(rows["status"]) == {"finished"}
     assert "nothing to run" in texts[1]

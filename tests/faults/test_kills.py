@@ -99,5 +99,5 @@ def test_a_worker_that_hangs_is_replaced(nodes, search_space, tmp_path: Path, mo
     results = run(study, results_uri=str(tmp_path / "r"), address=nodes.address).results
     assert len(stopped) == 1
     assert time.monotonic() - begun > 25
-    all_finished(results.frame(), 1)
+    all_finished(results.to_pandas(), 1)
     assert not Path(f"/proc/{stopped[0]}/fd").exists() or not workers_of(nodes)

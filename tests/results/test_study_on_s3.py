@@ -37,7 +37,7 @@ def test_run_damage_run_again_status_and_fit(
     store.share = 0.0
     assert done.returncode == 0, done.stderr
     assert store.failed > 3
-    rows = Results.open(bucket).frame()
+    rows = Results.open(bucket).to_pandas()
     assert rows.groupby("cell")["trial_key"].nunique().tolist() == [2, 2, 2, 2]
     assert set(rows["status"]) == {"finished"}
     assert Results.open(bucket).storage.read(".driver.lease") is None, "given back"
@@ -48,7 +48,7 @@ def test_run_damage_run_again_status_and_fit(
     again = raysweep("run", SMOKE, "--results", bucket, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "1 trials in" in again.stderr
-    now = Results.open(bucket).frame()
+    now = Results.open(bucket).to_pandas()
     assert now.groupby("cell")["trial_key"].nunique().tolist() == [2, 2, 2, 2]
     starts = [f.set_index("trial_key").loc[kept, "started_at"].tolist() for f in (rows, now)]
     assert starts[0] == starts[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from raysweep.plan import make_plan
+from raysweep.study.plan import make_plan
 from raysweep.results.schema import COLUMNS
 from raysweep.search.campaign import Campaign
 from raysweep.search.ledger import Ledger
@@ -184,7 +184,7 @@ def test_on_a_real_ray(tmp_path: Path) -> None:
         }
     )
     summary = run(study, results_uri=str(tmp_path / "results"))
-    frame = Results.open(tmp_path / "results").frame()
+    frame = Results.open(tmp_path / "results").to_pandas()
     assert summary.started == 2
     assert frame["cell"].value_counts().to_dict() == {c.name: 2 for c in study.cells}
     assert (frame["status"] == "finished").all()

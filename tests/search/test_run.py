@@ -62,7 +62,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     time.sleep(3)  # workers notice that their driver is gone
-    return folder, Results.open(folder / "results").frame()
+    return folder, Results.open(folder / "results").to_pandas()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def continued(killed: tuple[Path, pd.DataFrame]) -> tuple[Path, subprocess.Compl
 def test_killed_and_continued_loses_and_repeats_nothing(killed, continued) -> None:
     _, before = killed
     folder, _ = continued
-    frame = Results.open(folder / "results").frame()
+    frame = Results.open(folder / "results").to_pandas()
     kept = frame[frame["trial_key"].isin(before["trial_key"])].reset_index(drop=True)
     pd.testing.assert_frame_equal(
         kept.sort_values("trial_key", ignore_index=True),
@@ -88,7 +88,7 @@ def test_killed_and_continued_loses_and_repeats_nothing(killed, continued) -> No
 
 def test_rows_are_complete(continued) -> None:
     folder, _ = continued
-    frame = Results.open(folder / "results").frame()
+    frame = Results.open(folder / "results").to_pandas()
     always = [
         *("loss", "loss_se", "train_loss", "bits_per_byte", "tokens_seen", "flops", "device"),
         *("seconds_wall", "seconds_train", "tokens_per_second", "peak_memory_bytes", "worker"),
@@ -113,7 +113,7 @@ def test_a_report_stands_at_the_end(continued) -> None:
 def test_tensorboard_has_every_trial(killed, continued) -> None:
     """Of the run that was not killed."""
     folder, _ = continued
-    rows = Results.open(folder / "results").frame()
+    rows = Results.open(folder / "results").to_pandas()
     rows = rows[~rows["trial_key"].isin(killed[1]["trial_key"])]
     assert len(rows)
     for row in rows.itertuples():
@@ -132,7 +132,7 @@ def test_a_log_file_gets_plain_lines(continued) -> None:
 def test_running_again_does_nothing_and_more_trials_extend(continued) -> None:
     """The added trials of the larger scale run on two workers: resources are not the result's."""
     folder, _ = continued
-    before = Results.open(folder / "results").frame()
+    before = Results.open(folder / "results").to_pandas()
     again = complete(folder)
     assert "nothing to run" in again.stderr
     changes = (
@@ -142,7 +142,7 @@ def test_running_again_does_nothing_and_more_trials_extend(continued) -> None:
         "scales.1.resources={workers: 2}",
     )
     complete(folder, *(word for change in changes for word in ("--set", change)))
-    frame = Results.open(folder / "results").frame()
+    frame = Results.open(folder / "results").to_pandas()
     assert len(frame) == len(before) + 2
     assert set(before["trial_key"]) < set(frame["trial_key"])
     added = frame[~frame["trial_key"].isin(before["trial_key"])].set_index("cell")
@@ -163,7 +163,7 @@ def test_early_stopping_leaves_rows_with_a_reason(tmp_path: Path) -> None:
         "search.early_stopping={method: asha, grace_fraction: 0.1}",
     )
     complete(tmp_path, *(word for change in changes for word in ("--set", change)))
-    frame = Results.open(tmp_path / "results").frame()
+    frame = Results.open(tmp_path / "results").to_pandas()
     stopped = frame[frame["status"] == "stopped"]
     assert 1 <= len(stopped) < len(frame)
     assert stopped["reason"].str.contains("early stopping").all()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.plan import make_plan
+from raysweep.study.plan import make_plan
 from raysweep.study import Study
 from raysweep.study.schema import SearchSpace
 
