@@ -173,6 +173,7 @@ class Fits:
             raise UserError("no trial tells its learning rate and batch: only the loss of cells")
         rate, batch = np.broadcast_arrays(np.atleast_1d(learning_rate), np.atleast_1d(batch_tokens))
         gap, least, most = evidence.gap(found.run, rate, batch)
+        noise = 1.96 * evidence.surface.mode.widths.growth * gap  # of one run, beside the optimum's
         base = np.log(np.array([found.loss, *found.loss_interval]))
         own = base[0] - base[1], base[2] - base[0]
         return pd.DataFrame(
@@ -180,8 +181,8 @@ class Fits:
                 "learning_rate": rate,
                 "batch_tokens": batch,
                 "loss": np.exp(base[0] + gap),
-                "low": np.exp(base[0] + gap - np.hypot(own[0], gap - least)),
-                "high": np.exp(base[0] + gap + np.hypot(own[1], most - gap)),
+                "low": np.exp(base[0] + gap - np.sqrt(own[0] ** 2 + (gap - least) ** 2 + noise**2)),
+                "high": np.exp(base[0] + gap + np.sqrt(own[1] ** 2 + (most - gap) ** 2 + noise**2)),
                 "cost": np.expm1(gap),
             }
         )
