@@ -12,8 +12,8 @@ from raysweep.report.reading import listed, plural
 from raysweep.report.reading_laws import Row
 from raysweep.report.serving import WORDS, Served
 from raysweep.report.trends import names_of
+from raysweep.scaling.compute.serving import FAR_BEYOND
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.serving_text import FAR_BEYOND
 
 PUBLISHED_SPLITS = (
     ("Hoffmann et al. 2022, parametric fit refitted by Besiroglu et al. 2024", "dense", 0.513),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,8 +71,9 @@ class CellTable:
     """All cells of a results table.
 
     `cells` has one row a cell, indexed by its name, smallest compute first: sizes, numbers of
-    trials, best loss. `trials` are the rows that count for a loss, `failed` those that diverged,
-    `left_out` every other row with the column `why`. All three carry `cell`, unique to the cell.
+    trials, best loss, and the mean of all with their sd (both of ln loss). `trials` are the rows
+    that count for a loss, `failed` those that diverged, `left_out` every other row with the column
+    `why`. All three carry `cell`, unique to the cell.
     """
 
     cells: pd.DataFrame
@@ -220,6 +222,12 @@ def _cell_rows(rows: pd.DataFrame, usable: pd.Series) -> pd.DataFrame:
         n_searched=_count(sized, usable & _has_hyperparameters(rows), cells.index),
         n_diverged=_count(sized, rows["status"] == "diverged", cells.index),
         best_loss=sized["loss"][usable].groupby(sized["cell"]).min().reindex(cells.index),
+    )
+    log_loss = sized["loss"][usable].astype(float).map(math.log)
+    repeats = log_loss.groupby(sized["cell"])
+    cells = cells.assign(
+        mean_loss=repeats.mean().map(math.exp).reindex(cells.index),
+        loss_sd=repeats.std().reindex(cells.index),
     )
     return cells.sort_values(["flops", "tokens"], kind="stable")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
+from raysweep.scaling.compute.efficiency import FARTHEST, amount_for
 from raysweep.scaling.contrast import (
     CONVERGED,
     OF_COMPUTE,
@@ -20,11 +21,10 @@ from raysweep.scaling.contrast import (
     N,
     no_contrast,
 )
-from raysweep.scaling.efficiency import FARTHEST, amount_for
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.group_loss import loss_inputs
 from raysweep.scaling.groups import Group
-from raysweep.scaling.loss_fit import LossFit, interval_ends
+from raysweep.scaling.loss.data import LossData
+from raysweep.scaling.loss.fit import LossFit, interval_ends
 
 Loss = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(active non-embedding N, D) [B] -> loss [B], each of another draw; the estimate first."""
@@ -72,7 +72,7 @@ def _factor(matched: Contrast, length: int, seed: int) -> np.ndarray:
 
 
 def _of_own_law(group: Group, fit: LossFit, draws: np.ndarray) -> Loss:
-    count = _trend(_known(group.cells), loss_inputs(_known(group.cells), fit.name)[1])
+    count = _trend(_known(group.cells), LossData.from_cells(group.cells).inputs(fit.law)[1])
     return lambda n, d: fit.law.predict_each(draws, {"params": count(n), "tokens": d})
 
 

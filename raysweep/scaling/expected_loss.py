@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from raysweep.scaling.group_loss import predict_loss
 from raysweep.scaling.groups import ALL, Group
-from raysweep.scaling.laws import LOSS_LAWS
-from raysweep.scaling.loss_fit import LossFit
+from raysweep.scaling.loss.fit import LossFit
+from raysweep.scaling.loss.laws import LOSS_LAWS
+from raysweep.scaling.loss.selection import predict_loss
 from raysweep.scaling.target import ComputePath
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ExpectedLoss:
 def expected_loss(
     fits: Fits, own: Group, foreign: bool, inputs: Mapping[str, float]
 ) -> ExpectedLoss:
-    """By the law asked for, else the one that best predicted the largest scale: of the
+    """By the law asked for, else the one that best predicted the highest compute: of the
     architecture alone, then of all together."""
     groups = [] if foreign else [own]
     groups += [fits.groups[ALL]] if ALL in fits.groups else []
@@ -55,7 +55,7 @@ def expected_loss(
         check, fitted = group.loss_checks.get(key), group.loss_laws[key]
         said = f"loss by the law '{key}' on {int(group.cells['loss'].count())} cells"
         if check is not None and math.isfinite(check.error):
-            said += f", {100 * check.error:.2f} % off on the largest scale unseen"
+            said += f", {100 * check.error:.2f} % off on the highest compute unseen"
         warnings = []
         untuned = _untuned(group.cells)
         if untuned:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,10 +13,22 @@ import pandas as pd
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.scaling.advise import advise
-from raysweep.scaling.budgets import Saving, Split, savings, split_budget, usable_experts_law
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
+from raysweep.scaling.compute.allocation import Allocation
+from raysweep.scaling.compute.budgets import (
+    Saving,
+    Split,
+    best_splits,
+    savings,
+    split_budget,
+    usable_experts_law,
+)
+from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.expert_load import cell_expert_load
 from raysweep.scaling.groups import ALL, Group, Sources, fit_group
+from raysweep.scaling.loss.data import LossData
+from raysweep.scaling.loss.model import LossModel
+from raysweep.scaling.loss.selection import choose_loss
 from raysweep.scaling.noise import Ratio, cell_noise_scale, compare_kinds
 from raysweep.scaling.optimum import (
     OPTIMUM_METHODS,
@@ -28,7 +40,6 @@ from raysweep.scaling.optimum import (
 from raysweep.scaling.plain import plain
 from raysweep.scaling.recommend import Recommendation
 from raysweep.scaling.sensitivity import Sensitivity, group_sensitivity
-from raysweep.scaling.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.summary import summary
 from raysweep.scaling.surface import Surface
 
@@ -51,10 +62,11 @@ class Fits(InNotebooks):
     optimum where that is interior, else the best trial's; `loss_from` says which), `loss_se`, and
     the default method's `learning_rate`, `batch_tokens`, `status`. `optima[method][cell]` are the
     optima by every method. `groups` are the architectures by name, and `ALL` where there are
-    several. `comparison` holds MoE over dense, `at equal loss` and `at equal N and D`; empty
-    without both. `allocation` tells how each architecture best splits a budget, `efficiency` what
-    each MoE architecture saves over dense (empty without both). `expert_load` is that of the MoE
-    cells that measured it, `sensitivity[architecture][target]` how a law depends on choices.
+    several; `loss_models` the answer about the loss of each. `comparison` holds MoE over dense, `at
+    equal loss` and `at equal N and D`; empty without both. `allocation` tells how each architecture
+    best splits a budget, `efficiency` what each MoE architecture saves over dense (empty without
+    both). `expert_load` is that of the MoE cells that measured it,
+    `sensitivity[architecture][target]` how a law depends on choices.
     """
 
     method: str
@@ -72,6 +84,7 @@ class Fits(InNotebooks):
     surface: Surface | None
     loss_law: str | None
     messages: tuple[str, ...]
+    loss_models: dict[str, LossModel] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values: what `raysweep fit --json` prints."""
@@ -84,6 +97,7 @@ class Fits(InNotebooks):
                 "cells": self.cells,
                 "optima": self.optima,
                 "groups": self.groups,
+                "loss_models": self.loss_models,
                 "comparison": self.comparison,
                 "allocation": self.allocation,
                 "efficiency": self.efficiency,
@@ -117,6 +131,18 @@ class Fits(InNotebooks):
         status.
         """
         return advise(self, architecture, params, tokens, experts, top_k)
+
+    def split(self, flops: float | Sequence[float]) -> dict[str, list[Allocation]]:
+        """How each architecture best splits each of some training budgets (FLOPs) between
+        parameters and tokens, with 95 % intervals; a word in place of what is not determined.
+
+        Raises UserError for a budget that is not positive."""
+        budgets = [float(c) for c in np.atleast_1d(np.asarray(flops, dtype=float))]
+        return {
+            name: best_splits(model, budgets)
+            for name, model in self.loss_models.items()
+            if name != ALL
+        }
 
     def serve(
         self,
@@ -173,6 +199,7 @@ def fit(
     }
     if len(names) > 1:
         groups[ALL] = fit_group(ALL, cells, data, loss_law)
+    models = {name: choose_loss(LossData.from_cells(g.cells)) for name, g in groups.items()}
     comparison = {}
     if {"dense", "moe"} <= kinds:
         default = optima[optimum_method]
@@ -194,9 +221,9 @@ def fit(
         groups=groups,
         comparison=comparison,
         allocation={
-            name: split_budget(group, n_boot, seed) for name, group in groups.items() if name != ALL
+            name: split_budget(model, n_boot, seed) for name, model in models.items() if name != ALL
         },
-        efficiency=savings(groups),
+        efficiency=savings(groups, models),
         noise_scale=noise,
         expert_load=cell_expert_load(cells, table.trials),
         sensitivity={
@@ -207,6 +234,7 @@ def fit(
         surface=surface,
         loss_law=loss_law,
         messages=tuple(_messages(table, trials, optima[optimum_method])),
+        loss_models=models,
     )
 
 
@@ -216,15 +244,28 @@ def _with_optima(cells: pd.DataFrame, optima: Mapping[str, Optimum]) -> pd.DataF
     interior = np.array([o is not None and o.interior for o in found], dtype=bool)
     fitted = np.array([o.loss if o else math.nan for o in found], dtype=float)
     se = np.array([o.loss_se if o else math.nan for o in found], dtype=float)
-    best = cells["best_loss"].to_numpy(float)
+    # Runs that tell no learning rate or batch are repeats: their mean counts, not the luckiest.
+    repeats = cells["n_searched"].to_numpy(int) == 0
+    best = np.where(repeats, cells["mean_loss"], cells["best_loss"]).astype(float)
+    word = np.where(repeats, "mean of runs", "best trial")
     return cells.assign(
         loss=np.where(interior, fitted, best),
-        loss_from=np.where(interior, "optimum", np.where(np.isnan(best), "none", "best trial")),
-        loss_se=np.where(interior, se, np.nan),
+        loss_from=np.where(interior, "optimum", np.where(np.isnan(best), "none", word)),
+        loss_se=np.where(interior, se, np.where(repeats, best * _repeat_se(cells), np.nan)),
         learning_rate=[o.learning_rate if o else math.nan for o in found],
         batch_tokens=[o.batch_tokens if o else math.nan for o in found],
         status=[o.status if o else "no learning rate or batch" for o in found],
     )
+
+
+def _repeat_se(cells: pd.DataFrame) -> np.ndarray:
+    """sd of each cell's mean ln loss, by the spread within all repeated cells; NaN without any."""
+    n, sd = cells["n_finished"].to_numpy(float), cells["loss_sd"].to_numpy(float)
+    freedom = np.where((cells["n_searched"] == 0) & np.isfinite(sd), n - 1, 0.0)
+    if not freedom.sum():
+        return np.full(len(cells), np.nan)
+    pooled = np.sqrt((freedom * np.nan_to_num(sd) ** 2).sum() / freedom.sum())
+    return pooled / np.sqrt(np.maximum(n, 1))
 
 
 def _messages(

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from raysweep.scaling.cells import CellTable, CellTrials, routings
-from raysweep.scaling.group_loss import (
-    JOINT_LAWS,
-    ONE_ARCHITECTURE_LAWS,
+from raysweep.scaling.loss.fit import LossFit
+from raysweep.scaling.loss.selection import (
+    ONE_ROUTING_LAWS,
+    ROUTING_LAWS,
     LossCheck,
     NotFitted,
     batch_table,
@@ -19,7 +20,6 @@ from raysweep.scaling.group_loss import (
     fit_loss_law,
     fit_loss_laws,
 )
-from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.noise import CriticalBatch, fit_critical_batch, fit_noise_scale
 from raysweep.scaling.optima_laws import (
     KNOWN_AHEAD,
@@ -74,7 +74,7 @@ class Group:
 
     `laws` are the laws of the optima by name, `loss_laws` those of the loss by key; both hold
     entries that could not be fitted, with status and message. `loss_checks` tell how those of the
-    loss predict the largest scale from the smaller ones. `count` is the column taken as N.
+    loss predict the highest level of compute from those below. `count` is the column taken as N.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Group:
         return best_law(self.laws, target, KNOWN_AHEAD)
 
     def loss_order(self) -> list[str]:
-        """The fitted laws of the loss, the one that best predicts the largest scale first.
+        """The fitted laws of the loss, the one that best predicts the highest compute first.
 
         A law that could not be so tried comes after those that could, in the order of fitting."""
         usable = [key for key in self.loss_checks if self.loss_laws[key].ok]
@@ -167,7 +167,7 @@ def fit_group(name: str, cells: pd.DataFrame, data: Sources, loss_law: str | Non
         in_sample = loss_gap(rate, batch, cells, trials, optima, count)
     kinds = set(cells["architecture_kind"])
     if len(kinds) == 1:
-        losses = fit_loss_laws(cells, ONE_ARCHITECTURE_LAWS, n_boot=data.n_boot, seed=data.seed)
+        losses = fit_loss_laws(cells, ONE_ROUTING_LAWS, n_boot=data.n_boot, seed=data.seed)
         own = data.table.trials[data.table.trials["cell"].isin(cells.index)]
         losses["three_term"] = fit_loss_law(
             batch_table(cells, own), "three_term", n_boot=data.n_boot, seed=data.seed
@@ -175,7 +175,7 @@ def fit_group(name: str, cells: pd.DataFrame, data: Sources, loss_law: str | Non
     else:
         losses = {}
     if routings(cells) > 1:
-        losses |= fit_loss_laws(cells, JOINT_LAWS, n_boot=data.n_boot, seed=data.seed)
+        losses |= fit_loss_laws(cells, ROUTING_LAWS, n_boot=data.n_boot, seed=data.seed)
     if loss_law is not None and loss_law not in losses:
         losses[loss_law] = fit_loss_law(cells, loss_law, n_boot=data.n_boot, seed=data.seed)
     return Group(

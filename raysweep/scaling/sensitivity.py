@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from raysweep.scaling.groups import Group
-from raysweep.scaling.holdout import levels
+from raysweep.scaling.loss.data import levels
 from raysweep.scaling.optima_laws import fit_law
 from raysweep.scaling.optimum import Optimum
 from raysweep.scaling.optimum_result import INTERIOR

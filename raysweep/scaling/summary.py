@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from raysweep.scaling.group_loss import NotFitted
-from raysweep.scaling.loss_fit import LossFit
+from raysweep.scaling.loss.fit import LossFit
+from raysweep.scaling.loss.selection import NotFitted
 from raysweep.scaling.noise import Ratio
 from raysweep.scaling.power_law import SYMBOLS, PowerLaw
 
 if TYPE_CHECKING:
-    from raysweep.scaling.allocation import Allocation
-    from raysweep.scaling.budgets import Saving, Split
+    from raysweep.scaling.compute.allocation import Allocation
+    from raysweep.scaling.compute.budgets import Saving, Split
     from raysweep.scaling.fits import Fits
     from raysweep.scaling.groups import Group
 
@@ -81,7 +81,7 @@ def _group(group: Group) -> list[str]:
         else:
             lines.append(f"    {key}: {_why(fit)}")
     if group.loss_order():
-        lines.append("    * predicts the largest scale best, fitted without it")
+        lines.append("    * predicts the highest compute best, fitted without it")
     for label, gap in (("all cells", group.in_sample), ("held-out cells", group.held_out)):
         if gap is not None and gap.gaps:
             lines.append(
@@ -122,7 +122,7 @@ def _batches(group: Group) -> list[str]:
 
 def _coefficients(fit: LossFit) -> str:
     """Every coefficient, exponents with their intervals."""
-    exponents = {c.name for c in fit.law.form.coefficients if c.kind == "exponent"}
+    exponents = {c.name for c in fit.law.expression.coefficients if c.kind == "exponent"}
     texts = []
     for name, value in fit.coefficients.items():
         text = f"{name} {value:.4g}"
@@ -136,7 +136,7 @@ def _coefficients(fit: LossFit) -> str:
 def _trust(group: Group, key: str) -> str:
     check, fit = group.loss_checks.get(key), group.loss_laws[key]
     known = check is not None and math.isfinite(check.error)
-    off = f"; {100 * check.error:.2f} % off the largest scale" if check and known else ""
+    off = f"; {100 * check.error:.2f} % off the highest compute" if check and known else ""
     return fit.status + off
 
 

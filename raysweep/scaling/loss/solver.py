@@ -20,8 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import qmc
 
-from raysweep.scaling.evaluation import evaluate
-from raysweep.scaling.form import Design
+from raysweep.scaling.loss.expression import Design, evaluate
 
 HUBER = 1e-3
 TOLERANCE = 1e-9  # of the gradient, relative to width * sum of weights
@@ -116,14 +115,16 @@ def starting_points(
     Exponents are a low-discrepancy sample of their starting ranges; for each the amplitudes are the
     non-negative weighted least squares solution in relative error. `fixed` [p] holds the centred
     values of the coefficients that are not free (NaN elsewhere)."""
-    form = design.form
-    size = len(form.names)
-    draw = [j for j, c in enumerate(form.coefficients) if c.kind in ("exponent", "saturation")]
+    expression = design.expression
+    size = len(expression.names)
+    draw = [
+        j for j, c in enumerate(expression.coefficients) if c.kind in ("exponent", "saturation")
+    ]
     theta = np.zeros((candidates, size))
     if draw:
         unit = qmc.Sobol(len(draw), scramble=False).random(candidates)
-        low = np.array([form.coefficients[j].start[0] for j in draw])
-        high = np.array([form.coefficients[j].start[1] for j in draw])
+        low = np.array([expression.coefficients[j].start[0] for j in draw])
+        high = np.array([expression.coefficients[j].start[1] for j in draw])
         theta[:, draw] = low + unit * (high - low)
     held = ~bounds.free
     theta[:, held] = fixed[held]
@@ -133,7 +134,9 @@ def starting_points(
         np.where(bounds.free, bounds.high, np.inf),
     )
 
-    amplitudes = [j for j, c in enumerate(form.coefficients) if c.kind in ("amplitude", "log10")]
+    amplitudes = [
+        j for j, c in enumerate(expression.coefficients) if c.kind in ("amplitude", "log10")
+    ]
     solve_for = [j for j in amplitudes if bounds.free[j]]
     if solve_for:
         theta[:, solve_for] = _project(design, target, weights, theta, solve_for, bounds)

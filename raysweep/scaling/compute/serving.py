@@ -8,22 +8,29 @@ another's quality (or its serving cost) at a profit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import root_scalar
+from scipy.optimize import minimize_scalar, root_scalar
 
 from raysweep.errors import UserError
-from raysweep.scaling.allocation import optimal_params
-from raysweep.scaling.loss_fit import LossFit
-from raysweep.scaling.roofline import BYTES, Gpu, Latency, Roofline, ServedModel
+from raysweep.scaling.compute.roofline import BYTES, Gpu, Latency, Roofline, ServedModel
+from raysweep.scaling.loss.fit import LossFit
+from raysweep.scaling.plain import plain
 
 Kind = Literal["loss-optimal", "equal quality", "equal cost", "same quality, more compute"]
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 """GPUs that may share one model."""
+
+SMALLEST, LARGEST, SIZES = 1e3, 1e15, 121
+"""Sizes that the loss-optimal one is looked for among."""
+
+FAR_BEYOND = 10.0
+"""Times outside the fitted range from which a row is marked."""
 
 
 @dataclass(frozen=True)
@@ -168,28 +175,40 @@ class _Budget:
     def _law_params(self, params: float) -> float:
         """The law's N of a dense-equivalent size: the count that the law was fitted on."""
         unit = self.model(1.0)
-        total = self.fit.law.parameter_count.startswith("params_total")
-        return params * (unit.params_total if total else unit.params_active)
+        count = self.fit.law.parameter_count
+        if count == "params_dense":
+            return params
+        return params * (unit.params_total if "total" in count else unit.params_active)
+
+    def _losses(self, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The law's loss [n] of dense-equivalent sizes."""
+        given = {"experts": self.experts, "top_k": self.model(1.0).used}
+        return self.fit.predict(
+            {**given, "params": self._law_params(1.0) * params, "tokens": tokens}
+        )
 
     def loss(self, params: float, tokens: float) -> float:
-        given = {"experts": self.experts, "top_k": self.model(params).used}
-        inputs = {**given, "params": self._law_params(params), "tokens": tokens}
-        return float(self.fit.predict(inputs)[0])
+        return float(self._losses(np.array([params]), np.array([tokens]))[0])
 
     def tokens(self, params: float, flops: float) -> float:
         return flops / (6.0 * self.model(params).params_active)
 
     def optimal_params(self, flops: float) -> float:
         """The dense-equivalent size of the lowest loss at a training budget."""
-        unit, scale = self.model(1.0), self._law_params(1.0)
-        best = optimal_params(
-            self.fit,
-            self.fit.values[None],
-            np.array([flops]),
-            {"experts": self.experts, "top_k": unit.used},
-            lambda n: 6.0 * n / scale * unit.params_active,
+        active = self.model(1.0).params_active
+
+        def loss(log_params: np.ndarray) -> np.ndarray:
+            params = np.exp(log_params)
+            return self._losses(params, flops / (6.0 * active * params))
+
+        grid = np.linspace(np.log(SMALLEST), np.log(LARGEST), SIZES)
+        lowest = int(np.clip(np.argmin(loss(grid)), 1, SIZES - 2))
+        found = minimize_scalar(
+            lambda x: float(loss(np.array([x]))[0]),
+            bounds=(grid[lowest - 1], grid[lowest + 1]),
+            options={"xatol": 1e-9},
         )
-        return float(best[0]) / scale
+        return float(np.exp(found.x))
 
     def _solution(
         self, kind: Kind, params: float, flops: float, optimal: float, message: str
@@ -304,3 +323,66 @@ def _root(excess: Callable[[float], float], low: float, high: float) -> float | 
     if np.sign(by_log(ends[0])) == np.sign(by_log(ends[1])):
         return None
     return float(np.exp(root_scalar(by_log, bracket=tuple(ends), xtol=1e-10).root))
+
+
+def serving_dict(
+    solutions: Sequence[Solution], serving: Serving, flops: float
+) -> dict[str, object]:
+    """What `raysweep serving --json` prints: the assumptions, then the solutions."""
+    gpu = serving.gpu
+    found = plain(
+        {
+            "flops": flops,
+            "assume": {
+                "gpu": asdict(gpu),
+                "dollars_per_gpu_hour": serving.dollars_per_hour,
+                "latency": _latency(serving),
+                "prompt_tokens": serving.prompt,
+                "generated_tokens": serving.generated,
+                "usable_memory": serving.usable_memory,
+                "top_k": serving.model.top_k,
+                "moe_share": serving.model.moe_share,
+            },
+            "solutions": [asdict(s) for s in solutions],
+        }
+    )
+    assert isinstance(found, dict)
+    return found
+
+
+def serving_text(solutions: Sequence[Solution], serving: Serving, flops: float) -> str:
+    """A table, one row a solution; N is the corresponding dense model."""
+    lines = [
+        f"training budget {flops:.3g} FLOPs; served on {serving.gpu.name} at "
+        f"${serving.dollars_per_hour:g} an hour each ({_latency(serving)}), "
+        f"{serving.prompt:g} tokens read and {serving.generated:g} written a request, "
+        f"top-{serving.model.top_k:g}",
+        "",
+        "experts  solution                        N   N/optimal  training     tokens     loss"
+        "   $/1M tokens  GPUs",
+    ]
+    for s in solutions:
+        if s.status != "found":
+            lines.append(f"{s.experts:7g}  {s.kind:<26} {s.message}")
+            continue
+        price = f"{s.cost.dollars_per_million:.3g}" if s.cost.status == "fits" else "no room"
+        mark = " !" if s.beyond >= FAR_BEYOND else ""
+        lines.append(
+            f"{s.experts:7g}  {s.kind:<26} {s.params:8.3g}  {s.size_share:9.2f}x  "
+            f"{s.training_share:7.2f}x  {s.tokens:9.3g}  {s.loss:7.4f}  {price:>12}  "
+            f"{s.cost.gpus:4d}{mark}"
+        )
+    beyond = max((s.beyond for s in solutions if s.status == "found"), default=math.nan)
+    lines += ["", "N is the dense model that the experts are added to, embeddings aside."]
+    if beyond >= FAR_BEYOND:
+        lines.append(
+            f"! lies {FAR_BEYOND:g} times or more outside what was fitted (at most "
+            f"{beyond:.2g} times): a guess, not a measurement"
+        )
+    return "\n".join(lines)
+
+
+def _latency(serving: Serving) -> str:
+    if isinstance(serving.timing, Roofline):
+        return "latency by its roofline, with assumed efficiencies"
+    return "latency as profiled"

@@ -1,45 +1,131 @@
-"""The registry of the laws of the loss: each formula declared once, with units and source."""
+"""The laws of the loss: what a law is, and the registry, each formula with units and source."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from raysweep.scaling.form import Coefficient, Form, Power, Term
-from raysweep.scaling.loss_fit import LossFit
-from raysweep.scaling.loss_law import Law
-
-__all__ = ["LOSS_LAWS", "Law", "LossFit"]
+from raysweep.errors import UserError
+from raysweep.scaling.loss.expression import (
+    SYMBOL_INPUTS,
+    Coefficient,
+    Expression,
+    Inputs,
+    Power,
+    Term,
+    compile_expression,
+    evaluate,
+    read_inputs,
+)
 
 Values = Mapping[str, np.ndarray]
 
 
-def _amplitude(name: str) -> Coefficient:
+@dataclass(frozen=True)
+class Law:
+    """A law of the loss.
+
+    `expression` is its mathematics; the rest is what a reader needs to know: the formula in words
+    that print anywhere, each symbol with its unit, where it comes from, and which count of
+    parameters it means by N (a column of the results table)."""
+
+    key: str
+    name: str
+    formula: str
+    symbols: Mapping[str, str]  # symbol -> meaning and unit
+    source: str
+    parameter_count: str
+    expression: Expression
+    derived: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = field(
+        default_factory=dict
+    )
+    note: str = ""
+    published: Mapping[str, float] = field(default_factory=dict)  # where the source gives values
+    candidates: int = 1024  # starting points looked at
+    starts: int = 24  # starting points polished
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The coefficients' names, in order."""
+        return self.expression.names
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The named inputs it reads."""
+        return tuple(dict.fromkeys(SYMBOL_INPUTS[s] for s in self.expression.symbols))
+
+    def predict(self, coefficients: Mapping[str, float] | np.ndarray, inputs: Inputs) -> np.ndarray:
+        """The loss [n] for one set of coefficients, or [B, n] for an array of them [B, p]."""
+        values = self._array(coefficients)
+        design = compile_expression(
+            self.expression, read_inputs(self.expression, inputs), centre=False
+        )
+        theta = self.expression.unstate(np.atleast_2d(values))
+        log_loss = evaluate(design, theta, derivatives=False).value
+        return np.exp(log_loss[0] if values.ndim == 1 else log_loss)
+
+    def predict_each(self, values: np.ndarray, inputs: Inputs) -> np.ndarray:
+        """The loss [B] of the b-th coefficients of `values` [B, p] at the b-th point of
+        `inputs`."""
+        spread = {k: np.broadcast_to(v, (len(values),)) for k, v in inputs.items()}
+        design = compile_expression(
+            self.expression, read_inputs(self.expression, spread), centre=False
+        )
+        theta = self.expression.unstate(values)
+        return np.exp(evaluate(design, theta, derivatives=False, paired=True).value)
+
+    def _array(self, coefficients: Mapping[str, float] | np.ndarray) -> np.ndarray:
+        if isinstance(coefficients, Mapping):
+            missing = [n for n in self.names if n not in coefficients]
+            if missing:
+                raise UserError(f"law '{self.key}' needs the coefficient '{missing[0]}' too")
+            return np.array([float(coefficients[n]) for n in self.names])
+        return np.asarray(coefficients, dtype=float)
+
+
+# Priors are weak: what the published laws spread over, and wider where they are few. Shares of the
+# terms are those of a loss half as far again as its floor.
+_FLOOR = (0.65, 0.25)
+_SIZE_EXPONENT, _TOKENS_EXPONENT = (0.34, 0.1), (0.32, 0.1)
+
+
+def _amplitude(name: str, share: float, spread: float = 1.0) -> Coefficient:
+    """A term of about `share` of a typical loss, known to a factor of exp(`spread`)."""
     # A term below e^-9 (0.01 %) of the loss at the data's centre cannot be seen in any data.
-    return Coefficient(name, "amplitude", -9.0, 6.0)
+    return Coefficient(name, "amplitude", -9.0, 6.0, prior=(share, spread))
 
 
-def _decay(name: str) -> Coefficient:
+def _decay(name: str, prior: tuple[float, float]) -> Coefficient:
     """An exponent that must be positive: more of the input lowers the loss."""
-    return Coefficient(name, "exponent", 0.005, 4.0, (0.05, 1.2))
+    return Coefficient(name, "exponent", 0.005, 4.0, (0.05, 1.2), prior)
 
 
-def _growth(name: str) -> Coefficient:
+def _growth(name: str, prior: tuple[float, float]) -> Coefficient:
     """The same with the sign written into the coefficient."""
-    return Coefficient(name, "exponent", -4.0, -0.005, (-1.2, -0.05))
+    return Coefficient(name, "exponent", -4.0, -0.005, (-1.2, -0.05), prior)
 
 
-def _either(name: str, reach: float = 0.8, bound: float = 4.0) -> Coefficient:
+def _either(
+    name: str, prior: tuple[float, float], reach: float = 0.8, bound: float = 4.0
+) -> Coefficient:
     """An exponent of either sign."""
-    return Coefficient(name, "exponent", -bound, bound, (-reach, reach))
+    return Coefficient(name, "exponent", -bound, bound, (-reach, reach), prior)
 
 
 # Clark's E_start lies between 1 (a dense model counts as one expert) and a few; E_max is where more
 # experts stop helping, seen between tens and thousands.
-_E_START = Coefficient("E_start", "saturation", 0.0, np.log(20.0), (np.log(1.2), np.log(4.0)))
+_E_START = Coefficient(
+    "E_start", "saturation", 0.0, np.log(20.0), (np.log(1.2), np.log(4.0)), (np.log(2.0), 0.3)
+)
 _E_MAX = Coefficient(
-    "E_max", "saturation", np.log(24.0), np.log(1e6), (np.log(60.0), np.log(1500.0))
+    "E_max",
+    "saturation",
+    np.log(24.0),
+    np.log(1e6),
+    (np.log(60.0), np.log(1500.0)),
+    (np.log(300.0), 0.7),
 )
 
 _LOSS = "loss, nats per token"
@@ -79,8 +165,8 @@ _KAPLAN = Law(
     symbols={"L": _LOSS, "C": "training FLOPs", "E0": "floor; hold it at 0 for Kaplan's own form"},
     source="Kaplan et al. 2020, arXiv 2001.08361, eq. 1.3; the floor after Henighan et al. 2020",
     parameter_count="params_active_non_embedding",
-    form=Form(
-        (_amplitude("E0"), _amplitude("A"), _decay("a")),
+    expression=Expression(
+        (_amplitude("E0", *_FLOOR), _amplitude("A", 0.35), _decay("a", (0.16, 0.06))),
         (Term("E0"), Term("A", (Power("a", "C"),))),
     ),
     derived={"C_c": _critical_compute},
@@ -94,8 +180,14 @@ _CHINCHILLA = Law(
     symbols={"L": _LOSS, "N": _N, "D": _D, "E0": "irreducible loss"},
     source="Hoffmann et al. 2022, arXiv 2203.15556, eq. 2; refit in arXiv 2404.10102",
     parameter_count="params_total",
-    form=Form(
-        (_amplitude("E0"), _amplitude("A"), _amplitude("B"), _decay("a"), _decay("b")),
+    expression=Expression(
+        (
+            _amplitude("E0", *_FLOOR),
+            _amplitude("A", 0.18),
+            _amplitude("B", 0.18),
+            _decay("a", _SIZE_EXPONENT),
+            _decay("b", _TOKENS_EXPONENT),
+        ),
         (Term("E0"), Term("A", (Power("a", "N"),)), Term("B", (Power("b", "D"),))),
     ),
     derived=_ALLOCATION,
@@ -109,14 +201,14 @@ _WANG = Law(
     symbols={"L": _LOSS, "N": _N, "D": _D, "E": "experts; 1 for dense, below 100", "s": "floor"},
     source="Wang et al. 2024, arXiv 2410.05661, eq. 5",
     parameter_count="params_active_non_embedding",
-    form=Form(
+    expression=Expression(
         (
-            _amplitude("A"),
-            _amplitude("B"),
-            _amplitude("s"),
-            _decay("a"),
-            _decay("b"),
-            _either("g", bound=2.0),
+            _amplitude("A", 0.18),
+            _amplitude("B", 0.18),
+            _amplitude("s", *_FLOOR),
+            _decay("a", _SIZE_EXPONENT),
+            _decay("b", _TOKENS_EXPONENT),
+            _either("g", (0.15, 0.15), bound=2.0),
         ),
         (Term("A", (Power("a", "N"), Power("g", "E"))), Term("B", (Power("b", "D"),)), Term("s")),
     ),
@@ -129,18 +221,18 @@ _YUN = Law(
     formula="log L = log(A / N^a + B / Ê^b + C / D^g + F) + d · log N · log Ê",
     symbols={"L": _LOSS, "N": f"{_N} of the corresponding dense model", "D": _D, "Ê": _EH},
     source="Yun et al. 2024, arXiv 2404.02852, eq. 4",
-    parameter_count="params_active_non_embedding",
-    form=Form(
+    parameter_count="params_dense",
+    expression=Expression(
         (
-            _amplitude("A"),
-            _amplitude("B"),
-            _amplitude("C"),
-            _amplitude("F"),
-            _decay("a"),
+            _amplitude("A", 0.18),
+            _amplitude("B", 0.1),
+            _amplitude("C", 0.18),
+            _amplitude("F", *_FLOOR),
+            _decay("a", _SIZE_EXPONENT),
             # Below 0.05 the experts' term is a constant in all but name, which F already is.
-            Coefficient("b", "exponent", 0.05, 4.0, (0.1, 1.5)),
-            _decay("g"),
-            Coefficient("d", "exponent", -0.2, 0.2, (-0.01, 0.01)),
+            Coefficient("b", "exponent", 0.05, 4.0, (0.1, 1.5), (0.5, 0.3)),
+            _decay("g", _TOKENS_EXPONENT),
+            Coefficient("d", "exponent", -0.2, 0.2, (-0.01, 0.01), (0.0, 0.005)),
             _E_START,
             _E_MAX,
         ),
@@ -152,7 +244,7 @@ _YUN = Law(
         ),
         (Power("d", "N Eh", 1.0),),
     ),
-    note="Active parameters equal the dense model's at top-1; at top-k they count k experts.",
+    note="N is the dense model that the experts are added to, not the active parameters.",
     starts=48,
 )
 
@@ -162,13 +254,13 @@ _CLARK = Law(
     formula="log₁₀ L = a · log₁₀ N + b · log₁₀ Ê + c · log₁₀ N · log₁₀ Ê + d",
     symbols={"L": _LOSS, "N": f"{_N} of the corresponding dense model", "Ê": _EH},
     source="Clark et al. 2022, arXiv 2202.01169, eqs. 2 and 9 (S-BASE values)",
-    parameter_count="params_active",
-    form=Form(
+    parameter_count="params_dense",
+    expression=Expression(
         (
-            _either("a"),
-            _either("b"),
-            _either("c", reach=0.1),
-            Coefficient("d", "log10", -60.0, 60.0),
+            _either("a", (-0.08, 0.05)),
+            _either("b", (-0.1, 0.1)),
+            _either("c", (0.0, 0.02), reach=0.1),
+            Coefficient("d", "log10", -60.0, 60.0, prior=(1.0, 1.0)),
             _E_START,
             _E_MAX,
         ),
@@ -207,17 +299,17 @@ _JOINT = Law(
     },
     source="Ludziejewski et al. 2025, arXiv 2502.05172",
     parameter_count="params_active",
-    form=Form(
+    expression=Expression(
         (
-            _amplitude("a"),
-            _amplitude("b"),
-            _amplitude("c"),
-            _growth("al"),
-            _growth("be"),
-            _either("d"),
-            _either("w"),
-            _either("g", reach=0.05),
-            _either("z", reach=0.05),
+            _amplitude("a", 0.18),
+            _amplitude("b", 0.18),
+            _amplitude("c", *_FLOOR),
+            _growth("al", (-0.28, 0.1)),
+            _growth("be", (-0.27, 0.1)),
+            _either("d", (-0.15, 0.2)),
+            _either("w", (0.1, 0.3)),
+            _either("g", (0.0, 0.02), reach=0.05),
+            _either("z", (0.0, 0.03), reach=0.05),
             _E_START,
             _E_MAX,
         ),
@@ -250,18 +342,18 @@ _SPARSITY = Law(
     symbols={"L": _LOSS, "N": "total parameters", "D": _D, "S": "sparsity (E - K)/E", "e": "floor"},
     source="Abnar et al. 2025, arXiv 2501.12370",
     parameter_count="params_total",
-    form=Form(
+    expression=Expression(
         (
-            _amplitude("a"),
-            _amplitude("b"),
-            _amplitude("c"),
-            _amplitude("d"),
-            _amplitude("e"),
-            _decay("al"),
-            _decay("be"),
-            _either("lam", bound=2.0),
-            _either("del", bound=2.0),
-            _decay("gam"),
+            _amplitude("a", 0.15),
+            _amplitude("b", 0.18),
+            _amplitude("c", 0.1),
+            _amplitude("d", 0.1),
+            _amplitude("e", *_FLOOR),
+            _decay("al", _SIZE_EXPONENT),
+            _decay("be", _TOKENS_EXPONENT),
+            _either("lam", (-0.1, 0.2), bound=2.0),
+            _either("del", (0.1, 0.2), bound=2.0),
+            _decay("gam", (0.25, 0.1)),
         ),
         (
             Term("a", (Power("al", "N"),)),
@@ -282,15 +374,15 @@ _FINE_GRAINED = Law(
     symbols={"L": _LOSS, "N": _N, "D": _D, "G": "granularity: FFN width over expert width"},
     source="Krajewski et al. 2024, arXiv 2402.07871",
     parameter_count="params_total_non_embedding",
-    form=Form(
+    expression=Expression(
         (
-            _amplitude("c"),
-            _amplitude("g"),
-            _amplitude("a"),
-            _amplitude("b"),
-            _decay("gam"),
-            _decay("al"),
-            _decay("be"),
+            _amplitude("c", *_FLOOR),
+            _amplitude("g", 0.05),
+            _amplitude("a", 0.18),
+            _amplitude("b", 0.18),
+            _decay("gam", (0.5, 0.3)),
+            _decay("al", _SIZE_EXPONENT),
+            _decay("be", _TOKENS_EXPONENT),
         ),
         (
             Term("c"),
@@ -311,15 +403,15 @@ _THREE_TERM = Law(
     symbols={"L": _LOSS, "N": _N, "M": "batch, tokens", "K": "steps", "E0": "irreducible loss"},
     source="Schaipp et al. 2026, arXiv 2607.01487",
     parameter_count="params_total_non_embedding",
-    form=Form(
+    expression=Expression(
         (
-            _amplitude("E0"),
-            _amplitude("A"),
-            _amplitude("B"),
-            _amplitude("C"),
-            _decay("a"),
-            _decay("b"),
-            _decay("g"),
+            _amplitude("E0", *_FLOOR),
+            _amplitude("A", 0.18),
+            _amplitude("B", 0.1),
+            _amplitude("C", 0.1),
+            _decay("a", _SIZE_EXPONENT),
+            _decay("b", (0.4, 0.2)),
+            _decay("g", (0.4, 0.2)),
         ),
         (
             Term("E0"),

@@ -14,10 +14,11 @@ from typing import Literal
 import numpy as np
 
 from raysweep.errors import UserError
-from raysweep.scaling.allocation import compute_optimal
-from raysweep.scaling.form import checked
-from raysweep.scaling.holdout import levels
-from raysweep.scaling.loss_fit import LossFit, interval_ends
+from raysweep.scaling.compute.allocation import best_size
+from raysweep.scaling.loss.data import levels
+from raysweep.scaling.loss.expression import checked
+from raysweep.scaling.loss.fit import interval_ends
+from raysweep.scaling.loss.model import LossModel
 
 BIAS_NOTE = (
     "Parabolas are biased where the exponents of N and D differ and where grids are off-centre or "
@@ -101,18 +102,22 @@ def isoflop(
 
 
 def parabola_bias(
-    fit: LossFit, params: np.ndarray, tokens: np.ndarray, flops: np.ndarray | None = None
+    model: LossModel, params: np.ndarray, tokens: np.ndarray, flops: np.ndarray | None = None
 ) -> ParabolaBias:
-    """The parabolas' error on this grid if a fitted law of params and tokens were the truth."""
-    truth = isoflop(params, tokens, fit.predict({"params": params, "tokens": tokens}), flops)
+    """The parabolas' error on this grid if a model of the loss were the truth.
+
+    FLOPs a token are proportional to N, as on the grid on average."""
+    expected = model.predict_mean({"params": params, "tokens": tokens})[0]
+    truth = isoflop(params, tokens, expected, flops)
     _, log_nd, log_c, _ = _logs(params, tokens, np.ones(len(params)), flops)
-    cost = np.exp(np.mean(log_c - log_nd))  # FLOPs = cost N D on this grid
-    # At 6 FLOPs a token and parameter, where many laws have a closed form, the split is the same.
-    best = [compute_optimal(fit, 6 / cost * p.flops) for p in truth.parabolas]
-    ratio = np.array([p.params / b.params for p, b in zip(truth.parabolas, best, strict=True)])
+    cost = float(np.exp(np.mean(log_c - log_nd)))  # FLOPs = cost N D on this grid
+    best = np.array(
+        [best_size(model, p.flops, flops_per_token=lambda n: cost * n) for p in truth.parabolas]
+    )
+    ratio = np.array([p.params for p in truth.parabolas]) / best
     slope = np.nan
-    if len(best) > 1:
-        x, y = np.log([p.flops for p in truth.parabolas]), np.log([b.params for b in best])
+    if len(best) > 1 and np.isfinite(best).all():
+        x, y = np.log([p.flops for p in truth.parabolas]), np.log(best)
         slope = float(np.polyfit(x, y, 1)[0])
     return ParabolaBias(ratio, truth.exponent - slope)
 

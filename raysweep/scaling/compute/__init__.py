@@ -1,0 +1,1 @@
+"""What the loss says of compute: how to split it, what experts save, what serving costs."""

@@ -1,0 +1,426 @@
+"""Compute-optimal allocation: how many parameters and tokens a budget should buy.
+
+The least expected loss along a budget, by the model of the loss and its draws. Intervals join what
+the model is uncertain of with what changes when a whole level of compute is left out (the
+jackknife over levels), for errors that a budget's runs share do not average out within it. Where
+budgets were held, the best size of each is also predicted from the smaller ones and held against
+the parabola through its own runs, and that error joins too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import t as student
+
+from raysweep.errors import UserError
+from raysweep.scaling.estimate import NOT_DETERMINED, Estimate
+from raysweep.scaling.loss.data import COUNTS, held_budgets
+from raysweep.scaling.loss.model import LEVEL, LossModel
+from raysweep.scaling.loss.posterior import LawPosterior
+from raysweep.scaling.loss.selection import LEVELS_AHEAD, fit_data
+
+Interval = tuple[float, float]
+
+OUTSIDE = 2.0
+"""A split further than this from the sizes and tokens that were fitted is outside them. At the
+largest cell's budget every split but that cell's own is a little beyond one or the other."""
+
+FARTHEST = 1e3
+"""Sizes are looked for this far beyond the cells' own, or as far as the budget is from theirs."""
+
+GRID, WINDOW, WINDOW_GRID = 241, math.log(1e3), 61
+"""Sizes looked at; then those about the best, within a factor, for the draws."""
+
+DECADE = math.log(10.0)
+"""Exponents are taken over the cells' range of ln compute, or this where it is narrower."""
+
+NEAR = 4.0
+"""Runs within this factor of a budget's best size tell where its loss is least."""
+
+DRAWS = 600
+FEWEST_LEVELS = 4
+"""A jackknife over fewer levels says little."""
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """Training FLOPs a token as a trend in the law's N, from the runs' own exact counts.
+
+    FLOPs a token over N is a line in ln N, held at its ends beyond the cells: attention and the
+    head weigh less in large models, and exact counts differ by up to 40 % between runs."""
+
+    level: float  # ln (FLOPs a token / N) at the centre
+    slope: float
+    centre: float  # ln N
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, params: np.ndarray, per_token: np.ndarray) -> TokenCost:
+        """From runs' N [n] and FLOPs a token [n]."""
+        log_n, ratio = np.log(params), np.log(per_token / params)
+        centre = float(log_n.mean())
+        spread = float(((log_n - centre) ** 2).sum())
+        slope = float(((log_n - centre) * ratio).sum() / spread) if spread > 1e-9 else 0.0
+        return cls(float(ratio.mean()), slope, centre, float(log_n.min()), float(log_n.max()))
+
+    def __call__(self, params: npt.ArrayLike) -> np.ndarray:
+        """FLOPs a token of models of N parameters."""
+        params = np.asarray(params, dtype=float)
+        inside = np.clip(np.log(params), self.low, self.high)
+        return params * np.exp(self.level + self.slope * (inside - self.centre))
+
+
+Count = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The loss-optimal split of a budget; NaN, and a word in `status`, where there is none.
+
+    `params` are of the kind `count`; `exponent` is d ln N_opt / d ln C over the cells' range of compute,
+    `tokens_exponent` that of D. `intervals`, of 95 %, are of params, tokens, loss, exponent and
+    tokens_exponent; that of the loss is of a new run. `extrapolation` holds params and tokens of
+    the split over the largest of each that was fitted (over the smallest, where they lie below it;
+    1 inside): a split far `outside` them is the model's word alone. `why` says what is missing."""
+
+    flops: float
+    count: str
+    params: float
+    tokens: float
+    loss: float
+    exponent: float
+    tokens_exponent: float
+    status: str  # interior, outside, out of range, not determined
+    why: str = ""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    extrapolation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.status in ("interior", "outside")
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, NaN kept."""
+        return asdict(self)
+
+    def estimate(self, name: str) -> Estimate:
+        """One of its numbers with its interval."""
+        if not self.ok:
+            return Estimate.missing(self.why, self.status)
+        return Estimate(getattr(self, name), *self.intervals[name], self.status)
+
+
+def token_cost(model: LossModel) -> TokenCost:
+    """FLOPs a token of the model's own runs, against the N of its law."""
+    law = model.require().law
+    assert law is not None
+    inputs, _ = model.data.inputs(law)
+    if "params" not in inputs:
+        raise UserError(f"law '{law.key}' does not read parameters")
+    return TokenCost.of(inputs["params"], model.data.flops / model.data.columns["tokens"])
+
+
+def compute_optimal(
+    model: LossModel,
+    flops: npt.ArrayLike,
+    *,
+    given: Mapping[str, float] | None = None,
+    flops_per_token: Count | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> list[Allocation]:
+    """The best split of each of several budgets (FLOPs).
+
+    `given` holds the law's other inputs (experts, top_k, granularity). `flops_per_token` maps the
+    law's N to the training FLOPs of a token: by default the trend of the model's own runs. A budget
+    whose best size the data leave open by more than a factor of 1000, or put beyond a thousand times
+    the cells', has a word and no number. Raises UserError for a budget that is not positive."""
+    budgets = np.atleast_1d(np.asarray(flops, dtype=float))
+    for budget in budgets:
+        if not (np.isfinite(budget) and budget > 0):
+            raise UserError(f"a budget must be a positive number of FLOPs, not {budget:g}")
+    why = _why_silent(model)
+    if why:
+        return [_nothing(float(c), model.count, NOT_DETERMINED, why) for c in budgets]
+    along = _Along(model, dict(given or {}), flops_per_token or token_cost(model))
+    left_out = _left_out(model) if draws else []
+    shown = _shown_ahead(along) if draws else 0.0
+    return [_allocate(along, float(c), left_out, shown, draws, seed) for c in budgets]
+
+
+def best_size(
+    model: LossModel,
+    flops: float,
+    *,
+    given: Mapping[str, float] | None = None,
+    flops_per_token: Count | None = None,
+) -> float:
+    """The N of the least expected loss at a budget; NaN where it lies out of range."""
+    posterior = model.require().posterior
+    assert posterior is not None
+    along = _Along(model, dict(given or {}), flops_per_token or token_cost(model))
+    return float(np.exp(along.best(posterior, flops)))
+
+
+def outside(ranges: Mapping[str, Interval], params: float, tokens: float) -> dict[str, float]:
+    """How many times the largest params and tokens of `ranges` a run has, or the smallest where it
+    has fewer; 1 inside."""
+    run = {"params": params, "tokens": tokens}
+    return {name: value / float(np.clip(value, *ranges[name])) for name, value in run.items()}
+
+
+def lies_outside(factors: Mapping[str, float]) -> bool:
+    """Whether a run of such factors lies outside what was fitted by more than `OUTSIDE`."""
+    return any(max(f, 1 / f) > OUTSIDE for f in factors.values())
+
+
+def ranges_of(model: LossModel) -> dict[str, Interval]:
+    """The smallest and largest of every input that the model's law was fitted to."""
+    assert model.law is not None
+    inputs, _ = model.data.inputs(model.law)
+    return {name: (float(v.min()), float(v.max())) for name, v in inputs.items()}
+
+
+@dataclass(frozen=True)
+class _Along:
+    """The expected loss along a budget."""
+
+    model: LossModel
+    given: dict[str, float]
+    cost: Count
+
+    def runs(self, flops: float, log_params: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns of runs of given ln N at a budget."""
+        params = np.exp(log_params)
+        own = dict.fromkeys(COUNTS, params)
+        return {
+            **{name: np.full(len(params), value) for name, value in self.given.items()},
+            **own,
+            "tokens": flops / self.cost(params),
+            "flops": np.full(len(params), flops),
+        }
+
+    def inputs(self, flops: float, log_params: np.ndarray) -> dict[str, np.ndarray]:
+        return self.model.inputs(self.runs(flops, log_params))[0]
+
+    def grid(self, flops: float) -> np.ndarray:
+        """The ln N that are looked at for a budget."""
+        low, high = np.log(ranges_of(self.model)["params"])
+        most = self.model.data.flops
+        far = abs(np.log(flops) - np.clip(np.log(flops), *np.log([most.min(), most.max()])))
+        reach = max(far, np.log(FARTHEST))
+        return np.linspace(low - reach, high + reach, GRID)
+
+    def best(self, posterior: LawPosterior, flops: float) -> float:
+        """ln N of the least expected loss by a posterior; NaN where it lies at the end of the
+        grid."""
+        grid = self.grid(flops)
+        return float(_lowest(grid, posterior.mean(self.inputs(flops, grid))[None])[0])
+
+
+def _allocate(
+    along: _Along,
+    flops: float,
+    others: list[LawPosterior],
+    shown: float,
+    draws: int,
+    seed: int,
+) -> Allocation:
+    model = along.model
+    assert model.posterior is not None
+    low, high = np.log([model.data.flops.min(), model.data.flops.max()])
+    half = 0.5 * max(high - low, DECADE)
+    steps = np.array(
+        [math.exp(0.5 * (low + high) - half), flops, math.exp(0.5 * (low + high) + half)]
+    )
+    best = np.array([along.best(model.posterior, float(c)) for c in steps])
+    if not np.isfinite(best).all():
+        return _nothing(
+            flops, model.count, "out of range", "the loss still falls at the ends of the range"
+        )
+    params = float(np.exp(best[1]))
+    loss, low, high = (float(v[0]) for v in model.predict(along.runs(flops, best[1:2])))
+    values = _quantities(along, steps, best)
+    intervals: dict[str, Interval] = {}
+    if draws:
+        window = [b + np.linspace(-WINDOW, WINDOW, WINDOW_GRID) for b in best]
+        runs = [along.runs(float(c), w) for c, w in zip(steps, window, strict=True)]
+        joined = {name: np.concatenate([r[name] for r in runs]) for name in runs[0]}
+        sampled = model.sample(joined, draws, seed).reshape(draws, len(steps), WINDOW_GRID)
+        drawn = np.stack(
+            [_lowest(w, sampled[:, k]) for k, w in enumerate(window)], axis=1
+        )  # [draws, 3]
+        if np.isnan(drawn).any(axis=1).mean() > 1 - LEVEL:
+            return _nothing(
+                flops,
+                model.count,
+                NOT_DETERMINED,
+                "the best size is open by more than a factor of 1000 to either side",
+            )
+        kept = drawn[np.isfinite(drawn).all(axis=1)]
+        left_out = np.array([[along.best(p, float(c)) for c in steps] for p in others])
+        left_out = left_out[np.isfinite(left_out).all(axis=1)] if len(left_out) else left_out
+        spread = _quantities(along, steps, kept)
+        jackknife = _quantities(along, steps, left_out) if len(left_out) > 2 else {}
+        for name, draw in spread.items():
+            least = 0.0 if name.endswith("exponent") else shown
+            ends = _ends(float(values[name]), draw, jackknife.get(name), least, model.freedom)
+            exponent = name.endswith("exponent")
+            intervals[name] = ends if exponent else (math.exp(ends[0]), math.exp(ends[1]))
+        intervals["loss"] = (low, high)
+    tokens = float(np.exp(values["tokens"]))
+    factors = outside(ranges_of(model), params, tokens)
+    return Allocation(
+        flops=flops,
+        count=model.count,
+        params=params,
+        tokens=tokens,
+        loss=loss,
+        exponent=float(values["exponent"]),
+        tokens_exponent=float(values["tokens_exponent"]),
+        status="outside" if lies_outside(factors) else "interior",
+        intervals=intervals,
+        extrapolation=factors,
+    )
+
+
+def _quantities(along: _Along, steps: np.ndarray, best: np.ndarray) -> dict[str, np.ndarray]:
+    """ln N_opt, ln D_opt at the middle of three budgets, and both exponents between the outer two,
+    from ln N_opt [..., 3]."""
+    span = math.log(steps[2] / steps[0])
+    log_tokens = np.log(steps) - np.log(along.cost(np.exp(best)))
+    return {
+        "params": best[..., 1],
+        "tokens": log_tokens[..., 1],
+        "exponent": (best[..., 2] - best[..., 0]) / span,
+        "tokens_exponent": (log_tokens[..., 2] - log_tokens[..., 0]) / span,
+    }
+
+
+def _ends(
+    value: float, draws: np.ndarray, left_out: np.ndarray | None, shown: float, freedom: int
+) -> Interval:
+    """The interval of a value from its draws, widened by the jackknife over levels and by the
+    error `shown` one level ahead, which has that of reading a budget in it."""
+    low, high = np.quantile(draws, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    sd = shown
+    if left_out is not None:
+        k = len(left_out)
+        sd = math.hypot(sd, math.sqrt((k - 1) / k * ((left_out - left_out.mean()) ** 2).sum()))
+    own = float(student(freedom).ppf(0.5 + LEVEL / 2)) * sd
+    down, up = max(value - float(low), 0.0), max(float(high) - value, 0.0)
+    return value - math.hypot(down, own), value + math.hypot(up, own)
+
+
+def _lowest(log_params: np.ndarray, log_loss: np.ndarray) -> np.ndarray:
+    """Where each row of ln losses [B, m] over an even grid is least, by a parabola through three
+    points; NaN at the grid's ends."""
+    at = np.argmin(log_loss, axis=1)
+    inside = (at > 0) & (at < log_loss.shape[1] - 1)
+    middle = np.clip(at, 1, log_loss.shape[1] - 2)
+    rows = np.arange(len(log_loss))
+    left, centre, right = (log_loss[rows, middle + k] for k in (-1, 0, 1))
+    bend = np.maximum(left - 2 * centre + right, 1e-300)
+    shift = np.clip(0.5 * (left - right) / bend, -1.0, 1.0)
+    found = log_params[middle] + shift * (log_params[1] - log_params[0])
+    return np.where(inside, found, np.nan)
+
+
+def _left_out(model: LossModel) -> list[LawPosterior]:
+    """The law fitted without each level of compute in turn."""
+    assert model.law is not None
+    level = model.data.levels()
+    if level.max() + 1 < FEWEST_LEVELS:
+        return []
+    return [fit_data(model.law, model.data.select(level != k)) for k in range(level.max() + 1)]
+
+
+def _shown_ahead(along: _Along) -> float:
+    """Root mean square of ln (best size of a held budget, predicted from those below it, over the
+    one that a parabola through its own runs reads); 0 where budgets tell of fewer than two."""
+    model = along.model
+    assert model.law is not None
+    budget = held_budgets(model.data.flops)
+    if budget is None:
+        return 0.0
+    params = model.data.inputs(model.law)[0]["params"]
+    found = []
+    for k in range(max(2, budget.max() + 1 - LEVELS_AHEAD), budget.max() + 1):
+        own = budget == k
+        read = read_minimum(params[own], model.data.loss[own])
+        below = fit_data(model.law, model.data.select(budget < k))
+        found.append(along.best(below, float(model.data.flops[own].mean())) - np.log(read))
+    known = np.array([f for f in found if np.isfinite(f)])
+    return float(np.sqrt(np.mean(known**2))) if len(known) > 1 else 0.0
+
+
+def read_minimum(params: np.ndarray, loss: np.ndarray) -> float:
+    """The size of least loss among runs [n] of one budget, by a parabola in ln N through those
+    within a factor of `NEAR` of the best; NaN where it has no minimum among them."""
+    log_n, log_loss = np.log(params), np.log(loss)
+    log_n = log_n - (centre := log_n[np.argmin(log_loss)])
+    near = np.abs(log_n) <= np.log(NEAR) + 1e-9
+    if len(np.unique(log_n[near])) < 4:
+        return float("nan")
+    bend, slope, _ = np.polyfit(log_n[near], log_loss[near], 2)
+    best = -slope / (2 * bend) if bend > 0 else np.inf
+    inside = log_n[near].min() < best < log_n[near].max()
+    return float(np.exp(centre + best)) if inside else float("nan")
+
+
+def _why_silent(model: LossModel) -> str:
+    if not model.ok or model.law is None:
+        return model.why
+    if not {"params", "tokens"} <= set(model.law.inputs):
+        return (
+            f"the law '{model.law.key}' answers, which does not read both parameters and tokens: "
+            "it cannot say how to split a budget between them"
+        )
+    return ""
+
+
+COUNT_NAMES = {
+    "params_total": "all parameters",
+    "params_total_non_embedding": "all parameters but embeddings",
+    "params_active": "active parameters",
+    "params_active_non_embedding": "active parameters but embeddings",
+    "params_dense": "parameters of the dense twin",
+}
+
+
+def allocations_text(found: Mapping[str, Sequence[Allocation]]) -> str:
+    """Splits of budgets by architecture as a table for a terminal."""
+    lines: list[str] = []
+    for name, rows in found.items():
+        counts = dict.fromkeys(COUNT_NAMES[a.count] for a in rows if a.ok)
+        said = f": N is {', '.join(counts)}" if counts else ""
+        lines += [*([""] if lines else []), f"{name}{said}"]
+        for a in rows:
+            if not a.ok:
+                lines.append(f"  {a.flops:9.3g} FLOPs  {a.status}: {a.why}")
+                continue
+            cells = [
+                f"{symbol} {getattr(a, key):{style}} ({a.intervals[key][0]:{style}}.."
+                f"{a.intervals[key][1]:{style}})"
+                for symbol, key, style in (
+                    ("N", "params", ".3g"),
+                    ("D", "tokens", ".3g"),
+                    ("loss", "loss", ".4f"),
+                    ("N ~ C^", "exponent", ".3f"),
+                    ("D ~ C^", "tokens_exponent", ".3f"),
+                )
+            ]
+            far = ", outside the cells" if a.status == "outside" else ""
+            lines.append(f"  {a.flops:9.3g} FLOPs  {'  '.join(cells)}{far}")
+    return "\n".join([*lines, "", "In brackets: 95 % intervals; of the loss, those of a new run."])
+
+
+def _nothing(flops: float, count: str, status: str, why: str) -> Allocation:
+    nan = float("nan")
+    return Allocation(flops, count, nan, nan, nan, nan, nan, status, why)
