@@ -1,4 +1,4 @@
-"""Commands that read results: import, export, fit, recommend, serving, report."""
+"""Commands that read results: import, export, fit, recommend, split, serving, report."""
 
 from __future__ import annotations
 
@@ -115,6 +115,26 @@ def recommend_command(
     typer.echo(json.dumps(answer.to_dict(), indent=1) if as_json else str(answer))
 
 
+@app.command("split")
+def split_command(
+    results: ResultsArgument,
+    flops: Annotated[
+        str, typer.Option(help="Training budgets in FLOPs, e.g. 1e21,3e21.", metavar="C,C,...")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Split training budgets between parameters and tokens at the least expected loss."""
+    from raysweep.scaling.compute.allocation import allocations_text
+    from raysweep.scaling.plain import plain
+
+    found = fit_results(results).split(_numbers(flops))
+    if as_json:
+        told = {name: [a.to_dict() for a in rows] for name, rows in found.items()}
+        typer.echo(json.dumps(plain(told), indent=1))
+    else:
+        typer.echo(allocations_text(found))
+
+
 @app.command("serving")
 def serving_command(
     results: ResultsArgument,
@@ -144,9 +164,8 @@ def serving_command(
     as_json: AsJson = False,
 ) -> None:
     """Weigh quality against the cost of serving: loss-optimal and over-trained models."""
-    from raysweep.scaling.roofline import Profile, ServedModel, find_gpu
-    from raysweep.scaling.serving import GPU_COUNTS, Serving
-    from raysweep.scaling.serving_text import serving_dict, serving_text
+    from raysweep.scaling.compute.roofline import Profile, ServedModel, find_gpu
+    from raysweep.scaling.compute.serving import GPU_COUNTS, Serving, serving_dict, serving_text
 
     latency = Profile.read(profile) if profile else None
     serving = Serving(
