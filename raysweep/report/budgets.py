@@ -14,15 +14,16 @@ from raysweep.report.style import (
     finish,
     log_axis,
     new_figure,
+    scientific,
     settings,
+    short,
 )
 from raysweep.report.trends import names_of
-from raysweep.scaling.allocation import lies_outside, outside
-from raysweep.scaling.budgets import SPLIT_LAW, Split
+from raysweep.scaling.compute.allocation import lies_outside, outside, ranges_of
+from raysweep.scaling.compute.budgets import Split, routing_of
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.holdout import levels
-from raysweep.scaling.loss_fit import LossFit
-from raysweep.text import scientific, short
+from raysweep.scaling.loss.data import levels
+from raysweep.scaling.loss.model import LossModel
 
 SLICES = 4
 """Budgets at which a law is cut where none was held."""
@@ -60,15 +61,15 @@ def budget_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
             axes.set_ylim(min(best) / BAND, max(best) * BAND)
         for i, name in enumerate(names):
             split = fits.allocation[name]
-            fit = fits.groups[name].loss_laws[SPLIT_LAW]
-            assert isinstance(fit, LossFit)
+            model = split.model
+            assert model is not None
             index = names_of(fits).index(name)
             if split.parabolas is not None:
-                rows += _measured(left, fits, name, split, fit, index, i == 0, tips)
+                rows += _measured(left, name, split, model, index, i == 0, tips)
             else:
-                rows += _slices(left, name, split, fit, index, i == 0, tips)
+                rows += _slices(left, name, split, model, index, i == 0, tips)
             for axes, quantity in ((middle, "params"), (right, "tokens")):
-                rows += _path(axes, name, split, quantity, fit.ranges()[quantity], index, tips)
+                rows += _path(axes, name, split, quantity, ranges_of(model)[quantity], index, tips)
         left.margins(x=0.13)
         for axes, label in ((left, ""), (middle, "best N, parameters"), (right, "best D, tokens")):
             axes.set_xlabel("N, parameters" if axes is left else "C, training FLOPs")
@@ -84,30 +85,34 @@ def budget_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
 
 def _measured(
     axes: Axes,
-    fits: Fits,
     name: str,
     split: Split,
-    fit: LossFit,
+    model: LossModel,
     index: int,
     labelled: bool,
     tips: dict[str, list[str]],
 ) -> list[dict[str, object]]:
     """The runs of each held budget with the parabola through them and its minimum."""
     assert split.parabolas is not None
-    cells = fits.groups[name].cells
-    cells = cells[cells["loss"].notna()]
+    assert model.law is not None
     colour = LIGHT[ARCHITECTURE_COLOURS[index]]
-    params, tokens = (np.asarray(fit.inputs[k], dtype=float) for k in ("params", "tokens"))
-    level = levels(cells["flops"].to_numpy(float))
-    axes.scatter(params, fit.loss, s=13, c=colour, marker=MARKERS[index], alpha=0.75, lw=0,
+    inputs, _ = model.data.inputs(model.law)
+    params, tokens, flops, losses = (
+        inputs["params"],
+        inputs["tokens"],
+        model.data.flops,
+        model.data.loss,
+    )
+    level = levels(flops)
+    axes.scatter(params, losses, s=13, c=colour, marker=MARKERS[index], alpha=0.75, lw=0,
                  gid=f"runs{index}", zorder=3)  # fmt: skip
     tips[f"runs{index}"] = [
         f"{scientific(c)} FLOPs: N {short(n)}, D {short(d)}, loss {loss:.4f}"
-        for c, n, d, loss in zip(cells["flops"], params, tokens, fit.loss, strict=True)
+        for c, n, d, loss in zip(flops, params, tokens, losses, strict=True)
     ]
     rows: list[dict[str, object]] = [
         {"what": "run", "architecture": name, "flops": c, "params": n, "tokens": d, "loss": y}
-        for c, n, d, y in zip(cells["flops"], params, tokens, fit.loss, strict=True)
+        for c, n, d, y in zip(flops, params, tokens, losses, strict=True)
     ]
     for k, parabola in enumerate(split.parabolas.parabolas):
         if not np.isfinite(parabola.params):
@@ -125,7 +130,7 @@ def _slices(
     axes: Axes,
     name: str,
     split: Split,
-    fit: LossFit,
+    model: LossModel,
     index: int,
     labelled: bool,
     tips: dict[str, list[str]],
@@ -135,16 +140,18 @@ def _slices(
     colour = LIGHT[ARCHITECTURE_COLOURS[index]]
     low, high = np.log([split.path[0].flops, split.flops])
     rows: list[dict[str, object]] = []
+    given = routing_of(model)
     flops = np.log([a.flops for a in split.path])
     best = np.log([[a.params, a.tokens] for a in split.path])
     for budget in np.linspace(low, high, SLICES):
         n, d = (float(np.exp(np.interp(budget, flops, best[:, k]))) for k in range(2))
         x = np.geomspace(n / WINDOW, n * WINDOW, CURVE_POINTS)
         tokens = n * d / x
-        y = fit.predict({"params": x, "tokens": tokens})
+        y = model.predict_mean({"params": x, "tokens": tokens, **given})[0]
         axes.plot(x, y, color=colour, linewidth=1.1, ls=DASHED, zorder=2)
-        at = float(fit.predict({"params": np.array([n]), "tokens": np.array([d])})[0])
-        inside = not lies_outside(outside(fit, n, d))
+        own = {"params": np.array([n]), "tokens": np.array([d]), **given}
+        at = float(model.predict_mean(own)[0][0])
+        inside = not lies_outside(outside(ranges_of(model), n, d))
         gid = f"best{index}-{len(rows)}"
         _mark(axes, n, at, colour, inside, gid)
         tips[gid] = [

@@ -12,10 +12,10 @@ import pandas as pd
 from raysweep.report.trends import PARAMS
 from raysweep.scaling.expected_loss import expected_loss, loss_laws_asked
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.group_loss import NON_EMBEDDING
 from raysweep.scaling.groups import Group
-from raysweep.scaling.laws import LOSS_LAWS
-from raysweep.scaling.loss_fit import LossFit
+from raysweep.scaling.loss.data import STAND_INS
+from raysweep.scaling.loss.fit import LossFit
+from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.target import ComputePath, describe_target
 
 SAMPLE_DIGITS = 8
@@ -92,14 +92,14 @@ def _near_path(group: Group, times: float = 1.0) -> dict[str, float]:
 def _count(cells: pd.DataFrame, wanted: str) -> str | None:
     """The count that stands for a law's N, as `predict_loss` chooses it."""
     inputs = describe_target(cells, 1e6, 1e6, 1, 1).inputs
-    for name in (wanted, NON_EMBEDDING.get(wanted, wanted)):
+    for name in (wanted, STAND_INS.get(wanted, wanted)):
         if math.isfinite(inputs.get(name, math.nan)):
             return name
     return None
 
 
 def _loss_law(fit: LossFit, count: str | None) -> dict[str, Any]:
-    form = fit.law.form
+    expression = fit.law.expression
     samples = fit.samples if fit.samples is not None and len(fit.samples) > 1 else None
     rows = fit.values[None] if samples is None else np.vstack([fit.values, samples])
     noise = None
@@ -113,12 +113,13 @@ def _loss_law(fit: LossFit, count: str | None) -> dict[str, Any]:
         "formula": fit.law.formula,
         "status": fit.status,
         "count": count,
-        "names": list(form.names),
-        "kinds": [c.kind for c in form.coefficients],
+        "names": list(expression.names),
+        "kinds": [c.kind for c in expression.coefficients],
         "terms": [
-            {"amplitude": t.amplitude, "powers": [_power(p) for p in t.powers]} for t in form.terms
+            {"amplitude": t.amplitude, "powers": [_power(p) for p in t.powers]}
+            for t in expression.terms
         ],
-        "tilt": [_power(p) for p in form.tilt],
+        "interaction": [_power(p) for p in expression.interaction],
         "rows": [rows[0].tolist(), *([_short(v) for v in row] for row in rows[1:])],
         "noise": noise,
         "cells": fit.n_cells,

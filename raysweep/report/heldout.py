@@ -9,11 +9,18 @@ import pandas as pd
 
 from raysweep.report.figures import PlotFigure
 from raysweep.report.rows import Mark, draw_rows, rows_height, rows_units
-from raysweep.report.style import ARCHITECTURE_COLOURS, finish, log_axis, new_figure, settings
+from raysweep.report.style import (
+    ARCHITECTURE_COLOURS,
+    finish,
+    log_axis,
+    new_figure,
+    scientific,
+    settings,
+    short,
+)
 from raysweep.report.trends import names_of
 from raysweep.scaling.fits import ALL, Fits
-from raysweep.scaling.group_loss import RESAMPLED
-from raysweep.text import scientific, short
+from raysweep.scaling.loss.selection import RESAMPLED
 
 TARGETS = {"learning_rate": "lr*", "batch_tokens": "batch*"}
 
@@ -21,8 +28,8 @@ TARGETS = {"learning_rate": "lr*", "batch_tokens": "batch*"}
 def heldout_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
     """Predicted over measured, less 1, of the cells each law was kept from; None without any.
 
-    Left the loss of the largest scale, by the laws that predict it best; right the optimal learning
-    rate and batch of the larger cells, by laws of the smaller ones."""
+    Left the loss of the highest compute, by the laws that predict it best; right the optimal
+    learning rate and batch of the larger cells, by laws of the smaller ones."""
     colours = _colours(fits)
     losses, loss_rows = _losses(fits, colours)
     optima, optima_rows = _optima(fits, colours)

@@ -31,7 +31,7 @@ from raysweep.report.style import (
 )
 from raysweep.report.trends import FLOPS, asked_of, loss_along, loss_fit, names_of
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.group_loss import predict_loss
+from raysweep.scaling.loss.selection import predict_loss
 from raysweep.scaling.recommend import Recommendation
 from raysweep.text import scientific
 

@@ -37,8 +37,8 @@ from raysweep.report.trials import trial_table
 from raysweep.report.variants import variants_figure
 from raysweep.results.store import Results
 from raysweep.scaling import cautions
-from raysweep.scaling.allocation import OUTSIDE
 from raysweep.scaling.cells import cell_table
+from raysweep.scaling.compute.allocation import OUTSIDE
 from raysweep.scaling.fits import ALL, Fits, fit
 
 LARGEST = 3_000_000

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from raysweep.report.budgets import split_names
-from raysweep.report.numbers import Numbers
+from raysweep.report.numbers import NOTHING, Numbers
 from raysweep.report.reading import listed, plural
 from raysweep.report.reading_laws import Row
 from raysweep.report.serving import WORDS, Served
 from raysweep.report.trends import names_of
+from raysweep.scaling.compute.serving import FAR_BEYOND
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.serving_text import FAR_BEYOND
-from raysweep.text import NOTHING
 
 PUBLISHED_SPLITS = (
     ("Hoffmann et al. 2022, parametric fit refitted by Besiroglu et al. 2024", "dense", 0.513),

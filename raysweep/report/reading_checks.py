@@ -6,13 +6,12 @@ import math
 
 from markupsafe import Markup
 
-from raysweep.report.numbers import Numbers
+from raysweep.report.numbers import NOTHING, Numbers
 from raysweep.report.reading import plural
 from raysweep.report.reading_laws import TARGETS, Row
 from raysweep.report.trends import names_of
 from raysweep.scaling.fits import ALL, Fits
-from raysweep.scaling.group_loss import LossCheck
-from raysweep.text import NOTHING
+from raysweep.scaling.loss.selection import LossCheck
 
 STEADY = 1.25
 """A prediction that no variant moves by more than this factor is called steady."""
@@ -35,7 +34,7 @@ def heldout(fits: Fits, n: Numbers) -> list[Markup]:
             continue
         at = ("groups", name, "loss_checks", order[0])
         text = Markup(
-            "<b>{}</b>: fitted without the largest scale, <i>{}</i> predicts the loss of its {} "
+            "<b>{}</b>: fitted without the highest compute, <i>{}</i> predicts the loss of its {} "
             "{} off on average, {} times beyond the sizes that it had"
         ).format(
             "All together" if name == ALL else name,

@@ -11,7 +11,7 @@ from raysweep.report.kinds import law_of_loss
 from raysweep.report.numbers import Numbers
 from raysweep.report.reading import listed, plural
 from raysweep.report.trends import names_of
-from raysweep.scaling.efficiency import Efficiency
+from raysweep.scaling.compute.efficiency import Efficiency
 from raysweep.scaling.fits import Fits
 
 AMOUNTS = {

@@ -227,7 +227,7 @@ def loss(fits: Fits, n: Numbers, used: Mapping[str, str]) -> list[Markup]:
 
 
 def check_rows(fits: Fits, n: Numbers) -> list[Row]:
-    """The table of the laws of the loss that were tried: how each predicts the largest scale from
+    """The table of the laws of the loss that were tried: how each predicts the highest compute from
     the smaller ones."""
     rows: list[Row] = []
     for name, group in fits.groups.items():

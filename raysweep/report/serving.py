@@ -21,14 +21,13 @@ from raysweep.report.style import (
     log_axis,
     new_figure,
     settings,
+    short,
 )
 from raysweep.report.trends import FLOPS, asked_of
+from raysweep.scaling.compute.roofline import find_gpu
+from raysweep.scaling.compute.serving import FAR_BEYOND, Serving, Solution, serving_dict
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.recommend import Recommendation
-from raysweep.scaling.roofline import find_gpu
-from raysweep.scaling.serving import Serving, Solution
-from raysweep.scaling.serving_text import FAR_BEYOND, serving_dict
-from raysweep.text import short
 
 GPU = "h100"
 DOLLARS = 1.0

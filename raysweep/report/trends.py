@@ -14,8 +14,8 @@ from scipy import stats
 from raysweep.errors import UserError
 from raysweep.scaling.cells import COUNTS
 from raysweep.scaling.fits import ALL, Fits
-from raysweep.scaling.group_loss import predict_loss
-from raysweep.scaling.loss_fit import LossFit
+from raysweep.scaling.loss.fit import LossFit
+from raysweep.scaling.loss.selection import predict_loss
 from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import Setting
 from raysweep.scaling.recommend import Recommendation

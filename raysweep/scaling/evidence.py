@@ -101,17 +101,17 @@ class Evidence:
     def gap(
         self, run: RunSize, learning_rate: np.ndarray, batch_tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Expected ln loss above the optimum's at given settings [n], and its 95 % interval.
+        """ln loss above the optimum's at given settings [n], and its 95 % interval.
 
-        The expectation and the interval are over where the optimum may be."""
+        It is the median over where the optimum may be and how steep its walls are."""
         assert self.surface is not None
         point = np.log(np.column_stack(np.broadcast_arrays(learning_rate, batch_tokens)))
         if self.surface.batch_rule is not None:
             point[:, 1] = self.surface.law(run)[1]
         rng = np.random.default_rng(0)
         gaps = self.surface.sample_cell(run, point, DRAWS, rng).gaps
-        low, high = np.quantile(gaps, [0.025, 0.975], axis=0)
-        return gaps.mean(0), low, high
+        low, middle, high = np.quantile(gaps, [0.025, 0.5, 0.975], axis=0)
+        return middle, low, high
 
     def sample(
         self, architecture: str, runs: Sequence[RunSize], seed: int = 0

@@ -199,6 +199,7 @@ class Fits(InNotebooks):
             _numbers(learning_rate, "learning_rate"), _numbers(batch_tokens, "batch_tokens")
         )
         gap, least, most = evidence.gap(found.run, rate, batch)
+        noise = 1.96 * evidence.surface.mode.widths.growth * gap  # of one run, beside the optimum's
         base = np.log(np.array([found.loss, *found.loss_interval]))
         own = base[0] - base[1], base[2] - base[0]
         return pd.DataFrame(
@@ -206,8 +207,8 @@ class Fits(InNotebooks):
                 "learning_rate": rate,
                 "batch_tokens": batch,
                 "loss": np.exp(base[0] + gap),
-                "low": np.exp(base[0] + gap - np.hypot(own[0], gap - least)),
-                "high": np.exp(base[0] + gap + np.hypot(own[1], most - gap)),
+                "low": np.exp(base[0] + gap - np.sqrt(own[0] ** 2 + (gap - least) ** 2 + noise**2)),
+                "high": np.exp(base[0] + gap + np.sqrt(own[1] ** 2 + (most - gap) ** 2 + noise**2)),
                 "cost": np.expm1(gap),
             }
         )

@@ -17,10 +17,9 @@ from raysweep.report import report
 from raysweep.report.numbers import Numbers
 from raysweep.results import importers
 from raysweep.results.store import Results
+from raysweep.scaling.compute.roofline import find_gpu
+from raysweep.scaling.compute.serving import Serving, serving_dict
 from raysweep.scaling.fits import fit
-from raysweep.scaling.roofline import find_gpu
-from raysweep.scaling.serving import Serving
-from raysweep.scaling.serving_text import serving_dict
 
 LARGEST = 3_000_000
 

@@ -11,8 +11,8 @@ from raysweep.errors import UserError
 from raysweep.results.importers import read_chinchilla, read_isoflop, read_steplaw
 from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import ALL, fit
-from raysweep.scaling.group_loss import batch_table
-from raysweep.scaling.loss_fit import LossFit
+from raysweep.scaling.loss.fit import LossFit
+from raysweep.scaling.loss.selection import batch_table
 from raysweep.scaling.recommend import usable_batch
 from raysweep.scaling.target import describe_target
 

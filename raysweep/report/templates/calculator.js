@@ -81,7 +81,7 @@ const recommend = (() => {
     });
     const most = Math.max(...terms);
     const sum = Math.log(terms.reduce((total, z) => total + Math.exp(z - most), 0)) + most;
-    return law.tilt.reduce((total, p) => total + power(p), sum);
+    return law.interaction.reduce((total, p) => total + power(p), sum);
   };
   const quantile = (sorted, q) => {
     const at = q * (sorted.length - 1), below = Math.floor(at);

@@ -36,8 +36,8 @@ FARTHEST = 1e3
 GRID, WINDOW, WINDOW_GRID = 241, math.log(1e3), 61
 """Sizes looked at; then those about the best, within a factor, for the draws."""
 
-STEP = 0.5 * math.log(10.0)
-"""Half the step in ln compute over which exponents are taken: a decade."""
+DECADE = math.log(10.0)
+"""Exponents are taken over the cells' range of ln compute, or this where it is narrower."""
 
 NEAR = 4.0
 """Runs within this factor of a budget's best size tell where its loss is least."""
@@ -83,7 +83,7 @@ Count = Callable[[np.ndarray], np.ndarray]
 class Allocation:
     """The loss-optimal split of a budget; NaN, and a word in `status`, where there is none.
 
-    `params` are of the kind `count`; `exponent` is d ln N_opt / d ln C at this budget and
+    `params` are of the kind `count`; `exponent` is d ln N_opt / d ln C over the cells' range of compute,
     `tokens_exponent` that of D. `intervals`, of 95 %, are of params, tokens, loss, exponent and
     tokens_exponent; that of the loss is of a new run. `extrapolation` holds params and tokens of
     the split over the largest of each that was fitted (over the smallest, where they lie below it;
@@ -234,7 +234,11 @@ def _allocate(
 ) -> Allocation:
     model = along.model
     assert model.posterior is not None
-    steps = flops * np.exp([-STEP, 0.0, STEP])
+    low, high = np.log([model.data.flops.min(), model.data.flops.max()])
+    half = 0.5 * max(high - low, DECADE)
+    steps = np.array(
+        [math.exp(0.5 * (low + high) - half), flops, math.exp(0.5 * (low + high) + half)]
+    )
     best = np.array([along.best(model.posterior, float(c)) for c in steps])
     if not np.isfinite(best).all():
         return _nothing(
@@ -287,14 +291,15 @@ def _allocate(
 
 
 def _quantities(along: _Along, steps: np.ndarray, best: np.ndarray) -> dict[str, np.ndarray]:
-    """ln N_opt, ln D_opt at the middle of three budgets and both exponents, from ln N_opt
-    [..., 3]."""
+    """ln N_opt, ln D_opt at the middle of three budgets, and both exponents between the outer two,
+    from ln N_opt [..., 3]."""
+    span = math.log(steps[2] / steps[0])
     log_tokens = np.log(steps) - np.log(along.cost(np.exp(best)))
     return {
         "params": best[..., 1],
         "tokens": log_tokens[..., 1],
-        "exponent": (best[..., 2] - best[..., 0]) / (2 * STEP),
-        "tokens_exponent": (log_tokens[..., 2] - log_tokens[..., 0]) / (2 * STEP),
+        "exponent": (best[..., 2] - best[..., 0]) / span,
+        "tokens_exponent": (log_tokens[..., 2] - log_tokens[..., 0]) / span,
     }
 
 

@@ -18,6 +18,7 @@ from raysweep.scaling.compute.efficiency import (
 )
 from raysweep.scaling.compute.isoflop import IsoFlop, isoflop, parabola_bias
 from raysweep.scaling.estimate import NOT_DETERMINED
+from raysweep.scaling.groups import ALL, Group
 from raysweep.scaling.loss.data import COLUMNS, held_budgets
 from raysweep.scaling.loss.fit import LossFit
 from raysweep.scaling.loss.model import LossModel

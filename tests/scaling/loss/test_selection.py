@@ -3,10 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from raysweep.scaling.holdout import Candidate, aicc, held_out, levels, select
 
 from raysweep.errors import UserError
-from raysweep.scaling.holdout import Candidate, aicc, held_out, levels, select
-from raysweep.scaling.laws import LOSS_LAWS
+from raysweep.scaling.loss.data import LossData
+from raysweep.scaling.loss.fit import fit_law
+from raysweep.scaling.loss.laws import LOSS_LAWS
 
 WANG = {"A": 420.0, "B": 1700.0, "s": 1.8, "a": 0.34, "b": 0.35, "g": 0.3}
 
@@ -92,8 +94,10 @@ def test_aicc_pays_for_coefficients() -> None:
     inputs, loss = sweep()
     dense = inputs["experts"] == 1
     inputs = {k: v[dense] for k, v in inputs.items()}
-    free = LOSS_LAWS["chinchilla"].fit(inputs, loss[dense])
-    held = LOSS_LAWS["chinchilla"].fit(inputs, loss[dense], fixed={"a": 0.34, "b": 0.35})
+    free = fit_law(LOSS_LAWS["chinchilla"], LossData.of(inputs, loss[dense]))
+    held = fit_law(
+        LOSS_LAWS["chinchilla"], LossData.of(inputs, loss[dense]), fixed={"a": 0.34, "b": 0.35}
+    )
     assert free.objective <= held.objective
     assert aicc(held) < aicc(free)
 

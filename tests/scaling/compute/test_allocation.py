@@ -5,10 +5,12 @@ import pandas as pd
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.scaling.allocation import compute_optimal
-from raysweep.scaling.efficiency import data_efficiency, efficiency_leverage
-from raysweep.scaling.isoflop import ParabolaBias, isoflop, parabola_bias
-from raysweep.scaling.laws import LOSS_LAWS, LossFit
+from raysweep.scaling.compute.allocation import compute_optimal
+from raysweep.scaling.compute.efficiency import data_efficiency, efficiency_leverage
+from raysweep.scaling.compute.isoflop import ParabolaBias, isoflop, parabola_bias
+from raysweep.scaling.loss.data import LossData
+from raysweep.scaling.loss.fit import LossFit, fit_law
+from raysweep.scaling.loss.laws import LOSS_LAWS
 
 WANG = {"A": 420.0, "B": 1700.0, "s": 1.8, "a": 0.34, "b": 0.35, "g": 0.13}
 
@@ -26,7 +28,7 @@ def fitted(
     }
     law = LOSS_LAWS[key]
     loss = law.predict(coefficients, inputs) * np.exp(rng.normal(0, noise, 64))
-    return law.fit(inputs, loss, bootstrap=bootstrap)
+    return fit_law(law, LossData.of(inputs, loss), bootstrap=bootstrap)
 
 
 def test_chinchilla_closed_form_is_the_minimum_on_the_budget() -> None:
@@ -101,11 +103,15 @@ def test_allocation_refuses_what_it_cannot_do() -> None:
     fit = fitted("chinchilla", dict(LOSS_LAWS["chinchilla"].published))
     with pytest.raises(UserError, match="positive number of FLOPs"):
         compute_optimal(fit, -1.0)
-    clark = LOSS_LAWS["clark"].fit({"params": [1e8, 1e9], "experts": [1, 2]}, np.array([3.0, 2.5]))
+    clark = fit_law(
+        LOSS_LAWS["clark"],
+        LossData.of({"params": [1e8, 1e9], "experts": [1, 2]}, np.array([3.0, 2.5])),
+    )
     with pytest.raises(UserError, match="cannot say how to split"):
         compute_optimal(clark, 1e20)
-    few = LOSS_LAWS["chinchilla"].fit(
-        {"params": [1e8, 1e9], "tokens": [1e9, 2e9]}, np.array([3, 2.5])
+    few = fit_law(
+        LOSS_LAWS["chinchilla"],
+        LossData.of({"params": [1e8, 1e9], "tokens": [1e9, 2e9]}, np.array([3, 2.5])),
     )
     nothing = compute_optimal(few, 1e20)
     assert nothing.status == "no fit"
@@ -182,7 +188,7 @@ def test_bias_of_parabolas_is_measured_on_the_grid_at_hand() -> None:
         centre = best * np.exp(drift * np.arange(-2, 3))
         params = centre[:, None] * np.geomspace(0.25, 4, 9)
         inputs = {"params": params.ravel(), "tokens": (budgets[:, None] / (6 * params)).ravel()}
-        fit = law.fit(inputs, law.predict(truth, inputs))
+        fit = fit_law(law, LossData.of(inputs, law.predict(truth, inputs)))
         assert fit.ok, fit.message
         return parabola_bias(fit, inputs["params"], inputs["tokens"])
 
