@@ -283,7 +283,7 @@ def _centred(
         optima = optima - np.median(optima, axis=0) + optimum.mean
     noise = rng.standard_normal(len(level))
     if run.name in evidence.cells.index and evidence.surface is not None:
-        if not math.isfinite(float(evidence.cells.loc[run.name, "loss_se"])):
+        if not math.isfinite(evidence.cells["loss_se"].to_dict()[run.name]):
             level = level + evidence.surface.mode.widths.noise * noise
     elif loss.has_interval and not np.isfinite(level).all():  # another architecture's law told it
         level = math.log(loss.high / loss.low) / 3.92 * noise
@@ -324,7 +324,8 @@ def _noise(reference: Arm, other: Arm) -> Ratio | None:
     if reference.noise is None or other.noise is None:
         return None
     cells = [arm.cells.dropna(subset=["loss"]) for arm in (reference, other)]
-    tables = [arm.noise.loc[own.index] for arm, own in zip((reference, other), cells, strict=True)]
+    measured = reference.noise, other.noise
+    tables = [noise.loc[own.index] for noise, own in zip(measured, cells, strict=True)]
     if not all(t["noise_scale_tokens"].notna().any() for t in tables):
         return None
     second = np.repeat([0, 1], [len(c) for c in cells])

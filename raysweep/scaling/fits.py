@@ -104,7 +104,7 @@ class Fits(InNotebooks):
     # ------------------------------------------------------------------ what it answers
 
     @overload
-    def recommend(
+    def recommend(  # pyright: ignore[reportOverlappingOverload] # text is a sequence, too
         self,
         architecture: str | None = None,
         params: float | str = "",
@@ -237,15 +237,19 @@ class Fits(InNotebooks):
         serving cost; see `serving.serving_solutions`.
 
         Raises:
-            UserError: no law over several numbers of experts was fitted.
+            UserError: no law over several numbers of experts is determined.
         """
+        whys = []
         for evidence in self.evidence.values():
             model = evidence.shared_loss
-            if model.ok and model.law is not None and "experts" in model.law.inputs:
+            if len(set(evidence.cells["experts"])) < 2:
+                whys.append("these results know one number of experts only")
+            elif not model.ok:
+                whys.append(f"the law of the loss is not determined: {model.why}")
+            else:
                 return serving_solutions(model, flops, serving, experts, reference)
         raise UserError(
-            "serving needs a law of the loss over several numbers of experts: train cells with at "
-            "least two"
+            f"serving weighs several numbers of experts, and {(whys or ['there is no cell'])[0]}"
         )
 
     def _routing(self, architecture: str) -> dict[str, float]:

@@ -116,7 +116,7 @@ class Comparison(InNotebooks):
         if self.size is None:
             return ["no size lies within the range of every side: ask for one"]
         params, tokens = self.size
-        rows = [("side", "learning rate", "batch", "loss", "FLOPs")]
+        rows: list[Sequence[str]] = [("side", "learning rate", "batch", "loss", "FLOPs")]
         for name, a in self.answers.items():
             cells = [
                 _cell(a.learning_rate, a.learning_rate_interval, "rate"),

@@ -214,7 +214,7 @@ def _explain(
 def _blamed(where: Location, changed: Mapping[tuple[str, ...], Any]) -> tuple[str, ...] | None:
     """The override that an error at a place comes from: the last one about it, or within it."""
     place = tuple(str(part) for part in where)
-    for keys in reversed(changed):
+    for keys in reversed(list(changed)):
         least = min(len(keys), len(place))
         if place and keys[:least] == place[:least]:
             return keys
@@ -249,11 +249,11 @@ def _meant(
     said = f"did you mean {key!r}"
     if at != tuple(str(part) for part in section):
         said += f" in {'.'.join(at)}" if at else " at the top of the file"
-    if inner := _known_keys((*at, key)):
-        return f"{said} ({', '.join(inner)})?"
     if blamed is None or {"scales", "horizons", "targets", "architectures"} & set(at):
         return f"{said}?"
     rest = blamed[len(where) :]
+    if not rest and (inner := _known_keys((*at, key))):
+        return f"{said}, which holds {', '.join(inner)}?"
     return f"{said}? --set {'.'.join((*at, key, *rest))}={_short(changed[blamed])}"
 
 
