@@ -140,7 +140,7 @@ def recommend_command(
 
     Of several architectures each is answered for; then --json prints a list."""
     fits = fit_results(results, group, without, literature)
-    names = [architecture] if architecture is not None else fits.asked(experts)
+    names = [architecture] if architecture is not None else fits.asked(experts, of)
     answers = [
         fits.recommend(name, params, tokens, experts=experts, top_k=top_k, group=of, within=within)
         for name in names

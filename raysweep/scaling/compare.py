@@ -331,9 +331,9 @@ def _noise(reference: Arm, other: Arm) -> Ratio | None:
     second = np.repeat([0, 1], [len(c) for c in cells])
     law = fit_noise_scale(pd.concat(cells), pd.concat(tables), ("loss",), second)
     n = sum(int(t["noise_scale_tokens"].notna().sum()) for t in tables)
-    if law is None:
+    ends = Estimate.missing("") if law is None else law.exponents["factor"]
+    if not ends.known:
         ratio = Estimate.missing("too few cells measured the noise scale", "too few cells")
     else:
-        ends = law.exponents["factor"]
         ratio = Estimate(math.exp(ends.value), math.exp(ends.low), math.exp(min(ends.high, 700)))
     return Ratio("noise_scale_tokens", "loss", ratio, n, 0)

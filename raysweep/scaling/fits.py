@@ -24,6 +24,7 @@ from raysweep.scaling.held_out import HeldOut, hold_out_largest
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.optima.literature import OptimumPrior, literature_prior
+from raysweep.scaling.optima.model import BENDS
 from raysweep.scaling.optima.noise_scale import (
     NoiseLaw,
     cell_expert_load,
@@ -149,7 +150,7 @@ class Fits(InNotebooks):
         Raises:
             UserError: what no results could answer.
         """
-        name = self._architecture(architecture, experts)
+        name = self._architecture(architecture, experts, group)
         evidence = self.evidence_of(name)
         share = _share(within)
 
@@ -368,23 +369,41 @@ class Fits(InNotebooks):
         the comparison of architectures, the prior and the checks too."""
         return summary(self, everything)
 
-    def asked(self, experts: int | None = None) -> list[str]:
-        """The architectures that a request without one means: all, or those that have experts."""
-        if (experts or 1) > 1:
-            moe = [name for name in self.architectures if self.kind(name) == "moe"]
-            known = [n for n in moe if experts in set(self.cells_of(n)["experts"])]
-            return known or moe or [self._architecture(None, experts)]
-        if experts == 1:
-            return [self._architecture(None, 1)]
-        return self.architectures or [self._architecture(None, None)]
+    def asked(self, experts: int | None = None, group: str | None = None) -> list[str]:
+        """The architectures that a request without one means: all that have such experts, and
+        cells of such a group.
 
-    def _architecture(self, wanted: str | None, experts: int | None) -> str:
-        """The name that a request means."""
+        Raises:
+            UserError: there is none.
+        """
+        names = self._with_group(group)
+        if not names or experts == 1:
+            return [self._architecture(None, experts, group)]
+        if (experts or 1) > 1:
+            moe = [name for name in names if self.kind(name) == "moe"]
+            known = [n for n in moe if experts in set(self.cells_of(n)["experts"])]
+            return known or moe or [self._architecture(None, experts, group)]
+        return names
+
+    def _with_group(self, group: str | None) -> list[str]:
+        """Names of the architectures that have cells of a group, or of all."""
         names = self.architectures
-        if not names:
+        own = [name for name in names if group is None or group in self.groups(name)]
+        if names and not own:
+            known = ", ".join(dict.fromkeys(g for n in names for g in self.groups(n) if g))
+            hint = f"known: {known}" if known else "the results were not grouped: name a column"
+            raise UserError(f"no group {group!r} in the results; {hint}")
+        return own
+
+    def _architecture(
+        self, wanted: str | None, experts: int | None, group: str | None = None
+    ) -> str:
+        """The name that a request means."""
+        if not self.architectures:
             raise UserError("the results hold no cell, so there is nothing to recommend from")
-        if wanted in names:
+        if wanted in self.architectures:
             return str(wanted)
+        names = self._with_group(group)
         many = (experts or 1) > 1
         kind = wanted if wanted is not None else "moe" if many else "dense"
         of_kind = [n for n in names if self.kind(n) == kind]
@@ -575,7 +594,18 @@ def _messages(
 
 
 def _laws_dict(surface: Surface) -> dict[str, object]:
+    """The laws of the optimum. ln value = the sum of `terms` times what they read of a run, with
+    n = ln(N / centre N), d = ln(D / centre D), s = ln(total / active): 1, n, d, s, then the bends
+    n n / 2, n d, d d / 2, and the offset of the run's routing and of its group, if there are any.
+    """
     laws = surface.laws
+    names = ["at_centre", *EXPONENTS, *BENDS]
+    names += [f"routing e{e}k{k}" for e, k in surface.design.routings]
+    names += [f"group {g}" for g in surface.design.groups]
+    terms = {
+        target: dict(zip(names, surface.mode.shared[law].tolist(), strict=True))
+        for target, law in zip(TARGETS, surface.problem.layout.law, strict=True)
+    }
     return {
         "status": surface.status,
         "centre": {
@@ -587,6 +617,7 @@ def _laws_dict(surface: Surface) -> dict[str, object]:
         },
         "exponents": {t: {n: laws.exponent(t, n) for n in EXPONENTS} for t in TARGETS},
         "learned": {t: {n: laws.learned(t, n) for n in EXPONENTS} for t in TARGETS},
+        "terms": terms,
         "one_batch": surface.batch_rule is not None,
     }
 

@@ -102,10 +102,13 @@ def fit_noise_scale(
     usable = np.isfinite(design).all(axis=1)
     design = design[usable]
     y = np.log(noise["noise_scale_tokens"].to_numpy(float)[known][usable])
-    sd = noise["log_sd"].to_numpy(float)[known][usable]
+    # Repeats that agree to all digits are no measure without error.
+    sd = np.maximum(noise["log_sd"].to_numpy(float)[known][usable], MIN_SD)
     degrees = len(y) - design.shape[1]
+    if degrees < 1:
+        return None
     spread = np.linalg.svd(design - design.mean(0) * (np.arange(design.shape[1]) > 0))[1]
-    if degrees < 1 or spread[-1] < 0.1:
+    if spread[-1] < 0.1:
         return None
     scatter = 0.0
     for _ in range(20):
@@ -121,6 +124,9 @@ def fit_noise_scale(
     }
     return NoiseLaw(float(theta[0]), exponents, len(y))
 
+
+MIN_SD = 1e-3
+"""Of a cell's ln noise scale, at least."""
 
 LOAD_COLUMNS = ("expert_load_entropy", "expert_load_max_over_mean", "router_confidence")
 """As in `results.schema`."""
