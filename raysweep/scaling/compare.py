@@ -132,12 +132,16 @@ def compare_arms(reference: Arm, other: Arm, seed: int = 0) -> list[Ratio]:
     n = len(sizes)
     apart = not reference.shares_losses(other)
     found = []
+    mean = {key: np.mean(draws, axis=0) for key, draws in logs.items()}
     exact = np.mean([_exact(reference, other, *size) for size in sizes], axis=0)
+    # By how much draws miss, in the middle, the ratio of the two answers.
+    missed = {
+        quantity: np.median(mean["N and D", quantity]) - exact[k]
+        for k, quantity in enumerate(QUANTITIES)
+    }
     for equal in EQUALS:
-        for k, quantity in enumerate(_of(equal)):
-            draws = np.mean(logs[equal, quantity], axis=0)
-            if equal == "N and D":
-                draws = draws - np.median(draws) + exact[k]
+        for quantity in _of(equal):
+            draws = mean[equal, quantity] - missed.get(quantity, 0.0)
             ratio = _ratio(draws)
             if apart and "loss" in (equal, quantity):
                 ratio = Estimate.missing("losses on other data are not comparable", OTHER_DATA)
