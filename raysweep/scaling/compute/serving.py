@@ -19,7 +19,7 @@ from scipy.optimize import minimize_scalar, root_scalar
 from raysweep.errors import UserError
 from raysweep.scaling.compute.roofline import BYTES, Gpu, Latency, Roofline, ServedModel
 from raysweep.scaling.loss.fit import LossFit
-from raysweep.scaling.plain import plain
+from raysweep.scaling.plain import to_json
 
 Kind = Literal["loss-optimal", "equal quality", "equal cost", "same quality, more compute"]
 
@@ -330,7 +330,7 @@ def serving_dict(
 ) -> dict[str, object]:
     """What `raysweep serving --json` prints: the assumptions, then the solutions."""
     gpu = serving.gpu
-    found = plain(
+    found = to_json(
         {
             "flops": flops,
             "assume": {
