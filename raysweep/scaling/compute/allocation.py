@@ -83,9 +83,9 @@ Count = Callable[[np.ndarray], np.ndarray]
 class Allocation:
     """The loss-optimal split of a budget; NaN, and a word in `status`, where there is none.
 
-    `params` are of the kind `count`; `exponent` is d ln N_opt / d ln C over the cells' range of compute,
-    `tokens_exponent` that of D. `intervals`, of 95 %, are of params, tokens, loss, exponent and
-    tokens_exponent; that of the loss is of a new run. `extrapolation` holds params and tokens of
+    `params` are of the kind `count`; `exponent` is d ln N_opt / d ln C over the cells' range of
+    compute, `tokens_exponent` that of D. `intervals`, of 95 %, are of params, tokens, loss, exponent
+    and tokens_exponent; that of the loss is of a new run. `extrapolation` holds params and tokens of
     the split over the largest of each that was fitted (over the smallest, where they lie below it;
     1 inside): a split far `outside` them is the model's word alone. `why` says what is missing."""
 
@@ -138,9 +138,10 @@ def compute_optimal(
     """The best split of each of several budgets (FLOPs).
 
     `given` holds the law's other inputs (experts, top_k, granularity). `flops_per_token` maps the
-    law's N to the training FLOPs of a token: by default the trend of the model's own runs. A budget
-    whose best size the data leave open by more than a factor of 1000, or put beyond a thousand times
-    the cells', has a word and no number. Raises UserError for a budget that is not positive."""
+    law's N to the training FLOPs of a token: by default the trend of the model's own runs. A
+    budget whose best size the data leave open by more than a factor of 1000, or put beyond a
+    thousand times the cells', has a word and no number. Raises UserError for a budget that is not
+    positive."""
     budgets = np.atleast_1d(np.asarray(flops, dtype=float))
     for budget in budgets:
         if not (np.isfinite(budget) and budget > 0):

@@ -44,6 +44,11 @@ ROUNDS, FINE = 3, 6
 
 STEPS = 60
 
+LEAST = 1e-6
+"""sd of ln loss that every loss has: below it a covariance cannot be factored."""
+UNLIKELY = 1e300
+"""Minus the evidence of widths whose covariance cannot be factored."""
+
 
 @dataclass(frozen=True, eq=False)
 class LawPosterior:
@@ -202,7 +207,7 @@ class _Problem:
 
     def root(self, widths: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Cholesky factor [n, n] of departure and noise."""
-        diagonal = widths[1] ** 2 / weights + self.known
+        diagonal = widths[1] ** 2 / weights + self.known + LEAST**2
         return np.linalg.cholesky(widths[0] ** 2 * self.correlation + np.diag(diagonal))
 
 
@@ -291,11 +296,11 @@ def _widths(
     def minus_evidence(log_widths: np.ndarray) -> float:
         departure, noise = np.exp(2 * log_widths)
         covariance = law + departure * problem.correlation
-        covariance[np.diag_indices_from(covariance)] += noise / weights + problem.known
+        covariance[np.diag_indices_from(covariance)] += noise / weights + problem.known + LEAST**2
         try:
             root = np.linalg.cholesky(covariance)
         except np.linalg.LinAlgError:
-            return np.inf
+            return UNLIKELY
         scaled = solve_triangular(root, off, lower=True)
         prior = 0.5 * (((log_widths - middle) / spread) ** 2).sum()
         return float(0.5 * scaled @ scaled + np.log(np.diag(root)).sum() + prior)
