@@ -84,10 +84,11 @@ class Allocation:
     """The loss-optimal split of a budget; NaN, and a word in `status`, where there is none.
 
     `params` are of the kind `count`; `exponent` is d ln N_opt / d ln C over the cells' range of
-    compute, `tokens_exponent` that of D. `intervals`, of 95 %, are of params, tokens, loss, exponent
-    and tokens_exponent; that of the loss is of a new run. `extrapolation` holds params and tokens of
-    the split over the largest of each that was fitted (over the smallest, where they lie below it;
-    1 inside): a split far `outside` them is the model's word alone. `why` says what is missing."""
+    compute, `tokens_exponent` that of D. `intervals`, of 95 %, are of params, tokens, loss,
+    exponent and tokens_exponent; that of the loss is of a new run. `extrapolation` holds params and
+    tokens of the split over the largest of each that was fitted (over the smallest, where they lie
+    below it; 1 inside): a split far `outside` them is the model's word alone. `why` says what is
+    missing."""
 
     flops: float
     count: str
@@ -195,6 +196,7 @@ class _Along:
     model: LossModel
     given: dict[str, float]
     cost: Count
+    known: dict[tuple[LawPosterior, float], float] = field(default_factory=dict)
 
     def runs(self, flops: float, log_params: np.ndarray) -> dict[str, np.ndarray]:
         """The columns of runs of given ln N at a budget."""
@@ -221,8 +223,12 @@ class _Along:
     def best(self, posterior: LawPosterior, flops: float) -> float:
         """ln N of the least expected loss by a posterior; NaN where it lies at the end of the
         grid."""
-        grid = self.grid(flops)
-        return float(_lowest(grid, posterior.mean(self.inputs(flops, grid))[None])[0])
+        found = self.known.get((posterior, flops))
+        if found is None:
+            grid = self.grid(flops)
+            found = float(_lowest(grid, posterior.mean(self.inputs(flops, grid))[None])[0])
+            self.known[posterior, flops] = found
+        return found
 
 
 def _allocate(

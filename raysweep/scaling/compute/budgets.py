@@ -26,7 +26,6 @@ from raysweep.scaling.loss.selection import NotFitted, choose_loss
 
 PATH_BUDGETS, PATH_BEYOND = 7, 10.0
 """How many budgets a split is followed over, and how far beyond the largest."""
-PATH_DRAWS = 300
 ROUTING = ("experts", "top_k", "granularity")
 SERVING_LAWS = ("wang", "yun", "joint_moe")
 """Laws of experts whose N follows from the dense model that experts are added to."""
@@ -127,7 +126,8 @@ def split_budget(model: LossModel, n_boot: int, seed: int) -> Split:
         return nothing
     flops, given = able.data.flops, routing_of(able)
     budget = float(flops.max())
-    (optimum,) = compute_optimal(able, budget, given=given, seed=seed)
+    budgets = [budget, *np.geomspace(flops.min(), PATH_BEYOND * budget, PATH_BUDGETS)]
+    optimum, *path = compute_optimal(able, budgets, given=given, seed=seed)
     if not optimum.ok:
         return Split(
             able.law.key,
@@ -140,13 +140,6 @@ def split_budget(model: LossModel, n_boot: int, seed: int) -> Split:
             optimum.status,
             optimum.why,
         )
-    path = compute_optimal(
-        able,
-        np.geomspace(flops.min(), PATH_BEYOND * budget, PATH_BUDGETS),
-        given=given,
-        draws=PATH_DRAWS,
-        seed=seed,
-    )
     parabolas, bias = None, math.nan
     if held_budgets(flops) is not None:
         inputs, _ = able.data.inputs(able.law)

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy.linalg import solve_triangular
+from scipy.linalg import cho_solve, solve_triangular
 from scipy.optimize import minimize
 
 from raysweep.scaling.loss.expression import (
@@ -69,7 +70,8 @@ class LawPosterior:
 
     def mean(self, inputs: Inputs) -> np.ndarray:
         """The expected ln loss [m] of runs."""
-        return self._at(inputs)[0]
+        at = evaluate(self._design(inputs), self._mode_uncentred[None], derivatives=False)
+        return at.value[0] + self._kernel(self._logs(inputs), self.logs) @ self._pull
 
     def predict(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         """The expected ln loss [m] of runs and its sd, without the noise of a run."""
@@ -85,7 +87,7 @@ class LawPosterior:
         the mean: coefficients through the law itself, and the departure given them."""
         coefficients = self.coefficient_draws(count, rng, scale)
         new = self._design(inputs)
-        value = evaluate(new, coefficients @ self._uncentring().T, derivatives=False).value
+        value = evaluate(new, coefficients @ self._uncentring.T, derivatives=False).value
         seen = evaluate(self.design, coefficients, derivatives=False).value
         logs = self._logs(inputs)
         weights = solve_triangular(self.root, self._kernel(self.logs, logs), lower=True)  # [n, m]
@@ -108,10 +110,26 @@ class LawPosterior:
 
     def stated(self, theta: np.ndarray) -> np.ndarray:
         """Centred coefficients [..., p] as the law's formula states them."""
-        return self.law.expression.state(theta @ self._uncentring().T)
+        return self.law.expression.state(theta @ self._uncentring.T)
 
+    @cached_property
     def _uncentring(self) -> np.ndarray:
         return np.linalg.inv(self.design.to_centred)
+
+    @cached_property
+    def _mode_uncentred(self) -> np.ndarray:
+        return self._uncentring @ self.theta
+
+    @cached_property
+    def _pull(self) -> np.ndarray:
+        """What the data leave of the law [n], over the covariance of departure and noise."""
+        seen = evaluate(self.design, self.theta[None], derivatives=False).value[0]
+        return cho_solve((self.root, True), self.target - seen)
+
+    @cached_property
+    def _whitened(self) -> np.ndarray:
+        """The Jacobian [n, p] over the root of that covariance."""
+        return solve_triangular(self.root, self.jacobian, lower=True)
 
     def _design(self, inputs: Inputs) -> Design:
         expression = self.law.expression
@@ -125,15 +143,12 @@ class LawPosterior:
 
     def _at(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean [m]; its slopes by the coefficients [m, p]; the whitened kernel [n, m]."""
-        back = self._uncentring()
-        at = evaluate(self._design(inputs), (back @ self.theta)[None])
-        slopes = at.jacobian()[0] @ back
+        at = evaluate(self._design(inputs), self._mode_uncentred[None])
+        slopes = at.jacobian()[0] @ self._uncentring
         kernel = self._kernel(self.logs, self._logs(inputs))
         weights = solve_triangular(self.root, kernel, lower=True)
-        seen = evaluate(self.design, self.theta[None], derivatives=False).value[0]
-        left = solve_triangular(self.root, self.target - seen, lower=True)
-        whitened = solve_triangular(self.root, self.jacobian, lower=True)
-        return at.value[0] + weights.T @ left, slopes - weights.T @ whitened, weights
+        mean = at.value[0] + kernel.T @ self._pull
+        return mean, slopes - weights.T @ self._whitened, weights
 
 
 def correlation(one: np.ndarray, two: np.ndarray) -> np.ndarray:
