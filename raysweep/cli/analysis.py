@@ -127,7 +127,7 @@ def split_command(
     from raysweep.scaling.compute.allocation import allocations_text
     from raysweep.scaling.plain import plain
 
-    found = fit_results(results).split(_numbers(flops))
+    found = fit_results(results).split(_numbers(flops, "--flops"))
     if as_json:
         told = {name: [a.to_dict() for a in rows] for name, rows in found.items()}
         typer.echo(json.dumps(plain(told), indent=1))
@@ -177,7 +177,9 @@ def serving_command(
         gpu_counts=latency.gpus if latency else GPU_COUNTS,
         model=ServedModel(1e9, top_k=top_k, moe_share=moe_share),
     )
-    solutions = fit_results(results).serve(flops, serving, _numbers(experts), reference)
+    solutions = fit_results(results).serve(
+        flops, serving, _numbers(experts, "--experts"), reference
+    )
     show = serving_dict if as_json else serving_text
     said = show(solutions, serving, flops)
     typer.echo(json.dumps(said, indent=1) if as_json else said)
@@ -200,11 +202,11 @@ def report_command(
     typer.echo(str(write_report(results, output, png=png)))
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str, option: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--experts {text}: give numbers, as in 2,4,8") from None
+        raise UserError(f"{option} {text}: give numbers with commas between, as in 2,4,8") from None
 
 
 @app.command("compare")

@@ -25,7 +25,6 @@ from raysweep.scaling.loss.selection import choose_loss
 
 PATH_BUDGETS, PATH_BEYOND = 7, 10.0
 """How many budgets a split is followed over, and how far beyond the largest."""
-PATH_DRAWS = 300
 ROUTING = ("experts", "top_k", "granularity")
 SERVING_LAWS = ("wang", "yun", "joint_moe")
 """Laws of experts whose N follows from the dense model that experts are added to."""
@@ -127,18 +126,12 @@ def split_budget(model: LossModel, cells: pd.DataFrame, n_boot: int = 200, seed:
         return nothing
     flops, given = own.flops, routing_of(cells)
     budget = float(flops.max())
-    (optimum,) = compute_optimal(able, budget, given=given, seed=seed)
+    budgets = [budget, *np.geomspace(flops.min(), PATH_BEYOND * budget, PATH_BUDGETS)]
+    optimum, *path = compute_optimal(able, budgets, given=given, seed=seed)
     if not optimum.ok:
         return replace(
             nothing, law=able.law.key, status=optimum.status, message=optimum.why, model=able
         )
-    path = compute_optimal(
-        able,
-        np.geomspace(flops.min(), PATH_BEYOND * budget, PATH_BUDGETS),
-        given=given,
-        draws=PATH_DRAWS,
-        seed=seed,
-    )
     parabolas, bias = None, math.nan
     if held_budgets(flops) is not None:
         inputs, _ = own.inputs(able.law)
