@@ -24,6 +24,7 @@ from raysweep.cli.common import (
     watch_report,
 )
 from raysweep.errors import UserError
+from raysweep.text import read_number
 
 
 @app.command("import")
@@ -166,7 +167,7 @@ def split_command(
     from raysweep.scaling.compute.allocation import allocations_text
     from raysweep.scaling.plain import to_json
 
-    found = fit_results(results, None, without, literature).split(listed([flops]))
+    found = fit_results(results, None, without, literature).split(_numbers(flops, "--flops"))
     if as_json:
         told = {name: [a.to_dict() for a in rows] for name, rows in found.items()}
         typer.echo(json.dumps(to_json(told), indent=1))
@@ -219,7 +220,7 @@ def serving_command(
         model=ServedModel(1e9, top_k=top_k, moe_share=moe_share),
     )
     fits = fit_results(results, None, without, literature)
-    solutions = fits.serve(flops, serving, _numbers(experts), reference)
+    solutions = fits.serve(flops, serving, _numbers(experts, "--experts"), reference)
     show = serving_dict if as_json else serving_text
     said = show(solutions, serving, flops)
     typer.echo(json.dumps(said, indent=1) if as_json else said)
@@ -258,11 +259,11 @@ def report_command(
     typer.echo(page.resolve().as_uri(), err=True)
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str, option: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--experts {text}: give numbers, as in 2,4,8") from None
+        return [read_number(part) for part in text.split(",")]
+    except UserError:
+        raise UserError(f"{option} {text}: give numbers with commas between, as in 2,4,8") from None
 
 
 @app.command("compare")

@@ -16,7 +16,15 @@ from raysweep.errors import UserError
 from raysweep.results.store import Results
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
-from raysweep.scaling.compute.allocation import Allocation, compute_optimal
+from raysweep.scaling.compute.allocation import Allocation
+from raysweep.scaling.compute.budgets import (
+    Saving,
+    Split,
+    best_splits,
+    experts_law,
+    saving,
+    split_budget,
+)
 from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
@@ -223,9 +231,31 @@ class Fits(InNotebooks):
         budgets = [flops] if isinstance(flops, float | int | str) else list(flops)
         asked = [read_number(f, "flops") for f in budgets]
         return {
-            name: [*compute_optimal(self.loss_model(name), asked, given=self._routing(name))]
+            name: best_splits(self.loss_model(name), asked, self.cells_of(name))
             for name in self.architectures
         }
+
+    @cached_property
+    def allocation(self) -> dict[str, Split]:
+        """By architecture, how its largest cell's budget is best split, and others on the way."""
+        return {
+            name: split_budget(self.loss_model(name), self.cells_of(name))
+            for name in self.architectures
+        }
+
+    @cached_property
+    def efficiency(self) -> dict[str, Saving]:
+        """By MoE architecture whose loss a law tells together with dense cells, what it saves."""
+        found = {}
+        for evidence in self.evidence.values():
+            kinds = {name: self.kind(name) for name in evidence.architectures}
+            if "dense" in kinds.values() and evidence.shared_loss.ok:
+                found |= {
+                    name: saving(name, self.cells_of(name), evidence.shared_loss)
+                    for name, kind in kinds.items()
+                    if kind == "moe"
+                }
+        return found
 
     def serve(
         self,
@@ -240,24 +270,13 @@ class Fits(InNotebooks):
         Raises:
             UserError: no law over several numbers of experts is determined.
         """
-        whys = []
-        for evidence in self.evidence.values():
-            model = evidence.shared_loss
-            if len(set(evidence.cells["experts"])) < 2:
-                whys.append("these results know one number of experts only")
-            elif not model.ok:
-                whys.append(f"the law of the loss is not determined: {model.why}")
-            else:
-                return serving_solutions(model, flops, serving, experts, reference)
-        raise UserError(
-            f"serving weighs several numbers of experts, and {(whys or ['there is no cell'])[0]}"
+        several = [e for e in self.evidence.values() if e.cells["experts"].nunique() > 1] or list(
+            self.evidence.values()
         )
-
-    def _routing(self, architecture: str) -> dict[str, float]:
-        """Experts, top-k and granularity of an architecture's largest cell."""
-        largest = self.cells_of(architecture).iloc[-1]
-        known = {name: float(largest[name]) for name in ("experts", "top_k", "granularity")}
-        return {name: value for name, value in known.items() if np.isfinite(value)}
+        if not several:
+            raise UserError("the results hold no cell, so there is nothing to serve")
+        law = experts_law(several[0].shared_loss.data)
+        return serving_solutions(law, flops, serving, experts, reference)
 
     def arm(self, architecture: str, group: str = "") -> Arm:
         """One side of a comparison."""
@@ -346,6 +365,8 @@ class Fits(InNotebooks):
             "loss": {name: self.loss_model(name).to_dict() for name in self.architectures},
             "relations": self.relations,
             "comparison": self.comparison,
+            "allocation": self.allocation,
+            "efficiency": self.efficiency,
             "noise_scale": self.noise_scale,
             "noise_laws": self.noise_laws,
             "expert_load": self.expert_load,

@@ -135,7 +135,7 @@ def test_mistakes_are_named(planted_study: Make, tmp_path: Path) -> None:
     folder = store(planted_study(per_cell=4), tmp_path / "one")
     with pytest.raises(UserError, match="needs two sides, and there is only dense"):
         raysweep.compare(folder)
-    with pytest.raises(UserError, match="no study 'x' in .*; its studies: planted"):
+    with pytest.raises(UserError, match=r"no study 'x' in .*; its studies: planted"):
         raysweep.compare(folder + "#x")
     with pytest.raises(UserError, match="no architecture 'moe' in the results; known: dense"):
         raysweep.compare(folder, folder, architectures=["moe"])
