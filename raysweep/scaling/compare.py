@@ -20,10 +20,10 @@ QUANTITIES = ("learning_rate", "batch_tokens", "loss")
 EQUALS = ("N and D", "FLOPs", "loss")
 """What is held equal: the size itself; or, growing N and D together, the FLOPs or the loss."""
 
-_STEPS = np.linspace(-4.0, 4.0, 33)
+_STEPS = np.linspace(-3.0, 3.0, 13)
 """ln N D of the other arm's runs over the reference's: where an equal loss is looked for."""
 
-MAX_SIZES = 12
+MAX_SIZES = 6
 """Sizes at which two arms are compared, at most: the largest."""
 
 

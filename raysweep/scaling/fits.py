@@ -26,8 +26,10 @@ from raysweep.scaling.compute.serving import Serving, Solution, serving_solution
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
 from raysweep.scaling.held_out import HeldOut, hold_out_largest
+from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
+from raysweep.scaling.loss.selection import batch_table, choose_loss
 from raysweep.scaling.optima.literature import OptimumPrior, literature_prior
 from raysweep.scaling.optima.noise_scale import (
     NoiseLaw,
@@ -276,6 +278,18 @@ class Fits:
             known = {t: loss_relation(self.evidence_of(name), name, t) for t in TARGETS}
             found[name] = {t: r for t, r in known.items() if r is not None}
         return found
+
+    @cached_property
+    def by_batch(self) -> dict[str, LossModel]:
+        """By architecture, the three-term law of parameters, batch and steps (Schaipp et al.),
+        fitted to the best runs of each batch, suboptimal ones too."""
+        return {
+            name: choose_loss(
+                LossData.from_cells(batch_table(self.cells_of(name), self.table.trials)),
+                ["three_term"],
+            )
+            for name in self.architectures
+        }
 
     @cached_property
     def noise_laws(self) -> dict[str, NoiseLaw]:
