@@ -13,9 +13,7 @@ from raysweep.report.style import ARCHITECTURE_COLOURS, finish, log_axis, new_fi
 from raysweep.report.trends import names_of
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.group_loss import RESAMPLED
-from raysweep.text import scientific, short
-
-TARGETS = {"learning_rate": "lr*", "batch_tokens": "batch*"}
+from raysweep.scaling.quantities import QUANTITIES, SEARCHED
 
 
 def heldout_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
@@ -88,9 +86,9 @@ def _optima(fits: Fits, colours: Mapping[str, str]) -> tuple[Panel, list[dict[st
     optima = fits.optima[fits.method]
     for name in (n for n in colours if n in fits.groups and n != ALL):
         gap = fits.groups[name].held_out
-        for target, word in TARGETS.items() if gap is not None else ():
+        for target in SEARCHED if gap is not None else ():
             assert gap is not None
-            write = scientific if target == "learning_rate" else short
+            write = QUANTITIES[target].write
             for cell, predicted in gap.predicted.items():
                 optimum = optima[cell]
                 value, low, high = predicted[target]
@@ -112,5 +110,5 @@ def _optima(fits: Fits, colours: Mapping[str, str]) -> tuple[Panel, list[dict[st
                      "measured": measured, "predicted": value, "low": low, "high": high,
                      "status": optimum.status}
                 )  # fmt: skip
-            labels.append(f"{name}, {word}")
+            labels.append(f"{name}, {QUANTITIES[target].star}")
     return (labels, marks), rows

@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from raysweep.report.figures import (
-    AXIS_NAMES,
     MOST_ARCHITECTURES,
     End,
     PlotFigure,
@@ -32,6 +31,7 @@ from raysweep.report.style import (
 from raysweep.report.trends import FLOPS, asked_of, loss_along, loss_fit, names_of
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.group_loss import predict_loss
+from raysweep.scaling.quantities import MEASURED, QUANTITIES
 from raysweep.scaling.recommend import Recommendation
 from raysweep.text import scientific
 
@@ -116,10 +116,10 @@ def _draw_law(
 
 def _finish_loss_axes(axes: Sequence[Axes]) -> None:
     for one, most in zip(axes, (6, 4), strict=False):
-        log_axis(one, "x", "scientific", most)
+        log_axis(one, "x", "flops", most)
         one.grid(True)
         one.set_axisbelow(True)
-        one.set_xlabel(AXIS_NAMES[FLOPS])
+        one.set_xlabel(QUANTITIES[FLOPS].axis)
     log_axis(axes[0], "y", "loss", 6)
     axes[0].set_ylabel("loss, nats a token")
     if len(axes) > 1:
@@ -149,24 +149,19 @@ def _residuals(
 
 # --- dense against MoE -------------------------------------------------------------------------
 
-RATIO_NAMES = {
-    "batch_tokens": "optimal batch",
-    "learning_rate": "optimal learning rate",
-    "noise_scale_tokens": "gradient noise scale",
-}
-
 
 def comparison_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
     """MoE over dense: each ratio with its interval; None without both or without any ratio."""
+    order = [QUANTITIES[q].optimal for q in MEASURED]
     found = [
-        (RATIO_NAMES.get(quantity, quantity), label, ratio)
+        (QUANTITIES[quantity].optimal, label, ratio)
         for label, ratios in fits.comparison.items()
         for quantity, ratio in ratios.items()
         if ratio.ok and math.isfinite(ratio.ratio)
     ]
     if not found:
         return None
-    found.sort(key=lambda f: list(RATIO_NAMES.values()).index(f[0]))
+    found.sort(key=lambda f: order.index(f[0]))
     labels = [f"{name}, {label}" for name, label, _ in found]
     marks = [
         Mark(

@@ -8,10 +8,11 @@ from markupsafe import Markup
 
 from raysweep.report.numbers import Numbers
 from raysweep.report.reading import plural
-from raysweep.report.reading_laws import TARGETS, Row
+from raysweep.report.reading_laws import Row
 from raysweep.report.trends import names_of
 from raysweep.scaling.fits import ALL, Fits
 from raysweep.scaling.group_loss import LossCheck
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.text import NOTHING
 
 STEADY = 1.25
@@ -85,7 +86,7 @@ def variants(fits: Fits) -> list[Markup]:
             base = found.variants[0].at.value
             others = [v for v in found.variants[1:] if math.isfinite(v.at.value)]
             failed = len(found.variants) - 1 - len(others)
-            text = Markup("<b>{}</b>, {}: ").format(name, TARGETS[target])
+            text = Markup("<b>{}</b>, {}: ").format(name, QUANTITIES[target].name)
             if not others:
                 said.append(text + Markup("too few cells for any other reading to give a law."))
                 continue
@@ -123,7 +124,7 @@ def variant_rows(fits: Fits, n: Numbers) -> list[Row]:
                 value = n(style, at, "at", "value")
                 span = n.interval(style, (at, "at", "low"), (at, "at", "high"))
                 rows.append(
-                    (name, TARGETS[target], v.name, exponents, value, span or NOTHING,
+                    (name, QUANTITIES[target].name, v.name, exponents, value, span or NOTHING,
                      n("count", at, "n_cells"))
                 )  # fmt: skip
     return rows

@@ -19,20 +19,12 @@ from raysweep.scaling.contrast import (
 from raysweep.scaling.contrast_loss import contrast_losses
 from raysweep.scaling.fits import ALL, fit
 from raysweep.scaling.plain import plain
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.scaling.sides import Side, Source, differences, doubts, make_side, parts_of, why_apart
 from raysweep.text import estimated
 
 MOST_SIDES = 6
 """Sides told apart in one figure."""
-
-QUANTITY_WORDS = {
-    "learning_rate": "optimal learning rate",
-    "batch_tokens": "optimal batch",
-    "noise_scale_tokens": "gradient noise scale",
-    "loss": "loss",
-    "tokens": "tokens",
-    "flops": "FLOPs",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +175,7 @@ def _pair_lines(pair: Pair) -> list[str]:
         if c.how != how:
             how = c.how
             lines.append(f"  by {how}:")
-        name = f"{QUANTITY_WORDS[c.quantity]} at equal {c.at_equal}"
+        name = f"{QUANTITIES[c.quantity].optimal} at equal {c.at_equal}"
         if not c.ok:
             text = f"{c.status}: {c.message}"
         else:

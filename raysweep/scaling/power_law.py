@@ -10,27 +10,12 @@ import numpy as np
 from scipy import stats
 
 from raysweep.errors import UserError
+from raysweep.scaling.quantities import QUANTITIES
 
 CONVERGED = "converged"
 TOO_FEW_CELLS = "too few cells"
 ONE_VALUE = "one value"
 COLLINEAR = "collinear"
-
-SYMBOLS: dict[str, tuple[str, str]] = {
-    "params": ("N", "parameters"),
-    "tokens": ("D", "tokens"),
-    "flops": ("C", "training FLOPs"),
-    "loss": ("L", "nats a token"),
-    "experts": ("E", "routed experts a MoE layer, 1 is dense"),
-    "top_k": ("K", "routed experts a token"),
-    "active_ratio": ("R", "active over total non-embedding parameters, 1 is dense"),
-    "moe": ("M", "e for MoE, 1 for dense: its exponent is the log of the ratio"),
-}
-TARGET_UNITS = {
-    "learning_rate": "peak learning rate",
-    "batch_tokens": "tokens",
-    "noise_scale_tokens": "tokens",
-}
 
 HUBER = 1.5
 """Departures beyond this many robust sds weigh less."""
@@ -94,12 +79,13 @@ class PowerLaw:
 
     @property
     def unit(self) -> str:
-        return TARGET_UNITS[self.target]
+        return QUANTITIES[self.target].unit or QUANTITIES[self.target].name
 
     @property
     def symbols(self) -> dict[str, str]:
         """Symbol -> meaning, for the formula."""
-        meanings = {SYMBOLS[name][0]: SYMBOLS[name][1] for name in self.inputs}
+        inputs = [QUANTITIES[name] for name in self.inputs]
+        meanings = {q.symbol: q.meaning or q.name for q in inputs}
         if "params" in self.inputs:
             meanings["N"] = self.count
         return meanings
@@ -108,9 +94,11 @@ class PowerLaw:
     def formula(self) -> str:
         """As in `learning_rate = 1.79 N^-0.713 D^0.307`."""
         if not math.isfinite(self.coefficient.value):
-            powers = " ".join(f"{SYMBOLS[name][0]}^?" for name in self.inputs)
+            powers = " ".join(f"{QUANTITIES[name].symbol}^?" for name in self.inputs)
             return f"{self.target} = ? {powers}"
-        powers = " ".join(f"{SYMBOLS[n][0]}^{self.exponents[n].value:.3f}" for n in self.inputs)
+        powers = " ".join(
+            f"{QUANTITIES[n].symbol}^{self.exponents[n].value:.3f}" for n in self.inputs
+        )
         return f"{self.target} = {self.coefficient.value:.4g} {powers}"
 
     def predict(self, inputs: Mapping[str, object]) -> np.ndarray:

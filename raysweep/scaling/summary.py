@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from raysweep.scaling.group_loss import NotFitted
 from raysweep.scaling.loss_fit import LossFit
 from raysweep.scaling.noise import Ratio
-from raysweep.scaling.power_law import SYMBOLS, PowerLaw
+from raysweep.scaling.power_law import PowerLaw
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.text import estimated
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _law(law: PowerLaw) -> str:
     if not law.ok:
         return f"{law.name}: {_why(law)}"
     ends = ", ".join(
-        f"{SYMBOLS[name][0]} {e.low:.3f}..{e.high:.3f}" for name, e in law.exponents.items()
+        f"{QUANTITIES[name].symbol} {e.low:.3f}..{e.high:.3f}" for name, e in law.exponents.items()
     )
     off = f", {100 * law.held_out:.1f} % off unseen" if math.isfinite(law.held_out) else ""
     return f"{law.formula}  (95 %: {ends}; {law.n_cells} cells{off})"
