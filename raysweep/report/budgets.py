@@ -74,7 +74,7 @@ def budget_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
         for axes, label in ((left, ""), (middle, "best N, parameters"), (right, "best D, tokens")):
             axes.set_xlabel("N, parameters" if axes is left else "C, training FLOPs")
             axes.set_ylabel(label or "loss, nats a token")
-            log_axis(axes, "x", "count" if axes is left else "scientific", 5)
+            log_axis(axes, "x", "count" if axes is left else "flops", 5)
             log_axis(axes, "y", "loss" if axes is left else "count", 5)
             axes.grid(True)
             axes.set_axisbelow(True)

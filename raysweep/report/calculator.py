@@ -12,7 +12,7 @@ from scipy import stats
 
 from raysweep.report.calculator_loss import losses, no_loss
 from raysweep.report.reading import INSIDE, NO_INTERVAL
-from raysweep.report.trends import FLOPS, PARAMS, QUANTITIES, TOKENS, names_of
+from raysweep.report.trends import FLOPS, PARAMS, TOKENS, names_of
 from raysweep.scaling import cautions
 from raysweep.scaling.advise import SURFACE_CELLS
 from raysweep.scaling.fits import ALL, Fits
@@ -20,6 +20,7 @@ from raysweep.scaling.groups import Group
 from raysweep.scaling.optima_laws import KNOWN_AHEAD, best_law
 from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import PUBLISHED_LAWS, PublishedLaw, Setting
+from raysweep.scaling.quantities import SEARCHED
 from raysweep.scaling.surface import CellFeatures, Surface
 from raysweep.scaling.target import describe_target, expert_share
 
@@ -64,10 +65,10 @@ def _group(fits: Fits, group: Group) -> dict[str, Any]:
         "sequence_length": int(length.mode().iloc[0]) if len(length) else None,
         "family": _family(cells),
         "range": _range(cells),
-        "laws": {q: _laws(group, q) for q in QUANTITIES},
+        "laws": {q: _laws(group, q) for q in SEARCHED},
         "losses": losses(fits, group),
         # Why nothing answers, where nothing does.
-        "no_law": {q: cautions.no_law(group, q) for q in QUANTITIES},
+        "no_law": {q: cautions.no_law(group, q) for q in SEARCHED},
         "no_loss": no_loss(fits, group),
     }
 
@@ -152,7 +153,7 @@ def _surface(fits: Fits) -> dict[str, Any] | None:
     if surface is None:
         return None
     sides = []
-    for axis, quantity in enumerate(QUANTITIES):
+    for axis, quantity in enumerate(SEARCHED):
         known = [
             cell
             for cell, optimum in fits.optima["surface"].items()
@@ -166,7 +167,7 @@ def _surface(fits: Fits) -> dict[str, Any] | None:
         "centre": surface.covariates.centre.tolist(),
         "sparse": surface.covariates.sparse,
         "families": [list(f) for f in surface.covariates.families],
-        "sides": dict(zip(QUANTITIES, sides, strict=True)),
+        "sides": dict(zip(SEARCHED, sides, strict=True)),
     }
 
 
@@ -198,7 +199,7 @@ def _surface_side(
         "reach": float(stats.t.ppf(0.975, laws.degrees[axis])),
         "range": _range(known),
         "cells": len(known),
-        "cautions": list(cautions.of_law(QUANTITIES[axis], None)),
+        "cautions": list(cautions.of_law(SEARCHED[axis], None)),
     }
 
 

@@ -23,9 +23,10 @@ from raysweep.report.optima import optima_figure
 from raysweep.report.render import csv_text, relative, render, replace_file
 from raysweep.report.style import DARK, LIGHT
 from raysweep.report.trends import names_of, rests_on, rules_used
-from raysweep.scaling.compare import QUANTITY_WORDS, Comparison, Pair
+from raysweep.scaling.compare import Comparison, Pair
 from raysweep.scaling.contrast import Contrast
 from raysweep.scaling.fits import ALL, Fits
+from raysweep.scaling.quantities import QUANTITIES
 
 SCRIPTS = ("common.js", "figures.js")
 """What the page runs, in order."""
@@ -142,7 +143,7 @@ def _pair(pair: Pair, index: int, n: Numbers) -> dict[str, Any]:
         "says": _says(pair, n, at),
         "rows": [
             {
-                "what": f"{QUANTITY_WORDS[c.quantity]} at equal {c.at_equal}",
+                "what": f"{QUANTITIES[c.quantity].optimal} at equal {c.at_equal}",
                 "ratio": n(_style(c), (*at, k), "ratio"),
                 "span": span(c, n, (*at, k)),
                 "how": c.how,
@@ -173,7 +174,7 @@ def _says(pair: Pair, n: Numbers, at: tuple[object, ...]) -> list[Markup]:
     same: list[Markup] = []
     for k, c in _chosen(pair):
         less, more = LESS_AND_MORE[c.quantity]
-        word = QUANTITY_WORDS[c.quantity]
+        word = QUANTITIES[c.quantity].optimal
         if not c.clear:
             same.append(Markup("{} ({})").format(word, span(c, n, (*at, k))))
             continue

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from raysweep.report.figures import AXIS_NAMES, PlotFigure
+from raysweep.report.figures import PlotFigure
 from raysweep.report.style import LIGHT, finish, log_axis, new_figure, settings
 from raysweep.report.trends import FLOPS
-from raysweep.scaling.compare import QUANTITY_WORDS, Comparison
+from raysweep.scaling.compare import Comparison
 from raysweep.scaling.contrast import MATCHED, OWN_LAWS, Contrast
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.text import scientific
 
 REACH = 5.0
@@ -31,7 +32,7 @@ def ratios_figure(
     ]
     if not rows:
         return None
-    order = list(QUANTITY_WORDS)
+    order = list(QUANTITIES)
     rows.sort(key=lambda r: order.index(r[2].quantity))
     several = len(comparison.pairs) > 1
     with settings():
@@ -69,7 +70,7 @@ def ratios_figure(
 
 def _label(c: Contrast, other: str) -> str:
     means = {MATCHED: "same cells", OWN_LAWS: "own laws"}.get(c.how, "")
-    name = f"{QUANTITY_WORDS[c.quantity]} at equal {c.at_equal}"
+    name = f"{QUANTITIES[c.quantity].optimal} at equal {c.at_equal}"
     return ", ".join(part for part in (name, means, other) if part)
 
 
@@ -111,10 +112,10 @@ def gaps_figure(
                 f"{c.other} against {c.reference}: {scientific(c.flops)} FLOPs, {g:+.2f} %"
                 for c, g in zip(pair.cells, gap, strict=True)
             ]
-        log_axis(axes, "x", "scientific", 6)
+        log_axis(axes, "x", "flops", 6)
         axes.grid(True)
         axes.set_axisbelow(True)
-        axes.set_xlabel(AXIS_NAMES[FLOPS])
+        axes.set_xlabel(QUANTITIES[FLOPS].axis)
         axes.set_ylabel("loss above the reference's, %")
         label = "Difference in loss of cells of the same size against compute"
         drawing = finish(figure, "gaps", label, tips, png, [p.other for p in pairs])

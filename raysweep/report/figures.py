@@ -11,14 +11,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from raysweep.report.style import ARCHITECTURE_COLOURS, LIGHT, MARKERS, Drawing, spread
-from raysweep.report.trends import FLOPS, PARAMS, TOKENS, Line
+from raysweep.report.trends import Line
 from raysweep.text import short
 
 End = tuple[float, float, str, str]
 """Where a line ends, (x, y), what is written there, and in which colour."""
 
-AXIS_NAMES = {PARAMS: "N, active parameters", TOKENS: "D, tokens", FLOPS: "C, training FLOPs"}
-AXIS_KINDS = {PARAMS: "count", TOKENS: "count", FLOPS: "scientific"}
 
 MOST_ARCHITECTURES = 6
 """Architectures told apart in one figure."""

@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from raysweep.report.figures import (
-    AXIS_NAMES,
     MOST_ARCHITECTURES,
     PlotFigure,
     draw_cells,
@@ -27,13 +26,7 @@ from raysweep.report.trends import FLOPS, names_of
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.groups import Group
 from raysweep.scaling.power_law import PowerLaw
-from raysweep.text import scientific, short
-
-PANELS = {
-    "learning_rate": "optimal learning rate",
-    "batch_tokens": "optimal batch, tokens",
-    "noise_scale_tokens": "gradient noise scale, tokens",
-}
+from raysweep.scaling.quantities import MEASURED, QUANTITIES
 
 LOADS = {
     "expert_load_entropy": "entropy of the load",
@@ -58,7 +51,7 @@ def noise_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
         full=(fits.cells["status"] == "interior").to_numpy(),
     )
     table = table[table["loss"].notna() & table["architecture"].isin(names)]
-    shown = [q for q in PANELS if table[q].notna().any()]
+    shown = [q for q in MEASURED if table[q].notna().any()]
     if not shown or not len(table):
         return None
     rows: list[dict[str, object]] = []
@@ -94,7 +87,7 @@ def _draw_one(
     x, y = own["loss"].to_numpy(float), own[quantity].to_numpy(float)
     measured = log_sd is not None
     full = np.ones(len(own), bool) if measured else own["full"].to_numpy(bool)
-    write = scientific if quantity == "learning_rate" else short
+    write = QUANTITIES[quantity].write
     if log_sd is not None:
         half = 1.96 * log_sd[own.index].to_numpy(float)
         bars = np.stack([y * (1 - np.exp(-half)), y * np.expm1(half)])
@@ -102,7 +95,7 @@ def _draw_one(
     gid = f"{quantity}-{index}"
     draw_cells(axes, x, y, full, index, gid)
     tips[gid] = [
-        f"{c}: loss {a:.4f}, {PANELS[quantity].split(',')[0]} {write(b)}"
+        f"{c}: loss {a:.4f}, {QUANTITIES[quantity].optimal} {write(b)}"
         for c, a, b in zip(own.index, x, y, strict=True)
     ]
     name = str(own["architecture"].iloc[0])
@@ -135,11 +128,11 @@ def _finish_noise_axes(axes: Axes, quantity: str, losses: np.ndarray) -> None:
     axes.set_xlim(losses.min() / margin, losses.max() * margin)
     log_axis(axes, "x", "loss", 5)
     axes.invert_xaxis()
-    log_axis(axes, "y", "scientific" if quantity == "learning_rate" else "count", 5)
+    log_axis(axes, "y", QUANTITIES[quantity].style, 5)
     axes.grid(True)
     axes.set_axisbelow(True)
-    axes.set_xlabel("loss, nats a token")
-    axes.set_ylabel(PANELS[quantity])
+    axes.set_xlabel(QUANTITIES["loss"].axis)
+    axes.set_ylabel(QUANTITIES[quantity].axis)
 
 
 def load_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
@@ -167,11 +160,11 @@ def load_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
                 tips[gid] = [f"{c}: {v:.3g}" for c, v in zip(own.index, y, strict=True)]
             for even in _even(table, column):
                 axes.axhline(even, color=LIGHT["faint"], linewidth=1, zorder=1)
-            log_axis(axes, "x", "scientific", 4)
+            log_axis(axes, "x", "flops", 4)
             axes.margins(y=0.15)
             axes.grid(True)
             axes.set_axisbelow(True)
-            axes.set_xlabel(AXIS_NAMES[FLOPS])
+            axes.set_xlabel(QUANTITIES[FLOPS].axis)
             axes.set_ylabel(LOADS[column])
         label = "Load of experts and confidence of routers of each cell against compute"
         drawn = [n for n in names if (table["architecture"] == n).any()]

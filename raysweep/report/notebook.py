@@ -27,8 +27,9 @@ from raysweep.report.style import DARK, LIGHT
 from raysweep.report.trends import names_of, rests_on, rules_used
 from raysweep.results.schema import FINISHED
 from raysweep.results.store import Results
-from raysweep.scaling.compare import QUANTITY_WORDS, Comparison
+from raysweep.scaling.compare import Comparison
 from raysweep.scaling.fits import Fits
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.scaling.recommend import Recommendation
 from raysweep.study import Study
 from raysweep.text import NOTHING, short, written
@@ -252,7 +253,7 @@ def _(comparison: Comparison) -> str:
     ]
     for pair in comparison.pairs:
         rows = [
-            (f"{QUANTITY_WORDS[c.quantity]} at equal {c.at_equal}", c.how,
+            (f"{QUANTITIES[c.quantity].optimal} at equal {c.at_equal}", c.how,
              written(c.ratio, "number" if c.quantity == "loss" else "ratio"),
              _span((c.low, c.high), "number" if c.quantity == "loss" else "ratio"))
             for c in pair.contrasts

@@ -10,8 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from raysweep.report.figures import (
-    AXIS_KINDS,
-    AXIS_NAMES,
     MOST_ARCHITECTURES,
     End,
     PlotFigure,
@@ -41,10 +39,8 @@ from raysweep.report.trends import (
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.optimum import Optimum
 from raysweep.scaling.published import PUBLISHED_LAWS, PublishedLaw, Setting
+from raysweep.scaling.quantities import QUANTITIES, SEARCHED
 from raysweep.scaling.recommend import Recommendation
-from raysweep.text import scientific, short
-
-QUANTITIES = {"learning_rate": "learning rate", "batch_tokens": "batch, tokens"}
 
 PUBLISHED_MARGIN = 6.0
 """A published law is drawn as far as this factor beyond one's own optima and no farther."""
@@ -72,23 +68,22 @@ def optima_figure(
         figure = new_figure(10.2, 6.0 if len(axes_shown) > 1 else 3.7)
         shape = (2, len(axes_shown)) if len(axes_shown) > 1 else (1, 2)
         grid = figure.subplots(*shape, squeeze=False)
-        for q, (quantity, label) in enumerate(QUANTITIES.items()):
+        for q, quantity in enumerate(SEARCHED):
             for k, axis in enumerate(axes_shown):
                 axes = grid[q, k] if len(axes_shown) > 1 else grid[0, q]
-                kind = "scientific" if quantity == "learning_rate" else "count"
                 data, tips = _optima_panel(
                     axes, fits, cells, names, rules, answers, quantity, axis, f"{q}{k}"
                 )
                 rows += data
                 texts |= tips
-                log_axis(axes, "x", AXIS_KINDS[axis], 5)
-                log_axis(axes, "y", kind, 6)
+                log_axis(axes, "x", QUANTITIES[axis].style, 5)
+                log_axis(axes, "y", QUANTITIES[quantity].style, 6)
                 axes.grid(True)
                 axes.set_axisbelow(True)
                 if axes.get_subplotspec().is_last_row():
-                    axes.set_xlabel(AXIS_NAMES[axis])
+                    axes.set_xlabel(QUANTITIES[axis].axis)
                 if k == 0:
-                    axes.set_ylabel(f"optimal {label}")
+                    axes.set_ylabel(QUANTITIES[quantity].axis)
         drawing = finish(
             figure,
             "optima",
@@ -141,7 +136,7 @@ def _optima_panel(
         gid = f"points{tag}-{i}"
         draw_cells(axes, x, y, inside, i, gid)
         tips[gid] = [
-            f"{c}: {QUANTITIES[quantity].split(',')[0]} {_write(quantity, v)} ({o.status})"
+            f"{c}: {QUANTITIES[quantity].name} {QUANTITIES[quantity].write(v)} ({o.status})"
             for c, v, o in zip(own.index, y, found, strict=True)
         ]
         heights += [*y]
@@ -191,10 +186,6 @@ def _optima_panel(
 def _half(optimum: Optimum, quantity: str) -> float:
     k = 0 if quantity == "learning_rate" else 1
     return 1.96 * math.sqrt(optimum.covariance[k, k])
-
-
-def _write(quantity: str, value: float) -> str:
-    return scientific(value) if quantity == "learning_rate" else short(value)
 
 
 def _draw_published(

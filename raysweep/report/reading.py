@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 from raysweep.report.numbers import Numbers
 from raysweep.scaling import cautions
 from raysweep.scaling.fits import ALL, Fits
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.scaling.recommend import Recommendation
 from raysweep.text import short
 
@@ -111,13 +112,6 @@ def surfaces(fits: Fits, drawn: int, dots: int) -> list[Markup]:
     return said
 
 
-RATIO_WORDS = {
-    "batch_tokens": ("optimal batch", "smaller", "larger"),
-    "learning_rate": ("optimal learning rate", "lower", "higher"),
-    "noise_scale_tokens": ("average gradient noise scale", "lower", "higher"),
-}
-
-
 def comparison(fits: Fits, n: Numbers) -> list[Markup]:
     """MoE over dense: what differs, what cannot be told apart, and where they do not overlap."""
     said: list[Markup] = []
@@ -126,19 +120,21 @@ def comparison(fits: Fits, n: Numbers) -> list[Markup]:
         for quantity, ratio in ratios.items():
             if not ratio.ok:
                 continue
-            word, less, more = RATIO_WORDS.get(quantity, (quantity, "less", "more"))
+            word = QUANTITIES[quantity].optimal
             at = ("comparison", label, quantity)
             span = n.interval("ratio", (at, "low"), (at, "high"))
             text = Markup("{} {} times that of dense ({})").format(
                 word, n("ratio", at, "ratio"), span or "no interval"
             )
             if span and (ratio.low > 1 or ratio.high < 1):
-                differ.append(text + Markup(", {}").format(less if ratio.ratio < 1 else more))
+                differ.append(
+                    text + Markup(", {}").format("lower" if ratio.ratio < 1 else "higher")
+                )
             else:
                 same.append(text)
         title = Markup("<b>{}</b>").format(label[:1].upper() + label[1:])
         if differ:
-            said.append(Markup("{} MoE has an {}.").format(title, Markup("; an ").join(differ)))
+            said.append(Markup("{}, of MoE: {}.").format(title, Markup("; ").join(differ)))
         if same:
             said.append(
                 Markup("{}, no difference is shown in: {}.").format(title, Markup("; ").join(same))
@@ -148,7 +144,7 @@ def comparison(fits: Fits, n: Numbers) -> list[Markup]:
             said.append(Markup("{} the two kinds do not overlap: this extrapolates.").format(title))
         why = dict.fromkeys(r.message or r.status for r in ratios.values() if not r.ok)
         if why:
-            left = [RATIO_WORDS.get(q, (q,))[0] for q, r in ratios.items() if not r.ok]
+            left = [QUANTITIES[q].optimal for q, r in ratios.items() if not r.ok]
             said.append(
                 Markup("{}, these cannot be compared: {} ({}).").format(
                     title, ", ".join(left), "; ".join(why)

@@ -13,11 +13,10 @@ from raysweep.report.numbers import Numbers
 from raysweep.report.reading import listed, plural
 from raysweep.report.trends import Rule, loss_fit
 from raysweep.scaling.fits import ALL, Fits
-from raysweep.scaling.power_law import SYMBOLS, PowerLaw
+from raysweep.scaling.power_law import PowerLaw
+from raysweep.scaling.quantities import QUANTITIES, SEARCHED
 from raysweep.scaling.surface import Surface
 from raysweep.text import NOTHING, STYLES
-
-TARGETS = {"learning_rate": "learning rate", "batch_tokens": "batch"}
 
 FEW_CELLS = 5
 """A law on fewer cells than this is called a sketch."""
@@ -30,7 +29,7 @@ def formula(n: Numbers, law: PowerLaw, group: str) -> Markup:
     at = ("groups", group, "laws", law.name)
     powers = Markup(" ").join(
         Markup("<i>{}</i><sup>{}</sup>").format(
-            SYMBOLS[name][0], n("exponent", *at, "exponents", name, "value")
+            QUANTITIES[name].symbol, n("exponent", *at, "exponents", name, "value")
         )
         for name in law.inputs
     )
@@ -49,7 +48,7 @@ def law_rows(
     rows: list[tuple[object, ...]] = []
     for name, by_target in used.items():
         for target, rule in by_target.items():
-            word = TARGETS[target]
+            word = QUANTITIES[target].name
             if isinstance(rule, Surface):
                 rows.append((name, word, *_surface_row(rule, target), NOTHING, len(rule.cells)))
                 continue
@@ -57,7 +56,7 @@ def law_rows(
             at = ("groups", group, "laws", rule.name)
             spans = [
                 _span(
-                    SYMBOLS[q][0],
+                    QUANTITIES[q].symbol,
                     n.interval(
                         "exponent", (at, "exponents", q, "low"), (at, "exponents", q, "high")
                     ),
@@ -90,7 +89,8 @@ def laws(fits: Fits, used: Mapping[str, Mapping[str, Rule]]) -> list[Markup]:
     """What the laws say of direction, and what they do not support."""
     said: list[Markup] = []
     for name, by_target in used.items():
-        for target, word in TARGETS.items():
+        for target in SEARCHED:
+            word = QUANTITIES[target].name
             if target in by_target:
                 continue
             own = fits.groups[name].laws.values()
@@ -140,17 +140,21 @@ def _direction(law: PowerLaw) -> Markup:
     """Which way the optimum moves with each input, as far as the intervals tell."""
     clear = {q: e for q, e in law.exponents.items() if e.low > 0 or e.high < 0}
     parts = [
-        Markup("{} with <i>{}</i>").format("rises" if e.value > 0 else "falls", SYMBOLS[q][0])
+        Markup("{} with <i>{}</i>").format(
+            "rises" if e.value > 0 else "falls", QUANTITIES[q].symbol
+        )
         for q, e in clear.items()
     ]
-    unclear = [Markup("<i>{}</i>").format(SYMBOLS[q][0]) for q in law.inputs if q not in clear]
+    unclear = [
+        Markup("<i>{}</i>").format(QUANTITIES[q].symbol) for q in law.inputs if q not in clear
+    ]
     if unclear:
         parts.append(
             Markup("may rise or fall with {}: the sign is <em>not</em> settled").format(
                 Markup(" and ").join(unclear)
             )
         )
-    return Markup("the optimal {} {}").format(TARGETS[law.target], Markup(" and ").join(parts))
+    return Markup("the {} {}").format(QUANTITIES[law.target].optimal, Markup(" and ").join(parts))
 
 
 def loss_law_rows(fits: Fits, n: Numbers, used: Mapping[str, str]) -> list[tuple[object, ...]]:

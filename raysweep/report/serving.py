@@ -111,7 +111,7 @@ def serving_figure(served: Served, *, png: bool = False) -> PlotFigure | None:
                 gid = "serving-" + kind.replace(" ", "-")
                 _draw_kind(axes, own, colour, marker, place, gid)
                 tips[gid] = [_tip(s) for s in own]
-        log_axis(axes, "x", "scientific", 5)
+        log_axis(axes, "x", "flops", 5)
         axes.margins(x=0.1, y=0.12)
         axes.grid(True)
         axes.set_axisbelow(True)

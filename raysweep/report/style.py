@@ -263,18 +263,14 @@ def _drawn(group: ET.Element) -> list[ET.Element]:
 
 
 def log_axis(axes: Axes, which: str, kind: str = "count", most: int = 5) -> None:
-    """A logarithmic axis with a few round ticks; `kind` is count, scientific or loss."""
+    """A logarithmic axis with a few round ticks; `kind` is a style of numbers."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    write = {
-        "count": lambda v, _: short(v),
-        "scientific": lambda v, _: scientific(v),
-        "loss": lambda v, _: f"{v:.3g}",
-    }[kind]
+    plain = {"rate": scientific, "flops": scientific, "loss": "{:.3g}".format}.get(kind, short)
     axis.set_major_locator(FixedLocator(list(log_ticks(low, high, most))))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(write))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
 
 
 def log_ticks(low: float, high: float, most: int = 5) -> np.ndarray:

@@ -125,7 +125,7 @@ def _cell_figure(
             _mark_optimum(axes, optimum, _box([trials]))
         axes.set_xlabel("learning rate", labelpad=2)
         axes.set_ylabel("batch, tokens", labelpad=2)
-        log_axis(axes, "x", "scientific", 4)
+        log_axis(axes, "x", "rate", 4)
         log_axis(axes, "y", "count", 4)
         texts = [
             f"lr {scientific(r)}, batch {short(b)}, loss {loss:.4f} ({100 * g:+.2f} %)"

@@ -18,14 +18,13 @@ from raysweep.scaling.loss.fit import LossFit
 from raysweep.scaling.loss.selection import predict_loss
 from raysweep.scaling.power_law import PowerLaw
 from raysweep.scaling.published import Setting
+from raysweep.scaling.quantities import SEARCHED
 from raysweep.scaling.recommend import Recommendation
 from raysweep.scaling.surface import Surface
 from raysweep.scaling.target import Target, describe_target
 
 PARAMS, TOKENS, FLOPS = "params_active_non_embedding", "tokens", "flops"
-AXES: dict[str, str] = {PARAMS: "N", TOKENS: "D", FLOPS: "C"}
-
-QUANTITIES = ("learning_rate", "batch_tokens")
+AXES = (PARAMS, TOKENS, FLOPS)
 
 Rule = PowerLaw | Surface
 """What a quantity is read off: a law of the optima or, with few cells, the joint surface."""
@@ -82,7 +81,7 @@ def rules_used(fits: Fits, name: str, named: Mapping[str, str]) -> dict[str, Rul
     """What answers for learning_rate and batch_tokens: the laws that go by these names, or the
     joint surface."""
     found: dict[str, Rule] = {}
-    for quantity in QUANTITIES:
+    for quantity in SEARCHED:
         law = named.get(quantity)
         if law == "surface" and fits.surface is not None:
             found[quantity] = fits.surface
@@ -100,7 +99,7 @@ def varying(cells: pd.DataFrame) -> list[str]:
 def ask(rule: Rule, quantity: str, target: Target) -> tuple[float, float, float]:
     """(value, low, high) of a law, or of the joint surface, at a described run."""
     if isinstance(rule, Surface):
-        axis = QUANTITIES.index(quantity)
+        axis = SEARCHED.index(quantity)
         posterior = rule.optimum(target.features())
         degrees = np.broadcast_to(rule.laws.degrees, (2,))[axis]
         half = stats.t.ppf(0.975, degrees) * math.sqrt(posterior.covariance[axis, axis])

@@ -12,9 +12,7 @@ from raysweep.report.rows import Mark, draw_rows, rows_height, rows_units
 from raysweep.report.style import ARCHITECTURE_COLOURS, finish, log_axis, new_figure, settings
 from raysweep.report.trends import names_of
 from raysweep.scaling.fits import Fits
-from raysweep.text import scientific, short
-
-TARGETS = {"learning_rate": "optimal learning rate", "batch_tokens": "optimal batch"}
+from raysweep.scaling.quantities import QUANTITIES, SEARCHED
 
 
 def variants_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
@@ -26,7 +24,7 @@ def variants_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
     rows: list[dict[str, object]] = []
     tips: dict[str, list[str]] = {}
     panels = {}
-    for target in TARGETS:
+    for target in SEARCHED:
         panels[target], more = _marks(fits, names, target, labels)
         rows += more
     with settings():
@@ -36,7 +34,7 @@ def variants_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
         for k, (axes, (target, marks)) in enumerate(zip(grid, panels.items(), strict=True)):
             tips |= draw_rows(axes, labels, marks, 1.0, f"variants{k}", room)
             log_axis(axes, "x", "count", 6)
-            axes.set_xlabel(f"{TARGETS[target]}, over that reported")
+            axes.set_xlabel(f"{QUANTITIES[target].optimal}, over that reported")
             if k:
                 axes.set_yticklabels([])
         label = "Predictions of the laws of optima refitted in other ways, over those reported"
@@ -48,7 +46,7 @@ def _marks(
     fits: Fits, names: Sequence[str], target: str, labels: Sequence[str]
 ) -> tuple[list[Mark], list[dict[str, object]]]:
     """The variants of every architecture's law of one optimum, and their data."""
-    write = scientific if target == "learning_rate" else short
+    write = QUANTITIES[target].write
     marks: list[Mark] = []
     rows: list[dict[str, object]] = []
     for name, colour in zip(names, ARCHITECTURE_COLOURS, strict=False):

@@ -296,6 +296,7 @@ def test_public_api(found: Comparison) -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.xdist_group("browser")
 def test_page_in_a_browser(page: Path, drive: Callable[..., Any]) -> None:
     seen = drive(
         page,
