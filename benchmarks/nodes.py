@@ -207,7 +207,7 @@ class Driver:
     def rows(self) -> pd.DataFrame:
         """What stands in the results folder now; nothing before there is one."""
         with suppress(UserError):
-            return Results.open(self.results).frame()
+            return Results.open(self.results).to_pandas()
         return ARROW_SCHEMA.empty_table().to_pandas()
 
     def checkpoints(self) -> list[Path]:

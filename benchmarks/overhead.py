@@ -45,7 +45,7 @@ def empty_study(trials: int, strategy: str = "random") -> Study:
 
 def gaps(results: Results) -> np.ndarray:
     """Seconds each worker lost a trial after its first: time between starts, less training."""
-    frame = results.frame().sort_values("started_at")
+    frame = results.to_pandas().sort_values("started_at")
     lost: list[float] = []
     for _, of_worker in frame.groupby("worker"):
         starts = of_worker["started_at"].astype("int64").to_numpy() / 1e6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,8 @@ import pandas as pd
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import DRAWS, PAIRED, Evidence
 from raysweep.scaling.optima.noise_scale import fit_noise_scale
-from raysweep.scaling.runs import AXES, describe_run
+from raysweep.scaling.recommend import Recommendation, answer
+from raysweep.scaling.runs import AXES, describe_run, size_of
 from raysweep.study.shape import RunSize
 
 QUANTITIES = ("learning_rate", "batch_tokens", "loss")
@@ -20,11 +22,16 @@ QUANTITIES = ("learning_rate", "batch_tokens", "loss")
 EQUALS = ("N and D", "FLOPs", "loss")
 """What is held equal: the size itself; or, growing N and D together, the FLOPs or the loss."""
 
-_STEPS = np.linspace(-3.0, 3.0, 13)
+_STEPS = np.linspace(-4.0, 4.0, 17)
 """ln N D of the other arm's runs over the reference's: where an equal loss is looked for."""
 
-MAX_SIZES = 6
+_HERE = len(_STEPS) // 2
+
+MAX_RUNS = 6
 """Sizes at which two arms are compared, at most: the largest."""
+
+OTHER_DATA = "other data"
+"""Status of what is not compared because losses on other data lie on another scale."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +44,11 @@ class Arm:
     group: str = ""
     noise: pd.DataFrame | None = None
     """Measured noise scales, by cell."""
+    data: str | None = None
+    """Whose losses it can be compared with: arms of one name share their data. None: with those of
+    its own evidence only."""
 
-    @property
+    @cached_property
     def cells(self) -> pd.DataFrame:
         """Its cells, smallest compute first."""
         cells = self.evidence.cells
@@ -46,9 +56,9 @@ class Arm:
         return own[own["group"] == self.group] if self.group else own
 
     def run(self, params: float, tokens: float) -> RunSize:
-        """A run of its architecture and group, as the laws see it, be it a cell or not."""
+        """A run of its architecture and group: a measured cell where it is of a cell's size."""
         first = self.cells.iloc[0]
-        run = describe_run(
+        return describe_run(
             self.cells,
             params,
             tokens,
@@ -56,7 +66,25 @@ class Arm:
             top_k=int(first["top_k"]),
             group=self.group,
         )
-        return replace(run, name="run")
+
+    def near(self, params: float, tokens: float) -> RunSize:
+        """Its measured cell of nearly this size, as pairs of arms are; else a run of the size."""
+        sizes = np.log(self.cells[[AXES["N"], AXES["D"]]].to_numpy(float))
+        off = np.abs(sizes - np.log([params, tokens])).max(1)
+        k = int(off.argmin())
+        if off[k] < PAIRED:
+            return size_of(self.cells.index[k], self.cells.iloc[k])
+        return self.run(params, tokens)
+
+    def answer(self, params: float, tokens: float) -> Recommendation:
+        """The recommendation for a run of this size."""
+        return answer(self.evidence, self.architecture, self.near(params, tokens))
+
+    def shares_losses(self, other: Arm) -> bool:
+        """Whether losses of the two lie on one scale: they are of one set of data."""
+        if self.evidence is other.evidence:
+            return True
+        return self.data is not None and self.data == other.data
 
 
 @dataclass(frozen=True)
@@ -86,26 +114,39 @@ class Ratio:
 def compare_arms(reference: Arm, other: Arm, seed: int = 0) -> list[Ratio]:
     """Ratios of the other arm over the reference at equal N and D, FLOPs and loss.
 
-    They are read at sizes that both arms measured; without such, at the measured sizes of either
-    that lie within the range of both. At each, the other arm's runs are followed along equal tokens
-    a parameter to where the FLOPs, or the loss, are the reference's. Everything comes from joint
+    They are read at sizes that both arms measured (N and D of the cells agree within 5 %); without
+    such, at the measured sizes of either that lie within the range of both. At each, the other
+    arm's runs are followed along equal tokens a parameter, by its law of the loss through its own
+    level there, to where the FLOPs, or the loss, are the reference's. At equal N and D a ratio is
+    that of the two recommendations; its interval, and what is held equal otherwise, come from joint
     draws of the fitted model: what two arms of one set of data share cancels in their ratio.
     """
-    sizes = _sizes(reference.cells, other.cells)
+    sizes, paired = shared_sizes(reference, other)
     if not sizes:
         why = Estimate.missing("the arms share no range of N and D", "no overlap")
         return [Ratio(q, equal, why, 0, 0) for equal in EQUALS for q in _of(equal)]
     logs: dict[tuple[str, str], list[np.ndarray]] = {}
-    for k, size in enumerate(sizes):
-        for key, value in _at(reference, other, size, seed + k).items():
+    for k, (params, tokens) in enumerate(sizes):
+        for key, value in _at(reference, other, params, tokens, seed + k).items():
             logs.setdefault(key, []).append(value)
-    paired = sum(size.paired for size in sizes)
-    found = [
-        Ratio(quantity, equal, _ratio(np.mean(logs[equal, quantity], axis=0)), len(sizes), paired)
-        for equal in EQUALS
-        for quantity in _of(equal)
-    ]
-    noise = _noise(reference, other)
+    n = len(sizes)
+    apart = not reference.shares_losses(other)
+    found = []
+    mean = {key: np.mean(draws, axis=0) for key, draws in logs.items()}
+    exact = np.mean([_exact(reference, other, *size) for size in sizes], axis=0)
+    # By how much draws miss, in the middle, the ratio of the two answers.
+    missed = {
+        quantity: np.median(mean["N and D", quantity]) - exact[k]
+        for k, quantity in enumerate(QUANTITIES)
+    }
+    for equal in EQUALS:
+        for quantity in _of(equal):
+            draws = mean[equal, quantity] - missed.get(quantity, 0.0)
+            ratio = _ratio(draws)
+            if apart and "loss" in (equal, quantity):
+                ratio = Estimate.missing("losses on other data are not comparable", OTHER_DATA)
+            found.append(Ratio(quantity, equal, ratio, n, paired))
+    noise = None if apart else _noise(reference, other)
     return found + ([noise] if noise is not None else [])
 
 
@@ -123,103 +164,134 @@ def _of(equal: str) -> tuple[str, ...]:
     return QUANTITIES
 
 
-@dataclass(frozen=True)
-class _Size:
-    """N and D to compare at, with the arms' cells of that size where both measured it."""
-
-    params: float
-    tokens: float
-    cells: tuple[str, str] | None = None
-
-    @property
-    def paired(self) -> bool:
-        return self.cells is not None
-
-
-def _sizes(a: pd.DataFrame, b: pd.DataFrame) -> list[_Size]:
-    """Sizes to compare at, the largest last: those that both arms measured, if any."""
+def shared_sizes(a: Arm, b: Arm) -> tuple[list[tuple[float, float]], int]:
+    """(N, D) to compare at, the largest last, and how many of them both arms measured."""
     columns = [AXES["N"], AXES["D"]]
-    one, two = (np.log(cells[columns].to_numpy(float)).reshape(-1, 2) for cells in (a, b))
+    one, two = (np.log(arm.cells[columns].to_numpy(float)).reshape(-1, 2) for arm in (a, b))
     if not len(one) or not len(two):
-        return []
+        return [], 0
     off = np.abs(one[:, None] - two).max(-1)
-    nearest = off.argmin(1)
-    found = [
-        _Size(*np.exp(one[i]).tolist(), cells=(str(a.index[i]), str(b.index[j])))
-        for i, j in enumerate(nearest)
-        if off[i, j] < PAIRED
-    ]
-    if not found:
+    both = one[off.min(1) < PAIRED]
+    paired = len(both)
+    if not paired:
         low, high = np.maximum(one.min(0), two.min(0)), np.minimum(one.max(0), two.max(0))
         every = np.concatenate([one, two])
         both = every[((every >= low - PAIRED) & (every <= high + PAIRED)).all(1)]
-        found = [_Size(*np.exp(p).tolist()) for p in both]
-    return sorted(found, key=lambda s: s.params * s.tokens)[-MAX_SIZES:]
+    order = np.argsort(both.sum(1), kind="stable")[-MAX_RUNS:]
+    return [(float(n), float(d)) for n, d in np.exp(both[order])], min(paired, MAX_RUNS)
 
 
-def _at(reference: Arm, other: Arm, size: _Size, seed: int) -> dict[tuple[str, str], np.ndarray]:
-    """Draws of ln ratios at one size, by (what is equal, quantity).
-
-    At equal N and D, measured cells speak for themselves. To where FLOPs or losses are equal, the
-    laws lead: each from its own loss of the measured cell, where there is one."""
-    params, tokens = size.params, size.tokens
-    mine = [reference.run(params, tokens)]
-    path = [other.run(params * math.exp(s / 2), tokens * math.exp(s / 2)) for s in _STEPS]
-    theirs = [*path, *(other.run(params, tokens * math.exp(s)) for s in _STEPS)]
-    if size.cells is not None:
-        mine.append(reference.evidence.sizes[size.cells[0]])
-        theirs.append(other.evidence.sizes[size.cells[1]])
-    optima, losses = _draws(reference, other, mine, theirs, seed)
-    n, steps = len(mine), len(_STEPS)
-    own, own_loss = optima[:, :n], losses[:, :n]
-    rates, batches = optima[:, n : n + steps, 0], optima[:, n : n + steps, 1]
-    along, by_tokens = losses[:, n : n + steps], losses[:, n + steps : n + 2 * steps]
-    at = steps // 2
-    assert _STEPS[at] == 0
-    found = {
-        ("N and D", "learning_rate"): rates[:, at] - own[:, 0, 0],
-        ("N and D", "batch_tokens"): batches[:, at] - own[:, 0, 1],
-        ("N and D", "loss"): along[:, at] - own_loss[:, 0],
-    }
-    target = own_loss[:, 0]
-    if size.cells is not None:
-        found["N and D", "learning_rate"] = optima[:, -1, 0] - own[:, 1, 0]
-        found["N and D", "batch_tokens"] = optima[:, -1, 1] - own[:, 1, 1]
-        found["N and D", "loss"] = losses[:, -1] - own_loss[:, 1]
-        target = own_loss[:, 1]
-        measured = (losses[:, -1] - along[:, at])[:, None]
-        along, by_tokens = along + measured, by_tokens + measured
-    flops = np.log([r.compute for r in path])
-    start = math.log(mine[0].compute)
-    same_loss = _where_equal(along, target)
-    for equal, where in (
-        ("FLOPs", np.full(len(target), np.interp(start, flops, _STEPS))),
-        ("loss", same_loss),
-    ):
-        found[equal, "learning_rate"] = _read(rates, where) - own[:, 0, 0]
-        found[equal, "batch_tokens"] = _read(batches, where) - own[:, 0, 1]
-        if equal == "FLOPs":
-            found[equal, "loss"] = _read(along, where) - target
-    needed_flops = np.interp(np.nan_to_num(same_loss), _STEPS, flops) - start
-    found["loss", "flops"] = np.where(np.isnan(same_loss), np.nan, needed_flops)
-    found["loss", "tokens"] = _where_equal(by_tokens, target)
+def _at(
+    reference: Arm, other: Arm, params: float, tokens: float, seed: int
+) -> dict[tuple[str, str], np.ndarray]:
+    """Draws of ln ratios at one size, by (what is equal, quantity)."""
+    start, there = reference.near(params, tokens), other.near(params, tokens)
+    grown = [_grown(other, there, s) for s in _STEPS]
+    longer = [_longer(there, s) for s in _STEPS]
+    (mine, level), (theirs, own_level) = _draws(reference, other, start, there, seed)
+    law = other.evidence.loss_model(other.architecture).sample([*grown, *longer], DRAWS, seed)
+    # The law tells how the loss changes from the arm's own level at this size.
+    law = own_level[:, None] + law - law[:, _HERE : _HERE + 1]
+    along, by_tokens = law[:, : len(_STEPS)], law[:, len(_STEPS) :]
+    slope = _slopes(other, seed)
+    flops = np.log([r.compute for r in grown])
+    same_flops = np.full(DRAWS, np.interp(math.log(start.compute), flops, _STEPS))
+    same_loss = _where_equal(along, level)
+    found = {}
+    for equal, at in (("N and D", np.zeros(DRAWS)), ("FLOPs", same_flops), ("loss", same_loss)):
+        found[equal, "learning_rate"] = theirs[:, 0] + at * slope[:, 0] - mine[:, 0]
+        found[equal, "batch_tokens"] = theirs[:, 1] + at * slope[:, 1] - mine[:, 1]
+    found["N and D", "loss"] = own_level - level
+    found["FLOPs", "loss"] = _read(along, same_flops) - level
+    found["loss", "flops"] = np.interp(same_loss, _STEPS, flops) - math.log(start.compute)
+    found["loss", "tokens"] = _where_equal(by_tokens, level)
     return found
 
 
+def _exact(reference: Arm, other: Arm, params: float, tokens: float) -> np.ndarray:
+    """ln ratios [3] of `QUANTITIES` between what the two arms recommend at one size."""
+    found = []
+    for arm in (reference, other):
+        run = arm.near(params, tokens)
+        optimum = arm.evidence.optimum(run)
+        loss = arm.evidence.loss(arm.architecture, run).loss
+        found.append([*(np.full(2, np.nan) if optimum is None else optimum.mean), loss.value])
+    logs = np.array(found)
+    logs[:, 2] = np.log(logs[:, 2])
+    return logs[1] - logs[0]
+
+
+def _grown(arm: Arm, run: RunSize, step: float) -> RunSize:
+    """A run `step` larger in ln N D at equal tokens a parameter, never taken for a cell."""
+    half = math.exp(step / 2)
+    grown = run
+    if step:
+        grown = arm.run(run.params_active_non_embedding * half, run.tokens * half)
+    return replace(grown, name="")
+
+
+def _longer(run: RunSize, step: float) -> RunSize:
+    """The same model on e^step times as many tokens."""
+    more = math.exp(step)
+    return replace(run, tokens=run.tokens * more, flops=run.compute * more, name="")
+
+
+def _slopes(arm: Arm, seed: int) -> np.ndarray:
+    """Draws [draws, 2] of d ln rate and d ln batch per ln N D, at equal tokens a parameter."""
+    surface = arm.evidence.surface
+    if surface is None:
+        return np.full((DRAWS, 2), np.nan)
+    laws = surface.laws
+    size = laws.coefficients.shape[1]
+    rows = np.zeros((2, 2 * size))
+    for axis in range(2):
+        rows[axis, axis * size + 1 : axis * size + 3] = 0.5
+    rng = np.random.default_rng(seed)
+    mean, spread = rows @ laws.coefficients.ravel(), rows @ laws.covariance @ rows.T
+    return rng.multivariate_normal(mean, spread, DRAWS, method="eigh")
+
+
+Draws = tuple[np.ndarray, np.ndarray]
+
+
 def _draws(
-    reference: Arm, other: Arm, mine: list[RunSize], theirs: list[RunSize], seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws of optima and losses of both arms' runs; joint where they share data and law."""
-    a, b = reference.evidence, other.evidence
-    if a is b:
-        optima, losses = a.sample(reference.architecture, [*mine, *theirs], seed)
-        if a.loss_model(reference.architecture) is not a.loss_model(other.architecture):
-            losses[:, len(mine) :] = a.sample(other.architecture, theirs, seed + 1)[1]
-        return optima, losses
-    first = a.sample(reference.architecture, mine, seed)
-    second = b.sample(other.architecture, theirs, seed + 1)
-    optima, losses = (np.concatenate(p, axis=1) for p in zip(first, second, strict=True))
-    return optima, losses
+    reference: Arm, other: Arm, start: RunSize, there: RunSize, seed: int
+) -> tuple[Draws, Draws]:
+    """Of each arm's run, draws of (ln rate, ln batch) [draws, 2] and of ln loss [draws]."""
+    one, two = reference.evidence, other.evidence
+    if one is two:
+        optima, losses = one.sample(reference.architecture, [start, there], seed)
+        if one.loss_model(reference.architecture) is not two.loss_model(other.architecture):
+            losses[:, 1] = two.sample(other.architecture, [there], seed + 1)[1][:, 0]
+    else:
+        each = [
+            arm.evidence.sample(arm.architecture, [run], seed + k)
+            for k, (arm, run) in enumerate([(reference, start), (other, there)])
+        ]
+        optima = np.concatenate([o for o, _ in each], axis=1)
+        losses = np.concatenate([level for _, level in each], axis=1)
+    rng = np.random.default_rng(seed + 2)
+    return tuple(
+        _centred(arm, run, optima[:, k], losses[:, k], rng)
+        for k, (arm, run) in enumerate([(reference, start), (other, there)])
+    )  # type: ignore[return-value]
+
+
+def _centred(
+    arm: Arm, run: RunSize, optima: np.ndarray, level: np.ndarray, rng: np.random.Generator
+) -> Draws:
+    """Draws moved so that their medians are what the fitted object answers."""
+    evidence = arm.evidence
+    optimum, loss = evidence.optimum(run), evidence.loss(arm.architecture, run).loss
+    if optimum is not None:
+        optima = optima - np.median(optima, axis=0) + optimum.mean
+    noise = rng.standard_normal(len(level))
+    if run.name in evidence.cells.index and evidence.surface is not None:
+        if not math.isfinite(evidence.cells["loss_se"].to_dict()[run.name]):
+            level = level + evidence.surface.mode.widths.noise * noise
+    elif loss.has_interval and not np.isfinite(level).all():  # another architecture's law told it
+        level = math.log(loss.high / loss.low) / 3.92 * noise
+    return optima, level - np.median(level) + math.log(loss.value)
 
 
 def _where_equal(along: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -256,18 +328,16 @@ def _noise(reference: Arm, other: Arm) -> Ratio | None:
     if reference.noise is None or other.noise is None:
         return None
     cells = [arm.cells.dropna(subset=["loss"]) for arm in (reference, other)]
-    tables = [
-        noise.loc[own.index]
-        for noise, own in zip((reference.noise, other.noise), cells, strict=True)
-    ]
+    measured = reference.noise, other.noise
+    tables = [noise.loc[own.index] for noise, own in zip(measured, cells, strict=True)]
     if not all(t["noise_scale_tokens"].notna().any() for t in tables):
         return None
     second = np.repeat([0, 1], [len(c) for c in cells])
     law = fit_noise_scale(pd.concat(cells), pd.concat(tables), ("loss",), second)
     n = sum(int(t["noise_scale_tokens"].notna().sum()) for t in tables)
-    if law is None:
+    ends = Estimate.missing("") if law is None else law.exponents["factor"]
+    if not ends.known:
         ratio = Estimate.missing("too few cells measured the noise scale", "too few cells")
     else:
-        ends = law.exponents["factor"]
         ratio = Estimate(math.exp(ends.value), math.exp(ends.low), math.exp(min(ends.high, 700)))
     return Ratio("noise_scale_tokens", "loss", ratio, n, 0)

@@ -17,6 +17,7 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from raysweep.results.schema import FINISHED
+from raysweep.scaling.optima.literature import literature_prior
 from raysweep.search.cells import CellState
 from raysweep.search.early_stopping import make_pruner
 from raysweep.search.growth import Kind, kind_of
@@ -81,7 +82,8 @@ class Campaign:
         """How often a range was widened since the start."""
         self._data_hash = data_hash
         self._search = study.space.search
-        self._ladder = Ladder()
+        space = study.space
+        self._ladder = Ladder(literature_prior(space.without, space.literature))
         self._flops_spent = 0.0
         self._open: dict[str, tuple[CellState, Proposal, optuna.Trial]] = {}
         self._waiting_said: set[str] = set()

@@ -78,7 +78,7 @@ def run(
         )
         results.save_search_space(study.name, _as_yaml(study))
         results.compact()
-        everything = results.frame()
+        everything = results.to_pandas()
         own = everything["study"] == study.name
         campaign = Campaign(
             study,

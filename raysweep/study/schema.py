@@ -69,6 +69,30 @@ class Target(Section):
     tokens: Size
 
 
+LawKey = Literal[
+    "step_law",
+    "openeurollm",
+    "deepseek",
+    "moonlight",
+    "porian",
+    "bjorck",
+    "kaplan",
+    "mm1",
+    "ling",
+    "ling_sparsity",
+    "ludziejewski",
+    "marin_delphi",
+    "marin_grug",
+    "schaipp",
+    "minicpm",
+    "power_lines",
+    "zhang",
+    "merrill",
+    "nanochat",
+]
+"""Keys of `raysweep.scaling.optima.literature.PUBLISHED_LAWS`."""
+
+
 class SearchSpace(Section):
     """One search-space file: a study."""
 
@@ -86,6 +110,10 @@ class SearchSpace(Section):
     data: Data = Data()
     resources: Resources = Resources()
     targets: tuple[Target, ...] = ()
+    literature: Annotated[tuple[LawKey, ...], Field(min_length=1)] | None = None
+    """The published laws that the search and the fits start from; default: all."""
+    without: tuple[LawKey, ...] = ()
+    """Published laws that the search and the fits leave out."""
     logging: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where the progress of trials goes besides the results: TensorBoard events in the results
     folder; Weights & Biases and MLflow, where installed, as their own variables say."""

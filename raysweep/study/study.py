@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
@@ -26,6 +27,9 @@ from raysweep.study.shape import (
 )
 from raysweep.study.trials import Recipe
 from raysweep.text import short
+
+if TYPE_CHECKING:
+    from raysweep.study.plan import Plan
 
 BYTE_VOCABULARY = 256
 MOST_CELLS = 1_000
@@ -134,13 +138,24 @@ class Study(InNotebooks):
         self.cells: tuple[Cell, ...] = _expand(space, vocabulary_size(space.data, folder))
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Study:
-        """Read a search-space file; `overrides` are `dotted.key=value` strings.
+    def load(cls, path: str | Path, set: Mapping[str, object] | Sequence[str] = ()) -> Study:
+        """Read a search-space file, with keys set anew: {"search.trials_per_cell": 8}, or texts
+        such as "search.trials_per_cell=8", as the command line has them.
 
         Raises UserError with file, line, culprit and mend.
         """
         path = Path(path)
-        return cls(load_search_space(path, overrides), path.resolve().parent)
+        return cls(load_search_space(path, set), path.resolve().parent)
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.space.architectures)
+        return f"<Study {self.name}: {len(self.cells)} cells of {names}>"
+
+    def plan(self) -> Plan:
+        """Its cells with their parameters, tokens, trials and FLOPs."""
+        from raysweep.study.plan import make_plan
+
+        return make_plan(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object], folder: str | Path = ".") -> Study:

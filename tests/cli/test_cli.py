@@ -216,4 +216,4 @@ def test_import_says_what_it_did(tmp_path: Path) -> None:
     assert "the folder now holds 2 sets of data (mine, other)" in other.stdout
     from raysweep.results import Results
 
-    assert set(Results.open(uri).frame()["study"]) == {"mine", "other"}
+    assert set(Results.open(uri).to_pandas()["study"]) == {"mine", "other"}

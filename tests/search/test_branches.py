@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-
 from raysweep.plan import make_plan
+
 from raysweep.results.schema import COLUMNS
 from raysweep.search.campaign import Campaign
 from raysweep.search.ledger import Ledger
@@ -196,7 +196,7 @@ def test_on_a_real_ray_with_a_range_that_widens(tmp_path: Path) -> None:
     study = make(4)
     summary = run(study, results_uri=uri)
     results = Results.open(uri)
-    frame = results.frame()
+    frame = results.to_pandas()
     assert summary.started == 4 + 2
     assert frame["cell"].value_counts().to_dict() == {c.name: 6 for c in study.cells}
     assert (frame["status"] == "finished").all()

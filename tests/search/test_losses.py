@@ -90,7 +90,7 @@ def test_lost_workers_do_not_end_a_trial(cluster, tmp_path: Path, starts, monkey
     monkeypatch.setattr(PROGRESS, kill)
     study = make_study(tmp_path, 300_000)
     results = run(study, results_uri=str(tmp_path / "r"), address=cluster.address).results
-    assert results.frame()["status"].tolist() == ["finished"]
+    assert results.to_pandas()["status"].tolist() == ["finished"]
     assert list(starts.values()) == [RETRIES + 3]
 
 
@@ -101,7 +101,7 @@ def test_a_trial_that_fails_each_time_is_a_row_with_its_reason(
     shard = tmp_path / "tokens" / "train.bin"
     monkeypatch.setattr(PROGRESS, lambda *_, **__: shard.unlink(missing_ok=True))
     results = run(study, results_uri=str(tmp_path / "r"), address=cluster.address).results
-    (row,) = results.frame().to_dict("records")
+    (row,) = results.to_pandas().to_dict("records")
     assert row["status"] == "crashed"
     assert "token shard" in row["reason"]
     assert list(starts.values()) == [RETRIES + 1] * CRASHES_ALLOWED

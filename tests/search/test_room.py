@@ -38,7 +38,7 @@ def test_a_cell_that_this_machine_never_holds_is_refused(tmp_path: Path) -> None
     study = Study.from_dict(SPACE | {"scales": [small, large | {"resources": {"workers": 512}}]})
     with pytest.raises(UserError, match=r"^cell dense-b-20ktok needs CPU 512; .* --address$"):
         run(study, results_uri=str(tmp_path / "r"))
-    assert Results.open(tmp_path / "r").frame().empty
+    assert Results.open(tmp_path / "r").to_pandas().empty
 
 
 def test_a_node_that_joins_after_the_start_fetches_the_corpus(

@@ -77,7 +77,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     time.sleep(3)  # workers notice that their driver is gone
-    return folder, Results.open(folder / "results").frame(), driver.pid
+    return folder, Results.open(folder / "results").to_pandas(), driver.pid
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_killed_and_continued_loses_and_repeats_nothing(
 
 def test_rows_are_complete(continued) -> None:
     folder, _ = continued
-    frame = Results.open(folder / "results").frame()
+    frame = Results.open(folder / "results").to_pandas()
     always = [
         *("loss", "loss_se", "train_loss", "bits_per_byte", "tokens_seen", "flops", "device"),
         *("seconds_wall", "seconds_train", "tokens_per_second", "peak_memory_bytes", "worker"),
@@ -126,7 +126,7 @@ def test_a_report_stands_at_the_end(continued) -> None:
 def test_tensorboard_has_every_trial(killed, continued) -> None:
     """Of the run that was not killed."""
     folder, _ = continued
-    rows = Results.open(folder / "results").frame()
+    rows = Results.open(folder / "results").to_pandas()
     rows = rows[~rows["trial_key"].isin(killed[1]["trial_key"])]
     assert len(rows)
     for row in rows.itertuples():
@@ -145,7 +145,7 @@ def test_a_log_file_gets_plain_lines(continued) -> None:
 def test_running_again_does_nothing_and_more_trials_extend(continued) -> None:
     """The added trials of the larger scale run on two workers: resources are not the result's."""
     folder, _ = continued
-    before = Results.open(folder / "results").frame()
+    before = Results.open(folder / "results").to_pandas()
     said = io.StringIO()
     run(Study.load(SPACE), results_uri=str(folder / "results"), console=Console(file=said))
     assert "nothing to run" in said.getvalue()
@@ -156,7 +156,7 @@ def test_running_again_does_nothing_and_more_trials_extend(continued) -> None:
         "scales.1.resources={workers: 2}",
     )
     run(Study.load(SPACE, changes), results_uri=str(folder / "results"))
-    frame = Results.open(folder / "results").frame()
+    frame = Results.open(folder / "results").to_pandas()
     assert len(frame) == len(before) + 2
     assert set(before["trial_key"]) < set(frame["trial_key"])
     added = frame[~frame["trial_key"].isin(before["trial_key"])].set_index("cell")

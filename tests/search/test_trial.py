@@ -59,7 +59,7 @@ def test_lost_between_its_outcome_and_its_row_it_goes_on(
 def test_studies_in_one_folder_that_run_the_same_trial_have_a_row_each(tmp_path: Path) -> None:
     for name in ("one", "two", "two"):
         run_trial(*in_folder(tmp_path, name))
-    rows = Results.open(tmp_path / "results").frame()
+    rows = Results.open(tmp_path / "results").to_pandas()
     assert rows["study"].tolist() == ["one", "two"]
     assert rows["trial_key"].nunique() == 1
     assert len(list((tmp_path / "results" / "trials").iterdir())) == 2

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from raysweep.study import Cell, Study
 from raysweep.text import duration, scientific, short
+
+if TYPE_CHECKING:
+    from raysweep.study.study import Cell, Study
 
 REFERENCE_PEAK_FLOPS = 989e12
 """Dense bf16 peak of one H100 SXM, from its data sheet."""
@@ -69,7 +71,7 @@ class Calibration:
     at_once: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """All cells of a study with their cost; `seconds` of each on this machine, once calibrated."""
 
@@ -79,6 +81,15 @@ class Plan:
     seconds: tuple[float, ...] = ()
     """Of all trials of each cell together, on one worker (or one group of workers)."""
     calibration: Calibration | None = None
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self.study}: {summary_words(self)}>"
+
+    def __str__(self) -> str:
+        console = Console(width=100, no_color=True)
+        with console.capture() as said:
+            render_plan(self, console)
+        return said.get().rstrip()
 
     @property
     def wall_seconds(self) -> float:
