@@ -491,7 +491,8 @@ def fit_surface(
     far = _far(cells, observed, settings.far)
     rule = None if batch_searched else _batch_rule(cells, design, observed)
     problem = Problem(observed, far, design, cells, prior, settings, rule)
-    mode = fit_map(problem, warm.mode if warm is not None and warm.design.same(design) else None)
+    followed = warm.mode if warm is not None and design.same(warm.design) else None
+    mode = fit_map(problem, followed)
     return Surface(cells, design, mode, settings, prior, problem)
 
 
