@@ -82,21 +82,29 @@ class Evidence:
 
         Of a measured cell its own; else by the law of the loss; where that is not determined, by a
         determined law of another architecture and the ratio in cells of the same size."""
-        if run.name in self.cells.index:
-            row = self.cells.loc[run.name]
-            if math.isfinite(row["loss"]):
-                return LossAnswer(self._measured(row), "cell")
+        return self.losses(architecture, [run])[0]
+
+    def losses(self, architecture: str, runs: Sequence[RunSize]) -> list[LossAnswer]:
+        """The loss of each of many runs, as `loss` tells it."""
         model = self.loss_model(architecture)
-        if model.ok and model.law is not None:
-            value, low, high = (float(v[0]) for v in model.predict([run]))
-            if math.isfinite(value):
-                factor = math.exp(self._group_offset(run.group))
-                loss = Estimate(factor * value, factor * low, factor * high)
-                return LossAnswer(loss, model.law.key, model.count)
-        paired = self._by_pairs(architecture, run)
-        if paired is not None:
-            return paired
-        return LossAnswer(Estimate.missing(model.why or "no law of the loss reads this run"), "")
+        predicted = np.stack(model.predict(list(runs)), -1) if model.ok and runs else None
+        found = []
+        for i, run in enumerate(runs):
+            if run.name in self.cells.index:
+                row = self.cells.loc[run.name]
+                if math.isfinite(row["loss"]):
+                    found.append(LossAnswer(self._measured(row), "cell"))
+                    continue
+            if predicted is not None and model.law is not None and math.isfinite(predicted[i, 0]):
+                ends = math.exp(self._group_offset(run.group)) * predicted[i]
+                told = LossAnswer(Estimate(*ends.tolist()), model.law.key, model.count)
+                found.append(told)
+                continue
+            why = model.why or "no law of the loss reads this run"
+            found.append(
+                self._by_pairs(architecture, run) or LossAnswer(Estimate.missing(why), "")
+            )
+        return found
 
     def gap(
         self, run: RunSize, learning_rate: np.ndarray, batch_tokens: np.ndarray

@@ -104,8 +104,10 @@ def fit_noise_scale(
     y = np.log(noise["noise_scale_tokens"].to_numpy(float)[known][usable])
     sd = noise["log_sd"].to_numpy(float)[known][usable]
     degrees = len(y) - design.shape[1]
+    if degrees < 1:
+        return None
     spread = np.linalg.svd(design - design.mean(0) * (np.arange(design.shape[1]) > 0))[1]
-    if degrees < 1 or spread[-1] < 0.1:
+    if spread[-1] < 0.1:
         return None
     scatter = 0.0
     for _ in range(20):
