@@ -19,9 +19,9 @@ from raysweep.scaling.recommend import (
     INSIDE,
     LONG,
     NEAR,
+    NOT_DETERMINED,
     Recommendation,
     answer,
-    long_reach,
     reach,
 )
 from raysweep.scaling.runs import AXES, SAME, RunMaker
@@ -29,6 +29,9 @@ from raysweep.study.shape import RunSize
 from raysweep.text import read_size
 
 Asked = Sequence[tuple[float | str, float | str]]
+
+NO_OPTIMUM = "learning rate and batch not determined"
+"""The verdict on a run where only the loss can be told."""
 
 DEFAULT_REACH = 10.0
 """Where nobody asks, the page answers for this many times the compute of the largest cell."""
@@ -62,8 +65,9 @@ class Answer:
         return reach(self.run.extrapolation).replace("x in", "\N{MULTIPLICATION SIGN} in")
 
     @property
-    def long(self) -> bool:
-        return bool(long_reach(self.run.extrapolation))
+    def verdict(self) -> str:
+        """The verdict, and what of the answer it concerns where that is not all."""
+        return NO_OPTIMUM if self.run.verdict == NOT_DETERMINED else self.run.verdict
 
 
 def ask(fits: Fits, studies: Sequence[Mapping[str, Any]], asked: Asked = ()) -> list[Answer]:
@@ -174,7 +178,10 @@ class _Family:
         middle = [math.exp(float(np.log(self.cells[AXES[a]]).mean())) for a in "ND"]
         usual = self._answer(maker(*middle))
         ranges = {a: [float(after[c].min()), float(after[c].max())] for a, c in AXES.items()}
-        decided = usual.verdict if usual.verdict not in (INSIDE, EXTRAPOLATED) else None
+        verdict = Answer(usual, False).verdict
+        decided = verdict if verdict not in (INSIDE, EXTRAPOLATED) else None
+        # The verdict says already that no trial tells its learning rate and batch.
+        warnings = usual.warnings if self.evidence.surface is not None else usual.warnings[1:]
         fields, directions = self._fields(maker, fine)
         return {
             "architecture": self.architecture,
@@ -185,7 +192,7 @@ class _Family:
             "foreign": self.foreign,
             "sequence_length": usual.sequence_length,
             "verdict": decided,
-            "warnings": usual.warnings,
+            "warnings": warnings,
             "ranges": ranges,
             "grid": {"axes": [a.tolist() for a in fine], "fields": fields, **directions},
             "coarse": self._coarse(maker, coarse),

@@ -25,7 +25,7 @@ from raysweep.scaling.compute.serving import FAR_BEYOND, Serving, Solution
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.loss.data import held_budgets
 from raysweep.scaling.loss.model import LossModel
-from raysweep.text import dollars, estimated, scientific, short, written
+from raysweep.text import dollars, scientific, short, written
 
 STEPS, AHEAD = 7, 10.0
 """Budgets at which the best split is told: from the smallest cell's to so many times the
@@ -175,25 +175,20 @@ def _parabolas(
     return (np.array(found).T[0], np.array(found).T[1]) if found else None
 
 
-def split_rows(told: Splits) -> list[dict[str, str]]:
-    """The splits of each architecture at round budgets, written."""
-    rows = []
-    for name, allocations in told.found.items():
-        for a in allocations:
-            if not a.ok:
-                continue
-            rows.append(
-                {
-                    "name": name,
-                    "flops": scientific(a.flops),
-                    "params": estimated(a.estimate("params"), style="params"),
-                    "tokens": estimated(a.estimate("tokens"), style="tokens"),
-                    "loss": estimated(a.estimate("loss"), style="loss"),
-                    "exponent": estimated(a.estimate("exponent"), style="number"),
-                    "outside": "outside" if a.status == "outside" else "",
-                }
-            )
-    return rows
+def split_rows(told: Splits) -> list[dict[str, Any]]:
+    """The splits of each architecture: `told` holds (estimate, style) of N, D, loss, exponent."""
+    styles = {"params": "params", "tokens": "tokens", "loss": "loss", "exponent": "number"}
+    return [
+        {
+            "name": name,
+            "flops": scientific(a.flops),
+            "told": [(a.estimate(q), style) for q, style in styles.items()],
+            "outside": "outside the cells" if a.status == "outside" else "",
+        }
+        for name, allocations in told.found.items()
+        for a in allocations
+        if a.ok
+    ]
 
 
 # ---------------------------------------------------------------------- serving

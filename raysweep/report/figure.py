@@ -32,8 +32,10 @@ MAX_COLOURS = len(ARCHITECTURE_COLOURS)
 ROW_INCHES = 0.27
 """Height of a row of a panel whose y-axis lists names."""
 
+WHISKER = 0.7
 SEEN = 2.5
-"""A list's axis goes this many times as far as its outermost estimate to show whiskers."""
+"""An axis goes this many times as far as its outermost estimate to show whiskers; one
+of a list at least so far in logs."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ def _figure(figure: PlotFigure) -> tuple[Figure, dict[str, list[str]]]:
     tips: dict[str, list[str]] = {}
     for k, (axes, one) in enumerate(zip(grid, figure.panels, strict=True)):
         tips |= panel(axes, one, f"p{k}")
+        if k and one.y.label == figure.panels[k - 1].y.label:
+            axes.set_ylabel("")
     return drawn, tips
 
 
@@ -281,7 +285,7 @@ def _scale(axes: Axes, one: Panel) -> None:
         low, high = axis.limits or _limits(one, which, axis)
         set_limits(low, high)
         if axis.log:
-            log_axis(axes, which, axis.style, 5)
+            log_axis(axes, which, axis.style, 4 if axis.style == "flops" else 5)
         else:
             at = axes.xaxis if which == "x" else axes.yaxis
             style = axis.style
@@ -312,7 +316,9 @@ def _limits(one: Panel, which: str, axis: Axis) -> tuple[float, float]:
     if not len(every):
         every = np.zeros(1)
     low, high = float(every.min()), float(every.max())
-    reach = max((SEEN - 1) * (high - low) / 2, 0.02 if axis.log else 0.0)
+    reach = (SEEN - 1) * (high - low) / 2
+    if listed:
+        reach = max(reach, WHISKER if axis.log else 0.0)
     if len(ends):
         low, high = (
             min(low, float(np.clip(ends.min(), low - reach, low))),

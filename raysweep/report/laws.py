@@ -370,7 +370,7 @@ def law_rows(fits: Fits) -> list[LawRow]:
             terms = [f"(N/{centre[0]})^a", f"(D/{centre[1]})^b", "(total/active)^s"]
             rows.append(
                 LawRow(
-                    label or ("all" if len(fits.architectures) > 1 else fits.architectures[0]),
+                    label or ", ".join(names_of(fits)),
                     QUANTITIES[target][0].split(",")[0],
                     " ".join([at, *terms[: len(shown)]]),
                     tuple(

@@ -23,7 +23,7 @@ from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of
 from raysweep.report.trials import trial_table
 from raysweep.results.store import Results
 from raysweep.scaling.fits import Fits, fit
-from raysweep.scaling.recommend import long_reach
+from raysweep.text import written
 
 LARGEST = 3_000_000
 """Bytes that the page should not exceed."""
@@ -127,8 +127,10 @@ def _context(
         "shown": names_of(fits),
         "colours": colours(names),
         "studies": studies,
+        "left_out": sum(fits.left_out.values()),
         "totals": facts.totals(frame),
         "answers": answers,
+        "chips": _chips(answers),
         "side": _side_by_side(fits, answers),
         "grid": answer_grid(fits, answers),
         "laws": [f.name for f in laws],
@@ -172,8 +174,17 @@ def _side_by_side(fits: Fits, answers: Sequence[Answer]) -> list[dict[str, Any]]
         known = [a.run for a in answers if a.run.architecture == name]
         same = [r for r in known if (r.params, r.tokens) == (first.params, first.tokens)]
         found = same[0] if same else fits.recommend(name, first.params, first.tokens)
-        rows.append({"name": name, "run": found, "long": long_reach(found.extrapolation)})
+        rows.append({"name": name, "run": found})
     return rows
+
+
+def _chips(answers: Sequence[Answer]) -> list[tuple[str, ...]]:
+    """(N, D, architecture) of each size asked about, as the form takes them."""
+    found: dict[tuple[str, str], str] = {}
+    for a in answers:
+        size = written(a.run.params, "params"), written(a.run.tokens, "tokens")
+        found.setdefault(size, a.run.architecture)
+    return [(*size, name) for size, name in found.items()]
 
 
 def _named(cells: Iterable[CellFigure]) -> list[PlotFigure]:

@@ -46,7 +46,7 @@ def render(template: str, scripts: Sequence[str], context: Mapping[str, Any]) ->
 
 def sentence(text: str) -> str:
     """Words as a sentence: a capital first, a full stop last."""
-    plain = text.strip()
+    plain = text.strip().replace("learning_rate", "learning rate").replace("batch_tokens", "batch")
     return plain[:1].upper() + plain[1:] + ("" if plain.endswith((".", "!", "?")) else ".")
 
 

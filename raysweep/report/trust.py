@@ -231,7 +231,7 @@ def prior_figure(fits: Fits) -> PlotFigure | None:
                    tips=[f"fitted {v:+.3f}" for v in own["value"]], size=34),
         )  # fmt: skip
         shown = names if not panels else ("",) * len(names)
-        x = Axis(WORDS[target], "exponent", log=False)
+        x = Axis(WORDS[target], "number", log=False)
         panels.append(Panel(x, Axis("", names=shown), series, neutral=0.0))
     return PlotFigure(
         "prior",

@@ -270,7 +270,7 @@ const answers = (() => {
     const drawn = some.map((q, i) => chart(a, points, q, i === some.length - 1)).filter(Boolean);
     document.getElementById("ask-charts").replaceChildren(...drawn);
     document.getElementById("ask-key").hidden = !drawn.length;
-    say("ratio", short(a.tokens / a.params));
+    say("ratio", `line: the law, 95 %, at ${short(a.tokens / a.params)} tokens a parameter`);
   };
 
   // --- the rest ----------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ const answers = (() => {
       const entry = answers.find(name, same ? field("routing").value : "", same ? field("group").value : preferred[name]);
       const a = entry && answers.ask(entry, params, tokens, within);
       const put = (key, text) => { row.querySelector(`[data-side-out="${key}"]`).textContent = text; };
-      put("experts", entry?.experts > 1 ? `${entry.experts}, top-${entry.top_k}` : "–");
+      put("experts", entry?.experts > 1 ? `${entry.experts} experts, top-${entry.top_k}` : "");
       put("learning_rate", a ? write(a.rate, "rate") : "–");
       put("rate_interval", a ? span(a.rate_interval, "rate") : "");
       put("batch_tokens", a ? write(a.batch, "batch") : "–");
