@@ -13,12 +13,12 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
-from raysweep.scaling.compute.allocation import Allocation, compute_optimal, ranges_of
+from raysweep.scaling.compute.allocation import Allocation, compute_optimal
 from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
 from raysweep.scaling.held_out import HeldOut, hold_out_largest
-from raysweep.scaling.loss.laws import LOSS_LAWS, Law
+from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.optima.literature import OptimumPrior, literature_prior
 from raysweep.scaling.optima.noise_scale import (
@@ -44,32 +44,6 @@ class HasFrame(Protocol):
     def to_pandas(self) -> pd.DataFrame:
         """One row a trial, columns of `results.schema`."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class _MeanLoss:
-    """The model's expected loss as `serving` asks for it."""
-
-    model: LossModel
-    samples: None = None
-    ok: bool = True
-    status: str = "ok"
-    message: str = ""
-
-    @property
-    def law(self) -> Law:
-        assert self.model.law is not None
-        return self.model.law
-
-    @property
-    def name(self) -> str:
-        return self.law.key
-
-    def predict(self, inputs: Mapping[str, float | np.ndarray]) -> np.ndarray:
-        return self.model.predict_mean(inputs)[0]
-
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        return ranges_of(self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +215,7 @@ class Fits:
         for evidence in self.evidence.values():
             model = evidence.shared_loss
             if model.ok and model.law is not None and "experts" in model.law.inputs:
-                return serving_solutions(_MeanLoss(model), flops, serving, experts, reference)  # type: ignore[arg-type]
+                return serving_solutions(model, flops, serving, experts, reference)
         raise UserError(
             "serving needs a law of the loss over several numbers of experts: train cells with at "
             "least two"
