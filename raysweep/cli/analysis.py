@@ -1,4 +1,4 @@
-"""Commands that read results: import, export, fit, recommend, serving, report."""
+"""Commands that read results: import, export, fit, recommend, split, serving, report."""
 
 from __future__ import annotations
 
@@ -115,6 +115,26 @@ def recommend_command(
     typer.echo(json.dumps(answer.to_dict(), indent=1) if as_json else str(answer))
 
 
+@app.command("split")
+def split_command(
+    results: ResultsArgument,
+    flops: Annotated[
+        str, typer.Option(help="Training budgets in FLOPs, e.g. 1e21,3e21.", metavar="C,C,...")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Split training budgets between parameters and tokens at the least expected loss."""
+    from raysweep.scaling.compute.allocation import allocations_text
+    from raysweep.scaling.plain import plain
+
+    found = fit_results(results).split(_numbers(flops, "--flops"))
+    if as_json:
+        told = {name: [a.to_dict() for a in rows] for name, rows in found.items()}
+        typer.echo(json.dumps(plain(told), indent=1))
+    else:
+        typer.echo(allocations_text(found))
+
+
 @app.command("serving")
 def serving_command(
     results: ResultsArgument,
@@ -144,9 +164,8 @@ def serving_command(
     as_json: AsJson = False,
 ) -> None:
     """Weigh quality against the cost of serving: loss-optimal and over-trained models."""
-    from raysweep.scaling.roofline import Profile, ServedModel, find_gpu
-    from raysweep.scaling.serving import GPU_COUNTS, Serving
-    from raysweep.scaling.serving_text import serving_dict, serving_text
+    from raysweep.scaling.compute.roofline import Profile, ServedModel, find_gpu
+    from raysweep.scaling.compute.serving import GPU_COUNTS, Serving, serving_dict, serving_text
 
     latency = Profile.read(profile) if profile else None
     serving = Serving(
@@ -158,7 +177,9 @@ def serving_command(
         gpu_counts=latency.gpus if latency else GPU_COUNTS,
         model=ServedModel(1e9, top_k=top_k, moe_share=moe_share),
     )
-    solutions = fit_results(results).serve(flops, serving, _numbers(experts), reference)
+    solutions = fit_results(results).serve(
+        flops, serving, _numbers(experts, "--experts"), reference
+    )
     show = serving_dict if as_json else serving_text
     said = show(solutions, serving, flops)
     typer.echo(json.dumps(said, indent=1) if as_json else said)
@@ -181,11 +202,11 @@ def report_command(
     typer.echo(str(write_report(results, output, png=png)))
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str, option: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--experts {text}: give numbers, as in 2,4,8") from None
+        raise UserError(f"{option} {text}: give numbers with commas between, as in 2,4,8") from None
 
 
 @app.command("compare")

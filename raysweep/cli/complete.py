@@ -70,6 +70,6 @@ def export_formats(incomplete: str) -> list[str]:
 
 def gpus(incomplete: str) -> list[str]:
     """GPUs whose data sheets `serving` knows."""
-    from raysweep.scaling.roofline import GPUS
+    from raysweep.scaling.compute.roofline import GPUS
 
     return [name for name in GPUS if name.startswith(incomplete)]

@@ -210,7 +210,7 @@ class _Family:
             "flops": [math.log(r.compute) for r in runs],
             "total": [math.log(r.params_total_non_embedding) for r in runs],
         }
-        losses = [a.loss for a in self.evidence.losses(self.architecture, runs)]
+        losses = [a.loss for a in self.evidence.loss_of_each(self.architecture, runs)]
         for name in ("value", "low", "high"):
             key = "loss" if name == "value" else f"loss_{name}"
             columns[key] = [_log(getattr(loss, name)) for loss in losses]

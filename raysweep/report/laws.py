@@ -171,7 +171,7 @@ def _cell_points(
 def _told(evidence: Evidence, name: str, path: Path, quantity: str) -> np.ndarray:
     """[n, 3]: a quantity along a path with its interval for a new run."""
     if quantity == "loss":
-        found = [a.loss for a in evidence.losses(name, path.runs)]
+        found = [a.loss for a in evidence.loss_of_each(name, path.runs)]
     else:
         optima = [evidence.optimum(run) for run in path.runs]
         found = [o.estimates()[TARGETS.index(quantity)] for o in optima if o is not None]

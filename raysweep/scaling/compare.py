@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -23,9 +23,7 @@ EQUALS = ("N and D", "FLOPs", "loss")
 _STEPS = np.linspace(-4.0, 4.0, 33)
 """ln N D of the other arm's runs over the reference's: where an equal loss is looked for."""
 
-_FARTHEST = 0.98 * _STEPS[-1]
-
-MAX_RUNS = 12
+MAX_SIZES = 12
 """Sizes at which two arms are compared, at most: the largest."""
 
 
@@ -48,9 +46,9 @@ class Arm:
         return own[own["group"] == self.group] if self.group else own
 
     def run(self, params: float, tokens: float) -> RunSize:
-        """A run of its architecture and group: a measured cell where it is of a cell's size."""
+        """A run of its architecture and group, as the laws see it, be it a cell or not."""
         first = self.cells.iloc[0]
-        return describe_run(
+        run = describe_run(
             self.cells,
             params,
             tokens,
@@ -58,6 +56,7 @@ class Arm:
             top_k=int(first["top_k"]),
             group=self.group,
         )
+        return replace(run, name="run")
 
 
 @dataclass(frozen=True)
@@ -92,17 +91,17 @@ def compare_arms(reference: Arm, other: Arm, seed: int = 0) -> list[Ratio]:
     a parameter to where the FLOPs, or the loss, are the reference's. Everything comes from joint
     draws of the fitted model: what two arms of one set of data share cancels in their ratio.
     """
-    sizes, paired = _sizes(reference.cells, other.cells)
+    sizes = _sizes(reference.cells, other.cells)
     if not sizes:
         why = Estimate.missing("the arms share no range of N and D", "no overlap")
         return [Ratio(q, equal, why, 0, 0) for equal in EQUALS for q in _of(equal)]
     logs: dict[tuple[str, str], list[np.ndarray]] = {}
-    for k, (params, tokens) in enumerate(sizes):
-        for key, value in _at(reference, other, params, tokens, seed + k).items():
+    for k, size in enumerate(sizes):
+        for key, value in _at(reference, other, size, seed + k).items():
             logs.setdefault(key, []).append(value)
-    n = len(sizes)
+    paired = sum(size.paired for size in sizes)
     found = [
-        Ratio(quantity, equal, _ratio(np.mean(logs[equal, quantity], axis=0)), n, paired)
+        Ratio(quantity, equal, _ratio(np.mean(logs[equal, quantity], axis=0)), len(sizes), paired)
         for equal in EQUALS
         for quantity in _of(equal)
     ]
@@ -124,74 +123,102 @@ def _of(equal: str) -> tuple[str, ...]:
     return QUANTITIES
 
 
-def _sizes(a: pd.DataFrame, b: pd.DataFrame) -> tuple[list[tuple[float, float]], int]:
-    """(N, D) to compare at, the largest last, and how many of them both arms measured."""
+@dataclass(frozen=True)
+class _Size:
+    """N and D to compare at, with the arms' cells of that size where both measured it."""
+
+    params: float
+    tokens: float
+    cells: tuple[str, str] | None = None
+
+    @property
+    def paired(self) -> bool:
+        return self.cells is not None
+
+
+def _sizes(a: pd.DataFrame, b: pd.DataFrame) -> list[_Size]:
+    """Sizes to compare at, the largest last: those that both arms measured, if any."""
     columns = [AXES["N"], AXES["D"]]
     one, two = (np.log(cells[columns].to_numpy(float)).reshape(-1, 2) for cells in (a, b))
     if not len(one) or not len(two):
-        return [], 0
+        return []
     off = np.abs(one[:, None] - two).max(-1)
-    both = one[off.min(1) < PAIRED]
-    paired = len(both)
-    if not paired:
+    nearest = off.argmin(1)
+    found = [
+        _Size(*np.exp(one[i]).tolist(), cells=(str(a.index[i]), str(b.index[j])))
+        for i, j in enumerate(nearest)
+        if off[i, j] < PAIRED
+    ]
+    if not found:
         low, high = np.maximum(one.min(0), two.min(0)), np.minimum(one.max(0), two.max(0))
         every = np.concatenate([one, two])
         both = every[((every >= low - PAIRED) & (every <= high + PAIRED)).all(1)]
-    order = np.argsort(both.sum(1), kind="stable")[-MAX_RUNS:]
-    return [(float(n), float(d)) for n, d in np.exp(both[order])], min(paired, MAX_RUNS)
+        found = [_Size(*np.exp(p).tolist()) for p in both]
+    return sorted(found, key=lambda s: s.params * s.tokens)[-MAX_SIZES:]
 
 
-def _at(
-    reference: Arm, other: Arm, params: float, tokens: float, seed: int
-) -> dict[tuple[str, str], np.ndarray]:
-    """Draws of ln ratios at one size, by (what is equal, quantity)."""
+def _at(reference: Arm, other: Arm, size: _Size, seed: int) -> dict[tuple[str, str], np.ndarray]:
+    """Draws of ln ratios at one size, by (what is equal, quantity).
+
+    At equal N and D, measured cells speak for themselves. To where FLOPs or losses are equal, the
+    laws lead: each from its own loss of the measured cell, where there is one."""
+    params, tokens = size.params, size.tokens
+    mine = [reference.run(params, tokens)]
     path = [other.run(params * math.exp(s / 2), tokens * math.exp(s / 2)) for s in _STEPS]
-    longer = [other.run(params, tokens * math.exp(s)) for s in _STEPS]
-    start = reference.run(params, tokens)
-    middle = len(_STEPS) // 2
-    if reference.evidence is other.evidence:
-        optima, own = _joint(reference, other, [start], [*path, *longer], seed)
-        mine, losses = optima[:, 0], own[:, 0]
-        theirs, reached = optima[:, 1:], own[:, 1:]
-    else:
-        optima, own = reference.evidence.sample(reference.architecture, [start], seed)
-        mine, losses = optima[:, 0], own[:, 0]
-        theirs, reached = other.evidence.sample(
-            other.architecture, [*path, *longer], seed + 100_003
-        )
-    count = len(_STEPS)
-    along, by_tokens = reached[:, :count], reached[:, count:]
-    rates, batches = theirs[:, :count, 0], theirs[:, :count, 1]
+    theirs = [*path, *(other.run(params, tokens * math.exp(s)) for s in _STEPS)]
+    if size.cells is not None:
+        mine.append(reference.evidence.sizes[size.cells[0]])
+        theirs.append(other.evidence.sizes[size.cells[1]])
+    optima, losses = _draws(reference, other, mine, theirs, seed)
+    n, steps = len(mine), len(_STEPS)
+    own, own_loss = optima[:, :n], losses[:, :n]
+    rates, batches = optima[:, n : n + steps, 0], optima[:, n : n + steps, 1]
+    along, by_tokens = losses[:, n : n + steps], losses[:, n + steps : n + 2 * steps]
+    at = steps // 2
+    assert _STEPS[at] == 0
+    found = {
+        ("N and D", "learning_rate"): rates[:, at] - own[:, 0, 0],
+        ("N and D", "batch_tokens"): batches[:, at] - own[:, 0, 1],
+        ("N and D", "loss"): along[:, at] - own_loss[:, 0],
+    }
+    target = own_loss[:, 0]
+    if size.cells is not None:
+        found["N and D", "learning_rate"] = optima[:, -1, 0] - own[:, 1, 0]
+        found["N and D", "batch_tokens"] = optima[:, -1, 1] - own[:, 1, 1]
+        found["N and D", "loss"] = losses[:, -1] - own_loss[:, 1]
+        target = own_loss[:, 1]
+        measured = (losses[:, -1] - along[:, at])[:, None]
+        along, by_tokens = along + measured, by_tokens + measured
     flops = np.log([r.compute for r in path])
-    same_flops = np.interp(math.log(start.compute), flops, _STEPS)
-    same_loss = _where_equal(along, losses)
-    more_tokens = _where_equal(by_tokens, losses)
-    found = {}
-    for equal, at in (
-        ("N and D", np.zeros(len(losses))),
-        ("FLOPs", np.full(len(losses), same_flops)),
+    start = math.log(mine[0].compute)
+    same_loss = _where_equal(along, target)
+    for equal, where in (
+        ("FLOPs", np.full(len(target), np.interp(start, flops, _STEPS))),
         ("loss", same_loss),
     ):
-        found[equal, "learning_rate"] = _read(rates, at) - mine[:, 0]
-        found[equal, "batch_tokens"] = _read(batches, at) - mine[:, 1]
-        if equal != "loss":
-            found[equal, "loss"] = _read(along, at) - losses
-    found["loss", "flops"] = np.interp(same_loss, _STEPS, flops) - math.log(start.compute)
-    found["loss", "flops"][np.isnan(same_loss)] = np.nan
-    found["loss", "tokens"] = more_tokens
-    assert np.allclose(_STEPS[middle], 0)
+        found[equal, "learning_rate"] = _read(rates, where) - own[:, 0, 0]
+        found[equal, "batch_tokens"] = _read(batches, where) - own[:, 0, 1]
+        if equal == "FLOPs":
+            found[equal, "loss"] = _read(along, where) - target
+    needed_flops = np.interp(np.nan_to_num(same_loss), _STEPS, flops) - start
+    found["loss", "flops"] = np.where(np.isnan(same_loss), np.nan, needed_flops)
+    found["loss", "tokens"] = _where_equal(by_tokens, target)
     return found
 
 
-def _joint(
+def _draws(
     reference: Arm, other: Arm, mine: list[RunSize], theirs: list[RunSize], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Joint draws of runs of two architectures of one set of data."""
-    evidence = reference.evidence
-    if evidence.loss_model(reference.architecture) is evidence.loss_model(other.architecture):
-        return evidence.sample(reference.architecture, [*mine, *theirs], seed)
-    optima, losses = evidence.sample(reference.architecture, [*mine, *theirs], seed)
-    losses[:, len(mine) :] = evidence.sample(other.architecture, theirs, seed + 1)[1]
+    """Draws of optima and losses of both arms' runs; joint where they share data and law."""
+    a, b = reference.evidence, other.evidence
+    if a is b:
+        optima, losses = a.sample(reference.architecture, [*mine, *theirs], seed)
+        if a.loss_model(reference.architecture) is not a.loss_model(other.architecture):
+            losses[:, len(mine) :] = a.sample(other.architecture, theirs, seed + 1)[1]
+        return optima, losses
+    first = a.sample(reference.architecture, mine, seed)
+    second = b.sample(other.architecture, theirs, seed + 1)
+    optima, losses = (np.concatenate(p, axis=1) for p in zip(first, second, strict=True))
     return optima, losses
 
 
@@ -229,7 +256,10 @@ def _noise(reference: Arm, other: Arm) -> Ratio | None:
     if reference.noise is None or other.noise is None:
         return None
     cells = [arm.cells.dropna(subset=["loss"]) for arm in (reference, other)]
-    tables = [arm.noise.loc[own.index] for arm, own in zip((reference, other), cells, strict=True)]
+    tables = [
+        noise.loc[own.index]
+        for noise, own in zip((reference.noise, other.noise), cells, strict=True)
+    ]
     if not all(t["noise_scale_tokens"].notna().any() for t in tables):
         return None
     second = np.repeat([0, 1], [len(c) for c in cells])

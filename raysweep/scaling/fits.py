@@ -13,7 +13,15 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
-from raysweep.scaling.compute.allocation import Allocation, compute_optimal
+from raysweep.scaling.compute.allocation import Allocation
+from raysweep.scaling.compute.budgets import (
+    Saving,
+    Split,
+    best_splits,
+    experts_law,
+    saving,
+    split_budget,
+)
 from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
@@ -173,6 +181,7 @@ class Fits:
             raise UserError("no trial tells its learning rate and batch: only the loss of cells")
         rate, batch = np.broadcast_arrays(np.atleast_1d(learning_rate), np.atleast_1d(batch_tokens))
         gap, least, most = evidence.gap(found.run, rate, batch)
+        noise = 1.96 * evidence.surface.mode.widths.growth * gap  # of one run, beside the optimum's
         base = np.log(np.array([found.loss, *found.loss_interval]))
         own = base[0] - base[1], base[2] - base[0]
         return pd.DataFrame(
@@ -180,8 +189,8 @@ class Fits:
                 "learning_rate": rate,
                 "batch_tokens": batch,
                 "loss": np.exp(base[0] + gap),
-                "low": np.exp(base[0] + gap - np.hypot(own[0], gap - least)),
-                "high": np.exp(base[0] + gap + np.hypot(own[1], most - gap)),
+                "low": np.exp(base[0] + gap - np.sqrt(own[0] ** 2 + (gap - least) ** 2 + noise**2)),
+                "high": np.exp(base[0] + gap + np.sqrt(own[1] ** 2 + (most - gap) ** 2 + noise**2)),
                 "cost": np.expm1(gap),
             }
         )
@@ -195,9 +204,31 @@ class Fits:
         budgets = [flops] if isinstance(flops, float | int | str) else list(flops)
         asked = [read_number(f, "flops") for f in budgets]
         return {
-            name: [*compute_optimal(self.loss_model(name), asked, given=self._routing(name))]
+            name: best_splits(self.loss_model(name), asked, self.cells_of(name))
             for name in self.architectures
         }
+
+    @cached_property
+    def allocation(self) -> dict[str, Split]:
+        """By architecture, how its largest cell's budget is best split, and others on the way."""
+        return {
+            name: split_budget(self.loss_model(name), self.cells_of(name))
+            for name in self.architectures
+        }
+
+    @cached_property
+    def efficiency(self) -> dict[str, Saving]:
+        """By MoE architecture whose loss a law tells together with dense cells, what it saves."""
+        found = {}
+        for evidence in self.evidence.values():
+            kinds = {name: self.kind(name) for name in evidence.architectures}
+            if "dense" in kinds.values() and evidence.shared_loss.ok:
+                found |= {
+                    name: saving(name, self.cells_of(name), evidence.shared_loss)
+                    for name, kind in kinds.items()
+                    if kind == "moe"
+                }
+        return found
 
     def serve(
         self,
@@ -212,20 +243,13 @@ class Fits:
         Raises:
             UserError: no law over several numbers of experts was fitted.
         """
-        for evidence in self.evidence.values():
-            model = evidence.shared_loss
-            if model.ok and model.law is not None and "experts" in model.law.inputs:
-                return serving_solutions(model, flops, serving, experts, reference)
-        raise UserError(
-            "serving needs a law of the loss over several numbers of experts: train cells with at "
-            "least two"
+        several = [e for e in self.evidence.values() if e.cells["experts"].nunique() > 1] or list(
+            self.evidence.values()
         )
-
-    def _routing(self, architecture: str) -> dict[str, float]:
-        """Experts, top-k and granularity of an architecture's largest cell."""
-        largest = self.cells_of(architecture).iloc[-1]
-        known = {name: float(largest[name]) for name in ("experts", "top_k", "granularity")}
-        return {name: value for name, value in known.items() if np.isfinite(value)}
+        if not several:
+            raise UserError("the results hold no cell, so there is nothing to serve")
+        law = experts_law(several[0].shared_loss.data)
+        return serving_solutions(law, flops, serving, experts, reference)
 
     def arm(self, architecture: str, group: str = "") -> Arm:
         """One side of a comparison."""
@@ -309,6 +333,8 @@ class Fits:
             "loss": {name: self.loss_model(name).to_dict() for name in self.architectures},
             "relations": self.relations,
             "comparison": self.comparison,
+            "allocation": self.allocation,
+            "efficiency": self.efficiency,
             "noise_scale": self.noise_scale,
             "noise_laws": self.noise_laws,
             "expert_load": self.expert_load,

@@ -118,7 +118,7 @@ def recommend(
         raise UserError(f"within must be a share such as 0.5%, not {within}")
     own = evidence.cells[evidence.cells["architecture"] == architecture]
     experts, top_k, foreign = _routing(architecture, own, experts, top_k)
-    group = _group(own, group)
+    group = _group(evidence, own, group)
     run = describe_run(
         evidence.cells if foreign else own,
         params,
@@ -284,17 +284,14 @@ def _routing(
     return e, k, not bool(((pairs["experts"] == e) & (pairs["top_k"] == k)).any())
 
 
-def _group(cells: pd.DataFrame, group: str | None) -> str:
-    """The group asked for; the one of lowest loss in the cells where none is named."""
+def _group(evidence: Evidence, cells: pd.DataFrame, group: str | None) -> str:
+    """The group asked for; the one of lowest loss, other things equal, where none is named."""
     known = list(dict.fromkeys(cells["group"]))
-    if group is not None:
-        if group not in known:
-            raise UserError(f"no group {group!r} in the results; known: {', '.join(known)}")
-        return group
-    if len(known) == 1:
-        return known[0]
-    best = cells.assign(size=np.log(cells["flops"])).dropna(subset=["loss"])
-    return str(best.sort_values(["size", "loss"]).iloc[-1]["group"]) if len(best) else known[0]
+    if group is None:
+        return min(known, key=evidence.group_offset)
+    if group not in known:
+        raise UserError(f"no group {group!r} in the results; known: {', '.join(known)}")
+    return group
 
 
 def _sequence_length(cells: pd.DataFrame) -> int | None:

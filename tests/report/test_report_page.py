@@ -17,10 +17,9 @@ from raysweep.report import report
 from raysweep.report.numbers import Numbers
 from raysweep.results import importers
 from raysweep.results.store import Results
+from raysweep.scaling.compute.roofline import find_gpu
+from raysweep.scaling.compute.serving import Serving, serving_dict
 from raysweep.scaling.fits import fit
-from raysweep.scaling.roofline import find_gpu
-from raysweep.scaling.serving import Serving
-from raysweep.scaling.serving_text import serving_dict
 
 LARGEST = 3_000_000
 
@@ -149,7 +148,14 @@ def test_every_number_is_that_of_the_fits(ladder: tuple[Results, Path]) -> None:
     page = Page(path)
     compared = compare_numbers(page, fit(results).to_dict())
     assert sum(compared.values()) > 300
-    assert set(compared) == {"cells", "groups", "comparison", "sensitivity"}
+    assert set(compared) == {
+        "allocation",
+        "cells",
+        "comparison",
+        "efficiency",
+        "groups",
+        "sensitivity",
+    }
 
 
 def test_readings_are_written_from_the_fits(ladder: tuple[Results, Path]) -> None:
@@ -158,7 +164,8 @@ def test_readings_are_written_from_the_fits(ladder: tuple[Results, Path]) -> Non
     assert "dense : no law of the loss could be tried" in text
     load = fits.expert_load["expert_load_max_over_mean"]
     assert f"takes {load.min():.2f} to {load.max():.2f} times its even share" in text
-    assert "What the experts of moe save cannot be told" in text
+    assert fits.efficiency["moe"].ok
+    assert "What the experts of moe save cannot be told" not in text
     assert "The fits do not support an answer" in text  # of what serving costs
     moved = fits.sensitivity["dense"]["batch_tokens"].variants
     worst = max(

@@ -209,7 +209,8 @@ class Surface:
             coefficients=self.mode.shared[linear].reshape(2, LINEAR),
             covariance=self.mode.covariance.shared[np.ix_(linear, linear)],
             prior_mean=self.problem.law_mean,
-            prior_covariance=self.problem.law_covariance,
+            prior_covariance=self.problem.law_covariance
+            / self.problem.law_weight(self.mode.shared),
             degrees=np.maximum(self.mode.widths.known[1:], _MIN_DEGREES),
             centre=self.design.centre,
         )
@@ -359,7 +360,8 @@ class Surface:
                 left = mode.covariance.own[index] - cross.T @ slope
                 own = rng.standard_normal((count, 3)) @ jittered_cholesky(left).T
                 own += mode.own[index] + moved @ slope
-            optima[:, i] += own[:, 1:]
+            grain = np.sqrt(self._roughness(valley_at(mode.shared, x[i : i + 1], layout)[0]))
+            optima[:, i] += own[:, 1:] + grain * rng.standard_normal((count, 2))
         return optima
 
     def group_offset(self, group: str) -> float:
@@ -492,7 +494,7 @@ def fit_surface(
     far = _far(cells, observed, settings.far)
     rule = None if batch_searched else _batch_rule(cells, design, observed)
     problem = Problem(observed, far, design, cells, prior, settings, rule)
-    mode = fit_map(problem, warm.mode if warm is not None and warm.design == design else None)
+    mode = fit_map(problem, warm.mode if warm is not None and warm.design.same(design) else None)
     return Surface(cells, design, mode, settings, prior, problem)
 
 

@@ -9,10 +9,18 @@ import pandas as pd
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.scaling.laws import LOSS_LAWS, LossFit
-from raysweep.scaling.roofline import Profile, Roofline, ServedModel, find_gpu
-from raysweep.scaling.serving import Serving, Solution, serving_cost, serving_solutions
-from raysweep.scaling.serving_text import serving_dict, serving_text
+from raysweep.scaling.compute.roofline import Profile, Roofline, ServedModel, find_gpu
+from raysweep.scaling.compute.serving import (
+    Serving,
+    Solution,
+    serving_cost,
+    serving_dict,
+    serving_solutions,
+    serving_text,
+)
+from raysweep.scaling.loss.data import LossData
+from raysweep.scaling.loss.fit import LossFit, fit_law
+from raysweep.scaling.loss.laws import LOSS_LAWS
 
 A100 = find_gpu("a100-80gb")
 
@@ -26,7 +34,7 @@ def joint_fit() -> LossFit:
         "tokens": np.exp(rng.uniform(np.log(1e9), np.log(1e12), 100)),
         "experts": 2.0 ** rng.integers(0, 7, 100),
     }
-    return law.fit(inputs, law.predict(law.published, inputs))
+    return fit_law(law, LossData.of(inputs, law.predict(law.published, inputs)))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +130,7 @@ def test_the_loss_is_the_laws_at_the_count_it_was_fitted_on() -> None:
     n, d, e = (g.ravel() for g in np.meshgrid((1e8, 4e8, 2e9), (2e9, 1e10, 6e10), (1.0, 4.0, 16.0)))
     inputs = {"params": n, "tokens": d, "experts": e}
     truth = {"A": 400.0, "B": 2000.0, "s": 1.8, "a": 0.34, "b": 0.36, "g": 0.13}
-    fit = law.fit(inputs, law.predict(truth, inputs))
+    fit = fit_law(law, LossData.of(inputs, law.predict(truth, inputs)))
     found = serving_solutions(fit, 3e20, Serving(A100, 2.0), experts=(4, 8))
     for solution in found:
         if solution.status == "found":
@@ -209,10 +217,10 @@ def test_misuse_is_one_line(joint_fit: LossFit) -> None:
     law = LOSS_LAWS["chinchilla"]
     n, d = np.meshgrid(np.geomspace(1e8, 1e9, 4), np.geomspace(1e9, 1e10, 4))
     inputs = {"params": n.ravel(), "tokens": d.ravel()}
-    dense = law.fit(inputs, law.predict(law.published, inputs))
+    dense = fit_law(law, LossData.of(inputs, law.predict(law.published, inputs)))
     with pytest.raises(UserError, match="does not read params, tokens and experts"):
         serving_solutions(dense, 1e20, Serving(A100, 2.0))
-    few = law.fit({k: v[:2] for k, v in inputs.items()}, [3.0, 2.9])
+    few = fit_law(law, LossData.of({k: v[:2] for k, v in inputs.items()}, [3.0, 2.9]))
     with pytest.raises(UserError, match="not usable"):
         serving_solutions(few, 1e20, Serving(A100, 2.0))
 

@@ -6,11 +6,11 @@ from scipy.optimize import minimize
 from scipy.special import huber as scipy_huber
 
 from benchmarks.fits import read_chinchilla
-from raysweep.scaling import fitting
-from raysweep.scaling.bootstrap import bootstrap, cell_multiplicities
-from raysweep.scaling.evaluation import evaluate
-from raysweep.scaling.form import compile_form, read_inputs
-from raysweep.scaling.laws import LOSS_LAWS
+from raysweep.scaling.loss import solver
+from raysweep.scaling.loss.data import LossData
+from raysweep.scaling.loss.expression import compile_expression, evaluate, read_inputs
+from raysweep.scaling.loss.fit import cell_multiplicities, fit_law, resample
+from raysweep.scaling.loss.laws import LOSS_LAWS
 
 
 @pytest.mark.parametrize("key", ["chinchilla", "yun", "joint_moe", "clark", "sparsity"])
@@ -23,9 +23,9 @@ def test_gradient_and_hessian_match_finite_differences(key: str) -> None:
         "experts": 2.0 ** rng.integers(0, 7, n),
         "sparsity": 1 - 1 / 2.0 ** rng.integers(0, 7, n),
     }
-    design = compile_form(law.form, read_inputs(law.form, inputs), centre=True)
+    design = compile_expression(law.expression, read_inputs(law.expression, inputs), centre=True)
     unit = rng.random((3, len(law.names)))
-    low, high = (np.array([c.start[i] for c in law.form.coefficients]) for i in (0, 1))
+    low, high = (np.array([c.start[i] for c in law.expression.coefficients]) for i in (0, 1))
     theta = low + unit * (high - low)
     curvature, pull = rng.random((3, n)), rng.normal(size=(3, n))
 
@@ -49,14 +49,14 @@ def test_gradient_and_hessian_match_finite_differences(key: str) -> None:
 
 def test_huber_is_scipys() -> None:
     r = np.linspace(-0.01, 0.01, 41)
-    np.testing.assert_allclose(fitting.huber(r, 1e-3), scipy_huber(1e-3, r), rtol=1e-12)
+    np.testing.assert_allclose(solver.huber(r, 1e-3), scipy_huber(1e-3, r), rtol=1e-12)
 
 
 def test_chinchilla_reaches_the_known_minimum(shared_data) -> None:
     inputs, loss = read_chinchilla(shared_data)
     assert len(loss) == 240
     law = LOSS_LAWS["chinchilla"]
-    fit = law.fit(inputs, loss)
+    fit = fit_law(law, LossData.of(inputs, loss))
     assert fit.status == "converged"
     assert fit.objective <= 0.0010183
     published = np.log(law.predict(law.published, inputs)) - np.log(loss)
@@ -68,14 +68,14 @@ def test_chinchilla_reaches_the_known_minimum(shared_data) -> None:
 
 def test_all_245_points_give_the_other_published_fit(shared_data) -> None:
     inputs, loss = read_chinchilla(shared_data, drop=0)
-    fit = LOSS_LAWS["chinchilla"].fit(inputs, loss)
+    fit = fit_law(LOSS_LAWS["chinchilla"], LossData.of(inputs, loss))
     expected = {"E0": 1.891, "A": 495.6, "B": 12842.0, "a": 0.3493, "b": 0.4530}
     assert fit.coefficients == pytest.approx(expected, rel=1e-3)
 
 
 def test_bootstrap_matches_published_sds_and_every_refit_converges(shared_data) -> None:
     inputs, loss = read_chinchilla(shared_data)
-    fit = LOSS_LAWS["chinchilla"].fit(inputs, loss, bootstrap=1000)
+    fit = fit_law(LOSS_LAWS["chinchilla"], LossData.of(inputs, loss), bootstrap=1000)
     assert fit.n_failed == 0
     assert fit.samples is not None
     assert len(fit.samples) == 1000
@@ -87,7 +87,7 @@ def test_no_refit_can_be_improved_by_scipy(shared_data) -> None:
     """SciPy, from our answer and from three others, never finds a lower objective."""
     inputs, loss = read_chinchilla(shared_data)
     law = LOSS_LAWS["chinchilla"]
-    fit = bootstrap(law.fit(inputs, loss), 8, seed=3)
+    fit = resample(fit_law(law, LossData.of(inputs, loss)), 8, seed=3)
     assert fit.samples is not None
     weights = cell_multiplicities(fit.cells, 8, np.random.default_rng(3))
     n, d, y = np.log(inputs["params"]), np.log(inputs["tokens"]), np.log(loss)
@@ -131,7 +131,7 @@ def test_outliers_move_nothing_much() -> None:
     loss = law.predict(law.published, inputs)
     spoiled = loss.copy()
     spoiled[::16] *= 1.5
-    fit = law.fit(inputs, spoiled)
+    fit = fit_law(law, LossData.of(inputs, spoiled))
     assert fit.coefficients["a"] == pytest.approx(law.published["a"], rel=0.01)
     assert fit.coefficients["b"] == pytest.approx(law.published["b"], rel=0.01)
 
@@ -143,8 +143,8 @@ def test_result_does_not_depend_on_units() -> None:
     params, tokens = np.exp(rng.uniform(18, 23, 60)), np.exp(rng.uniform(20, 26, 60))
     loss = law.predict(law.published, {"params": params, "tokens": tokens})
     loss *= np.exp(rng.normal(0, 0.003, 60))
-    one = law.fit({"params": params, "tokens": tokens}, loss).coefficients
-    two = law.fit({"params": params / 1e6, "tokens": tokens}, loss).coefficients
+    one = fit_law(law, LossData.of({"params": params, "tokens": tokens}, loss)).coefficients
+    two = fit_law(law, LossData.of({"params": params / 1e6, "tokens": tokens}, loss)).coefficients
     assert two["a"] == pytest.approx(one["a"], rel=1e-6)
     assert two["A"] == pytest.approx(one["A"] * 1e6 ** -one["a"], rel=1e-5)
 
@@ -156,23 +156,23 @@ def test_a_straight_line_converges_where_every_point_lies_beyond_the_width(n: in
     for _ in range(10):
         flops = np.exp(rng.uniform(np.log(1e17), np.log(1e21), n))
         truth = law.predict({"E0": 0.0, "A": 90.0, "a": 0.12}, {"flops": flops})
-        exact = law.fit({"flops": flops}, truth, fixed={"E0": 0.0})
+        exact = fit_law(law, LossData.of({"flops": flops}, truth), fixed={"E0": 0.0})
         assert exact.status == "converged"
         assert exact.coefficients["a"] == pytest.approx(0.12, rel=1e-6)
         loss = truth * np.exp(0.02 * rng.standard_normal(n))
-        fit = law.fit({"flops": flops}, loss, fixed={"E0": 0.0})
+        fit = fit_law(law, LossData.of({"flops": flops}, loss), fixed={"E0": 0.0})
         assert fit.status == "converged", fit.message
         # A line of least absolute values passes through two points: none of those does better.
         x, y = np.log(flops), np.log(loss)
         for i, j in zip(*np.triu_indices(n, 1), strict=True):
             slope = (y[i] - y[j]) / (x[i] - x[j])
-            off = fitting.huber(y - y[i] - slope * (x - x[i]), fit.huber).sum()
+            off = solver.huber(y - y[i] - slope * (x - x[i]), fit.huber).sum()
             assert fit.objective <= off * (1 + 1e-9)
 
 
 def test_fewer_cells_than_coefficients_are_refused() -> None:
     law, flops = LOSS_LAWS["kaplan"], np.array([1e18, 1e19, 1e20])
     loss = law.predict({"E0": 1.7, "A": 90.0, "a": 0.12}, {"flops": flops})
-    assert law.fit({"flops": flops}, loss).status == "too few cells"
-    few = law.fit({"flops": flops[:2]}, loss[:2], fixed={"E0": 0.0})
+    assert fit_law(law, LossData.of({"flops": flops}, loss)).status == "too few cells"
+    few = fit_law(law, LossData.of({"flops": flops[:2]}, loss[:2]), fixed={"E0": 0.0})
     assert few.status == "too few cells"

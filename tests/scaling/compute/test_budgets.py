@@ -8,9 +8,9 @@ import pytest
 
 from raysweep.errors import UserError
 from raysweep.results.importers import read_chinchilla, read_isoflop
+from raysweep.scaling.compute.roofline import find_gpu
+from raysweep.scaling.compute.serving import Serving
 from raysweep.scaling.fits import fit
-from raysweep.scaling.roofline import find_gpu
-from raysweep.scaling.serving import Serving
 
 
 @pytest.fixture(scope="module")
