@@ -172,9 +172,7 @@ class _Family:
         """What the page knows of it."""
         fine, coarse = (_axes(self.box(answers), s) for s in (step, None))
         after = self.evidence.cells if self.foreign else self.cells
-        maker = RunMaker.after(
-            after, experts=self.experts, top_k=self.top_k, group=self.group
-        )
+        maker = RunMaker.after(after, experts=self.experts, top_k=self.top_k, group=self.group)
         middle = [math.exp(float(np.log(self.cells[AXES[a]]).mean())) for a in "ND"]
         usual = self._answer(maker(*middle))
         ranges = {a: [float(after[c].min()), float(after[c].max())] for a, c in AXES.items()}

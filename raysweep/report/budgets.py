@@ -94,9 +94,7 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
         cuts += _cuts(fits, name, model, ok, level, shade[name], mark[name])
         for quantity, series in best.items():
             if level is not None and (dots := _parabolas(model, level, quantity)) is not None:
-                series.append(
-                    Points(f"{name}, parabolas", *dots, shade[name], "P", size=46)
-                )
+                series.append(Points(f"{name}, parabolas", *dots, shade[name], "P", size=46))
     count = "N, " + COUNT_NAMES[told.found[names[0]][0].count]
     size = Axis(count, "params")
     panels = (

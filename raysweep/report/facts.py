@@ -12,6 +12,7 @@ import yaml
 
 from raysweep.results.schema import COLUMNS, FINISHED
 
+
 def studies(frame: pd.DataFrame, spaces: Mapping[str, str]) -> list[dict[str, Any]]:
     """Each study with what its search space says of it; one that cannot be read says nothing."""
     found = []

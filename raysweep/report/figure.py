@@ -19,6 +19,7 @@ from raysweep.report.style import (
     LIGHT,
     MARKERS,
     Drawing,
+    add_key,
     finish,
     log_axis,
     new_figure,
@@ -135,7 +136,10 @@ class PlotFigure:
     def to_matplotlib(self) -> Figure:
         """As a matplotlib Figure."""
         with settings():
-            return _figure(self)[0]
+            drawn = _figure(self)[0]
+            if len(self.names) > 1:
+                add_key(drawn, self.names)
+        return drawn
 
     def to_pandas(self) -> pd.DataFrame:
         """Its data: one row a point."""

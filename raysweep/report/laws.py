@@ -115,7 +115,7 @@ def _panel(
     for name, own_paths in paths.items():
         own = cells[cells["architecture"] == name]
         for k, path in enumerate(own_paths):
-            y, low, high = _told(fits.evidence_of(name), name, path, quantity).T
+            y, low, high = told_along(fits.evidence_of(name), name, path, quantity).T
             if np.isfinite(y).any():
                 end = path.held if not several or k else ""
                 series.append(
@@ -168,7 +168,7 @@ def _cell_points(
     )  # fmt: skip
 
 
-def _told(evidence: Evidence, name: str, path: Path, quantity: str) -> np.ndarray:
+def told_along(evidence: Evidence, name: str, path: Path, quantity: str) -> np.ndarray:
     """[n, 3]: a quantity along a path with its interval for a new run."""
     if quantity == "loss":
         found = [a.loss for a in evidence.loss_of_each(name, path.runs)]
@@ -216,7 +216,9 @@ def _against_loss(fits: Fits, cells: pd.DataFrame, quantity: str) -> Panel | Non
     if not series:
         return None
     label, style = QUANTITIES[quantity]
-    return Panel(Axis("loss, nats a token", "loss", reverse=True), Axis(label, style), tuple(series))
+    return Panel(
+        Axis("loss, nats a token", "loss", reverse=True), Axis(label, style), tuple(series)
+    )
 
 
 def _left_over(fits: Fits, cells: pd.DataFrame) -> Panel | None:
@@ -259,32 +261,35 @@ def _law_says(fits: Fits, name: str, own: pd.DataFrame) -> np.ndarray | None:
 def _paths_of(
     fits: Fits, name: str, answers: Sequence[Answer], several: bool
 ) -> dict[str, list[Path]]:
-    """Paths of runs along each axis where cells differ, through the cells and as far as the runs
-    asked about; held at other sizes too where `several`."""
+    """Paths through an architecture's cells and as far as the runs asked about of it."""
     cells = fits.cells_of(name)
-    asked = [a.run for a in answers if a.run.architecture == name]
-    first = asked[0].run if asked else None
-    maker = RunMaker.after(
-        cells,
-        experts=first.experts if first else int(cells["experts"].iloc[0]),
-        top_k=first.top_k if first else int(cells["top_k"].iloc[0]),
-        group=first.group if first else str(cells["group"].iloc[0]),
-    )
+    asked = [a.run.run for a in answers if a.run.architecture == name]
+    first = asked[0] if asked else fits.evidence_of(name).sizes[str(cells.index[0])]
+    maker = RunMaker.after(cells, experts=first.experts, top_k=first.top_k, group=first.group)
+    return {axis: paths_along(cells, maker, axis, asked, several) for axis in SIZE_AXES}
+
+
+def paths_along(
+    cells: pd.DataFrame,
+    maker: RunMaker,
+    axis: str,
+    asked: Sequence[RunSize] = (),
+    several: bool = False,
+) -> list[Path]:
+    """Paths of runs along an axis, through cells and as far as the runs asked about; held at other
+    sizes too where `several`."""
     sizes = cells[[PARAMS, TOKENS, FLOPS]].to_numpy(float)
-    found = {}
-    for axis, column in zip(SIZE_AXES, sizes.T, strict=True):
-        far = [a.run.compute if axis == FLOPS else getattr(a.run, axis) for a in asked]
-        ends = np.concatenate([column, far])
-        low, high = float(ends.min()), float(ends.max())
-        if high < low * 1.05:
-            low, high = low / 2, high * 2
-        x = np.geomspace(low, high, POINTS)
-        runs = [(a.params, a.tokens) for a in asked]
-        found[axis] = [
-            Path(held, tuple(maker(float(a), float(b)) for a, b in zip(n, d, strict=True)))
-            for held, n, d in _sizes(sizes, axis, x, runs, several)
-        ]
-    return found
+    far = [r.compute if axis == FLOPS else getattr(r, axis) for r in asked]
+    ends = np.concatenate([cells[axis].to_numpy(float), far])
+    low, high = float(ends.min()), float(ends.max())
+    if high < low * 1.05:
+        low, high = low / 2, high * 2
+    x = np.geomspace(low, high, POINTS)
+    runs = [(r.params_active_non_embedding, r.tokens) for r in asked]
+    return [
+        Path(held, tuple(maker(float(a), float(b)) for a, b in zip(n, d, strict=True)))
+        for held, n, d in _sizes(sizes, axis, x, runs, several)
+    ]
 
 
 def _sizes(

@@ -121,4 +121,3 @@ def not_measured(fits: Fits) -> list[tuple[str, str]]:
     if moe and load_figure(fits) is None:
         found.append(("load of experts", "no trial measured it"))
     return found
-

@@ -120,12 +120,21 @@ class Drawing:
     png: bytes | None = None
 
 
+class ShownFigure(Figure):
+    """A Matplotlib figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        raster = io.BytesIO()
+        self.savefig(raster, format="png", dpi=110, facecolor=LIGHT["paper"])
+        return raster.getvalue()
+
+
 def new_figure(
     width: float, height: float, layout: Literal["constrained"] | None = "constrained"
 ) -> Figure:
     """An empty figure of a size in inches; 1 inch is 96 pixels on the page."""
     with mpl.rc_context(_RC):
-        figure = Figure(figsize=(width, height), layout=layout)
+        figure = ShownFigure(figsize=(width, height), layout=layout)
         FigureCanvasSVG(figure)
     return figure
 
@@ -155,13 +164,13 @@ def finish(
         if png:
             raster = io.BytesIO()
             if names:
-                _add_key(figure, names)
+                add_key(figure, names)
             figure.savefig(raster, format="png", dpi=192, facecolor=LIGHT["paper"])
             image = raster.getvalue()
     return Drawing(_inline(out.getvalue(), name, label, tips or {}), image)
 
 
-def _add_key(figure: Figure, names: Sequence[str]) -> None:
+def add_key(figure: Figure, names: Sequence[str]) -> None:
     """The architectures' colours and markers, above the panels."""
     handles = [
         Line2D([], [], ls="none", marker=marker, color=LIGHT[colour], label=name)

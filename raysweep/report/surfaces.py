@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,19 +54,32 @@ def cell_figures(fits: Fits) -> list[CellFigure]:
         names = [every[i] for i in spread]
     tips = sum(len(searched[n].loss) for n in names) <= MAX_TIPS
     dots = max(MAX_DOTS // max(len(names), 1), 40)
-    found = []
-    for number, name in enumerate(names):
-        row = fits.cells.loc[name]
-        architecture = str(row["architecture"])
-        same = fits.cells_of(architecture).index
-        box = _box([searched[str(n)] for n in same if str(n) in searched])
-        evidence = fits.evidence_of(architecture)
-        optimum = fits.optima["model"][name]
-        loss = float(row["loss"])
-        figure = _figure(searched[name], evidence, optimum, loss, box, number, dots, tips)
-        n, d = float(row["params_active_non_embedding"]), float(row["tokens"])
-        found.append(CellFigure(name, architecture, n, d, optimum, figure))
-    return found
+    return [_one(fits, searched, name, k, dots, tips) for k, name in enumerate(names)]
+
+
+def cell_figure(fits: Fits, name: str) -> CellFigure:
+    """The figure of one searched cell, with all its trials."""
+    searched = {t.name: t for t in fits.table.searched()}
+    return _one(fits, searched, name, 0, len(searched[name].loss), tips=False)
+
+
+def _one(
+    fits: Fits,
+    searched: Mapping[str, CellTrials],
+    name: str,
+    number: int,
+    dots: int,
+    tips: bool,
+) -> CellFigure:
+    row = fits.cells.loc[[name]].to_dict("records")[0]
+    architecture = str(row["architecture"])
+    same = fits.cells_of(architecture).index
+    box = _box([searched[str(n)] for n in same if str(n) in searched])
+    evidence = fits.evidence_of(architecture)
+    optimum = fits.optima["model"][name]
+    figure = _figure(searched[name], evidence, optimum, float(row["loss"]), box, number, dots, tips)
+    n, d = float(row["params_active_non_embedding"]), float(row["tokens"])
+    return CellFigure(name, architecture, n, d, optimum, figure)
 
 
 def _figure(
@@ -128,7 +141,9 @@ def _contours(trials: CellTrials, evidence: Evidence, best: float) -> list[Serie
     box = _box([trials])
     rate, batch = (np.exp(np.linspace(box[0, k], box[1, k], GRID)) for k in range(2))
     x, y = np.meshgrid(rate, batch)
-    return [Contours("surface", rate, batch, surface.predict(trials.name, x, y)[0] / best - 1, GAPS)]
+    return [
+        Contours("surface", rate, batch, surface.predict(trials.name, x, y)[0] / best - 1, GAPS)
+    ]
 
 
 def _optimum(optimum: Optimum) -> list[Series]:
@@ -173,7 +188,9 @@ def _slices(
         y = Axis("loss", "loss", limits=(low_end * 0.996, top))
         line = Line("slice", x, loss, "c0", loss - 1.96 * sd, loss + 1.96 * sd)
         dots = Points("trials", values[k], trials.loss, "muted", size=11)
-        panels.append(Panel(Axis(axis.label, axis.style, limits=(low[k], high[k])), y, (line, dots)))
+        panels.append(
+            Panel(Axis(axis.label, axis.style, limits=(low[k], high[k])), y, (line, dots))
+        )
     return panels
 
 

@@ -70,9 +70,7 @@ class RunMaker:
     """ln FLOPs a token = level + slope ln N, where cells tell them."""
 
     @classmethod
-    def after(
-        cls, cells: pd.DataFrame, *, experts: int, top_k: int, group: str = ""
-    ) -> RunMaker:
+    def after(cls, cells: pd.DataFrame, *, experts: int, top_k: int, group: str = "") -> RunMaker:
         """What runs have in common with `cells`."""
         largest = cells.iloc[int(cells[AXES["N"]].to_numpy(float).argmax())]
         n0 = float(largest[AXES["N"]])
