@@ -29,14 +29,12 @@ from scipy.optimize import minimize
 from benchmarks.planted_laws import PLANTED, simulated_cells
 from raysweep.errors import UserError
 from raysweep.results.importers import import_file, read_steplaw
-from raysweep.scaling.cells import cell_table
 from raysweep.scaling.fits import fit as fit_results
 from raysweep.scaling.loss import solver
 from raysweep.scaling.loss.data import COLUMNS, LossData
 from raysweep.scaling.loss.fit import cell_multiplicities, fit_law, resample
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.selection import choose_loss
-from raysweep.scaling.optima_laws import held_out_gap
 
 CHINCHILLA = LOSS_LAWS["chinchilla"]
 # Cells of a simulated study and the noise of their log loss: as many and as little as a law of that
@@ -215,30 +213,16 @@ def holdout(folder: Path) -> dict[str, object]:
 def steplaw(folder: Path, n_train: int = 9) -> dict[str, object]:
     """The gap of the laws of the optima to the best recorded trial of each cell, in per cent."""
     rows = read_steplaw(folder / "steplaw_dense.csv")
-    fits = fit_results(rows)
-    (group,) = fits.groups.values()
-    table = cell_table(rows)
-    unseen = held_out_gap(
-        group.cells,
-        table.searched(),
-        fits.optima[fits.method],
-        count=group.count,
-        method=fits.method,
-        n_train=n_train,
+    held = fit_results(rows).held_out
+    assert held is not None
+    gaps = np.array([c.regret for c in held.cells])
+    known = gaps[np.isfinite(gaps)]
+    told = {"mean": held.mean_regret, "max": float(known.max()), "cells": len(known)}
+    print(
+        f"{len(known)} largest cells, fitted on the {held.n_train} smallest: mean regret "
+        f"{100 * held.mean_regret:.3f} %, max {100 * known.max():.3f} %"
     )
-    told = {}
-    for name, gap in (
-        (f"fitted on the {n_train} smallest", unseen),
-        ("all cells", group.in_sample),
-    ):
-        assert gap is not None
-        told[name] = {"mean": gap.mean, "max": gap.max, "cells": len(gap.gaps)}
-        print(
-            f"{name}: mean {100 * gap.mean:.3f} %, max {100 * gap.max:.3f} %, {len(gap.gaps)} cells"
-        )
-        if gap.unmeasured:
-            print(f"  no recorded trial near the prediction of {', '.join(gap.unmeasured)}")
-    return told
+    return {"held out": told}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-
 from raysweep.scaling.surface import CellFeatures
-from raysweep.search.ladder import Ladder
+
+from raysweep.search.ladder import TrialHistory
 from raysweep.search.strategies import make_sampler, search_space
 
 RATES, BATCHES = (1e-5, 1e-1), (0, 14)
@@ -33,7 +33,7 @@ def loss_of(cell: CellFeatures, rate: float, log2: int, rng: np.random.Generator
 
 def studies_of(strategy: str, cells: list[CellFeatures], trials: int) -> list[optuna.Study]:
     """A study a cell with `trials` random trials altogether."""
-    rng, ladder, studies = np.random.default_rng(0), Ladder(), []
+    rng, ladder, studies = np.random.default_rng(0), TrialHistory(), []
     space = search_space(RATES, BATCHES)
     for i, cell in enumerate(cells):
         sampler = make_sampler(

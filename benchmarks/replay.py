@@ -28,11 +28,12 @@ import numpy as np
 import optuna
 
 from benchmarks.recorded import RecordedGrid, read_grids
+from benchmarks.search import grid_search
 from raysweep.errors import UserError
 from raysweep.scaling.optima.literature import OptimumPrior, flat_prior, literature_prior
 from raysweep.scaling.optima.model import LINEAR, Design
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
-from raysweep.search.strategies import STRATEGIES, make_sampler, search_space
+from raysweep.search.ladder import TrialHistory
+from raysweep.search.strategies import STRATEGIES
 from raysweep.study.shape import RunSize
 
 FIRST_CELL_TRIALS = 10
@@ -58,44 +59,22 @@ def replay(
     prior: OptimumPrior | None = None,
 ) -> list[CellGaps]:
     """One replay of one strategy over all cells, smallest first."""
-    ladder = Ladder(prior)
-    asked: list[list[int]] = []
-    for position, grid in enumerate(grids):
-        budget = max(trials, FIRST_CELL_TRIALS) if position == 0 else trials
-        learning_rate, log2_batch = grid.bounds
-        sampler = make_sampler(
-            strategy,
-            cell=grid.cell,
-            ladder=ladder,
-            learning_rate=learning_rate,
-            log2_batch=log2_batch,
-            sequence_length=grid.sequence_length,
-            trials=budget,
-            seed=seed + 1000 * position,
-        )
-        study = optuna.create_study(sampler=sampler)
-        ladder.register(grid.cell, study, sequence_length=grid.sequence_length)
-        space = search_space(learning_rate, log2_batch)
-        rows = []
-        for _ in range(budget):
-            trial = study.ask(space)
-            batch = trial.params[LOG2_BATCH] * np.log(2) + np.log(grid.sequence_length)
-            row = grid.nearest(np.array([np.log(trial.params[LEARNING_RATE]), batch]))
-            rows.append(row)
-            ran = grid.point[row]
-            log2 = (ran[1] - np.log(grid.sequence_length)) / np.log(2)
-            trial.set_user_attr("ran_at", [float(np.exp(ran[0])), float(log2)])
-            if np.isfinite(grid.loss[row]):
-                study.tell(trial, float(grid.loss[row]))
-            else:
-                trial.set_user_attr("status", "diverged")
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        asked.append(rows)
+    history = TrialHistory(prior)
+    budgets = [max(trials, FIRST_CELL_TRIALS), *[trials] * (len(grids) - 1)]
+    # A study knows its cells before it starts.
+    searches = [
+        grid_search(history, grid, strategy=strategy, trials=budget, seed=seed + 1000 * i)
+        for i, (grid, budget) in enumerate(zip(grids, budgets, strict=True))
+    ]
+    asked = [
+        [grid.nearest(search.run()[0]) for _ in range(budget)]
+        for grid, search, budget in zip(grids, searches, budgets, strict=True)
+    ]
     best = [
         min(rows, key=lambda row: grid.gap[row]) for rows, grid in zip(asked, grids, strict=True)
     ]
     if strategy == "ladder":
-        surface = ladder.surface()
+        surface = history.surface()
         recommended = [grid.nearest(surface.optimum(grid.cell).mean) for grid in grids]
         by_law = [grid.nearest(surface.law(grid.cell)) for grid in grids]
     else:

@@ -24,7 +24,6 @@ from raysweep.cli.common import (
     watch_report,
 )
 from raysweep.errors import UserError
-from raysweep.text import read_number
 
 
 @app.command("import")
@@ -167,7 +166,7 @@ def split_command(
     from raysweep.scaling.compute.allocation import allocations_text
     from raysweep.scaling.plain import to_json
 
-    found = fit_results(results, None, without, literature).split(_numbers(flops, "--flops"))
+    found = fit_results(results, None, without, literature).split(listed([flops]))
     if as_json:
         told = {name: [a.to_dict() for a in rows] for name, rows in found.items()}
         typer.echo(json.dumps(to_json(told), indent=1))
@@ -261,8 +260,8 @@ def report_command(
 
 def _numbers(text: str, option: str) -> list[float]:
     try:
-        return [read_number(part) for part in text.split(",")]
-    except UserError:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
         raise UserError(f"{option} {text}: give numbers with commas between, as in 2,4,8") from None
 
 

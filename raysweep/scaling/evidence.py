@@ -89,19 +89,26 @@ class Evidence:
 
         Of a measured cell its own; else by the law of the loss; where that is not determined, by a
         determined law of another architecture and the ratio in cells of the same size."""
-        if run.name in self.losses:
-            return LossAnswer(self._measured(run.name), "cell")
+        return self.loss_of_each(architecture, [run])[0]
+
+    def loss_of_each(self, architecture: str, runs: Sequence[RunSize]) -> list[LossAnswer]:
+        """The loss of each of many runs, as `loss` tells it."""
         model = self.loss_model(architecture)
-        if model.ok and model.law is not None:
-            value, low, high = (float(v[0]) for v in model.predict([run]))
-            if math.isfinite(value):
+        predicted = np.full((len(runs), 3), math.nan)
+        if model.ok and runs:
+            predicted = np.stack(model.predict(list(runs)), -1)
+        found = []
+        for run, ends in zip(runs, predicted, strict=True):
+            if run.name in self.losses:
+                found.append(LossAnswer(self._measured(run.name), "cell"))
+            elif model.law is not None and math.isfinite(ends[0]):
                 factor = math.exp(self.group_offset(run.group))
-                loss = Estimate(factor * value, factor * low, factor * high)
-                return LossAnswer(loss, model.law.key, model.count)
-        paired = self._by_pairs(architecture, run)
-        if paired is not None:
-            return paired
-        return LossAnswer(Estimate.missing(model.why or "no law of the loss reads this run"), "")
+                loss = Estimate(*(factor * ends).tolist())
+                found.append(LossAnswer(loss, model.law.key, model.count))
+            else:
+                why = Estimate.missing(model.why or "no law of the loss reads this run")
+                found.append(self._by_pairs(architecture, run) or LossAnswer(why, ""))
+        return found
 
     def gap(
         self, run: RunSize, learning_rate: np.ndarray, batch_tokens: np.ndarray

@@ -21,7 +21,6 @@ from raysweep.scaling.compute.budgets import (
     Saving,
     Split,
     best_splits,
-    experts_law,
     saving,
     split_budget,
 )
@@ -29,8 +28,10 @@ from raysweep.scaling.compute.serving import Serving, Solution, serving_solution
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
 from raysweep.scaling.held_out import HeldOut, hold_out_largest
+from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
+from raysweep.scaling.loss.selection import batch_table, choose_loss
 from raysweep.scaling.optima.literature import OptimumPrior, literature_prior
 from raysweep.scaling.optima.model import BENDS
 from raysweep.scaling.optima.noise_scale import (
@@ -270,13 +271,18 @@ class Fits(InNotebooks):
         Raises:
             UserError: no law over several numbers of experts is determined.
         """
-        several = [e for e in self.evidence.values() if e.cells["experts"].nunique() > 1] or list(
-            self.evidence.values()
+        whys = []
+        for evidence in self.evidence.values():
+            model = evidence.shared_loss
+            if len(set(evidence.cells["experts"])) < 2:
+                whys.append("these results know one number of experts only")
+            elif not model.ok:
+                whys.append(f"the law of the loss is not determined: {model.why}")
+            else:
+                return serving_solutions(model, flops, serving, experts, reference)
+        raise UserError(
+            f"serving weighs several numbers of experts, and {(whys or ['there is no cell'])[0]}"
         )
-        if not several:
-            raise UserError("the results hold no cell, so there is nothing to serve")
-        law = experts_law(several[0].shared_loss.data)
-        return serving_solutions(law, flops, serving, experts, reference)
 
     def arm(self, architecture: str, group: str = "") -> Arm:
         """One side of a comparison."""
@@ -303,6 +309,18 @@ class Fits(InNotebooks):
             known = {t: loss_relation(self.evidence_of(name), name, t) for t in TARGETS}
             found[name] = {t: r for t, r in known.items() if r is not None}
         return found
+
+    @cached_property
+    def by_batch(self) -> dict[str, LossModel]:
+        """By architecture, the three-term law of parameters, batch and steps (Schaipp et al.),
+        fitted to the best runs of each batch, suboptimal ones too."""
+        return {
+            name: choose_loss(
+                LossData.from_cells(batch_table(self.cells_of(name), self.table.trials)),
+                ["three_term"],
+            )
+            for name in self.architectures
+        }
 
     @cached_property
     def noise_laws(self) -> dict[str, NoiseLaw]:

@@ -21,7 +21,7 @@ from raysweep.scaling.optima.literature import literature_prior
 from raysweep.search.cells import CellState
 from raysweep.search.early_stopping import make_pruner
 from raysweep.search.growth import Kind, kind_of
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
+from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.ledger import Bundle, Ledger
 from raysweep.search.resume import take_up, teach, widen_again, widened
 from raysweep.search.strategies import RESTARTING, make_sampler
@@ -83,7 +83,7 @@ class Campaign:
         self._data_hash = data_hash
         self._search = study.space.search
         space = study.space
-        self._ladder = Ladder(literature_prior(space.without, space.literature))
+        self._ladder = TrialHistory(literature_prior(space.without, space.literature))
         self._flops_spent = 0.0
         self._open: dict[str, tuple[CellState, Proposal, optuna.Trial]] = {}
         self._waiting_said: set[str] = set()

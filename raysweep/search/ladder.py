@@ -18,9 +18,11 @@ from raysweep.study.shape import RunSize
 LEARNING_RATE = "learning_rate"
 LOG2_BATCH = "log2_batch_sequences"
 
+_FEW = 60  # trials up to which every fit starts anew, a function of the trials alone
+
 
 @dataclass(frozen=True)
-class History:
+class CellTrials:
     """Trials of one cell as arrays of equal length; `diverged` ones have a loss of nan."""
 
     learning_rate: np.ndarray
@@ -30,7 +32,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Outcome:
     learning_rate: float
     log2_batch: float
     loss: float
@@ -38,14 +40,14 @@ class _Told:
 
 
 @dataclass
-class _Entry:
+class _CellRecord:
     cell: RunSize
     study: optuna.Study | None = None
     sequence_length: int = 0
-    imported: list[History] = field(default_factory=list)
-    told: dict[int, _Told | None] = field(default_factory=dict)  # of ended trials, by number
+    imported: list[CellTrials] = field(default_factory=list)
+    told: dict[int, _Outcome | None] = field(default_factory=dict)  # of ended trials, by number
 
-    def outcomes(self) -> list[_Told]:
+    def outcomes(self) -> list[_Outcome]:
         """What the study's ended trials told, by number; each is read once."""
         for trial in _trials(self.study):
             if trial.number not in self.told and trial.state.is_finished():
@@ -53,7 +55,7 @@ class _Entry:
         return [told for _, told in sorted(self.told.items()) if told is not None]
 
 
-class Ladder:
+class TrialHistory:
     """What every cell of a study knows, for samplers that learn across cells.
 
     Each cell is registered with its Optuna study; trials are read from the studies when asked for,
@@ -66,8 +68,9 @@ class Ladder:
 
     def __init__(self, prior: OptimumPrior | None = None, settings: Settings = DEFAULT) -> None:
         self.prior, self.settings = prior, settings
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, _CellRecord] = {}
         self._cache: tuple[int, Surface] | None = None
+        self._full_fit = 0  # trials of the last fit from several starts
 
     def register(self, cell: RunSize, study: optuna.Study, *, sequence_length: int) -> None:
         """Add a cell, or replace its study. `sequence_length` is in tokens."""
@@ -89,7 +92,7 @@ class Ladder:
         lost = ~np.isfinite(loss)
         if diverged is not None:
             lost = lost | np.asarray(diverged, dtype=bool)
-        rows = History(
+        rows = CellTrials(
             np.asarray(learning_rate, dtype=float),
             np.asarray(batch_tokens, dtype=float),
             np.where(lost, np.nan, loss),
@@ -104,7 +107,7 @@ class Ladder:
         """All cells, in the order they came."""
         return tuple(entry.cell for entry in self._entries.values())
 
-    def history(self, name: str) -> History:
+    def history(self, name: str) -> CellTrials:
         """Finished and diverged trials of one cell: imported rows, then the study's, by number."""
         entry = self._known(name)
         rows = [
@@ -117,9 +120,9 @@ class Ladder:
             for told in entry.outcomes()
         ]
         own = np.array(rows, dtype=float).reshape(-1, 4)
-        live = History(own[:, 0], own[:, 1], own[:, 2], own[:, 3] > 0)
+        live = CellTrials(own[:, 0], own[:, 1], own[:, 2], own[:, 3] > 0)
         parts = [*entry.imported, live]
-        return History(
+        return CellTrials(
             *(
                 np.concatenate([getattr(part, name) for part in parts])
                 for name in ("learning_rate", "batch_tokens", "loss", "diverged")
@@ -147,7 +150,11 @@ class Ladder:
         return np.sqrt(np.mean(np.square(moved), axis=0)) if moved else np.zeros(2)
 
     def surface(self) -> Surface:
-        """The surface fitted to all that is known now; kept while nothing is new."""
+        """The surface fitted to all that is known now; kept while nothing is new.
+
+        Up to `_FEW` trials, and whenever there are a tenth more than at the last such fit, it is
+        fitted from several starts; else the mode of the last fit is followed.
+        """
         histories = [self.history(name) for name in self._entries]
         index = np.repeat(np.arange(len(histories)), [len(h.loss) for h in histories])
         arrays = [
@@ -156,6 +163,9 @@ class Ladder:
         ]
         key = hash((self.cells, index.tobytes(), *(a.tobytes() for a in arrays)))
         if self._cache is None or self._cache[0] != key:
+            followed = self._cache[1] if self._cache and len(index) > _FEW else None
+            if len(index) >= 1.1 * self._full_fit or len(index) < self._full_fit:
+                followed = None
             surface = fit_surface(
                 self.cells,
                 index,
@@ -163,17 +173,19 @@ class Ladder:
                 prior=self.prior,
                 settings=self.settings,
                 batch_searched=True,
+                warm=followed,
             )
+            self._full_fit = len(index) if followed is None else self._full_fit
             self._cache = key, surface
         return self._cache[1]
 
-    def _entry(self, cell: RunSize) -> _Entry:
-        entry = self._entries.setdefault(cell.name, _Entry(cell))
+    def _entry(self, cell: RunSize) -> _CellRecord:
+        entry = self._entries.setdefault(cell.name, _CellRecord(cell))
         if entry.cell != cell:
             raise UserError(f"cell {cell.name!r} is already known with other sizes")
         return entry
 
-    def _known(self, name: str) -> _Entry:
+    def _known(self, name: str) -> _CellRecord:
         if name not in self._entries:
             raise UserError(f"cell {name!r} is not registered in this ladder: call register first")
         return self._entries[name]
@@ -189,7 +201,7 @@ def where_run(trial: FrozenTrial) -> tuple[float, float] | None:
     return float(trial.params[LEARNING_RATE]), float(trial.params[LOG2_BATCH])
 
 
-def _outcome(trial: FrozenTrial) -> _Told | None:
+def _outcome(trial: FrozenTrial) -> _Outcome | None:
     """What an ended trial tells, with nan for the loss of a diverged one; None for nothing."""
     place = where_run(trial)
     lost = trial.state == TrialState.FAIL and trial.user_attrs.get("status") == "diverged"
@@ -198,7 +210,7 @@ def _outcome(trial: FrozenTrial) -> _Told | None:
     params = trial.params.get(LEARNING_RATE, place[0]), trial.params.get(LOG2_BATCH, place[1])
     asked = trial.user_attrs.get("asked_at", params)
     moved = math.log(place[0] / asked[0]), (place[1] - asked[1]) * math.log(2)
-    return _Told(*place, math.nan if lost or trial.value is None else trial.value, moved)
+    return _Outcome(*place, math.nan if lost or trial.value is None else trial.value, moved)
 
 
 def _trials(study: optuna.Study | None, state: TrialState | None = None) -> list[FrozenTrial]:

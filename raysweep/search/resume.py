@@ -13,7 +13,7 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
 from raysweep.search.cells import CellState
-from raysweep.search.ladder import Ladder
+from raysweep.search.ladder import TrialHistory
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
 
@@ -83,7 +83,7 @@ def _given(study: Study) -> dict[str, Any]:
     return {"learning_rate": [rate.low, rate.high], "batch_sequences": [batch.low, batch.high]}
 
 
-def teach(ladder: Ladder, rows: pd.DataFrame) -> None:
+def teach(ladder: TrialHistory, rows: pd.DataFrame) -> None:
     """Let the ladder learn from other rows, with the schema's columns: imported sweeps, say."""
     usable = rows[rows["learning_rate"].notna() & rows["batch_tokens"].notna()]
     usable = usable[usable["status"].isin([FINISHED, "diverged"]) & usable["excluded"].isna()]

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
 from raysweep.scaling.optima.surface import Surface
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
+from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.study.shape import RunSize
 
 _DRAWS = 128
@@ -61,7 +61,7 @@ class LadderSampler(RelativeSampler):
     def __init__(
         self,
         cell: RunSize,
-        ladder: Ladder,
+        ladder: TrialHistory,
         space: dict[str, BaseDistribution],
         sequence_length: int,
         *,

@@ -81,8 +81,11 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
     """A Tune function trainable for the study's trials."""
 
     def trial(config: dict[str, Any]) -> None:
+        # Without checkpoints a trial that stopped would be lost: it gets the time there is to
+        # finish.
+        stop = StopRequest() if context.study.space.recipe.checkpoint_seconds else None
         try:
-            row = run_trial(context, config)
+            row = run_trial(context, config, stop)
         except Exception as error:
             tune.report({FAILED: str(error)})  # else the driver could not tell it from a lost node
             raise
@@ -95,7 +98,9 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
     return trial
 
 
-def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
+def run_trial(
+    context: TrialContext, config: dict[str, Any], stop: StopRequest | None = None
+) -> dict[str, Any]:
     """Train one trial and write its row; a trial whose row stands already is not run again.
 
     One that was interrupted has left a checkpoint, and no row: only `status`, `loss` and
@@ -115,7 +120,7 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
         context.results_uri, study.space.search.strategy, corpus.train_tokens, started_at, begun
     )
     missing = functools.partial(_missing, context.results_uri, branch_specs(study, spec))
-    outcome = _train(context, spec, corpus, results.storage, missing, write)
+    outcome = _train(context, spec, corpus, results.storage, missing, write, stop)
     if outcome.status == "stopped":
         return {"status": INTERRUPTED, "loss": None, "seconds_train": outcome.seconds_train}
     row = write(spec, outcome)
@@ -183,11 +188,10 @@ def _train(
     checkpoints: Storage,
     branches: Callable[[], list[TrialSpec]],
     on_branch: RowWriter,
+    stop: StopRequest | None,
 ) -> TrialOutcome:
     resources = spec.cell.resources
     early_stopping = context.study.space.search.early_stopping is not None
-    # Without checkpoints a trial that stopped would be lost: it gets the time there is to finish.
-    stop = StopRequest() if spec.recipe.checkpoint_seconds else None
     reporter = TuneReporter(spec.cell.tokens, early_stopping, stop)
     if resources.workers > 1:
         from raysweep.training.ray_train import train_distributed

@@ -1,20 +1,19 @@
-"""What one more trial in a cell is worth: how much surer it makes the recommendation."""
+"""What trials are worth to the targets, and how a budget of FLOPs is best spent on them."""
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from raysweep.scaling.optima.arrow import invert
+from raysweep.scaling.optima.model import predict_rows
 from raysweep.scaling.optima.surface import Surface
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
 
-_DRAWS = 256
-_STEPS = (-0.7, 0.0, 0.7)
-_OFFSETS = np.array([(u, v) for u in _STEPS for v in _STEPS])
-"""Where a trial may go, about the cell's expected optimum, in ln learning rate and ln batch."""
 _REACH = 10.0
 """Without targets: a run this much larger than the largest cell, in parameters and in tokens."""
 
@@ -48,26 +47,180 @@ def targets_of(study: Study) -> tuple[RunSize, ...]:
     return tuple(found)
 
 
-def trial_value(
-    surface: Surface, cell: RunSize, targets: Sequence[RunSize], seed: int = 0
-) -> float:
-    """Expected fall of the targets' expected loss gap (relative loss) by one trial in `cell`.
+class Outlook:
+    """What trials not yet run would do to the targets' expected regret (relative loss).
 
-    The recommendation at a target comes from the laws alone. A trial's outcome is correlated with
-    the laws over joint posterior draws; a linear update on it takes that share of their variance
-    away, and half the Hessian of ln loss turns variance into gap. The best of nine places about the
-    cell's expected optimum counts.
+    A trial near its cell's optimum adds to the posterior's precision what the model's derivatives
+    there say (Laplace's approximation), so the covariance after any number of trials in any cells is
+    known before they run. A target's regret is half the trace of its valley's curvature times the
+    covariance of its optimum, departures from the law included. A cell's own scatter bounds what
+    its trials tell of the law: each is worth less than the one before.
+
+    Args:
+        surface: fitted to the trials so far, `cells` among its own.
+        cells: where trials may be run.
+        targets: the runs to recommend for.
     """
-    points = surface.optimum(cell).mean + _OFFSETS
-    draws = surface.sample_cell(cell, points, _DRAWS, np.random.default_rng(seed))
-    gaps = np.minimum(draws.gaps, surface.settings.far)
-    outcome = draws.levels[:, None] + gaps
-    outcome = outcome - outcome.mean(0)
-    variance = (outcome**2).mean(0) + surface.noise_variance(gaps.mean(0))
-    design = surface.design.matrix(targets)
-    predicted = np.einsum("nak,tk->nta", draws.laws, design)
-    predicted = predicted - predicted.mean(0)
-    covariance = np.einsum("nta,np->tap", predicted, outcome) / _DRAWS
-    half = np.stack([0.5 * surface.optimum(target).curvature for target in targets])
-    falls = np.einsum("tap,tab,tbp->p", covariance, half, covariance) / variance / len(targets)
-    return float(falls.max())
+
+    def __init__(
+        self, surface: Surface, cells: Sequence[RunSize], targets: Sequence[RunSize]
+    ) -> None:
+        problem, mode = surface.problem, surface.mode
+        point = problem.at(mode.shared, mode.own)
+        variance = problem.variance(mode.widths, problem.noise_gap(point))
+        (head, cross, tail), _ = problem.normal_equations(point, mode.widths, variance)
+        index = {cell.name: i for i, cell in enumerate(surface.cells)}
+        self._index = [index[cell.name] for cell in cells]
+        self._head, self._cross, self._tail = head, cross, tail
+        self._added = [_information(surface, cell, i) for cell, i in zip(cells, self._index)]
+        self._precision = np.linalg.inv(invert(head, cross, tail).shared)
+        x, layout = surface.design.matrix(targets), problem.layout
+        rows = []
+        self._floor = 0.0  # the targets' own scatter, which no trial elsewhere takes away
+        for target, at in zip(targets, x, strict=True):
+            half = 0.5 * surface.optimum(target).curvature / len(targets)
+            root = np.linalg.cholesky(half).T
+            row = np.zeros((2, layout.size))
+            row[0, layout.law[0]], row[1, layout.law[1]] = at, at
+            rows.append(root @ row)
+            self._floor += float(half.diagonal() @ mode.widths.own[1:] ** 2)
+        self._rows = np.concatenate(rows)
+
+    def regret(self, counts: Sequence[int]) -> float:
+        """Mean over the targets after `counts` more trials in each cell."""
+        precision = self._precision.copy()
+        for i, count in enumerate(counts):
+            if count:
+                precision += self._gain(i, 0, count)
+        return self._floor + self._trace(precision)
+
+    def plan(
+        self, flops: Sequence[float], budget: float, most: Sequence[int]
+    ) -> tuple[list[int], float]:
+        """Trials of each cell that spend a budget best, at most `most` each, and the regret then.
+
+        Trials are added one by one where a FLOP takes away most, what the others tell included.
+        """
+        counts = [0] * len(flops)
+        precision, now = self._precision.copy(), self._trace(self._precision)
+        worth = [(-math.inf, i) for i in range(len(flops))]
+        fresh = [False] * len(flops)
+        while worth:
+            _, i = heapq.heappop(worth)
+            if flops[i] > budget or counts[i] >= most[i]:
+                continue
+            if not fresh[i]:  # its worth is of an earlier state: it can only have fallen
+                tried = precision + self._gain(i, counts[i], counts[i] + 1)
+                heapq.heappush(worth, ((self._trace(tried) - now) / flops[i], i))
+                fresh[i] = True
+                continue
+            precision = precision + self._gain(i, counts[i], counts[i] + 1)
+            now = self._trace(precision)
+            counts[i] += 1
+            budget -= flops[i]
+            fresh = [False] * len(flops)
+            heapq.heappush(worth, (-math.inf, i))
+        return counts, self._floor + now
+
+    def _trace(self, precision: np.ndarray) -> float:
+        return float((self._rows * np.linalg.solve(precision, self._rows.T).T).sum())
+
+    def _gain(self, i: int, before: int, after: int) -> np.ndarray:
+        """[S, S], what a cell's trials from `before` to `after` add to the precision of the shared
+        parameters, its own effects integrated out."""
+        return self._marginal(i, after) - self._marginal(i, before)
+
+    def _marginal(self, i: int, count: int) -> np.ndarray:
+        head, cross, tail = self._added[i]
+        cell = self._index[i]
+        joint = self._cross[cell] + count * cross
+        return count * head - joint @ np.linalg.solve(self._tail[cell] + count * tail, joint.T)
+
+
+def _information(
+    surface: Surface, cell: RunSize, index: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(shared [S, S], cross [S, 3], own [3, 3]) of the precision that one trial of a cell adds.
+
+    The mean over five places: the expected optimum, and two along each axis of the valley where
+    the gap stands best above the noise.
+    """
+    mode, settings = surface.mode, surface.settings
+    optimum = surface.optimum(cell)
+    telling = float(np.clip(mode.widths.noise / mode.widths.growth, 1e-3, settings.far / 4))
+    size, axes = np.linalg.eigh(optimum.curvature)
+    arms = axes * np.sqrt(2 * telling / np.maximum(size, 1e-6))
+    offsets = np.concatenate([np.zeros((1, 2)), arms.T, -arms.T])
+    x = np.repeat(surface.design.matrix([cell]), len(offsets), 0)
+    own = np.repeat(mode.own[index : index + 1], len(offsets), 0)
+    _, gap, by_shared, by_own = predict_rows(
+        mode.shared, own, x, optimum.mean + offsets, surface.problem.layout
+    )
+    weight = 1 / surface.noise_variance(gap) / len(offsets)
+    weighted = by_own * weight[:, None]
+    return (
+        (by_shared * weight[:, None]).T @ by_shared,
+        by_shared.T @ weighted,
+        by_own.T @ weighted,
+    )
+
+
+def expected_regret_reduction(
+    surface: Surface, cell: RunSize, targets: Sequence[RunSize], trials: int = 1
+) -> float:
+    """Expected fall of the targets' regret (relative loss) by `trials` more trials in `cell`."""
+    outlook = Outlook(surface, [cell], targets)
+    return outlook.regret([0]) - outlook.regret([trials])
+
+
+def next_cell(
+    surface: Surface,
+    cells: Sequence[RunSize],
+    counts: Sequence[int],
+    flops: Sequence[float],
+    most: Sequence[int],
+    budget: float,
+    targets: Sequence[RunSize],
+) -> int | None:
+    """The cell to run a trial in, so that the budget lowers the targets' regret most.
+
+    The whole budget is planned anew from what is known now (`Outlook.plan`) against giving every
+    cell alike. First comes the cell that is furthest behind the better plan: trials tell less than
+    the model expects, and the smallest first would be wanted again and again.
+
+    Args:
+        surface: fitted to the trials so far.
+        cells: where trials may be run.
+        counts: trials that each has had.
+        flops: of one trial of each.
+        most: how many more trials each may have.
+        budget: FLOPs left.
+        targets: the runs to recommend for.
+
+    Returns:
+        A position in `cells`, or None where no trial is affordable.
+    """
+    outlook = Outlook(surface, cells, targets)
+    planned, regret = outlook.plan(flops, budget, most)
+    if not any(planned):
+        return None
+    alike = spread(flops, budget, most)
+    if outlook.regret(alike) < regret:
+        planned = alike
+    behind = [more / max(more + had, 1) for more, had in zip(planned, counts, strict=True)]
+    return max(range(len(cells)), key=lambda i: (behind[i], -flops[i]))
+
+
+def spread(flops: Sequence[float], budget: float, most: Sequence[int]) -> list[int]:
+    """Trials of each cell when a budget is spent in turns, small cells first."""
+    counts = [0] * len(flops)
+    order = sorted(range(len(flops)), key=lambda i: flops[i])
+    while True:
+        granted = False
+        for i in order:
+            if counts[i] < most[i] and flops[i] <= budget:
+                counts[i] += 1
+                budget -= flops[i]
+                granted = True
+        if not granted:
+            return counts

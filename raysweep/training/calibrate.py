@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from raysweep.errors import UserError
-from raysweep.study.plan import Calibration, Pace
 from raysweep.study import Cell, Study
+from raysweep.study.plan import Calibration, Pace
 
 SECONDS = 0.4
 """What one measurement may take, once it is known how long a step is."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from raysweep.scaling.contrast import MATCHED, ONE_LAW, OWN_LAWS, Contrast
 
 import raysweep
 from raysweep.errors import UserError
@@ -20,7 +21,6 @@ from raysweep.report.numbers import Numbers
 from raysweep.results.schema import row_table
 from raysweep.results.store import Results
 from raysweep.scaling.compare import Comparison, compare, open_source, pair_of, reference_of
-from raysweep.scaling.contrast import MATCHED, ONE_LAW, OWN_LAWS, Contrast
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.sides import Part, Side, make_side, parts_of, why_apart
 
@@ -296,6 +296,7 @@ def test_public_api(found: Comparison) -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.xdist_group("browser")
 def test_page_in_a_browser(page: Path, drive: Callable[..., Any]) -> None:
     seen = drive(
         page,

@@ -20,7 +20,7 @@ from raysweep.results.store import Results
 from raysweep.scaling import cautions
 from raysweep.scaling.fits import Fits, fit
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 Drive = Callable[..., Any]
 

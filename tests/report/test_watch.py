@@ -279,6 +279,7 @@ def titled(browser: str, page: Path, profile: Path) -> Any:
 
 
 @pytest.mark.browser
+@pytest.mark.xdist_group("browser")
 def test_open_page_loads_the_newer_one_and_keeps_ones_place(
     browser: str, ladder: tuple[Results, Path], tmp_path: Path
 ) -> None:

@@ -8,11 +8,11 @@ import optuna
 import pytest
 import ray.cloudpickle as cloudpickle
 from optuna.trial import TrialState, create_trial
+from raysweep.scaling.surface import CellFeatures
 
 from benchmarks.planted import SHAPES, covered, plant, recommended_gaps, search
 from raysweep.errors import UserError
-from raysweep.scaling.surface import CellFeatures
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
+from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.strategies import make_sampler, search_space
 
 SEQUENCE = 256
@@ -21,7 +21,7 @@ SPACE = search_space(RATES, BATCHES)
 CELLS = [CellFeatures(f"c{i}", 1e6 * 4.0**i, 2e7 * 4.0**i) for i in range(4)]
 
 
-def add_cell(ladder: Ladder, cell: CellFeatures, seed: int = 0) -> optuna.Study:
+def add_cell(ladder: TrialHistory, cell: CellFeatures, seed: int = 0) -> optuna.Study:
     sampler = make_sampler(
         "ladder",
         cell=cell,
@@ -55,7 +55,7 @@ def run(study: optuna.Study, cell: CellFeatures, count: int) -> list[dict]:
 
 def test_deterministic_given_seed_and_history():
     def replay(seed: int) -> list[dict]:
-        ladder = Ladder()
+        ladder = TrialHistory()
         studies = [add_cell(ladder, cell, seed) for cell in CELLS[:2]]
         return run(studies[0], CELLS[0], 4) + run(studies[1], CELLS[1], 3)
 
@@ -64,10 +64,10 @@ def test_deterministic_given_seed_and_history():
 
 
 def test_a_ladder_rebuilt_from_rows_proposes_what_the_live_one_does():
-    live = Ladder()
+    live = TrialHistory()
     studies = [add_cell(live, cell) for cell in CELLS[:2]]
     rows = [run(studies[0], CELLS[0], 5), run(studies[1], CELLS[1], 2)]
-    rebuilt = Ladder()
+    rebuilt = TrialHistory()
     again = [add_cell(rebuilt, cell) for cell in CELLS[:2]]
     for cell, study, params in zip(CELLS, again, rows, strict=False):
         for one in params:
@@ -78,7 +78,7 @@ def test_a_ladder_rebuilt_from_rows_proposes_what_the_live_one_does():
 
 
 def test_small_cells_place_the_first_trial_of_a_large_one():
-    ladder = Ladder()
+    ladder = TrialHistory()
     studies = [add_cell(ladder, cell) for cell in CELLS]
     run(studies[0], CELLS[0], 8)
     run(studies[1], CELLS[1], 4)
@@ -90,7 +90,7 @@ def test_small_cells_place_the_first_trial_of_a_large_one():
 
 def test_imported_rows_teach_as_trials_do():
     rng = np.random.default_rng(0)
-    ladder = Ladder()
+    ladder = TrialHistory()
     for cell in CELLS[:3]:
         rate = np.exp(rng.normal(np.log(0.005), 0.8, 30))
         log2 = rng.uniform(2, 8, 30)
@@ -107,7 +107,7 @@ def test_imported_rows_teach_as_trials_do():
 
 
 def test_parallel_proposals_differ():
-    ladder = Ladder()
+    ladder = TrialHistory()
     study = add_cell(ladder, CELLS[0])
     running = [study.ask(SPACE) for _ in range(5)]
     points = np.array(
@@ -123,7 +123,7 @@ def test_parallel_proposals_differ():
 
 
 def test_crashes_tell_nothing_and_divergence_lowers_the_rate():
-    ladder = Ladder()
+    ladder = TrialHistory()
     study = add_cell(ladder, CELLS[0])
     first = study.ask(SPACE)
     first.set_user_attr("status", "crashed")
@@ -143,7 +143,7 @@ def test_crashes_tell_nothing_and_divergence_lowers_the_rate():
 
 
 def test_where_a_trial_ran_counts_not_where_it_was_asked_to():
-    ladder = Ladder()
+    ladder = TrialHistory()
     study = add_cell(ladder, CELLS[0])
     trial = study.ask(SPACE)
     moved = [trial.params[LEARNING_RATE] * np.exp(0.2), trial.params[LOG2_BATCH] + 0.5]
@@ -156,7 +156,7 @@ def test_where_a_trial_ran_counts_not_where_it_was_asked_to():
 
 
 def test_starts_by_the_published_law_and_says_so(caplog):
-    ladder = Ladder()
+    ladder = TrialHistory()
     study = add_cell(ladder, CELLS[1])
     with caplog.at_level(logging.INFO, logger="raysweep"):
         first = study.ask(SPACE)
@@ -168,7 +168,7 @@ def test_starts_by_the_published_law_and_says_so(caplog):
 
 
 def test_works_under_study_optimize_with_other_parameters_beside():
-    ladder = Ladder()
+    ladder = TrialHistory()
     study = add_cell(ladder, CELLS[0])
 
     def objective(trial: optuna.Trial) -> float:
@@ -184,7 +184,7 @@ def test_works_under_study_optimize_with_other_parameters_beside():
 
 
 def test_survives_cloudpickle():
-    ladder = Ladder()
+    ladder = TrialHistory()
     study = add_cell(ladder, CELLS[0])
     run(study, CELLS[0], 3)
     copied_ladder, copied = cloudpickle.loads(cloudpickle.dumps((ladder, study)))  # pyright: ignore
@@ -193,7 +193,7 @@ def test_survives_cloudpickle():
 
 
 def test_a_cell_known_with_other_sizes_is_a_user_error():
-    ladder = Ladder()
+    ladder = TrialHistory()
     study = add_cell(ladder, CELLS[0])
     other = CellFeatures(CELLS[0].name, 2e6, 2e7)
     with pytest.raises(UserError, match="other sizes"):
@@ -204,7 +204,7 @@ def test_a_cell_known_with_other_sizes_is_a_user_error():
 
 def test_proposing_takes_at_most_50_ms_with_40_cells_and_500_trials():
     rng = np.random.default_rng(0)
-    ladder, studies = Ladder(), []
+    ladder, studies = TrialHistory(), []
     for i in range(40):
         cell = CellFeatures(f"c{i}", 1e6 * 2.0 ** (i % 8), 2e7 * 2.0 ** (i // 8 + i % 8))
         study = add_cell(ladder, cell)

@@ -4,10 +4,10 @@ import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
+from raysweep.scaling.surface import CellFeatures
 
 from raysweep.errors import UserError
-from raysweep.scaling.surface import CellFeatures
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
+from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.strategies import STRATEGIES, make_sampler, search_space
 
 CELL = CellFeatures("cell", 1e7, 2e8)
@@ -18,7 +18,7 @@ SPACE = search_space(RATES, BATCHES)
 def new_study(strategy: str, seed: int = 0, trials: int = 9, **change) -> optuna.Study:
     options = {
         "cell": CELL,
-        "ladder": Ladder(),
+        "ladder": TrialHistory(),
         "learning_rate": RATES,
         "log2_batch": BATCHES,
         "sequence_length": 256,

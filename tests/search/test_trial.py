@@ -10,19 +10,6 @@ from raysweep.results import Results
 from raysweep.search.trial import RowWriter, TrialContext, run_trial
 from raysweep.study import Study
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def _ray():
-    import ray
-    from ray._private.authentication_test_utils import reset_auth_token_state
-
-    reset_auth_token_state()  # an earlier test may have used another token
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
 
 def in_folder(folder: Path, name: str = "lost") -> tuple[TrialContext, dict[str, Any]]:
     """What a trial of a study is given, with the point it runs at."""
@@ -46,7 +33,6 @@ def in_folder(folder: Path, name: str = "lost") -> tuple[TrialContext, dict[str,
     return TrialContext(study, corpus, uri), at
 
 
-@pytest.mark.usefixtures("_ray")
 def test_lost_between_its_outcome_and_its_row_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +56,6 @@ def test_lost_between_its_outcome_and_its_row_it_goes_on(
     assert not list(kept.iterdir())
 
 
-@pytest.mark.usefixtures("_ray")
 def test_studies_in_one_folder_that_run_the_same_trial_have_a_row_each(tmp_path: Path) -> None:
     for name in ("one", "two", "two"):
         run_trial(*in_folder(tmp_path, name))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.study.plan import make_plan
 from raysweep.study import Study
+from raysweep.study.plan import make_plan
 from raysweep.study.schema import SearchSpace
 
 REPO = Path(__file__).resolve().parents[2]

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 
-from raysweep.errors import UserError
 from raysweep.scaling.compute.allocation import Allocation, compute_optimal
 from raysweep.scaling.compute.efficiency import (
     Efficiency,
@@ -19,15 +18,12 @@ from raysweep.scaling.compute.efficiency import (
 from raysweep.scaling.compute.isoflop import IsoFlop, isoflop, parabola_bias
 from raysweep.scaling.estimate import NOT_DETERMINED
 from raysweep.scaling.loss.data import COLUMNS, LossData, held_budgets
-from raysweep.scaling.loss.fit import LossFit, fit_law
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import choose_loss
 
 PATH_BUDGETS, PATH_BEYOND = 7, 10.0
 """How many budgets a split is followed over, and how far beyond the largest."""
 ROUTING = ("experts", "top_k", "granularity")
-SERVING_LAWS = ("wang", "yun", "joint_moe")
-"""Laws of experts whose N follows from the dense model that experts are added to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,20 +191,3 @@ def saving(name: str, cells: pd.DataFrame, model: LossModel) -> Saving:
         status=able.status,
         message="",
     )
-
-
-def experts_law(data: LossData) -> LossFit:
-    """The law of the loss over several numbers of experts that serving weighs them by: of those
-    whose N follows from the dense model, the one that predicts best one level of compute ahead.
-
-    Raises:
-        UserError: one number of experts only, or no such law is determined.
-    """
-    if len(np.unique(data.columns["experts"])) < 2:
-        raise UserError(
-            "these results know one number of experts only: serving weighs several, so search a "
-            "dense and a MoE architecture, or MoEs of different sizes"
-        )
-    model = choose_loss(data, SERVING_LAWS).require()
-    assert model.law is not None
-    return fit_law(model.law, model.data)

@@ -106,9 +106,9 @@ class Design:
         )
 
     def same(self, other: Design) -> bool:
-        """Whether two designs give parameters the same meaning."""
-        apart = (self.routings, self.groups) != (other.routings, other.groups)
-        return not apart and np.allclose(self.centre, other.centre)
+        """Whether parameters fitted with the other mean the same here."""
+        named = (self.routings, self.groups) == (other.routings, other.groups)
+        return named and np.allclose(self.centre, other.centre, rtol=0, atol=1e-9)
 
     @property
     def offsets(self) -> int:
@@ -137,37 +137,37 @@ class Layout:
 
     offsets: int
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Coefficients of one target's law."""
         return LINEAR + len(BENDS) + self.offsets
 
-    @property
+    @cached_property
     def law(self) -> tuple[slice, slice]:
         """Of ln lr* and of ln batch*."""
         return slice(0, self.columns), slice(self.columns, 2 * self.columns)
 
-    @property
+    @cached_property
     def valley(self) -> slice:
         """Of the valley's ln weights and ln rates at the centre."""
         return slice(2 * self.columns, 2 * self.columns + PARAMETERS)
 
-    @property
+    @cached_property
     def scale(self) -> slice:
         """Of the valley's ln depth, per nat of N and of D."""
         return slice(self.valley.stop, self.valley.stop + 2)
 
-    @property
+    @cached_property
     def slopes(self) -> slice:
         """Of each term's ln weight: all per nat of N, then all per nat of D."""
         return slice(self.scale.stop, self.scale.stop + 2 * TERMS)
 
-    @property
+    @cached_property
     def level(self) -> slice:
         """Of ln loss at the optimum: `LEVEL_NAMES`, then bends, then offsets."""
         return slice(self.slopes.stop, self.slopes.stop + LEVEL_LAW + len(BENDS) + self.offsets)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of shared parameters."""
         return self.level.stop

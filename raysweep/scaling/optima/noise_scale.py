@@ -14,7 +14,7 @@ from raysweep.scaling.estimate import Estimate
 
 NEAR_BEST = 0.01
 """The noise scale of a cell is read off its trials within this share of the best loss."""
-ONE_TRIAL, SURE = 0.5, 0.01
+ONE_TRIAL, MIN_SD = 0.5, 0.01
 """sd of ln noise scale where one trial tells it, and the least that trials may claim."""
 
 
@@ -102,7 +102,8 @@ def fit_noise_scale(
     usable = np.isfinite(design).all(axis=1)
     design = design[usable]
     y = np.log(noise["noise_scale_tokens"].to_numpy(float)[known][usable])
-    sd = np.maximum(noise["log_sd"].to_numpy(float)[known][usable], SURE)
+    # Repeats that agree to all digits are no measure without error.
+    sd = np.maximum(noise["log_sd"].to_numpy(float)[known][usable], MIN_SD)
     degrees = len(y) - design.shape[1]
     if degrees < 1:
         return None

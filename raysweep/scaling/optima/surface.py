@@ -86,6 +86,15 @@ class OptimumPosterior:
         half = reach * np.sqrt(self.covariance.diagonal())
         return np.stack([self.mean - half, self.mean + half], -1)
 
+    def largest_batches(self, within: Sequence[float]) -> list[tuple[float, float]]:
+        """For each share of the loss that may be lost: by how much, in logs, the largest batch and
+        the learning rate that is best there lie above the optimum's."""
+        v = np.linspace(0.0, 6.0, 121)
+        u = best_rate(v, self.valley)
+        cost = np.maximum.accumulate(gap(u, v, self.valley))
+        at = np.interp(np.log1p(within), cost, v)
+        return [(float(a), float(b)) for a, b in zip(at, np.interp(at, v, u), strict=True)]
+
     def estimates(self, level: float = 0.95) -> tuple[Estimate, Estimate]:
         """The learning rate and the batch in tokens, with their intervals."""
         (low, high), (least, most) = np.exp(self.interval(level)).tolist()
@@ -263,14 +272,8 @@ class Surface:
         """(batch tokens, learning rate): the largest batch whose loss, at its own best learning
         rate, lies within the share `within` (.005 is .5 %) of the loss at the optimum."""
         optimum = self.optimum(cell)
-        v = np.linspace(0.0, 6.0, 601)
-        u = best_rate(v, optimum.valley)
-        inside = gap(u, v, optimum.valley) <= math.log1p(within)
-        last = int(np.flatnonzero(inside)[-1])
-        return (
-            float(np.exp(optimum.mean[1] + v[last])),
-            float(np.exp(optimum.mean[0] + u[last])),
-        )
+        [(v, u)] = optimum.largest_batches([within])
+        return float(np.exp(optimum.mean[1] + v)), float(np.exp(optimum.mean[0] + u))
 
     def unspanned(self, run: RunSize) -> tuple[str, ...]:
         """Names of the directions along which a run lies off the cells though they do not span
@@ -491,7 +494,8 @@ def fit_surface(
     far = _far(cells, observed, settings.far)
     rule = None if batch_searched else _batch_rule(cells, design, observed)
     problem = Problem(observed, far, design, cells, prior, settings, rule)
-    mode = fit_map(problem, warm.mode if warm is not None and warm.design.same(design) else None)
+    followed = warm.mode if warm is not None and design.same(warm.design) else None
+    mode = fit_map(problem, followed)
     return Surface(cells, design, mode, settings, prior, problem)
 
 

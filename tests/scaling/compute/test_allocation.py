@@ -16,7 +16,7 @@ from raysweep.scaling.compute.allocation import (
     ranges_of,
     read_minimum,
 )
-from raysweep.scaling.compute.budgets import best_splits, splitting
+from raysweep.scaling.compute.budgets import splitting
 from raysweep.scaling.compute.efficiency import (
     compute_for_equal_loss,
     loss_ratio,
@@ -27,7 +27,7 @@ from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import choose_loss
-from raysweep.scaling.plain import plain
+from raysweep.scaling.plain import to_json
 from raysweep.study.shape import RunSize
 
 CHINCHILLA = LOSS_LAWS["chinchilla"]
@@ -118,7 +118,7 @@ def test_what_is_not_determined_has_a_word_and_no_number(chinchilla: LossModel) 
     nothing = choose_loss(
         LossData.of({"params": n, "tokens": np.geomspace(1e9, 1e11, 6)}, np.linspace(3, 2.5, 6))
     )
-    for split in best_splits(nothing, [1e20]):
+    for split in compute_optimal(nothing, [1e20]):
         assert split.status == "not determined"
         assert "the same params" in split.why
         assert math.isnan(split.params)
@@ -135,7 +135,7 @@ def test_what_is_not_determined_has_a_word_and_no_number(chinchilla: LossModel) 
     assert open_.status in text
     assert "N is all parameters" in text
     assert "nan" not in text
-    json.dumps(plain(open_.to_dict()), allow_nan=False)
+    json.dumps(to_json(open_.to_dict()), allow_nan=False)
 
 
 def test_a_law_blind_to_the_split_is_not_asked_for_it() -> None:
