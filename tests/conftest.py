@@ -39,7 +39,7 @@ def assert_study_complete() -> Callable[..., "pd.DataFrame"]:
     def check(uri: str | Path, trials: int = 2, cells: int = 4) -> "pd.DataFrame":
         from raysweep.results import Results
 
-        rows = Results.open(uri).frame()
+        rows = Results.open(uri).to_pandas()
         assert rows["trial_key"].is_unique
         assert set(rows["status"]) == {"finished"}
         assert rows.groupby("cell").size().tolist() == [trials] * cells

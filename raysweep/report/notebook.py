@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from raysweep.plan import make_plan, summary_words
+from raysweep.study.plan import make_plan, summary_words
 from raysweep.report.answers import Answer
 from raysweep.report.compare import WORDS, ratios_figure
 from raysweep.report.figure import PlotFigure, colours
@@ -191,7 +191,7 @@ def _maybe(value: object, style: str) -> str:
 
 
 def _results(results: Results) -> str:
-    frame = results.frame()
+    frame = results.to_pandas()
     rows: list[Sequence[Any]] = []
     for (study, cell), own in frame.groupby(["study", "cell"], sort=False, dropna=False):
         finished = own[own["status"] == FINISHED]

@@ -63,7 +63,7 @@ def report(
     Raises:
         UserError: the folder holds the page of another study; or a size that is no number.
     """
-    frame = results.frame()
+    frame = results.to_pandas()
     studies = facts.studies(frame, results.search_spaces())
     names = [str(s["name"]) for s in studies]
     target = Path(folder) if folder is not None else Path(FOLDER) / _file_name(names)

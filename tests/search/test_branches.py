@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from raysweep.plan import make_plan
+from raysweep.study.plan import make_plan
 
 from raysweep.results.schema import COLUMNS
 from raysweep.search.campaign import Campaign

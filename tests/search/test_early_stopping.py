@@ -65,7 +65,7 @@ def test_early_stopping_leaves_rows_with_a_reason(tmp_path: Path) -> None:
     )
     space = Path(__file__).resolve().parents[2] / "search_spaces/smoke.yaml"
     run(Study.load(space, changes), results_uri=str(tmp_path / "results"))
-    frame = Results.open(tmp_path / "results").frame()
+    frame = Results.open(tmp_path / "results").to_pandas()
     stopped = frame[frame["status"] == "stopped"]
     assert 1 <= len(stopped) < len(frame)
     assert stopped["reason"].str.contains("early stopping").all()
