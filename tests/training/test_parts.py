@@ -3,13 +3,15 @@
 import dataclasses
 import math
 import os
+import time
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
-from raysweep.model import build
-from raysweep.study import Architecture, Recipe
+from raysweep.model import build, compiled
+from raysweep.study import Architecture, Recipe, Study
 from raysweep.study.shape import ModelShape
 from raysweep.training import calibrate, memory, optimizer, runtime, schedule
 from raysweep.training.monitor import Monitor
@@ -295,6 +297,30 @@ def test_calibration_keeps_to_the_gpus_that_the_user_chose(monkeypatch):
     assert calibrate._gpu(1) == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8932f937")
     assert [calibrate._gpu(k) for k in range(2)] == ["3", "GPU-8932f937"]
+
+
+def test_what_is_timed_is_a_step_and_not_its_compilation(monkeypatch):
+    """A compiler that takes half a second a graph; what it makes runs at once."""
+
+    def slow(graph, example):
+        time.sleep(0.5)
+        return aot_eager(graph, example)
+
+    study = Study.from_dict(
+        {
+            "study": "timed",
+            "model": {"sequence_length": 16},
+            "scales": [{"d_model": 16, "layers": 1, "heads": 1}],
+            "horizons": [{"tokens": 1e6}],
+            "recipe": {"compile": "on"},
+        }
+    )
+    monkeypatch.setattr(compiled, "BACKEND", slow)
+    compiled.forget()
+    seconds, _ = calibrate._step(study, study.cells[0], 4)
+    assert compiled._compiled, "as the cell's own trials are"
+    assert seconds < 0.2
+    compiled.forget()
 
 
 def test_processors_where_the_system_says_nothing_of_affinity(monkeypatch):
