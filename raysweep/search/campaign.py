@@ -128,6 +128,7 @@ class Campaign:
         """The next trial to start, or None while none fits or everything waits on running ones."""
         self._grant()
         runnable = [s for s in self._ordered() if self.runnable(s)]
+        self._give_back_groups(runnable)
         fitting = [s for s in runnable if self.ledger.fits(bundles_of(s.cell))]
         forced = False
         if not fitting and runnable and not self._open:
@@ -147,6 +148,19 @@ class Campaign:
         state.running.add(proposal.number)
         self._flops_spent += state.trial_flops
         return proposal
+
+    def _give_back_groups(self, runnable: Sequence[CellState]) -> None:
+        """Give up groups of workers that wait: where no trial of their kind is wanted, and where a
+        trial that comes before those, as it teaches more, would fit then or nothing else runs."""
+        kinds = [kind_of(bundles_of(state.cell)) for state in runnable]
+        blocked = [k for k, s in zip(kinds, runnable, strict=True)
+                   if not self.ledger.fits(bundles_of(s.cell))]  # fmt: skip
+        for group, bundles in self.ledger.waiting_groups.items():
+            kind = kind_of(bundles)
+            if kind not in kinds or (blocked and kinds.index(blocked[0]) < kinds.index(kind)):
+                self.ledger.give_back(group)
+                blocked = [k for k, s in zip(kinds, runnable, strict=True)
+                           if not self.ledger.fits(bundles_of(s.cell))]  # fmt: skip
 
     def waiting(self) -> dict[Kind, int]:
         """Trials that would start now if the cluster had room, by what they need."""

@@ -127,6 +127,7 @@ def _run_on_ray(
     from raysweep.search.searcher import CampaignSearcher, EarlyStop
     from raysweep.search.trial import TrialContext, make_trainable
     from raysweep.search.watcher import RETRIES, Watcher
+    from raysweep.training.ray_train import end_groups
 
     context = TrialContext(
         study=study,
@@ -168,6 +169,7 @@ def _run_on_ray(
         )
         with contextlib.suppress(Interrupted):
             tuner.fit()
+        end_groups(sorted(searcher.groups), wait=True)
     seconds = time.monotonic() - begun
     watcher.count_available()
     available = watcher.available_seconds
@@ -216,7 +218,7 @@ def _placement(cell: Cell) -> Any:
 
     bundles = bundles_of(cell)
     if len(bundles) > 1:
-        # Ray Train reserves the workers' bundles itself; the trial only waits for them. It takes a
+        # Ray Train holds the workers' bundles itself; the trial only waits for them. It takes a
         # byte of memory because Tune wants something, and even 0.001 CPU would be one too few.
         return tune.PlacementGroupFactory([{"memory": 1}])
     return tune.PlacementGroupFactory([dict(bundles[0])])

@@ -125,19 +125,6 @@ class SearchSpace(Section):
         return self
 
     @model_validator(mode="after")
-    def _early_stopping_reaches_its_trials(self) -> Self:
-        if self.search.early_stopping is None:
-            return self
-        for i, scale in enumerate(self.scales):
-            workers = (scale.resources or self.resources).workers
-            if workers > 1:  # Tune cannot end a trial that waits for workers of Ray Train's
-                raise ValueError(
-                    f"search.early_stopping is for trials on one worker, and scale {i} has "
-                    f"{workers}: drop early_stopping, or set its workers to 1"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _names_known(self) -> Self:
         known = ", ".join(self.architectures)
         named = [

@@ -18,7 +18,7 @@ from raysweep.cli import app
 from raysweep.results import Results
 from raysweep.scaling.compare import compare_arms, needed, shared_sizes
 from raysweep.scaling.fits import Fits
-from raysweep.search.ladder import Ladder
+from raysweep.search.ladder import TrialHistory
 from raysweep.search.value import targets_of
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
@@ -232,7 +232,7 @@ def test_the_search_aims_at_what_the_fit_recommends(tmp_path: Path, trust: str) 
     rng = np.random.default_rng(0)
     from raysweep.scaling.optima.literature import literature_prior
 
-    ladder = Ladder(literature_prior(study.space.without, study.space.literature))
+    ladder = TrialHistory(literature_prior(study.space.without, study.space.literature))
     rows = []
     for cell in study.cells:
         size = cell.size
