@@ -293,10 +293,10 @@ def browser() -> str:
 def drive(browser: str, tmp_path: Path) -> Drive:
     """drive(page, script, *flags): open a page from disk, run the body of an async function in it.
 
-    Returns what the script returns. Fails on a console error, and on any attempt to load anything.
+    `fragment` is put behind its address. Returns what the script returns. Fails on a console error, and on any attempt to load anything.
     """
 
-    def run(page: Path, script: str, *flags: str, before: str = "") -> Any:
+    def run(page: Path, script: str, *flags: str, before: str = "", fragment: str = "") -> Any:
         html = page.read_text()
         html = html.replace("<head>", "<head>" + WATCH, 1)
         html = html.replace("</body>", before + HARNESS % script + "</body>", 1)
@@ -305,7 +305,11 @@ def drive(browser: str, tmp_path: Path) -> Drive:
         profile = tmp_path / "profile"
         command = [browser, *FLAGS, f"--user-data-dir={profile}", *flags, "--dump-dom"]
         done = subprocess.run(
-            [*command, copy.as_uri()], capture_output=True, text=True, timeout=180, check=False
+            [*command, copy.as_uri() + fragment],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
         )
         found = re.search(
             r'<script type="application/json" id="driven">(.*?)</script>', done.stdout
