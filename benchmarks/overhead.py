@@ -89,7 +89,7 @@ def in_a_group(trials: int, workers: int) -> dict[str, Any]:
     """Seconds of the first trial on several workers, and of each that follows in their group."""
     with tempfile.TemporaryDirectory() as folder:
         study = empty_study(trials, workers=workers)
-        frame = run(study, results_uri=f"{folder}/results").results.frame()
+        frame = run(study, results_uri=f"{folder}/results").results.to_pandas()
     frame = frame.sort_values("started_at")
     assert (frame["status"] == "finished").all()
     first, *_ = frame["seconds_wall"]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from raysweep.study.plan import make_plan, summary_words
 from raysweep.report.answers import Answer
 from raysweep.report.compare import WORDS, ratios_figure
 from raysweep.report.figure import PlotFigure, colours
@@ -21,6 +20,7 @@ from raysweep.report.laws import law_figures, law_rows
 from raysweep.report.render import sentence
 from raysweep.report.style import DARK, LIGHT
 from raysweep.results.schema import FINISHED
+from raysweep.study.plan import make_plan, summary_words
 from raysweep.text import NOTHING, between, estimated, short, written
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def _comparison(comparison: Any) -> str:
         (
             _dot(shades, name),
             *(
-                f"{written(value, style)} ({between(*ends, style)})"
+                f"{written(value, style)} ({between(ends[0], ends[1], style)})"
                 for value, ends, style in (
                     (a.learning_rate, a.learning_rate_interval, "rate"),
                     (a.batch_tokens, a.batch_tokens_interval, "batch"),
