@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from raysweep.scaling.surface import CellFeatures
 
 from raysweep.search.ladder import TrialHistory
 from raysweep.search.strategies import make_sampler, search_space
+from raysweep.study.shape import RunSize
 
 RATES, BATCHES = (1e-5, 1e-1), (0, 14)
 LENGTH = 2048
 
 
-def loss_of(cell: CellFeatures, rate: float, log2: int, rng: np.random.Generator) -> float:
+def loss_of(cell: RunSize, rate: float, log2: int, rng: np.random.Generator) -> float:
     """A valley about Step Law's optimum, with 0.1 % of noise."""
     u = np.log(rate / (1.79 * cell.params**-0.713 * cell.tokens**0.307))
     v = np.log(2.0**log2 * LENGTH / (0.58 * cell.tokens**0.571))
@@ -31,7 +31,7 @@ def loss_of(cell: CellFeatures, rate: float, log2: int, rng: np.random.Generator
     return float(base * np.exp(0.02 * u**2 + 0.01 * v**2 + 1e-3 * rng.normal()))
 
 
-def studies_of(strategy: str, cells: list[CellFeatures], trials: int) -> list[optuna.Study]:
+def studies_of(strategy: str, cells: list[RunSize], trials: int) -> list[optuna.Study]:
     """A study a cell with `trials` random trials altogether."""
     rng, ladder, studies = np.random.default_rng(0), TrialHistory(), []
     space = search_space(RATES, BATCHES)
@@ -58,7 +58,7 @@ def studies_of(strategy: str, cells: list[CellFeatures], trials: int) -> list[op
     return studies
 
 
-def times(strategy: str, cells: list[CellFeatures], trials: int, asks: int) -> np.ndarray:
+def times(strategy: str, cells: list[RunSize], trials: int, asks: int) -> np.ndarray:
     """Seconds of each ask."""
     rng, space = np.random.default_rng(1), search_space(RATES, BATCHES)
     studies, found = studies_of(strategy, cells, trials), []
@@ -81,8 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     cells = [
-        CellFeatures(f"c{i}", params=2e7 * 1.12**i, tokens=4e8 * 1.12**i * (1 + i % 3))
-        for i in range(args.cells)
+        RunSize(2e7 * 1.12**i, 4e8 * 1.12**i * (1 + i % 3), name=f"c{i}") for i in range(args.cells)
     ]
     answer = {}
     for strategy in ("ladder", "tpe"):

@@ -67,12 +67,7 @@ def write_comparison(
     shades = colours(names)
     ratios = {arm.name: _comparable(arms[0], arm, apart or {}) for arm in arms[1:]}
     size = common_size(arms)
-    figures = by_name(
-        [
-            ratios_figure(ratios, names),
-            *([arms_figure(arms)] if any(map(len, _cells(arms))) else []),
-        ]
-    )
+    figures = by_name([ratios_figure(ratios, names), arms_figure(arms)])
     context: dict[str, Any] = {
         "title": title or _listed(names),
         "names": names,

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from raysweep.report.style import (
     ARCHITECTURE_COLOURS,
@@ -293,8 +293,8 @@ def _scale(axes: Axes, one: Panel) -> None:
         else:
             at = axes.xaxis if which == "x" else axes.yaxis
             style = axis.style
-            at.set_major_locator(mpl.ticker.MaxNLocator(5))
-            at.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _, s=style: written(v, s)))
+            at.set_major_locator(MaxNLocator(5))
+            at.set_major_formatter(FuncFormatter(lambda v, _, s=style: written(v, s)))
         if axis.reverse:
             (axes.invert_xaxis if which == "x" else axes.invert_yaxis)()
 

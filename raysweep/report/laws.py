@@ -70,6 +70,8 @@ def law_figures(fits: Fits, answers: Sequence[Answer]) -> list[PlotFigure]:
     """One figure each of learning rate, batch and loss against N, D, C and the loss; those without
     any cell are left out."""
     names = names_of(fits)
+    if not names:
+        return []
     cells = fits.cells[fits.cells["architecture"].isin(names)]
     known = {q: cells[cells[q].notna()] for q in QUANTITIES}
     paths = {name: _paths_of(fits, name, answers, len(names) == 1) for name in names}

@@ -19,6 +19,8 @@ LOADS = {
 def noise_figure(fits: Fits) -> PlotFigure | None:
     """Noise scale of each cell against its loss, and against its optimal batch; None where no cell
     measured it."""
+    if not fits.architectures:
+        return None
     table = fits.cells.assign(
         noise=fits.noise_scale["noise_scale_tokens"], log_sd=fits.noise_scale["log_sd"]
     )

@@ -240,7 +240,7 @@ def _comparison(comparison: Any) -> str:
         (
             _dot(shades, name),
             *(
-                f"{written(value, style)} ({between(*ends, style)})"
+                f"{written(value, style)} ({between(ends[0], ends[1], style)})"
                 for value, ends, style in (
                     (a.learning_rate, a.learning_rate_interval, "rate"),
                     (a.batch_tokens, a.batch_tokens_interval, "batch"),

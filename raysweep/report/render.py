@@ -30,7 +30,7 @@ def environment() -> Environment:
     )
     env.filters["num"] = lambda value, style: written(value, style)
     env.filters["est"] = lambda value, style: estimated(value, style=style)
-    env.filters["span"] = lambda ends, style: between(*ends, style)
+    env.filters["span"] = lambda ends, style: between(ends[0], ends[1], style)
     env.filters["script"] = _script
     env.filters["sentence"] = sentence
     return env

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from raysweep.study.plan import make_plan
 
 from raysweep.results.schema import COLUMNS
 from raysweep.search.campaign import Campaign
 from raysweep.search.ledger import Ledger
 from raysweep.study import Study
+from raysweep.study.plan import make_plan
 
 SPACE = {
     "study": "branched",

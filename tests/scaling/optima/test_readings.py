@@ -127,9 +127,10 @@ def test_the_table_sets_every_reading_beside_the_model(cell_trials):
     assert list(table.index) == list(WAYS)
     assert (table["interior"] == 4).all()
     for way in ("model", "quadratic"):
-        row = table.loc[way]
+        row = table.T.to_dict()[way]
         assert row["learning_rate_params"] == pytest.approx(-0.5, abs=0.08)
         assert row["learning_rate_tokens"] == pytest.approx(0.2, abs=0.06)
         assert row["batch_tokens_tokens"] == pytest.approx(0.4, abs=0.06)
-    assert table.loc["model", "learning_rate"] == 0
-    assert 0 < table.loc["argmin", "learning_rate"] < 0.5
+    off = table["learning_rate"].to_dict()
+    assert off["model"] == 0
+    assert 0 < off["argmin"] < 0.5
