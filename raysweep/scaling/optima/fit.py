@@ -21,6 +21,7 @@ from raysweep.scaling.optima.model import (
     Settings,
     VarianceComponents,
     level_terms,
+    shape_bias,
 )
 
 _ITERATIONS = 60
@@ -86,13 +87,16 @@ def _climb(
     """Damped Gauss-Newton from a start, the widths re-estimated at each step."""
     point = problem.at(shared, own)
     gaps, damping, converged = problem.noise_gap(point), 1e-2, False
+    bias = np.zeros(problem.layout.size)
     for _ in range(iterations):
         # The noise follows the gap: half a step at a time, or mode and noise can chase each other.
         gaps = 0.5 * (gaps + problem.noise_gap(point))
         variance = problem.variance(widths, gaps)
-        blocks, gradient = problem.normal_equations(point, widths, variance)
+        blocks, (shared_pull, own_pull) = problem.normal_equations(point, widths, variance)
+        bias = 0.5 * (bias + shape_bias(problem, point, variance, blocks[2]))
         before, start = widths, point
-        point, damping = _step(problem, point, widths, variance, blocks, gradient, damping)
+        gradient = shared_pull - bias, own_pull
+        point, damping = _step(problem, point, widths, variance, blocks, gradient, bias, damping)
         covariance = invert(*blocks)
         widths = _learn(problem, widths, point, covariance)
         spread = np.sqrt(covariance.shared.diagonal()), np.sqrt(_diagonals(covariance.own))
@@ -123,9 +127,12 @@ def _step(
     variance: np.ndarray,
     blocks: tuple[np.ndarray, np.ndarray, np.ndarray],
     gradient: tuple[np.ndarray, np.ndarray],
+    bias: np.ndarray,
     damping: float,
 ) -> tuple[Point, float]:
-    """The next point, damped until it is no worse, and the damping to begin with there."""
+    """The next point, damped until it is no worse, and the damping to begin with there.
+
+    `bias` [S] is the slope of what `Problem.cost` lacks (`shape_bias`)."""
     head, cross, tail = blocks
     layout = problem.layout
     level = layout.level.start + np.arange(LEVEL_LAW)
@@ -139,7 +146,7 @@ def _step(
             np.abs(shared[level]).max() / _LEVEL_STEP,
         )
         tried = problem.at(point.shared + shared / size, point.own + own / size)
-        if problem.cost(tried, widths, variance) <= now:
+        if problem.cost(tried, widths, variance) + bias @ (shared / size) <= now:
             return tried, max(damping / 10, 1e-8)
         damping *= 10
     return point, damping
