@@ -30,6 +30,7 @@ _SETTLED = 0.05  # posterior sds that the last step may still move
 _LEARNED = 0.02  # relative change of learned widths that it may still make
 _LAW_STEP, _LEVEL_STEP = 1.5, 0.7  # longest steps of laws and valley, and of the level
 _START_SDS = 1.2  # how far along its widest axis the prior's intercept starts
+_BIAS_CURVATURE = 2.0
 _CLOSE = 8.0  # nats of evidence below the best from which a start is not followed further
 
 
@@ -135,6 +136,8 @@ def _step(
     `bias` [S] is the slope of what `Problem.cost` lacks (`shape_bias`)."""
     head, cross, tail = blocks
     layout = problem.layout
+    # A cell's ln determinant saturates: at most so much does the bias change with a ln weight.
+    head = head + np.diag(_BIAS_CURVATURE * np.maximum(bias, 0.0))
     level = layout.level.start + np.arange(LEVEL_LAW)
     now = problem.cost(point, widths, variance)
     for _ in range(8):
