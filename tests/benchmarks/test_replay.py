@@ -8,8 +8,8 @@ import pytest
 from benchmarks.recorded import RecordedGrid, read_grids, smooth_log_loss
 from benchmarks.replay import MEASURES, main, regress, replay, summarise
 from raysweep.errors import UserError
-from raysweep.scaling.surface import CellFeatures
 from raysweep.search.strategies import STRATEGIES
+from raysweep.study.shape import RunSize
 
 SEQUENCE = 512
 
@@ -23,7 +23,7 @@ def planted_grid(params: float, noise: float = 0.0, seed: int = 0) -> RecordedGr
     gap = 0.008 * x.ravel() ** 2 + 0.005 * (point[:, 1] - np.log(64 * SEQUENCE)) ** 2
     loss = 3 * np.exp(gap + noise * rng.standard_normal(len(gap)))
     loss[gap > 0.035] = np.nan
-    cell = CellFeatures(f"{params:.0e}", params, 20 * params)
+    cell = RunSize(name=f"{params:.0e}", params_active_non_embedding=params, tokens=20 * params)
     return RecordedGrid(cell, SEQUENCE, point, loss)
 
 
@@ -78,7 +78,9 @@ def test_a_strategy_sees_only_what_it_asked_for():
 
 def test_laws_of_the_others_are_a_regression_on_their_best_trials():
     cells = [grid.cell for grid in GRIDS]
-    points = np.column_stack([-0.5 * np.log([c.params for c in cells]), np.full(4, 2.0)])
+    points = np.column_stack(
+        [-0.5 * np.log([c.params_active_non_embedding for c in cells]), np.full(4, 2.0)]
+    )
     np.testing.assert_allclose(regress(cells, points), points, atol=1e-9)
 
 
