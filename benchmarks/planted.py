@@ -147,7 +147,9 @@ def plant_wide(seed: int) -> PlantedStudy:
         noise=0.0007,
         seed=seed,
         bounds=((5e-5, 3e-2), (5, 13)),
-        depth={c.name: float(np.exp(0.05 * x - 0.1 * y)) for c, x, y in zip(cells, n, d)},
+        depth={
+            c.name: float(np.exp(0.05 * x - 0.1 * y)) for c, x, y in zip(cells, n, d, strict=True)
+        },
     )
 
 
