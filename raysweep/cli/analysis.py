@@ -24,6 +24,7 @@ from raysweep.cli.common import (
     watch_report,
 )
 from raysweep.errors import UserError
+from raysweep.text import read_number, read_size
 
 
 @app.command("import")
@@ -232,6 +233,10 @@ def report_command(
         Path | None,
         typer.Option("-o", "--output", help="Folder to write to; default: reports/STUDY."),
     ] = None,
+    asked: Annotated[
+        list[str] | None,
+        typer.Option("--for", help="Run to answer for first. Repeatable.", metavar="PARAMS@TOKENS"),
+    ] = None,
     png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Build it again as trials land, until the run ends.")
@@ -242,26 +247,38 @@ def report_command(
     literature: Literature = None,
 ) -> None:
     """Write the HTML report of a results folder; with --watch, keep it live."""
-    from raysweep.report.write import check_folder, report_folder, write_report
-    from raysweep.results import Results
+    from raysweep.report.write import check_folder, write_report
 
-    folder = report_folder(Results.open(results)) if output is None else output
-    check_folder(folder)
+    if output is not None:
+        check_folder(output)
     if watch:
-        if group or without or literature:
-            raise UserError("--watch fits as the study says: leave out --group and the like")
-        watch_report(results, folder, png=png, until_eof=until_eof)
+        if output is None:
+            raise UserError("--watch needs a folder to write to: -o FOLDER")
+        if group or without or literature or asked:
+            raise UserError("--watch fits as the study says: leave out --group, --for and the like")
+        watch_report(results, output, png=png, until_eof=until_eof)
         return
+    runs = [_run_asked(text) for text in asked or ()]
     fits = fit_results(results, group, without, literature)
-    page = write_report(results, folder, fits=fits, png=png)
+    page = write_report(results, output, fits=fits, png=png, asked=runs)
     typer.echo(str(page))
     typer.echo(page.resolve().as_uri(), err=True)
 
 
+def _run_asked(text: str) -> tuple[str, str]:
+    """N and D of `7B@1.4T`."""
+    params, at, tokens = text.partition("@")
+    if not at:
+        raise UserError(f"--for {text}: write it as PARAMS@TOKENS, as in 7B@1.4T")
+    read_size(params, "params")
+    read_size(tokens, "tokens")
+    return params, tokens
+
+
 def _numbers(text: str, option: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
+        return [read_number(part) for part in text.split(",")]
+    except UserError:
         raise UserError(f"{option} {text}: give numbers with commas between, as in 2,4,8") from None
 
 
@@ -314,4 +331,5 @@ def compare_command(
     if output is not None:
         from raysweep.report.compare import write_comparison
 
-        typer.echo(str(write_comparison(found.arms, output, png=png)), err=as_json)
+        page = write_comparison(found.arms, output, png=png, apart=found.apart)
+        typer.echo(str(page), err=as_json)

@@ -69,7 +69,7 @@ def report(
     target = Path(folder) if folder is not None else Path(FOLDER) / _file_name(names)
     page = target / "index.html"
     _refuse_another(page, names)
-    fits = fit(frame) if fits is None else fits
+    fits = fit(results) if fits is None else fits
     context, drawn = _context(results, frame, fits, studies, asked)
     context |= {
         "title": title or _title(names),

@@ -30,13 +30,13 @@ Source = str | os.PathLike[str] | Results | Fits
 class Comparison(InNotebooks):
     """Several arms, what each recommends at one size, and the ratios of each over the first.
 
-    `size` is the (N, D) of `answers`, None where no size suits all arms. `apart` says in a sentence
-    each what cannot be compared.
+    `size` is the (N, D) of `answers`, None where no size suits all arms. `apart` says of an arm, by
+    its name, why its losses cannot be compared with the first's.
     """
 
     arms: tuple[Arm, ...]
     size: tuple[float, float] | None
-    apart: tuple[str, ...]
+    apart: dict[str, str]
 
     @cached_property
     def answers(self) -> dict[str, Recommendation]:
@@ -106,7 +106,9 @@ class Comparison(InNotebooks):
         return f"<Comparison of {', '.join(arm.name for arm in self.arms)}>"
 
     def __str__(self) -> str:
-        lines = [f"warning: {text}" for text in self.apart]
+        whys = dict.fromkeys(self.apart.values())
+        names = {why: [n for n, own in self.apart.items() if own == why] for why in whys}
+        lines = [f"warning: {', '.join(own)}: {why}" for why, own in names.items()]
         lines += [*([""] if lines else []), *self._table()]
         for name, ratios in self.ratios.items():
             lines += ["", *ratio_lines(f"{name} over {self.arms[0].name}", ratios)]
@@ -172,7 +174,7 @@ def compare(
     size = None
     if params is not None and tokens is not None:
         size = read_size(params, "params"), read_size(tokens, "tokens")
-    return Comparison(tuple(arms), size or _common_size(arms), tuple(_apart(arms)))
+    return Comparison(tuple(arms), size or _common_size(arms), _apart(arms))
 
 
 def arms_of(
@@ -315,14 +317,10 @@ def _alike(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return max(abs(math.log(a / b)) for a, b in zip(one, other, strict=True)) < 1e-9
 
 
-def _apart(arms: Sequence[Arm]) -> list[str]:
-    """What cannot be compared, and why."""
-    said = []
-    others = [arm.name for arm in arms[1:] if not arms[0].shares_losses(arm)]
-    if others:
-        said.append(
-            f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} other data than "
-            f"{arms[0].name}, or none tells: losses are not comparable, optima may be (rows that "
-            "share data say so in data_hash)"
-        )
-    return said
+def _apart(arms: Sequence[Arm]) -> dict[str, str]:
+    """Of each arm whose losses cannot be compared with the first's, why."""
+    why = (
+        f"other data than {arms[0].name}, or none is told: losses are not comparable, optima may "
+        "be (rows that share data say so in data_hash)"
+    )
+    return {arm.name: why for arm in arms[1:] if not arms[0].shares_losses(arm)}

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import raysweep
 from raysweep.cli import app
 from raysweep.results import Results
-from raysweep.scaling.compare import compare_arms, needed, shared_sizes
+from raysweep.scaling.compare import MAX_RUNS, compare_arms, needed, shared_sizes
 from raysweep.scaling.fits import Fits
 from raysweep.search.ladder import TrialHistory
 from raysweep.search.value import targets_of
@@ -196,7 +196,7 @@ def test_ratios_are_those_of_the_recommendations(case: Case) -> None:
     first, *others = (case.fits.arm(name) for name in case.fits.architectures)
     for other in others:
         sizes, paired = shared_sizes(first, other)
-        assert paired == len(sizes) == 8
+        assert paired == len(sizes) == MAX_RUNS
         ratios = compare_arms(first, other)
         for quantity in ("learning_rate", "batch_tokens_exact", "loss"):
             logs = [
