@@ -90,8 +90,8 @@ def experts_against_a_reference(device: torch.device) -> None:
 
     for function in (moe.experts_block, compiled.compiled(moe.experts_block)):
         first, second = run(function), run(function)
-        for name, ours, true in zip(["y", "x", "gate_up", "down", "shared_up", "shared_down", "logits"],
-                                    first, truth, strict=True):  # fmt: skip
+        names = ("y", "x", "gate_up", "down", "shared_up", "shared_down", "logits")
+        for name, ours, true in zip(names, first, truth, strict=True):
             assert true is not None
             error = ((ours.float() - true).norm() / true.norm()).item()
             assert error < 0.03, f"{name} is off by {error:.3f}"
@@ -190,22 +190,19 @@ def processes_share_a_card(device: torch.device) -> None:
 
 
 def fsdp_gathers_bfloat16(device: torch.device) -> None:
-    """A model shared by all cards (or by this process alone): what is gathered is bfloat16, but for
-    routers."""
+    """A sharded model, here by one process: what its blocks compute with is gathered in bfloat16,
+    but for routers; what it keeps is float32."""
     import torch.distributed as dist
 
     from raysweep.training.learner import Learner
     from raysweep.training.parallel import Workers
 
-    spec = make(device, experts=8, recipe={"compile": "off"})
-    gathered: list[tuple[torch.dtype, int]] = []
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    real = getattr(dist, name)
+    spec = make(device, experts=8)
+    seen: dict[str, torch.dtype] = {}
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        tensor = args[0] if args else kwargs["output_tensor"]
-        gathered.append((tensor.dtype, tensor.numel()))
-        return real(*args, **kwargs)
+    def note(module: torch.nn.Module, arguments: Any) -> None:
+        name = names[module]
+        seen.update({f"{name}.{n}": p.dtype for n, p in module.named_parameters(recurse=False)})
 
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
@@ -215,14 +212,20 @@ def fsdp_gathers_bfloat16(device: torch.device) -> None:
         try:
             learner = Learner(spec, corpus(), device, Workers(0, 1, sharded=True))
             learner.build()
-            setattr(dist, name, spy)
+            model = learner.model
+            names = {module: name for name, module in model.named_modules()}
+            for module in names:
+                module.register_forward_pre_hook(note)
             learner.learn(0, 1e-3, want_trace=False)
         finally:
-            setattr(dist, name, real)
             dist.destroy_process_group()
-    wide = sum(n for dtype, n in gathered if dtype is torch.float32)
-    narrow = sum(n for dtype, n in gathered if dtype is torch.bfloat16)
-    assert narrow > 50 * wide, gathered
+    kept = {p.dtype for p in model.parameters()}
+    assert kept == {torch.float32}, kept
+    routers = {name for name in seen if name.endswith("router.weight")}
+    assert routers
+    assert len(seen) == len(list(model.parameters()))
+    for name, dtype in seen.items():
+        assert dtype == (torch.float32 if name in routers else torch.bfloat16), (name, dtype)
 
 
 def _held(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from raysweep.search.campaign import Campaign, bundles_of
 from raysweep.search.interruption import Interrupted, Interruption
 from raysweep.search.ledger import Ledger
 from raysweep.search.loggers import check_loggers, make_loggers
+from raysweep.search.nodes import fingerprint, look_at_nodes, problems
 from raysweep.search.progress import Progress, clock
 from raysweep.search.runtime import cluster_address, cluster_nodes, dashboard_url, ray_runtime
 from raysweep.study import Cell, Study
@@ -99,6 +100,9 @@ def run(
                 _check_room(campaign)
             else:  # nodes may join at any time, and all that they share is the results URI
                 publish(corpus, results.storage)
+            if address is not None or any(c.resources.gpus_per_worker for c in study.cells):
+                for line in problems(look_at_nodes(), study.cells, fingerprint()):
+                    console.print(f"warning: {line}", highlight=False, soft_wrap=True)
             summary = _run_on_ray(study, corpus, results, campaign, scratch, console, interruption)
         allocator.give_back_freed()  # what Tune held of all trials, before files are read again
         results.compact()
