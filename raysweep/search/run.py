@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def _run_on_ray(
     from ray import tune
 
     from raysweep.search.searcher import CampaignSearcher, EarlyStop
-    from raysweep.search.trial import TrialContext, make_trainable
+    from raysweep.search.trial import TrialContext, make_trainable, start_group
     from raysweep.search.watcher import RETRIES, Watcher
     from raysweep.training.ray_train import end_groups
 
@@ -146,7 +147,9 @@ def _run_on_ray(
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
     with interruption.gently(), Progress(campaign, console) as progress:
-        searcher = CampaignSearcher(campaign, cluster_nodes, interruption)
+        searcher = CampaignSearcher(
+            campaign, cluster_nodes, interruption, functools.partial(start_group, context)
+        )
         watcher = Watcher(campaign, corpus.hash, results, progress, interruption, searcher.look)
         tuner = tune.Tuner(
             trainable,
@@ -166,7 +169,7 @@ def _run_on_ray(
         )
         with contextlib.suppress(Interrupted):
             tuner.fit()
-        end_groups(sorted(searcher.groups), wait=True)
+        end_groups(list(searcher.groups.values()), wait=True)
     seconds = time.monotonic() - begun
     watcher.count_available()
     available = watcher.available_seconds
