@@ -218,7 +218,7 @@ def serve(fits: Fits, answers: Sequence[Answer]) -> Served:
     largest = max(s.params_total for s in solutions if s.kind == "loss-optimal")
     if largest < SMALLEST:
         return Served(
-            why=f"{scientific(flops)} FLOPs buy models of {short(largest)} parameters at most: below "
+            why=f"{scientific(flops)} FLOPs buy at most {short(largest)} parameters: below "
             f"{short(SMALLEST)} arithmetic and memory do not tell what serving costs"
         )
     served = Served(flops, tuple(solutions))

@@ -32,7 +32,7 @@ def test_page_is_whole_and_needs_nothing_else(ladder: tuple[Fits, Path], open_pa
     assert [link for link in page.links if not link.startswith(("#", "data:"))] == []
     assert page.tags["link"] == 1  # the empty icon
     assert len(page.ids) == len(set(page.ids))
-    order = ["answer", "architectures", "laws", "surfaces", "trust", "budgets", "measured"]
+    order = ["answer", "architectures", "laws", "surfaces", "trust", "budgets"]
     order += ["trials", "provenance"]
     assert [i for i in page.ids if i in order] == order
     drawn = {i.removeprefix("figure-") for i in page.ids if i.startswith("figure-")}

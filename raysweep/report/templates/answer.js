@@ -270,7 +270,7 @@ const answers = (() => {
     const drawn = some.map((q, i) => chart(a, points, q, i === some.length - 1)).filter(Boolean);
     document.getElementById("ask-charts").replaceChildren(...drawn);
     document.getElementById("ask-key").hidden = !drawn.length;
-    say("ratio", `line: the law, 95 %, at ${short(a.tokens / a.params)} tokens a parameter`);
+    say("ratio", `line: the law at ${short(a.tokens / a.params)} tokens a parameter, 95 %`);
   };
 
   // --- the rest ----------------------------------------------------------------------------------
