@@ -17,7 +17,7 @@ from raysweep.errors import UserError
 from raysweep.report import budgets, facts, measured, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
-from raysweep.report.laws import LawRow, law_figures, law_rows, names_of
+from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
 from raysweep.report.render import csv_text, relative, render, replace_file
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of
 from raysweep.report.trials import trial_table
@@ -138,6 +138,7 @@ def _context(
         "drawings": {name: f.draw().svg for name, f in figures.items()},
         "csv": {name: csv_text(f.to_pandas()) for name, f in figures.items()},
         "law_tables": _law_tables(fits),
+        "groups": group_rows(fits),
         "cell_figures": [(c, c.figure.draw().svg) for c in cells],
         "cells_drawn": drawn_of(fits),
         "gaps": GAPS,
