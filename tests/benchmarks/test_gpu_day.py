@@ -74,6 +74,6 @@ def test_rows_become_results(repo, tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_day", "--out", str(tmp_path)]
     for arguments in (["--minutes", "10", "--part", "ladder"], ["--results"]):
         subprocess.run([*command, *arguments], env=environment, cwd=repo, check=True, timeout=300)
-    frame = Results.open(tmp_path / "results").frame()
+    frame = Results.open(tmp_path / "results").to_pandas()
     assert frame["status"].tolist() == ["finished"] * 4
     assert set(frame["architecture"]) == {"dense", "moe"}
