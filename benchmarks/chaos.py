@@ -176,7 +176,7 @@ def differing(left: pd.DataFrame, right: pd.DataFrame) -> list[str]:
 
 def laws(frame: pd.DataFrame) -> dict[str, object]:
     """All that is fitted, as plain values."""
-    return fit(frame.sort_values("trial_key", ignore_index=True), n_boot=20).to_dict()
+    return fit(frame.sort_values("trial_key", ignore_index=True)).to_dict()
 
 
 def main() -> None:

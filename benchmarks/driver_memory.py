@@ -75,7 +75,7 @@ def main() -> None:
         sampler.done.set()
         sampler.join()
         files = sum(path.is_file() for path in Path(folder).rglob("*"))
-        rows = len(Results.open(f"{folder}/results").frame())
+        rows = len(Results.open(f"{folder}/results").to_pandas())
     counts, sizes = np.array(sampler.samples).T
     late = counts >= 0.05 * args.trials
     slope = np.polyfit(counts[late], sizes[late], 1)[0]

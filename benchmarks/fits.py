@@ -28,14 +28,13 @@ from scipy.optimize import minimize
 
 from benchmarks.planted_laws import PLANTED, simulated_cells
 from raysweep.errors import UserError
-from raysweep.results.importers import read_steplaw
-from raysweep.scaling import fitting
-from raysweep.scaling.bootstrap import bootstrap, cell_multiplicities
-from raysweep.scaling.cells import cell_table
+from raysweep.results.importers import import_file, read_steplaw
 from raysweep.scaling.fits import fit as fit_results
-from raysweep.scaling.holdout import Candidate, held_out, select
-from raysweep.scaling.laws import LOSS_LAWS
-from raysweep.scaling.optima_laws import held_out_gap
+from raysweep.scaling.loss import solver
+from raysweep.scaling.loss.data import COLUMNS, LossData
+from raysweep.scaling.loss.fit import cell_multiplicities, fit_law, resample
+from raysweep.scaling.loss.laws import LOSS_LAWS
+from raysweep.scaling.loss.selection import choose_loss
 
 CHINCHILLA = LOSS_LAWS["chinchilla"]
 # Cells of a simulated study and the noise of their log loss: as many and as little as a law of that
@@ -79,7 +78,7 @@ def scipy_chinchilla(
         terms = np.stack([np.full_like(n, x[0]), x[1] - x[3] * n, x[2] - x[4] * d])
         top = terms.max(axis=0)
         residual = top + np.log(np.exp(terms - top).sum(axis=0)) - y
-        return float((weights * fitting.huber(residual, fitting.HUBER)).sum())
+        return float((weights * solver.huber(residual, solver.HUBER)).sum())
 
     options = {"maxiter": 2000, "maxfun": 20000, "ftol": 1e-12, "gtol": 1e-8}
     runs = [minimize(objective, x, method="L-BFGS-B", options=options) for x in PEER_STARTS]
@@ -91,9 +90,9 @@ def scipy_chinchilla(
 def chinchilla(folder: Path) -> dict[str, object]:
     """The minimum on Hoffmann et al.'s points, and the spread of its bootstrap."""
     inputs, loss = read_chinchilla(folder)
-    fit = CHINCHILLA.fit(inputs, loss, bootstrap=4000)
+    fit = fit_law(CHINCHILLA, LossData.of(inputs, loss), bootstrap=4000)
     reference = np.log(CHINCHILLA.predict(CHINCHILLA.published, inputs) / loss)
-    at_published = float(fitting.huber(reference, fitting.HUBER).sum())
+    at_published = float(solver.huber(reference, solver.HUBER).sum())
     print(
         f"objective {fit.objective:.8f} (published coefficients: {at_published:.8f}), {fit.status}"
     )
@@ -108,11 +107,11 @@ def chinchilla(folder: Path) -> dict[str, object]:
 def speed(folder: Path, resamples: int = 1000, peer_resamples: int = 10) -> dict[str, object]:
     """Bootstrap refits against the peer on the same resamples."""
     inputs, loss = read_chinchilla(folder)
-    fit = CHINCHILLA.fit(inputs, loss)
+    fit = fit_law(CHINCHILLA, LossData.of(inputs, loss))
     times, refits = [], fit
     for _ in range(5):
         begun = time.perf_counter()
-        refits = bootstrap(fit, resamples)
+        refits = resample(fit, resamples)
         times.append(time.perf_counter() - begun)
     ours = float(np.median(times))
     weights = cell_multiplicities(fit.cells, resamples, np.random.default_rng(0))
@@ -124,7 +123,7 @@ def speed(folder: Path, resamples: int = 1000, peer_resamples: int = 10) -> dict
     excess = []
     for values, w, (_, objective) in zip(refits.samples, weights, peers, strict=False):
         residual = np.log(CHINCHILLA.predict(values, inputs)) - y
-        excess.append(objective / float((w * fitting.huber(residual, fitting.HUBER)).sum()) - 1)
+        excess.append(objective / float((w * solver.huber(residual, solver.HUBER)).sum()) - 1)
     print(
         f"{resamples} refits: {ours:.2f} s (median of 5: {min(times):.2f}-{max(times):.2f}), "
         f"{refits.n_failed} not converged, {os.cpu_count()} cores"
@@ -152,7 +151,7 @@ def planted() -> dict[str, object]:
     for key, law in LOSS_LAWS.items():
         inputs = simulated_cells(key)
         begun = time.perf_counter()
-        fit = law.fit(inputs, law.predict(PLANTED[key], inputs))
+        fit = fit_law(law, LossData.of(inputs, law.predict(PLANTED[key], inputs)))
         seconds = time.perf_counter() - begun
         worst[key] = max(abs(fit.coefficients[k] / v - 1) for k, v in PLANTED[key].items())
         print(f"{key:12s} {worst[key]:.1e} in {seconds:.2f} s, {fit.status}: {fit.message}")
@@ -165,14 +164,14 @@ def coverage(laws: Sequence[str], studies: int) -> dict[str, object]:
     for key in laws:
         law, (n, scatter) = LOSS_LAWS[key], STUDIES.get(key, USUAL_STUDY)
         truth = {k: np.asarray(v) for k, v in PLANTED[key].items()}
-        names = [c.name for c in law.form.coefficients if c.kind == "exponent"]
+        names = [c.name for c in law.expression.coefficients if c.kind == "exponent"]
         names += [name for name in law.derived if name.endswith("exponent")]
         inside, used, failed = dict.fromkeys(names, 0), 0, 0
         for study in range(studies):
             inputs = simulated_cells(key, n, seed=study)
             noise = np.random.default_rng(10_000 + study).normal(0, scatter, n)
             loss = law.predict(PLANTED[key], inputs) * np.exp(noise)
-            fit = law.fit(inputs, loss, bootstrap=STUDY_RESAMPLES, seed=study)
+            fit = fit_law(law, LossData.of(inputs, loss), bootstrap=STUDY_RESAMPLES, seed=study)
             if not fit.ok:
                 continue
             used, failed = used + 1, failed + fit.n_failed
@@ -191,66 +190,39 @@ def coverage(laws: Sequence[str], studies: int) -> dict[str, object]:
 
 
 def holdout(folder: Path) -> dict[str, object]:
-    """The largest budget predicted from the smaller ones, on which the candidate is chosen too."""
-    table = pd.read_csv(folder / "isoflop_marin_comma.csv")
-    runs = table[~table["outlier"]]
-    inputs = {"params": runs["params"].to_numpy(), "tokens": runs["tokens"].to_numpy()}
-    inputs["flops"] = runs["budget"].to_numpy()
-    loss, budget = runs["loss"].to_numpy(), runs["budget"].to_numpy()
-    held = budget == budget.max()
-    seen = {k: v[~held] for k, v in inputs.items()}
-    laws = [k for k, law in LOSS_LAWS.items() if set(law.inputs) <= set(inputs)]
-    candidates = [Candidate(LOSS_LAWS[k], e) for k in laws for e in (0.0, 0.5, 1.0, 2.0)]
-    chosen = select(candidates, seen, loss[~held], budget[~held])
+    """The largest budget predicted from the smaller ones; `benchmarks.ahead` does it in full."""
+    table = import_file("isoflop", folder / "isoflop_marin_comma.csv")
+    runs = table[table["excluded"].isna()]
+    columns = {name: runs[name].to_numpy(float) for name in COLUMNS if name in runs}
+    data = LossData.of(columns, runs["loss"].to_numpy(float))
+    held = data.levels() == data.levels().max()
+    below, above = data.select(~held), data.select(held)
+    model = choose_loss(below)
+    value, low, high = model.predict(above.columns)
+    inside = int(((low <= above.loss) & (above.loss <= high)).sum())
+    error = float(np.abs(value - above.loss).mean())
+    plain = fit_law(CHINCHILLA, below).predict(above.inputs(CHINCHILLA)[0])
+    alone = float(np.abs(plain - above.loss).mean())
     print(
-        f"{held.sum()} runs at {budget.max():.0e} FLOPs held out, {(~held).sum()} fitted, "
-        f"{int(table['outlier'].sum())} flagged outliers left out; mean absolute error:"
+        f"{len(above)} runs at {above.flops.max():.0e} FLOPs held out, {len(below)} seen: mean "
+        f"absolute error {error:.4f}, {inside} inside their interval; the law alone {alone:.4f}"
     )
-    rows = {}
-    for score in chosen.scores:
-        after = held_out(score.candidate, inputs, loss, budget, held)
-        rows[score.candidate.name] = after.mean_absolute_error
-        mark = " <- chosen on the smaller budgets" if score is chosen.best else ""
-        print(
-            f"  {score.candidate.name:40s} {after.mean_absolute_error:.4f} "
-            f"(bias {after.bias:+.4f}; among the smaller budgets {100 * score.error:.2f} %){mark}"
-        )
-    peer, _ = scipy_chinchilla(
-        {k: seen[k] for k in ("params", "tokens")}, loss[~held], np.ones((~held).sum())
-    )
-    predicted = CHINCHILLA.predict(peer, {k: v[held] for k, v in inputs.items()})
-    plain = float(np.abs(predicted - loss[held]).mean())
-    print(f"  {'plain Chinchilla, SciPy L-BFGS':40s} {plain:.4f}")
-    return {"chosen": chosen.best.candidate.name, "errors": rows, "plain": plain}
+    return {"errors": error, "inside": inside, "n": len(above), "law_alone": alone}
 
 
 def steplaw(folder: Path, n_train: int = 9) -> dict[str, object]:
     """The gap of the laws of the optima to the best recorded trial of each cell, in per cent."""
     rows = read_steplaw(folder / "steplaw_dense.csv")
-    fits = fit_results(rows)
-    (group,) = fits.groups.values()
-    table = cell_table(rows)
-    unseen = held_out_gap(
-        group.cells,
-        table.searched(),
-        fits.optima[fits.method],
-        count=group.count,
-        method=fits.method,
-        n_train=n_train,
+    held = fit_results(rows).held_out
+    assert held is not None
+    gaps = np.array([c.regret for c in held.cells])
+    known = gaps[np.isfinite(gaps)]
+    told = {"mean": held.mean_regret, "max": float(known.max()), "cells": len(known)}
+    print(
+        f"{len(known)} largest cells, fitted on the {held.n_train} smallest: mean regret "
+        f"{100 * held.mean_regret:.3f} %, max {100 * known.max():.3f} %"
     )
-    told = {}
-    for name, gap in (
-        (f"fitted on the {n_train} smallest", unseen),
-        ("all cells", group.in_sample),
-    ):
-        assert gap is not None
-        told[name] = {"mean": gap.mean, "max": gap.max, "cells": len(gap.gaps)}
-        print(
-            f"{name}: mean {100 * gap.mean:.3f} %, max {100 * gap.max:.3f} %, {len(gap.gaps)} cells"
-        )
-        if gap.unmeasured:
-            print(f"  no recorded trial near the prediction of {', '.join(gap.unmeasured)}")
-    return told
+    return {"held out": told}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

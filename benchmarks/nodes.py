@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import shutil
@@ -206,7 +207,7 @@ class Driver:
     def rows(self) -> pd.DataFrame:
         """What stands in the results folder now; nothing before there is one."""
         with suppress(UserError):
-            return Results.open(self.results).frame()
+            return Results.open(self.results).to_pandas()
         return ARROW_SCHEMA.empty_table().to_pandas()
 
     def checkpoints(self) -> list[Path]:
@@ -260,14 +261,21 @@ def in_trial(pids: Iterable[int], names: tuple[str, ...] = (ONE_WORKER, TRAIN_WO
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all held at once, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind((HOST, 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that nobody listens on, none of them given before: what they are for may listen late,
+    or never. They lie below those that the system hands out, where each of the processes that run
+    tests side by side has a thousand of its own."""
+    return [next(port for port in _own_ports if _is_free(port)) for _ in range(count)]
+
+
+def _is_free(port: int) -> bool:
+    with closing(socket.socket()) as probe, suppress(OSError):
+        probe.bind((HOST, port))
+        return True
+    return False
+
+
+_first = 20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_own_ports = itertools.cycle(range(_first + os.getpid() % 1000, _first + 1000))
 
 
 def listens(port: int) -> bool:

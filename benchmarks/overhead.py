@@ -1,9 +1,14 @@
-"""What a trial costs besides its training: `python -m benchmarks.overhead [--trials 200]`.
+"""What a trial costs besides its training: `python -m benchmarks.overhead [--trials 200]
+[--workers 2]`.
 
 Runs a study of almost empty trials (one layer of width 4, eight steps of one sequence) on a local
 Ray with one CPU a worker. It reports what each trial but a worker's first costs besides training:
 the time between two starts on a worker, less the training. The peer, in the same process, is a bare
 Tune experiment with reused actors whose trials report once and return.
+
+With several workers, each trial runs on all of them together, in a group that is kept. It reports
+the seconds from the start of the first trial to its end, and of those that follow the median of
+what each takes, training included.
 """
 
 from __future__ import annotations
@@ -24,28 +29,29 @@ from raysweep.study import Study
 from raysweep.training.record import library_versions
 
 
-def empty_study(trials: int, strategy: str = "random") -> Study:
+def empty_study(trials: int, strategy: str = "random", workers: int = 1) -> Study:
     """A study whose trials do next to nothing."""
     return Study.from_dict(
         {
             "study": "empty",
             "scales": [{"d_model": 4, "layers": 1, "heads": 1}],
             "model": {"sequence_length": 8},
-            "horizons": [{"tokens": 64}],
+            "horizons": [{"tokens": 64 * workers}],
             "search": {
                 "strategy": strategy,
                 "trials_per_cell": trials,
                 "extend_edges": False,
-                "batch_sequences": {"low": 1, "high": 1},
+                "batch_sequences": {"low": workers, "high": workers},
             },
-            "data": {"max_megabytes": 1, "validation_sequences": 1},
+            "data": {"max_megabytes": 1, "validation_sequences": workers},
+            "resources": {"workers": workers},
         }
     )
 
 
 def gaps(results: Results) -> np.ndarray:
     """Seconds each worker lost a trial after its first: time between starts, less training."""
-    frame = results.frame().sort_values("started_at")
+    frame = results.to_pandas().sort_values("started_at")
     lost: list[float] = []
     for _, of_worker in frame.groupby("worker"):
         starts = of_worker["started_at"].astype("int64").to_numpy() / 1e6
@@ -79,11 +85,42 @@ def bare_tune(trials: int) -> float:
     return float(np.median(np.concatenate(times)))
 
 
+def in_a_group(trials: int, workers: int) -> dict[str, Any]:
+    """Seconds of the first trial on several workers, and of each that follows in their group."""
+    with tempfile.TemporaryDirectory() as folder:
+        study = empty_study(trials, workers=workers)
+        frame = run(study, results_uri=f"{folder}/results").results.to_pandas()
+    frame = frame.sort_values("started_at")
+    assert (frame["status"] == "finished").all()
+    first, *_ = frame["seconds_wall"]
+    starts = frame["started_at"].astype("int64").to_numpy() / 1e6
+    later = np.diff(starts)[1:]  # the first start of a Tune actor is that of the first trial
+    print(
+        f"{trials} empty trials on {workers} workers: first {first:.1f} s, then median "
+        f"{np.median(later):.2f} s, 95th percentile {np.percentile(later, 95):.2f} s, "
+        f"worst {later.max():.2f} s (n={len(later)})"
+    )
+    return {
+        "trials": trials,
+        "workers": workers,
+        "seconds_first": float(first),
+        "seconds_then": [float(s) for s in later],
+        "cpus": os.cpu_count(),
+        "versions": library_versions(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=1, help="of each trial")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.workers > 1:
+        answer = in_a_group(args.trials, args.workers)
+        if args.json:
+            args.json.write_text(json.dumps(answer, indent=1))
+        return
     with tempfile.TemporaryDirectory() as folder:
         summary = run(empty_study(args.trials), results_uri=f"{folder}/results")
         lost = gaps(summary.results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raysweep.scaling.laws import LOSS_LAWS
+from raysweep.scaling.loss.laws import LOSS_LAWS
 
 # What the sources publish, and plausible values where they publish none.
 PLANTED: dict[str, dict[str, float]] = {

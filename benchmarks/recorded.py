@@ -78,7 +78,7 @@ def smooth_log_loss(point: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 def read_grids(uri: str) -> list[RecordedGrid]:
     """Grids of a results folder (any URI) or of a Step Law CSV, in order of compute."""
-    frame = read_steplaw(uri) if uri.endswith(".csv") else Results.open(uri).frame()
+    frame = read_steplaw(uri) if uri.endswith(".csv") else Results.open(uri).to_pandas()
     frame = frame[frame["status"].isin(["finished", "diverged"])]
     grids = []
     for name, rows in frame.groupby("cell"):

@@ -2,11 +2,15 @@
 
 The public API, loaded on first use so that `import raysweep` costs neither torch nor Ray:
 
-    study = raysweep.Study.load("search_spaces/laptop.yaml")
+    study = raysweep.Study.load("search_spaces/laptop.yaml", set={"search.trials_per_cell": 8})
+    print(study.plan())
     raysweep.run(study)                                   # rows in results/laptop
-    fits = raysweep.fit(raysweep.Results.open("results/laptop"))
-    print(fits.recommend("dense", params=7e9, tokens=1.4e12))
-    raysweep.write_report(raysweep.Results.open("results/laptop"), "reports/laptop")
+    fits = raysweep.fit("results/laptop")
+    print(fits.recommend(params="7B", tokens="1.4T"))
+    fits.plot.optima()                                    # a Matplotlib Figure
+    raysweep.report("results/laptop")                     # reports/laptop/index.html
+
+`raysweep.import_results` brings results that exist already.
 """
 
 from importlib import import_module
@@ -15,52 +19,62 @@ from typing import TYPE_CHECKING, Any
 from raysweep.display import show_with
 
 if TYPE_CHECKING:
+    from raysweep.display import Plots
     from raysweep.errors import UserError
-    from raysweep.report import report as write_report
     from raysweep.report.compare import write_comparison
+    from raysweep.report.write import write_report
+    from raysweep.report.write import write_report as report
     from raysweep.results import Results
-    from raysweep.scaling.compare import Comparison, compare
+    from raysweep.results.importers import import_results
     from raysweep.scaling.fits import Fits, fit
+    from raysweep.scaling.recommend import Recommendation
+    from raysweep.scaling.sides import Comparison, compare
     from raysweep.search.run import run
     from raysweep.study import Study
 
 __all__ = [
     "Comparison",
     "Fits",
+    "Recommendation",
     "Results",
     "Study",
     "UserError",
     "compare",
     "fit",
+    "import_results",
+    "report",
     "run",
     "write_comparison",
     "write_report",
 ]
 
 _HOMES = {
-    "Comparison": ("raysweep.scaling.compare", "Comparison"),
-    "Fits": ("raysweep.scaling.fits", "Fits"),
-    "Results": ("raysweep.results", "Results"),
-    "Study": ("raysweep.study", "Study"),
-    "UserError": ("raysweep.errors", "UserError"),
-    "compare": ("raysweep.scaling.compare", "compare"),
-    "fit": ("raysweep.scaling.fits", "fit"),
-    "run": ("raysweep.search.run", "run"),
-    "write_comparison": ("raysweep.report.compare", "write_comparison"),
-    # Not `report`: that name is the subpackage's, once it is imported.
-    "write_report": ("raysweep.report", "report"),
+    "Comparison": "raysweep.scaling.sides",
+    "Fits": "raysweep.scaling.fits",
+    "Recommendation": "raysweep.scaling.recommend",
+    "Results": "raysweep.results",
+    "Study": "raysweep.study",
+    "UserError": "raysweep.errors",
+    "compare": "raysweep.scaling.sides",
+    "fit": "raysweep.scaling.fits",
+    "import_results": "raysweep.results.importers",
+    "report": "raysweep.report",
+    "run": "raysweep.search.run",
+    "write_comparison": "raysweep.report.compare",
+    "write_report": "raysweep.report.write",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'raysweep' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(import_module(module), attribute)
+    # `report` is the package, which can be called: once imported, its name is taken by it.
+    home = import_module(_HOMES[name])
+    return home if name == "report" else getattr(home, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__
 
 
 def _html_of(thing: object) -> str:
@@ -69,4 +83,10 @@ def _html_of(thing: object) -> str:
     return html_of(thing)
 
 
-show_with(_html_of)
+def _plots_of(fits: Any) -> "Plots":
+    from raysweep.report.plot import FitPlots
+
+    return FitPlots(fits)
+
+
+show_with(_html_of, _plots_of)

@@ -1,8 +1,12 @@
-"""Objects that show themselves in notebooks. How is the report's business: it is told at import."""
+"""Objects that show and draw themselves. How is the report's business: it is told at import."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class InNotebooks:
@@ -12,10 +16,26 @@ class InNotebooks:
         return _draw(self)
 
 
-def show_with(draw: Callable[[object], str]) -> None:
-    """Let `draw` make the HTML of every object that shows itself."""
-    global _draw
-    _draw = draw
+class Plots(Protocol):
+    """The figures of fits, such as `raysweep.report.plot.FitPlots`."""
+
+    def optima(self) -> Figure: ...
+    def loss(self) -> Figure: ...
+    def surface(self, cell: str | None = None) -> Figure: ...
+    def trials(self) -> Figure: ...
+
+
+def plots_of(fits: object) -> Plots:
+    """The figures of fits."""
+    assert _plots is not None, "raysweep's __init__ registers the plots"
+    return _plots(fits)
+
+
+def show_with(draw: Callable[[object], str], plots: Callable[[object], Plots]) -> None:
+    """Let `draw` make the HTML of every object that shows itself, `plots` the figures of fits."""
+    global _draw, _plots
+    _draw, _plots = draw, plots
 
 
 _draw: Callable[[object], str] = repr
+_plots: Callable[[object], Plots] | None = None

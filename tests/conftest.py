@@ -1,10 +1,14 @@
 """Fixtures shared by all tests."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -25,6 +29,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"public sweeps not found at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def assert_study_complete() -> Callable[..., "pd.DataFrame"]:
+    """Asserts that a results folder holds a finished row of every trial and no other row:
+    `assert_study_complete(uri, trials=2, cells=4)`. Returns the rows."""
+
+    def check(uri: str | Path, trials: int = 2, cells: int = 4) -> "pd.DataFrame":
+        from raysweep.results import Results
+
+        rows = Results.open(uri).to_pandas()
+        assert rows["trial_key"].is_unique
+        assert set(rows["status"]) == {"finished"}
+        assert rows.groupby("cell").size().tolist() == [trials] * cells
+        return rows
+
+    return check
 
 
 @pytest.fixture

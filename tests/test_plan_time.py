@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.plan import (
+from raysweep.study import Study
+from raysweep.study.plan import (
     START_SECONDS,
     TRIAL_SECONDS,
     Calibration,
@@ -19,7 +20,6 @@ from raysweep.plan import (
     time_words,
     with_times,
 )
-from raysweep.study import Study
 from raysweep.training import calibrate as calibrating
 
 REPO = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""Commands that read results: import, export, fit, recommend, serving, report."""
+"""Commands that read results: import, export, fit, recommend, split, serving, report, compare."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import typer
 from raysweep.cli import complete
 from raysweep.cli.common import (
     AsJson,
+    Group,
+    Literature,
     ResultsArgument,
+    Without,
     amount,
     app,
-    check_folder,
     fit_results,
+    listed,
+    published,
     size,
     watch_report,
-    write_report,
 )
 from raysweep.errors import UserError
+from raysweep.text import read_number, read_size
 
 
 @app.command("import")
@@ -62,7 +66,7 @@ def import_command(
     new = store.write_many(found.rows)
     out = int(found.rows["excluded"].notna().sum())
     typer.echo(f"{new} new rows of {len(found.rows)} in {store.uri}; {out} kept out of fits")
-    for line in said_of_import(found, store.frame(), results):
+    for line in said_of_import(found, store.to_pandas(), results):
         typer.echo(line)
 
 
@@ -83,15 +87,26 @@ def export_command(
 
     if format_ != "optuna":
         raise UserError(f"unknown export format {format_!r}; known: optuna")
-    count = export_optuna(Results.open(results).frame(), file)
+    count = export_optuna(Results.open(results).to_pandas(), file)
     typer.echo(f"{count} trials in {file}")
 
 
 @app.command("fit")
-def fit_command(results: ResultsArgument, as_json: AsJson = False) -> None:
+def fit_command(
+    results: ResultsArgument,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Cells, comparison, prior and checks too.")
+    ] = False,
+    group: Group = None,
+    without: Without = None,
+    literature: Literature = None,
+    as_json: AsJson = False,
+) -> None:
     """Fit the optima and the laws, and print them."""
-    fits = fit_results(results)
-    typer.echo(json.dumps(fits.to_dict(), indent=1) if as_json else str(fits))
+    fits = fit_results(results, group, without, literature)
+    typer.echo(json.dumps(fits.to_dict(), indent=1) if as_json else fits.summary(everything))
+    if not (as_json or everything):
+        typer.echo("\n--all shows the cells, the comparison, the prior and the checks")
 
 
 @app.command("recommend")
@@ -102,17 +117,62 @@ def recommend_command(
     ],
     tokens: Annotated[float, typer.Option(help="Token budget: 1.4e12 or 1.4T.", parser=size)],
     architecture: Annotated[
-        str | None, typer.Option(help="Architecture of the study; default: the one that fits.")
+        str | None, typer.Option(help="Architecture of the results; default: each of them.")
     ] = None,
     experts: Annotated[int | None, typer.Option(help="Routed experts of a MoE.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts a token is sent to.")] = None,
+    within: Annotated[
+        str, typer.Option(help="Share of the best loss that the largest batch may cost.")
+    ] = "0.5%",
+    of: Annotated[
+        str | None,
+        typer.Option(
+            "--of",
+            help="With --group: the value to answer for, as 'fit' lists them; default: the best.",
+            metavar="VALUE",
+        ),
+    ] = None,
+    group: Group = None,
+    without: Without = None,
+    literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Recommend learning rate and batch size for a run, with the expected loss."""
-    answer = fit_results(results).recommend(
-        architecture, params=params, tokens=tokens, experts=experts, top_k=top_k
-    )
-    typer.echo(json.dumps(answer.to_dict(), indent=1) if as_json else str(answer))
+    """Recommend learning rate and batch size for a run, with the expected loss.
+
+    Of several architectures each is answered for; then --json prints a list."""
+    fits = fit_results(results, group, without, literature)
+    names = [architecture] if architecture is not None else fits.asked(experts, of)
+    answers = [
+        fits.recommend(name, params, tokens, experts=experts, top_k=top_k, group=of, within=within)
+        for name in names
+    ]
+    if as_json:
+        said = [answer.to_dict() for answer in answers]
+        typer.echo(json.dumps(said if len(said) > 1 else said[0], indent=1))
+    else:
+        typer.echo("\n\n".join(map(str, answers)))
+
+
+@app.command("split")
+def split_command(
+    results: ResultsArgument,
+    flops: Annotated[
+        str, typer.Option(help="Training budgets in FLOPs, e.g. 1e21,3e21.", metavar="C,C,...")
+    ],
+    without: Without = None,
+    literature: Literature = None,
+    as_json: AsJson = False,
+) -> None:
+    """Split training budgets between parameters and tokens at the least expected loss."""
+    from raysweep.scaling.compute.allocation import allocations_text
+    from raysweep.scaling.plain import to_json
+
+    found = fit_results(results, None, without, literature).split(listed([flops]))
+    if as_json:
+        told = {name: [a.to_dict() for a in rows] for name, rows in found.items()}
+        typer.echo(json.dumps(to_json(told), indent=1))
+    else:
+        typer.echo(allocations_text(found))
 
 
 @app.command("serving")
@@ -141,12 +201,13 @@ def serving_command(
         Path | None,
         typer.Option(help="CSV of measured latencies, in place of the GPU's roofline."),
     ] = None,
+    without: Without = None,
+    literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
     """Weigh quality against the cost of serving: loss-optimal and over-trained models."""
-    from raysweep.scaling.roofline import Profile, ServedModel, find_gpu
-    from raysweep.scaling.serving import GPU_COUNTS, Serving
-    from raysweep.scaling.serving_text import serving_dict, serving_text
+    from raysweep.scaling.compute.roofline import Profile, ServedModel, find_gpu
+    from raysweep.scaling.compute.serving import GPU_COUNTS, Serving, serving_dict, serving_text
 
     latency = Profile.read(profile) if profile else None
     serving = Serving(
@@ -158,7 +219,8 @@ def serving_command(
         gpu_counts=latency.gpus if latency else GPU_COUNTS,
         model=ServedModel(1e9, top_k=top_k, moe_share=moe_share),
     )
-    solutions = fit_results(results).serve(flops, serving, _numbers(experts), reference)
+    fits = fit_results(results, None, without, literature)
+    solutions = fits.serve(flops, serving, _numbers(experts, "--experts"), reference)
     show = serving_dict if as_json else serving_text
     said = show(solutions, serving, flops)
     typer.echo(json.dumps(said, indent=1) if as_json else said)
@@ -167,25 +229,57 @@ def serving_command(
 @app.command("report")
 def report_command(
     results: ResultsArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder to write to; default: reports/STUDY."),
+    ] = None,
+    asked: Annotated[
+        list[str] | None,
+        typer.Option("--for", help="Run to answer for first. Repeatable.", metavar="PARAMS@TOKENS"),
+    ] = None,
     png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Build it again as trials land, until the run ends.")
     ] = False,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
+    group: Group = None,
+    without: Without = None,
+    literature: Literature = None,
 ) -> None:
     """Write the HTML report of a results folder; with --watch, keep it live."""
+    from raysweep.report.write import check_folder, write_report
+
+    if output is not None:
+        check_folder(output)
     if watch:
+        if output is None:
+            raise UserError("--watch needs a folder to write to: -o FOLDER")
+        if group or without or literature or asked:
+            raise UserError("--watch fits as the study says: leave out --group, --for and the like")
         watch_report(results, output, png=png, until_eof=until_eof)
         return
-    typer.echo(str(write_report(results, output, png=png)))
+    runs = [_run_asked(text) for text in asked or ()]
+    fits = fit_results(results, group, without, literature)
+    page = write_report(results, output, fits=fits, png=png, asked=runs)
+    typer.echo(str(page))
+    typer.echo(page.resolve().as_uri(), err=True)
 
 
-def _numbers(text: str) -> list[float]:
+def _run_asked(text: str) -> tuple[str, str]:
+    """N and D of `7B@1.4T`."""
+    params, at, tokens = text.partition("@")
+    if not at:
+        raise UserError(f"--for {text}: write it as PARAMS@TOKENS, as in 7B@1.4T")
+    read_size(params, "params")
+    read_size(tokens, "tokens")
+    return params, tokens
+
+
+def _numbers(text: str, option: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--experts {text}: give numbers, as in 2,4,8") from None
+        return [read_number(part) for part in text.split(",")]
+    except UserError:
+        raise UserError(f"{option} {text}: give numbers with commas between, as in 2,4,8") from None
 
 
 @app.command("compare")
@@ -204,16 +298,38 @@ def compare_command(
     architecture: Annotated[
         list[str] | None, typer.Option(help="Compare this architecture only. Repeatable.")
     ] = None,
+    params: Annotated[
+        float | None,
+        typer.Option(help="Size at which the sides stand side by side.", parser=size),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option(help="Its token budget; default: the largest shared.", parser=size),
+    ] = None,
+    group: Group = None,
+    without: Without = None,
+    literature: Literature = None,
     png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare studies, or the architectures of one: laws, losses, tokens for equal loss."""
-    from raysweep.report.compare import write_comparison
-    from raysweep.scaling.compare import compare
+    """Compare architectures, groups, studies or folders: optima, losses, FLOPs for equal loss."""
+    from raysweep.scaling.sides import compare
 
+    found = compare(
+        *results,
+        architectures=listed(architecture),
+        group=listed(group),
+        params=params,
+        tokens=tokens,
+        **published(without, literature),
+    )
     if output is not None:
+        from raysweep.report.write import check_folder
+
         check_folder(output)
-    found = compare(results, architectures=architecture or ())
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
     if output is not None:
-        typer.echo(str(write_comparison(found, output, png=png)), err=as_json)
+        from raysweep.report.compare import write_comparison
+
+        page = write_comparison(found.arms, output, png=png, apart=found.apart)
+        typer.echo(str(page), err=as_json)

@@ -18,6 +18,7 @@ from raysweep.errors import UserError
 from raysweep.text import read_number, read_size
 
 if TYPE_CHECKING:
+    from raysweep.scaling.fits import Fits
     from raysweep.study import Study
 
 app = typer.Typer(
@@ -54,6 +55,33 @@ ResultsOption = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key of the file: dotted.key=value. Repeatable."),
+]
+Group = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--group",
+        help="Columns, or keys of the recipe, by which runs differ (optimizer, schedule): one "
+        "valley, offsets of their own. Repeatable.",
+        metavar="COLUMN,...",
+    ),
+]
+Without = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--without",
+        help="Published laws to leave out of the prior. Repeatable.",
+        metavar="KEY,...",
+        autocompletion=complete.published_laws,
+    ),
+]
+Literature = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--literature",
+        help="The only published laws to start from. Repeatable.",
+        metavar="KEY,...",
+        autocompletion=complete.published_laws,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -108,35 +136,36 @@ def load_study(space: Path, overrides: list[str] | None) -> Study:
     return Study.load(space, overrides or ())
 
 
-def fit_results(uri: str) -> Any:
+def listed(given: list[str] | None) -> list[str]:
+    """The values of an option that may be repeated, and hold several with commas."""
+    return [part.strip() for text in given or () for part in text.split(",") if part.strip()]
+
+
+def published(without: list[str] | None, literature: list[str] | None) -> dict[str, Any]:
+    """The options on published laws, as `fit` takes them: None where they were not given."""
+    return {"without": listed(without) or None, "literature": listed(literature) or None}
+
+
+def fit_results(
+    uri: str,
+    group: list[str] | None = None,
+    without: list[str] | None = None,
+    literature: list[str] | None = None,
+) -> Fits:
     from raysweep.results import Results
     from raysweep.scaling.fits import fit
 
     results = Results.open(uri)
-    fits = fit(results.frame())
+    fits = fit(results, group=listed(group), **published(without, literature))
     for problem in results.problems:
         typer.echo(f"warning: {problem}", err=True)
     return fits
 
 
-def check_folder(folder: Path) -> None:
-    """Raises UserError where no folder can be, before any work is done for it."""
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file: name a folder")
-
-
-def write_report(uri: str, folder: Path, *, png: bool = False) -> Path:
-    check_folder(folder)
-    from raysweep.report import report
-    from raysweep.results import Results
-
-    return report(Results.open(uri), folder, png=png)
-
-
 def watch_report(uri: str, folder: Path, *, png: bool = False, until_eof: bool = False) -> None:
     """Keep a report live until the run ends, or Ctrl-C; for another process, at low priority."""
     from raysweep.report import watch
+    from raysweep.report.write import check_folder
     from raysweep.results import Results
 
     check_folder(folder)

@@ -70,6 +70,13 @@ def export_formats(incomplete: str) -> list[str]:
 
 def gpus(incomplete: str) -> list[str]:
     """GPUs whose data sheets `serving` knows."""
-    from raysweep.scaling.roofline import GPUS
+    from raysweep.scaling.compute.roofline import GPUS
 
     return [name for name in GPUS if name.startswith(incomplete)]
+
+
+def published_laws(incomplete: str) -> list[str]:
+    """Keys of the published laws that the prior is made of."""
+    from raysweep.scaling.optima.literature import PUBLISHED_LAWS
+
+    return [name for name in PUBLISHED_LAWS if name.startswith(incomplete)]

@@ -41,7 +41,7 @@ def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[
             "with --data NAME what shares data"
         )
     lines.append(f"next: raysweep fit {uri}")
-    lines.append(f"      raysweep report {uri} -o PAGE")
+    lines.append(f"      raysweep report {uri}")
     if len(table.trials) and table.cells["n_searched"].any():
         params = 10 * float(table.cells["params_active_non_embedding"].max())
         tokens = 10 * float(table.cells["tokens"].max())

@@ -15,10 +15,8 @@ from raysweep.cli.common import (
     Set,
     Space,
     app,
-    check_folder,
     live_report,
     load_study,
-    write_report,
 )
 from raysweep.errors import UserError
 
@@ -43,6 +41,7 @@ def run_command(
     ] = None,
 ) -> None:
     """Search every cell of a study, fit the laws, write the report. Run again to continue."""
+    from raysweep.report.write import check_folder, write_report
     from raysweep.search.interruption import Interrupted
     from raysweep.search.run import run
 
@@ -77,7 +76,7 @@ def plan_command(
     as_json: AsJson = False,
 ) -> None:
     """Show a study's cells, parameters, tokens, FLOPs, and the time it would take here."""
-    from raysweep.plan import make_plan, render_plan, with_times
+    from raysweep.study.plan import make_plan, render_plan, with_times
 
     study = load_study(space, set_)
     plan = make_plan(study)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from raysweep.model.transformer import Decoder, Losses, RouterStats, initialise
+import torch
+
+from raysweep.model.initial import initialise
+from raysweep.model.transformer import Decoder, Losses, RouterStats
 from raysweep.study.cells import Architecture
 from raysweep.study.shape import ModelShape
 
-__all__ = ["Decoder", "Losses", "RouterStats", "build"]
+__all__ = ["Decoder", "Losses", "RouterStats", "build", "initialise"]
 
 
 def build(
@@ -17,11 +20,16 @@ def build(
     init_std: float | None = None,
     z_loss: float = 0.0,
     seed: int,
+    device: torch.device | str = "cpu",
+    threads: int = 1,
 ) -> Decoder:
-    """A decoder with weights drawn from `seed` alone; `scale.count(shape)` counts it exactly.
+    """A decoder with weights drawn from `seed` alone; `study.shape.count` counts it exactly.
 
-    `settings` gives how routing is balanced, `z_loss` the weight of the output z-loss.
+    `settings` gives how routing is balanced, `z_loss` the weight of the output z-loss. Weights are
+    made on the device, with so many threads.
     """
-    model = Decoder(shape, settings, rope_base=rope_base, z_loss=z_loss)
-    initialise(model, init_std=init_std, seed=seed)
+    with torch.device(device):
+        model = Decoder(shape, settings, rope_base=rope_base, z_loss=z_loss)
+    model.reset_buffers()
+    initialise(model, shape, init_std=init_std, seed=seed, threads=threads)
     return model

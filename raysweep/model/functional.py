@@ -1,4 +1,9 @@
-"""The decoder's operations in plain differentiable PyTorch: what GPUs compile, and the reference.
+"""The decoder's blocks in plain differentiable PyTorch: what GPUs compile, and the reference.
+
+Each block is a function of tensors and numbers alone, so that one compiled graph serves all layers
+of a shape in all models of a process. Activations have one dtype, in which products are computed:
+weights are rounded to it where they are used. Norms, rotations and losses are computed in float32
+at least.
 
 Shape suffixes here and in the rest of the package: B sequences, T positions, N = B T tokens,
 D d_model, H heads, G key-value heads, C head size, F feed-forward width, V vocabulary, E experts,
@@ -14,11 +19,21 @@ from torch import Tensor
 NORM_EPS = 1e-6
 
 
+def widen(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """x / rms(x) * gain over the last dimension, in float32 at least (Zhang & Sennrich 2019)."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = widen(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
-    return (wide * scale * gain).to(x.dtype)
+    return (wide * scale * gain.to(x.dtype)).to(x.dtype)
+
+
+def wide_linear(x_NI: Tensor, w_IO: Tensor) -> Tensor:
+    """x @ w in float32 at least."""
+    return widen(x_NI) @ w_IO
 
 
 def rope_table(length: int, head_dim: int, base: float) -> Tensor:
@@ -30,9 +45,10 @@ def rope_table(length: int, head_dim: int, base: float) -> Tensor:
 
 def apply_rope(x_BTHC: Tensor, rope: Tensor) -> Tensor:
     """Turn neighbouring pairs of channels by the position's angles."""
-    even, odd = x_BTHC.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope[: x_BTHC.shape[1], None].to(x_BTHC.dtype).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    even, odd = widen(x_BTHC).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope[: x_BTHC.shape[1], None].to(even.dtype).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.flatten(-2).to(x_BTHC.dtype)
 
 
 def attention(q_BTHC: Tensor, k_BTGC: Tensor, v_BTGC: Tensor) -> Tensor:
@@ -54,14 +70,39 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def attention_block(
+    x_BTD: Tensor,
+    norm: Tensor,
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    out: Tensor,
+    rope: Tensor,
+    kv_heads: int,
+) -> Tensor:
+    """x + attention(norm(x)) with optional QK-norm and rotary embeddings."""
+    dtype, head_dim = x_BTD.dtype, 2 * rope.shape[1]
+    heads = out.shape[0] // head_dim
+    projected = rms_norm(x_BTD, norm) @ qkv.to(dtype)
+    q, k, v = projected.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], -2)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm), rms_norm(k, k_norm)
+    return x_BTD + attention(apply_rope(q, rope), apply_rope(k, rope), v) @ out.to(dtype)
+
+
+def feed_forward_block(x_BTD: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """x + swiglu(norm(x))."""
+    hidden = swiglu(rms_norm(x_BTD, norm) @ gate_up.to(x_BTD.dtype))
+    return x_BTD + hidden @ down.to(x_BTD.dtype)
+
+
 def head_loss(
     x_BTD: Tensor, norm: Tensor, head_DV: Tensor, targets_BT: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy plus z-loss of the logits norm(x) @ head, and each token's cross-entropy
     (B, T) without gradient; in float32 at least. The z-loss is `z_loss` times the mean square of
     the log-normaliser (PaLM, arXiv 2204.02311)."""
-    logits = rms_norm(x_BTD, norm) @ head_DV
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = widen(rms_norm(x_BTD, norm) @ head_DV.to(x_BTD.dtype))
     normaliser = torch.logsumexp(logits, -1)
     losses = normaliser - logits.gather(-1, targets_BT[..., None]).squeeze(-1)
     objective = losses.mean()

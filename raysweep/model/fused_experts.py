@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from raysweep.model import moe
+from raysweep.model import functional, fused_router, moe
 from raysweep.model.fused import matmul, matmul_of_transposed, swiglu_backward
+from raysweep.study.cells import Architecture
 
 ONE_BY_ONE_FROM = 1 << 22
 """Multiply-adds of an expert from which a layer counts as large."""
@@ -35,6 +36,29 @@ def mix(
     rows = _Rows(routing.experts_NK, n_experts, ROW_MULTIPLE if large else 1)
     y = _Mix.apply(x_ND, routing.weights_NK, gate_up_EDF, down_EFD, rows, large)
     return y, rows.loads_E  # type: ignore[return-value]
+
+
+def experts_block(
+    h_BTD: Tensor,
+    logits_NE: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+    share_E: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    settings: Architecture,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Routed and shared experts of normed activations, as `moe.experts_block` has them."""
+    h = h_BTD.flatten(0, 1)
+    route = moe.route if settings.scores == "sigmoid" else fused_router.route
+    routing = route(logits_NE, top_k, share_E, bias_E, settings)
+    y, load = mix(h, gate_up, down, routing)
+    if shared_gate_up is not None and shared_down is not None:
+        y = y + functional.swiglu(h @ shared_gate_up) @ shared_down
+    confidence = None if torch.is_grad_enabled() else routing.confidence()
+    return y.view_as(h_BTD), routing.loss, load, routing.experts_NK, confidence
 
 
 class _Rows:

@@ -6,16 +6,34 @@ of SwiGLU experts; no biases. Shape suffixes: see `raysweep.model.functional`.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from raysweep.model import functional, fused, fused_attention, fused_experts, fused_router, moe
+from raysweep.model import functional, fused, fused_attention, fused_experts, moe
+from raysweep.model.compiled import compiled
 from raysweep.study.cells import Architecture
 from raysweep.study.shape import ModelShape
+
+ROUTING = ("expert_load", "expert_share", "expert_bias")
+"""Buffers of a decoder, one row a MoE layer."""
+Runner = Callable[..., Any]
+"""Calls a plain function with its arguments, or what stands for it on this device."""
+
+
+HAND_WRITTEN: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.rms_norm: fused.rms_norm,
+    functional.wide_linear: fused.linear,
+    functional.attention_block: fused_attention.attention_block,
+    functional.feed_forward_block: fused.feed_forward_block,
+    functional.head_loss: fused.head_loss,
+    moe.experts_block: fused_experts.experts_block,
+}
+"""What stands for a plain function where `fused.usable`."""
 
 
 class Losses(NamedTuple):
@@ -41,25 +59,17 @@ class Attention(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self.kv_heads = shape.kv_heads
         d, width = shape.d_model, shape.heads * shape.head_dim
-        self.norm = _gain(d)
+        self.norm = _weight(d)
         self.qkv = _weight(d, width + 2 * shape.kv_heads * shape.head_dim)
-        self.q_norm = _gain(shape.head_dim) if shape.qk_norm else None
-        self.k_norm = _gain(shape.head_dim) if shape.qk_norm else None
+        self.q_norm = _weight(shape.head_dim) if shape.qk_norm else None
+        self.k_norm = _weight(shape.head_dim) if shape.qk_norm else None
         self.out = _weight(width, d)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        if fused.usable(x_BTD):
-            norms = self.norm, self.qkv, self.q_norm, self.k_norm
-            return fused_attention.attention_block(x_BTD, *norms, self.out, rope, self.kv_heads)
-        h = functional.rms_norm(x_BTD, self.norm)
-        qkv = (h @ self.qkv).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], -2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = functional.rms_norm(q, self.q_norm), functional.rms_norm(k, self.k_norm)
-        q, k = functional.apply_rope(q, rope), functional.apply_rope(k, rope)
-        return x_BTD + functional.attention(q, k, v) @ self.out
+    def forward(self, x_BTD: Tensor, rope: Tensor, run: Runner) -> Tensor:
+        norms = self.norm, self.qkv, self.q_norm, self.k_norm
+        return run(functional.attention_block, x_BTD, *norms, self.out, rope, self.kv_heads)
 
 
 class FeedForward(nn.Module):
@@ -67,21 +77,34 @@ class FeedForward(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.norm = _gain(shape.d_model)
+        self.norm = _weight(shape.d_model)
         self.gate_up = _weight(shape.d_model, 2 * shape.d_ff)
         self.down = _weight(shape.d_ff, shape.d_model)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        if fused.usable(x_BTD):
-            return fused.feed_forward_block(x_BTD, self.norm, self.gate_up, self.down)
-        h = functional.rms_norm(x_BTD, self.norm)
-        return x_BTD + functional.swiglu(h @ self.gate_up) @ self.down
+    def forward(self, x_BTD: Tensor, run: Runner) -> Tensor:
+        return run(functional.feed_forward_block, x_BTD, self.norm, self.gate_up, self.down)
+
+
+class Router(nn.Module):
+    """Logits of the experts, in float32 at least: a module of its own, so that workers which shard
+    a model in bfloat16 gather this weight as it is."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.weight = _weight(shape.d_model, shape.experts)
+
+    def forward(self, h_BTD: Tensor, run: Runner) -> Tensor:
+        return run(functional.wide_linear, h_BTD.flatten(0, 1), self.weight)
 
 
 class ExpertsOutput(NamedTuple):
     x_BTD: Tensor
-    routing: moe.Routing
+    loss: Tensor
+    """Balance loss and router z-loss."""
     load_E: Tensor
+    experts_NK: Tensor
+    confidence_N: Tensor | None
+    """Probability given to the chosen experts together; None in training."""
 
 
 class Experts(nn.Module):
@@ -91,32 +114,27 @@ class Experts(nn.Module):
         super().__init__()
         self.settings, self.top_k = settings, shape.top_k
         d, width, shared = shape.d_model, shape.expert_ff, shape.shared_experts * shape.expert_ff
-        self.norm = _gain(d)
-        self.router = _weight(d, shape.experts)
+        self.norm = _weight(d)
+        self.router = Router(shape)
         self.gate_up = _weight(shape.experts, d, 2 * width)
         self.down = _weight(shape.experts, width, d)
-        # Shared experts see every token, so together they are one wide SwiGLU.
         self.shared_gate_up = _weight(d, 2 * shared) if shared else None
         self.shared_down = _weight(shared, d) if shared else None
 
-    def forward(self, x_BTD: Tensor, share_E: Tensor, bias_E: Tensor) -> ExpertsOutput:
-        if fused.usable(x_BTD):
-            h = fused.rms_norm(x_BTD, self.norm).flatten(0, 1)
-            logits, route, mix = fused.linear(h, self.router), fused_router.route, fused_experts.mix
-        else:
-            h = functional.rms_norm(x_BTD, self.norm).flatten(0, 1)
-            with torch.autocast(h.device.type, enabled=False):
-                logits, route, mix = h.to(self.router.dtype) @ self.router, moe.route, moe.mix
-        routing = route(logits, self.top_k, share_E, bias_E, self.settings)
-        dtype = _matmul_dtype(h)
-        y, load = mix(h.to(dtype), self.gate_up.to(dtype), self.down.to(dtype), routing)
-        if self.shared_gate_up is not None and self.shared_down is not None:
-            y = y + functional.swiglu(h @ self.shared_gate_up) @ self.shared_down
-        return ExpertsOutput(x_BTD + y.view_as(x_BTD), routing, load)
+    def forward(self, x_BTD: Tensor, share_E: Tensor, bias_E: Tensor, run: Runner) -> ExpertsOutput:
+        weights = self.gate_up, self.down, self.shared_gate_up, self.shared_down
+        balance = share_E, bias_E, self.top_k, self.settings
+        h = run(functional.rms_norm, x_BTD, self.norm)
+        y, *routed = run(moe.experts_block, h, self.router(h, run), *weights, *balance)
+        return ExpertsOutput(x_BTD + y, *routed)
 
 
 class Decoder(nn.Module):
-    """Tokens in, losses out. Built by `raysweep.model.build`."""
+    """Tokens in, losses out. Built by `raysweep.model.build`.
+
+    Its blocks are plain functions of tensors (`functional`, `moe`), compiled where `compiled` is
+    set; or hand-written ones (`fused`) in full precision on CPUs.
+    """
 
     rope: Tensor
     expert_load: Tensor
@@ -128,6 +146,13 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.settings, self.z_loss = shape, settings, z_loss
+        self.rope_base = rope_base
+        self.dtype: torch.dtype | None = None
+        """Of activations and products, if not that of the weights."""
+        self.compiled = False
+        """Whether blocks are compiled."""
+        self.recompute = False
+        """Whether blocks forget their activations and compute them again for the backward pass."""
         self.embedding = _weight(shape.vocab_size, shape.d_model)
         self.attention = nn.ModuleList(Attention(shape) for _ in range(shape.layers))
         routed = set(shape.moe_layers) if shape.is_moe else set()
@@ -135,102 +160,104 @@ class Decoder(nn.Module):
             Experts(shape, settings) if i in routed else FeedForward(shape)
             for i in range(shape.layers)
         )
-        self.norm = _gain(shape.d_model)
+        self.norm = _weight(shape.d_model)
         self.head = None if shape.tie_embeddings else _weight(shape.d_model, shape.vocab_size)
+        table = torch.empty(shape.sequence_length, shape.head_dim // 2, 2)
+        self.register_buffer("rope", table, persistent=False)
+        for name in ROUTING:
+            self.register_buffer(name, torch.empty(len(routed), shape.experts))
 
-        table = functional.rope_table(shape.sequence_length, shape.head_dim, rope_base)
-        self.register_buffer("rope", table.float(), persistent=False)
-        per_expert = torch.zeros(len(routed), shape.experts)
-        self.register_buffer("expert_load", per_expert.clone())
-        self.register_buffer("expert_share", per_expert + 1 / shape.experts)
-        self.register_buffer("expert_bias", per_expert.clone())
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Fill the buffers as a model has them that has seen nothing."""
+        shape = self.shape
+        with torch.device("cpu"):
+            table = functional.rope_table(shape.sequence_length, shape.head_dim, self.rope_base)
+        self.rope.copy_(table)
+        self.expert_load.zero_()
+        self.expert_share.fill_(1 / shape.experts)
+        self.expert_bias.zero_()
+
+    def routing_state(self) -> dict[str, Tensor]:
+        """What routing has learned beside weights, equal on all workers after a step."""
+        return {name: self.get_buffer(name) for name in ROUTING}
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Losses:
         """Mean losses over the batch; adds each MoE layer's loads to `expert_load`."""
-        x, routed = self._trunk(tokens_BT)
+        x, routed = self._stack(tokens_BT)
         objective, losses = self._head_loss(x, targets_BT, self.z_loss)
         for row, layer in enumerate(routed):
-            objective = objective + layer.routing.loss
+            objective = objective + layer.loss
             self.expert_load[row] += layer.load_E
         return Losses(objective, losses.mean())
 
     @torch.no_grad()
-    def evaluate(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, RouterStats | None]:
-        """Mean cross-entropy of each sequence (B,), float32, and the routing if there is any."""
-        x, routed = self._trunk(tokens_BT)
+    def evaluate(
+        self, tokens_BT: Tensor, targets_BT: Tensor, count: int | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Mean cross-entropy of each of the first `count` sequences (all, if None), float32, and
+        the routing of these if there is any."""
+        count = len(tokens_BT) if count is None else count
+        x, routed = self._stack(tokens_BT)
         _, losses = self._head_loss(x, targets_BT, 0.0)
         stats = None
         if routed:
-            load = torch.stack([layer.load_E for layer in routed])
-            stats = RouterStats(load, torch.stack([layer.routing.confidence() for layer in routed]))
-        return losses.mean(1), stats
+            tokens = count * tokens_BT.shape[1]
+            loads, confidence = [], []
+            for layer in routed:
+                chosen = layer.experts_NK[:tokens].flatten()
+                loads.append(torch.bincount(chosen, minlength=self.shape.experts))
+                assert layer.confidence_N is not None
+                confidence.append(layer.confidence_N[:tokens].sum())
+            stats = RouterStats(torch.stack(loads), torch.stack(confidence))
+        return losses.mean(1)[:count], stats
 
     @torch.no_grad()
     def finish_step(self) -> None:
         """After a global batch, whose loads must have been summed over workers: rebalance.
 
         The loads become the shares that the next step's balance loss uses, or move the router
-        bias by `BIAS_STEP` towards experts that got less than the mean.
+        bias (`moe.bias_motion`).
         """
         if not len(self.expert_load):
             return
         mean = self.expert_load.mean(1, keepdim=True)
         torch.div(self.expert_load, mean * self.shape.experts, out=self.expert_share)
         if self.settings.balance == "bias":
-            self.expert_bias += moe.BIAS_STEP * torch.sign(mean - self.expert_load)
+            self.expert_bias += moe.bias_motion(self.expert_load, self.shape, self.settings)
         self.expert_load.zero_()
 
-    def _trunk(self, tokens_BT: Tensor) -> tuple[Tensor, list[ExpertsOutput]]:
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A block's function, as this model is to run it."""
+        if self.compiled:
+            function = compiled(function)
+        elif fused.usable(arguments[0]):
+            return HAND_WRITTEN[function](*arguments)
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in a block is random.
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return function(*arguments)
+
+    def _stack(self, tokens_BT: Tensor) -> tuple[Tensor, list[ExpertsOutput]]:
+        """Embedding and all blocks."""
         x = F.embedding(tokens_BT, self.embedding)
+        x = x if self.dtype is None else x.to(self.dtype)
         routed: list[ExpertsOutput] = []
         for attention, feed_forward in zip(self.attention, self.feed_forward, strict=True):
-            x = attention(x, self.rope)
+            x = attention(x, self.rope, self._run)
             if isinstance(feed_forward, Experts):
                 row = len(routed)
-                routed.append(feed_forward(x, self.expert_share[row], self.expert_bias[row]))
+                balance = self.expert_share[row], self.expert_bias[row]
+                routed.append(feed_forward(x, *balance, self._run))
                 x = routed[-1].x_BTD
             else:
-                x = feed_forward(x)
+                x = feed_forward(x, self._run)
         return x, routed
 
     def _head_loss(self, x_BTD: Tensor, targets_BT: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
         head = self.embedding.t() if self.head is None else self.head
-        head_loss = fused.head_loss if fused.usable(x_BTD) else functional.head_loss
-        return head_loss(x_BTD, self.norm, head, targets_BT, z_loss)
-
-
-@torch.no_grad()
-def initialise(model: Decoder, *, init_std: float | None, seed: int) -> None:
-    """Gaussian weights from a generator of their own, in a fixed order; gains of one.
-
-    The standard deviation is `init_std`, or 1/sqrt(fan-in) of each matrix. Projections that write
-    to the residual stream are scaled down by 1/sqrt(2 layers) (GPT-2). An untied embedding has
-    standard deviation 1 (its fan-in is one token), a tied one 1/sqrt(d_model), for the head's sake.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    shape = model.shape
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(1.0)
-            continue
-        fan_in = shape.d_model if shape.tie_embeddings else 1
-        if name != "embedding":
-            fan_in = parameter.shape[-2]
-        std = init_std if init_std is not None else 1 / math.sqrt(fan_in)
-        if name.endswith((".out", "down")):
-            std /= math.sqrt(2 * shape.layers)
-        noise = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
-        parameter.copy_(noise)
+        return self._run(functional.head_loss, x_BTD, self.norm, head, targets_BT, z_loss)
 
 
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
-
-
-def _gain(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(size))
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

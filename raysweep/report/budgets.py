@@ -1,246 +1,277 @@
-"""The figure of budgets: loss against size at each, and the best sizes and tokens."""
+"""How to spend: the compute-optimal split of a budget, and what serving the result costs."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
 
-from raysweep.report.figures import MOST_ARCHITECTURES, PlotFigure
-from raysweep.report.style import (
-    ARCHITECTURE_COLOURS,
-    LIGHT,
-    MARKERS,
-    finish,
-    log_axis,
-    new_figure,
-    settings,
+from raysweep.errors import UserError
+from raysweep.report.answers import Answer
+from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
+from raysweep.report.laws import FLOPS, SIZE_AXES, names_of
+from raysweep.report.style import ARCHITECTURE_COLOURS, MARKERS
+from raysweep.scaling.compute.allocation import (
+    COUNT_NAMES,
+    Allocation,
+    read_minimum,
+    token_cost,
 )
-from raysweep.report.trends import names_of
-from raysweep.scaling.allocation import lies_outside, outside
-from raysweep.scaling.budgets import SPLIT_LAW, Split
+from raysweep.scaling.compute.roofline import find_gpu
+from raysweep.scaling.compute.serving import FAR_BEYOND, Serving, Solution
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.holdout import levels
-from raysweep.scaling.loss_fit import LossFit
-from raysweep.text import scientific, short
+from raysweep.scaling.loss.data import held_budgets
+from raysweep.scaling.loss.model import LossModel
+from raysweep.text import dollars, scientific, short, written
 
-SLICES = 4
-"""Budgets at which a law is cut where none was held."""
+STEPS, AHEAD = 7, 10.0
+"""Budgets at which the best split is told: from the smallest cell's to so many times the
+largest's."""
 
-WINDOW = 30.0
-"""A slice is drawn this far to either side of its best size."""
+SLICES, WINDOW, CURVE = 4, 12.0, 41
+"""Budgets at which the law is cut where none was held; to either side of the best size."""
 
-BAND = 3.0
-"""Bands are seen this far beyond the lines."""
+GPU, PRICE = "h100", 1.0
+"""Serving is priced in GPU-hours: one dollar an hour is a unit, not a price."""
 
-CURVE_POINTS = 61
+SMALLEST = 1e7
+"""Below so many parameters a GPU's roofline says nothing of what a model costs to serve."""
 
-DASHED = (0, (4, 2))
+KINDS = {
+    "loss-optimal": "loss-optimal",
+    "equal quality": "smaller, of equal quality",
+    "equal cost": "of equal serving cost",
+    "same quality, more compute": "of equal quality, with more compute",
+}
 
 
-def split_names(fits: Fits) -> list[str]:
-    """The architectures whose law tells how to split a budget."""
-    return [name for name in names_of(fits) if fits.allocation[name].ok][:MOST_ARCHITECTURES]
+@dataclass(frozen=True)
+class Splits:
+    """The best splits by architecture, where they are determined; and why not, elsewhere."""
+
+    found: dict[str, list[Allocation]]
+    missing: list[tuple[str, str]]
 
 
-def budget_figure(fits: Fits, *, png: bool = False) -> PlotFigure | None:
-    """Loss against parameters at each budget with its best size, and the best sizes and tokens
-    against compute; None where no law tells."""
-    names = split_names(fits)
+def splits(fits: Fits) -> Splits:
+    """The compute-optimal split of budgets from the smallest cell's to beyond the largest's."""
+    found: dict[str, list[Allocation]] = {}
+    whys: dict[str, list[str]] = {}
+    if not len(fits.cells):
+        return Splits({}, [])
+    flops = fits.cells[FLOPS]
+    budgets = np.geomspace(float(flops.min()), AHEAD * float(flops.max()), STEPS)
+    for name, rows in fits.split([float(b) for b in budgets]).items():
+        if any(a.ok for a in rows):
+            found[name] = rows
+        else:
+            whys.setdefault(rows[0].why, []).append(name)
+    missing = [(f"split of a budget for {', '.join(n)}", why) for why, n in whys.items()]
+    return Splits(found, missing)
+
+
+def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
+    """Loss against size at fixed budgets, and the best N and D against compute."""
+    names = [n for n in names_of(fits) if n in told.found]
     if not names:
         return None
-    rows: list[dict[str, object]] = []
-    tips: dict[str, list[str]] = {}
-    with settings():
-        figure = new_figure(10.2, 3.7)
-        left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
-        for axes, quantity in ((middle, "params"), (right, "tokens")):
-            best = [getattr(a, quantity) for n in names for a in fits.allocation[n].path]
-            axes.set_yscale("log")
-            axes.set_ylim(min(best) / BAND, max(best) * BAND)
-        for i, name in enumerate(names):
-            split = fits.allocation[name]
-            fit = fits.groups[name].loss_laws[SPLIT_LAW]
-            assert isinstance(fit, LossFit)
-            index = names_of(fits).index(name)
-            if split.parabolas is not None:
-                rows += _measured(left, fits, name, split, fit, index, i == 0, tips)
-            else:
-                rows += _slices(left, name, split, fit, index, i == 0, tips)
-            for axes, quantity in ((middle, "params"), (right, "tokens")):
-                rows += _path(axes, name, split, quantity, fit.ranges()[quantity], index, tips)
-        left.margins(x=0.13)
-        for axes, label in ((left, ""), (middle, "best N, parameters"), (right, "best D, tokens")):
-            axes.set_xlabel("N, parameters" if axes is left else "C, training FLOPs")
-            axes.set_ylabel(label or "loss, nats a token")
-            log_axis(axes, "x", "count" if axes is left else "scientific", 5)
-            log_axis(axes, "y", "loss" if axes is left else "count", 5)
-            axes.grid(True)
-            axes.set_axisbelow(True)
-        label = "Loss against model size at fixed budgets, and the best split of budgets"
-        drawing = finish(figure, "budgets", label, tips, png, names)
-    return PlotFigure("budgets", drawing, pd.DataFrame(rows), tuple(names))
+    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    cuts: list[Series] = []
+    best: dict[str, list[Series]] = {"params": [], "tokens": []}
+    for name in names:
+        ok = [a for a in told.found[name] if a.ok]
+        x = np.array([a.flops for a in ok])
+        for quantity, series in best.items():
+            y, low, high = np.array(
+                [(getattr(a, quantity), *a.intervals.get(quantity, (math.nan,) * 2)) for a in ok]
+            ).T
+            series.append(Line(f"{name}, law", x, y, shade[name], low, high))
+        model = fits.loss_model(name)
+        level = held_budgets(model.data.flops)
+        cuts += _cuts(fits, name, model, ok, level, shade[name], mark[name])
+        for quantity, series in best.items():
+            if level is not None and (dots := _parabolas(model, level, quantity)) is not None:
+                series.append(Points(f"{name}, parabolas", *dots, shade[name], "P", size=46))
+    count = "N, " + COUNT_NAMES[told.found[names[0]][0].count]
+    size = Axis(count, "params")
+    panels = (
+        Panel(size, Axis("loss, nats a token", "loss"), tuple(cuts)),
+        Panel(SIZE_AXES[FLOPS], Axis(f"best {count}", "params"), tuple(best["params"])),
+        Panel(SIZE_AXES[FLOPS], Axis("best D, tokens", "tokens"), tuple(best["tokens"])),
+    )
+    return PlotFigure(
+        "budgets",
+        "Loss against size at fixed budgets, and the best size and tokens of a budget",
+        panels,
+        tuple(names),
+        height=3.1,
+        ratios=(1.4, 1, 1),
+    )
 
 
-def _measured(
-    axes: Axes,
+def _cuts(
     fits: Fits,
     name: str,
-    split: Split,
-    fit: LossFit,
-    index: int,
-    labelled: bool,
-    tips: dict[str, list[str]],
-) -> list[dict[str, object]]:
-    """The runs of each held budget with the parabola through them and its minimum."""
-    assert split.parabolas is not None
-    cells = fits.groups[name].cells
-    cells = cells[cells["loss"].notna()]
-    colour = LIGHT[ARCHITECTURE_COLOURS[index]]
-    params, tokens = (np.asarray(fit.inputs[k], dtype=float) for k in ("params", "tokens"))
-    level = levels(cells["flops"].to_numpy(float))
-    axes.scatter(params, fit.loss, s=13, c=colour, marker=MARKERS[index], alpha=0.75, lw=0,
-                 gid=f"runs{index}", zorder=3)  # fmt: skip
-    tips[f"runs{index}"] = [
-        f"{scientific(c)} FLOPs: N {short(n)}, D {short(d)}, loss {loss:.4f}"
-        for c, n, d, loss in zip(cells["flops"], params, tokens, fit.loss, strict=True)
-    ]
-    rows: list[dict[str, object]] = [
-        {"what": "run", "architecture": name, "flops": c, "params": n, "tokens": d, "loss": y}
-        for c, n, d, y in zip(cells["flops"], params, tokens, fit.loss, strict=True)
-    ]
-    for k, parabola in enumerate(split.parabolas.parabolas):
-        if not np.isfinite(parabola.params):
-            continue
-        own = params[level == k]
-        x = np.geomspace(own.min(), own.max(), CURVE_POINTS)
-        axes.plot(x, parabola.at(x), color=colour, linewidth=1.1, zorder=2)
-        _mark(axes, parabola.params, parabola.loss, colour, parabola.status == "interior")
-        if labelled:
-            _name_budget(axes, float(x[-1]), float(parabola.at(x)[-1]), parabola.flops, colour)
-    return rows
-
-
-def _slices(
-    axes: Axes,
-    name: str,
-    split: Split,
-    fit: LossFit,
-    index: int,
-    labelled: bool,
-    tips: dict[str, list[str]],
-) -> list[dict[str, object]]:
-    """The law cut at budgets from the smallest cell's to the largest's: no measurement."""
-    assert split.optimum is not None
-    colour = LIGHT[ARCHITECTURE_COLOURS[index]]
-    low, high = np.log([split.path[0].flops, split.flops])
-    rows: list[dict[str, object]] = []
-    flops = np.log([a.flops for a in split.path])
-    best = np.log([[a.params, a.tokens] for a in split.path])
-    for budget in np.linspace(low, high, SLICES):
-        n, d = (float(np.exp(np.interp(budget, flops, best[:, k]))) for k in range(2))
-        x = np.geomspace(n / WINDOW, n * WINDOW, CURVE_POINTS)
-        tokens = n * d / x
-        y = fit.predict({"params": x, "tokens": tokens})
-        axes.plot(x, y, color=colour, linewidth=1.1, ls=DASHED, zorder=2)
-        at = float(fit.predict({"params": np.array([n]), "tokens": np.array([d])})[0])
-        inside = not lies_outside(outside(fit, n, d))
-        gid = f"best{index}-{len(rows)}"
-        _mark(axes, n, at, colour, inside, gid)
-        tips[gid] = [
-            f"best of {scientific(float(np.exp(budget)))} FLOPs: N {short(n)}, D {short(d)} "
-            f"({'inside' if inside else 'outside'} the cells)"
+    model: LossModel,
+    ok: Sequence[Allocation],
+    level: np.ndarray | None,
+    colour: str,
+    marker: str,
+) -> list[Series]:
+    """The law along fixed budgets: those that were held, with their runs, else a few."""
+    assert model.law is not None
+    params = model.data.inputs(model.law)[0]["params"]
+    cost = token_cost(model)
+    flops = model.data.flops
+    if level is not None:
+        budgets = [float(flops[level == k].mean()) for k in range(level.max() + 1)]
+    else:
+        budgets = [float(v) for v in np.geomspace(flops.min(), flops.max(), SLICES)]
+    best = np.log([[a.flops, a.params] for a in ok]).T
+    row = fits.cells_of(name).iloc[-1]
+    routing = {k: float(row[k]) for k in ("experts", "top_k", "granularity")}
+    series: list[Series] = []
+    for k, budget in enumerate(budgets[:: max(1, len(budgets) // 8)]):
+        if level is not None:
+            own = params[np.isclose(flops, budget, rtol=0.2)]
+            n = np.geomspace(own.min(), own.max(), CURVE)
+        else:
+            middle = math.exp(float(np.interp(math.log(budget), *best)))
+            n = np.geomspace(middle / WINDOW, middle * WINDOW, CURVE)
+        columns = {"params": n, "tokens": budget / cost(n)}
+        columns |= {key: np.full_like(n, v) for key, v in routing.items()}
+        y = model.predict_mean({**columns, "flops": np.full_like(n, budget)})[0]
+        end = f"{scientific(budget, 2)} FLOPs" if k % 2 == 0 else scientific(budget, 2)
+        series.append(Line(f"{name}, law", n, y, colour, dashed=level is None, end=end))
+    if level is not None:
+        tips = [
+            f"{scientific(c)} FLOPs: N {short(n)}, loss {y:.4f}"
+            for c, n, y in zip(flops, params, model.data.loss, strict=True)
         ]
-        if labelled:
-            _name_budget(axes, float(x[-1]), float(y[-1]), float(np.exp(budget)), colour)
-        rows += [
-            {"what": "slice of the law", "architecture": name, "flops": float(np.exp(budget)),
-             "params": a, "tokens": b, "loss": c}
-            for a, b, c in zip(x, tokens, y, strict=True)
-        ]  # fmt: skip
-    return rows
-
-
-def _mark(
-    axes: Axes, x: float, y: float, colour: str, inside: bool, gid: str | None = None
-) -> None:
-    paper = LIGHT["paper"]
-    face, edge = (colour, paper) if inside else (paper, colour)
-    axes.scatter(
-        [x], [y], s=62, marker="P", c=face, edgecolors=edge, linewidths=0.9, zorder=4, gid=gid
-    )
-
-
-def _name_budget(axes: Axes, x: float, y: float, flops: float, colour: str) -> None:
-    axes.annotate(
-        scientific(flops, 2),
-        (x, y),
-        xytext=(5, 2),
-        textcoords="offset points",
-        fontsize=7,
-        va="center",
-        color=colour,
-        annotation_clip=False,
-    )
-
-
-def _path(
-    axes: Axes,
-    name: str,
-    split: Split,
-    quantity: str,
-    tried: tuple[float, float],
-    index: int,
-    tips: dict[str, list[str]],
-) -> list[dict[str, object]]:
-    """The law's best N or D along compute with its band, and the parabolas' minima.
-
-    `tried` are the smallest and the largest of that quantity among the cells."""
-    colour = LIGHT[ARCHITECTURE_COLOURS[index]]
-    x = np.array([a.flops for a in split.path])
-    y = np.array([getattr(a, quantity) for a in split.path])
-    ends = np.array([a.intervals.get(quantity, (np.nan, np.nan)) for a in split.path]).T
-    # Solid where such sizes (or tokens) were tried, dashed where the law alone tells of them.
-    along = np.geomspace(x[0], x[-1], CURVE_POINTS)
-    best = np.exp(np.interp(np.log(along), np.log(x), np.log(y)))
-    smallest, largest = tried
-    tried_best = np.where((best >= smallest) & (best <= largest), best, np.nan)
-    axes.plot(along, best, color=colour, linewidth=1.1, ls=DASHED, zorder=2)
-    axes.plot(along, tried_best, color=colour, linewidth=1.7, zorder=3)
-    if np.isfinite(ends).all():
-        low, high = axes.get_ylim()
-        band = np.clip(ends, low / 2, 2 * high)
-        axes.fill_between(x, *band, color=colour, alpha=0.12, lw=0, zorder=1)
-    axes.axvline(split.flops, color=LIGHT["faint"], linewidth=0.8, ls=":", zorder=1)
-    rows: list[dict[str, object]] = [
-        {"what": f"best {quantity} by the law", "architecture": name, "flops": a, quantity: b,
-         "low": lo, "high": hi, "status": split.path[i].status}
-        for i, (a, b, lo, hi) in enumerate(zip(x, y, *ends, strict=True))
-    ]  # fmt: skip
-    if split.parabolas is not None:
-        known = [p for p in split.parabolas.parabolas if np.isfinite(p.params)]
-        gid = f"best-{quantity}{index}"
-        full = [p.status == "interior" for p in known]
-        axes.scatter(
-            [p.flops for p in known],
-            [getattr(p, quantity) for p in known],
-            s=46,
-            marker="P",
-            facecolors=[colour if k else LIGHT["paper"] for k in full],
-            edgecolors=[LIGHT["paper"] if k else colour for k in full],
-            linewidths=0.9,
-            zorder=4,
-            gid=gid,
+        series.append(
+            Points(f"{name}, runs", params, model.data.loss, colour, marker, tips=tips, size=12)
         )
-        tips[gid] = [
-            f"parabola at {scientific(p.flops)} FLOPs: N {short(p.params)}, D {short(p.tokens)} "
-            f"({p.status})"
-            for p in known
+    return series
+
+
+def _parabolas(
+    model: LossModel, level: np.ndarray, quantity: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(FLOPs, best N or D) of each held budget, by a parabola through its own runs."""
+    assert model.law is not None
+    params, cost = model.data.inputs(model.law)[0]["params"], token_cost(model)
+    found = []
+    for k in range(level.max() + 1):
+        own = level == k
+        flops = float(model.data.flops[own].mean())
+        n = read_minimum(params[own], model.data.loss[own])
+        if math.isfinite(n):
+            found.append((flops, n if quantity == "params" else flops / float(cost(n))))
+    return (np.array(found).T[0], np.array(found).T[1]) if found else None
+
+
+def split_rows(told: Splits) -> list[dict[str, Any]]:
+    """The splits of each architecture: `told` holds (estimate, style) of N, D, loss, exponent."""
+    styles = {"params": "params", "tokens": "tokens", "loss": "loss", "exponent": "number"}
+    return [
+        {
+            "name": name,
+            "flops": scientific(a.flops),
+            "told": [(a.estimate(q), style) for q, style in styles.items()],
+            "outside": "outside the cells" if a.status == "outside" else "",
+        }
+        for name, allocations in told.found.items()
+        for a in allocations
+        if a.ok
+    ]
+
+
+# ---------------------------------------------------------------------- serving
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one training budget buys with each number of experts; `why` says where nothing."""
+
+    flops: float = math.nan
+    solutions: tuple[Solution, ...] = ()
+    why: str = ""
+
+    @property
+    def shown(self) -> list[Solution]:
+        """Those that were found and can be served."""
+        return [s for s in self.solutions if s.status == "found" and s.cost.status == "fits"]
+
+
+def serve(fits: Fits, answers: Sequence[Answer]) -> Served:
+    """What the compute of the largest run asked about would buy."""
+    if not any(a.run.experts > 1 for a in answers):
+        return Served()
+    flops = float(f"{max(a.run.run.compute for a in answers):.3g}")
+    try:
+        solutions = fits.serve(flops, Serving(find_gpu(GPU), PRICE))
+    except UserError as error:
+        return Served(why=str(error))
+    largest = max(s.params_total for s in solutions if s.kind == "loss-optimal")
+    if largest < SMALLEST:
+        return Served(
+            why=f"{scientific(flops)} FLOPs buy at most {short(largest)} parameters: below "
+            f"{short(SMALLEST)} arithmetic and memory do not tell what serving costs"
+        )
+    served = Served(flops, tuple(solutions))
+    return served if served.shown else Served(why="no model of this budget fits the GPUs")
+
+
+def serving_figure(served: Served) -> PlotFigure | None:
+    """Loss against the cost of a million tokens, a line a kind of solution."""
+    if not served.shown:
+        return None
+    series: list[Series] = []
+    kinds = list(KINDS)[:3]
+    for kind, colour, marker in zip(kinds, ARCHITECTURE_COLOURS, MARKERS, strict=False):
+        own = sorted((s for s in served.shown if s.kind == kind), key=lambda s: s.experts)
+        if not own:
+            continue
+        x = np.array([s.cost.dollars_per_million for s in own])
+        y = np.array([s.loss for s in own])
+        tips = [
+            f"{s.experts:g} experts, {short(s.params_total)} parameters on {short(s.tokens)} tokens"
+            for s in own
         ]
-        rows += [
-            {"what": "parabola", "architecture": name, "flops": p.flops, "params": p.params,
-             "tokens": p.tokens, "loss": p.loss, "status": p.status}
-            for p in known
-            if quantity == "params"
+        full = np.array([s.beyond <= FAR_BEYOND for s in own])
+        series += [
+            Line(KINDS[kind], x, y, colour, thin=True),
+            Points(KINDS[kind], x, y, colour, marker, full=full, tips=tips,
+                   names=[f"{s.experts:g} experts" for s in own], size=36),
         ]  # fmt: skip
-    return rows
+    x = Axis("dollars a million generated tokens, at 1 dollar a GPU-hour", "rate")
+    panel = Panel(x, Axis("loss, nats a token", "loss", log=False), tuple(series))
+    return PlotFigure(
+        "serving",
+        "Loss against the cost of serving, for each number of experts",
+        (panel,),
+        width=7.4,
+        height=3.6,
+        key=("hollow: far outside what was fitted",),
+    )
+
+
+def serving_rows(served: Served) -> list[dict[str, Any]]:
+    """The solutions, written."""
+    return [
+        {
+            "experts": f"{s.experts:g}",
+            "kind": KINDS[s.kind],
+            "params": short(s.params),
+            "total": short(s.params_total),
+            "tokens": short(s.tokens),
+            "loss": written(s.loss, "loss"),
+            "training": written(s.training_share, "ratio"),
+            "cost": dollars(s.cost.dollars_per_million),
+            "gpus": str(s.cost.gpus),
+        }
+        for s in served.shown
+    ]

@@ -1,223 +1,249 @@
-"""write_comparison(comparison, folder): two or more results on one self-contained HTML page."""
+"""write_comparison(arms, folder): any number of sides on one self-contained HTML page."""
 
 from __future__ import annotations
 
 import math
 import os
-import shlex
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
-from raysweep.report import reading_laws
-from raysweep.report.compare_figures import gaps_figure, ratios_figure
-from raysweep.report.figures import colours
-from raysweep.report.losses import loss_figure
-from raysweep.report.numbers import Numbers
-from raysweep.report.optima import optima_figure
-from raysweep.report.render import csv_text, relative, render, replace_file
-from raysweep.report.style import DARK, LIGHT
-from raysweep.report.trends import names_of, rests_on, rules_used
-from raysweep.scaling.compare import QUANTITY_WORDS, Comparison, Pair
-from raysweep.scaling.contrast import Contrast
-from raysweep.scaling.fits import ALL, Fits
+from raysweep.report.figure import (
+    Axis,
+    Line,
+    Panel,
+    PlotFigure,
+    Points,
+    Series,
+    by_name,
+    colours,
+    listed_height,
+    markers,
+)
+from raysweep.report.laws import FLOPS, QUANTITIES, SIZE_AXES, paths_along, told_along
+from raysweep.report.render import csv_text, render, replace_file
+from raysweep.scaling.compare import EQUALS, Arm, Ratio, compare_arms, needed
+from raysweep.scaling.optima.surface import TARGETS
+from raysweep.scaling.recommend import Recommendation, answer
+from raysweep.scaling.runs import AXES, RunMaker
+from raysweep.text import estimated, written
 
 SCRIPTS = ("common.js", "figures.js")
 """What the page runs, in order."""
 
-LESS_AND_MORE = {
-    "learning_rate": ("lower", "higher"),
-    "batch_tokens": ("smaller", "larger"),
-    "noise_scale_tokens": ("lower", "higher"),
-    "loss": ("lower", "higher"),
-    "tokens": ("fewer", "more"),
-    "flops": ("fewer", "more"),
+WORDS = {
+    "learning_rate": "learning rate",
+    "batch_tokens": "batch",
+    "loss": "loss",
+    "flops": "FLOPs",
+    "tokens": "tokens",
+    "noise_scale_tokens": "gradient noise scale",
 }
+
+OF_LOSS = ("loss", "flops", "tokens")
+"""Quantities whose ratio says nothing where losses are not comparable."""
 
 
 def write_comparison(
-    comparison: Comparison,
+    arms: Sequence[Arm],
     folder: str | os.PathLike[str],
     *,
     title: str | None = None,
     png: bool = False,
+    apart: Mapping[str, str] | None = None,
+    command: str = "",
 ) -> Path:
     """Write `folder/index.html`, one file that needs nothing else, and return its path.
 
-    Every number in it is one of `comparison.to_dict()`. With `png` the figures are written beside
-    it."""
-    data = comparison.to_dict()
-    numbers = Numbers(data)
-    merged = _merged(comparison)
-    names = names_of(merged)
+    Each arm is compared with the first. `apart` says of an arm, by its name, why its losses are not
+    comparable with the first's; `command` makes the page again. With `png` the figures are written
+    beside it.
+    """
+    names = [arm.name for arm in arms]
     shades = colours(names)
-    used = {s.label: rests_on(s.fits, s.architecture) for s in comparison.sides}
-    rules = {s.label: rules_used(s.fits, s.architecture, used[s.label]) for s in comparison.sides}
-    loss_laws = {label: law for label in names if (law := used[label].get("loss"))}
-    drawn = (
-        ratios_figure(comparison, shades, png=png),
-        optima_figure(merged, (), rules, png=png),
-        loss_figure(merged, (), loss_laws, png=png) if _one_scale(comparison) else None,
-        gaps_figure(comparison, shades, png=png),
-    )
-    figures = {f.name: f for f in drawn if f is not None}
-    context = {
-        "n": numbers,
-        "title": title or " and ".join(_listed([s.label for s in comparison.sides])),
-        "comparison": comparison,
-        "sides": comparison.sides,
+    ratios = {arm.name: _comparable(arms[0], arm, apart or {}) for arm in arms[1:]}
+    size = common_size(arms)
+    figures = by_name([ratios_figure(ratios, names), arms_figure(arms)])
+    context: dict[str, Any] = {
+        "title": title or _listed(names),
         "names": names,
+        "arms": [
+            {"name": a.name, "cells": len(a.cells), "trials": float(a.cells["n_finished"].sum())}
+            for a in arms
+        ],
         "colours": shades,
+        "size": size,
+        "sides": _sides(arms, size, ratios),
+        "ratios": {name: _rows(own) for name, own in ratios.items()},
+        "equals": EQUALS,
+        "apart": apart or {},
         "figures": figures,
-        "pairs": [_pair(pair, i, numbers) for i, pair in enumerate(comparison.pairs)],
-        "optima_rows": reading_laws.law_rows(merged, numbers, rules),
-        "loss_rows": reading_laws.loss_law_rows(merged, numbers, loss_laws),
-        "readings": {
-            "optima": reading_laws.laws(merged, rules),
-            "loss": reading_laws.loss(merged, numbers, loss_laws),
-        },
-        "csv": {name: csv_text(figure.data) for name, figure in figures.items()},
-        "command": _command(comparison, folder, png),
-        "light": LIGHT,
-        "dark": DARK,
+        "drawings": {name: f.draw().svg for name, f in figures.items()},
+        "csv": {name: csv_text(f.to_pandas()) for name, f in figures.items()},
+        "command": command,
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     page = target / "index.html"
     replace_file(page, render("compare.html", SCRIPTS, context).encode())
-    for figure in figures.values():
-        if figure.drawing.png:
-            (target / f"{figure.name}.png").write_bytes(figure.drawing.png)
+    for name, figure in figures.items() if png else ():
+        image = figure.draw(png=True).png
+        assert image is not None
+        (target / f"{name}.png").write_bytes(image)
     return page
 
 
-def _listed(names: Sequence[str]) -> list[str]:
-    return [", ".join(names[:-1]), names[-1]]
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
-def _merged(comparison: Comparison) -> Fits:
-    """The sides as the architectures of one set of fits, for the figures; cells renamed apart."""
-    cells, groups, optima, noise = [], {}, {}, []
-    for side in comparison.sides:
-        fits = side.fits
-        names = {name: f"{side.label}: {name}" for name in fits.cells.index}
-        own = fits.cells.rename(index=names).assign(architecture=side.label)
-        cells.append(own)
-        noise.append(fits.noise_scale.rename(index=names))
-        for name, group in fits.groups.items():
-            if name != ALL:
-                groups[side.label] = replace(group, name=side.label, cells=own)
-        optima |= {names[name]: o for name, o in fits.optima[fits.method].items()}
-    first = comparison.sides[0].fits
-    return replace(
-        first,
-        cells=pd.concat(cells),
-        groups=groups,
-        optima={first.method: optima},
-        noise_scale=pd.concat(noise),
-        comparison={},
-        allocation={},
-        efficiency={},
-        surface=None,
+def _cells(arms: Sequence[Arm]) -> list[pd.DataFrame]:
+    return [arm.cells for arm in arms]
+
+
+def _comparable(reference: Arm, other: Arm, apart: Mapping[str, str]) -> list[Ratio]:
+    """The ratios that say something."""
+    found = compare_arms(reference, other)
+    if other.name in apart:
+        found = [r for r in found if r.quantity not in OF_LOSS and r.at_equal != "loss"]
+    return found
+
+
+def common_size(arms: Sequence[Arm]) -> tuple[float, float]:
+    """The largest N and the largest D within the range of every arm, or of as many as can be."""
+    ends = []
+    for axis in ("N", "D"):
+        column = AXES[axis]
+        low = max(float(cells[column].min()) for cells in _cells(arms))
+        high = min(float(cells[column].max()) for cells in _cells(arms))
+        ends.append(max(low, high))
+    return ends[0], ends[1]
+
+
+def _sides(
+    arms: Sequence[Arm], size: tuple[float, float], ratios: Mapping[str, Sequence[Ratio]]
+) -> list[dict[str, Any]]:
+    """One row a side: its answer at one size, and its ratios over the first."""
+    rows = []
+    for arm in arms:
+        found: Recommendation = answer(arm.evidence, arm.architecture, arm.run(*size))
+        own = ratios.get(arm.name)
+        over = {q: needed(own, q, "N and D") for q in QUANTITIES} if own else {}
+        if own:
+            over["flops"] = needed(own, "flops", "loss")
+        rows.append({"name": arm.name, "run": found, "over": over})
+    return rows
+
+
+def _rows(ratios: Sequence[Ratio]) -> list[dict[str, Any]]:
+    """One row a quantity, with its ratio where each thing is held equal."""
+    rows = []
+    for quantity, word in WORDS.items():
+        own = {r.at_equal: r for r in ratios if r.quantity == quantity}
+        if own:
+            rows.append({"word": word, "style": _style(quantity), "at": own})
+    return rows
+
+
+def _style(quantity: str) -> str:
+    """Losses differ by little."""
+    return "number" if quantity == "loss" else "ratio"
+
+
+def ratios_figure(ratios: Mapping[str, Sequence[Ratio]], names: Sequence[str]) -> PlotFigure | None:
+    """Every ratio with its interval, a row each, hollow where it leaves 1 in; None without any."""
+    order = list(WORDS)
+    rows = [(name, r) for name, own in ratios.items() for r in own if r.ok]
+    rows.sort(key=lambda row: (order.index(row[1].quantity), EQUALS.index(row[1].at_equal)))
+    if not rows:
+        return None
+    shade, mark = colours(names), markers(names)
+    labels = list(dict.fromkeys(f"{WORDS[r.quantity]} at equal {r.at_equal}" for _, r in rows))
+    series: list[Series] = []
+    count = len(ratios)
+    for k, name in enumerate(ratios):
+        own = [r for other, r in rows if other == name]
+        if not own:
+            continue
+        at = [labels.index(f"{WORDS[r.quantity]} at equal {r.at_equal}") for r in own]
+        off = 0.0 if count < 2 else 0.5 * (k / (count - 1) - 0.5)
+        series.append(
+            Points(
+                f"{name} over {names[0]}",
+                np.array([r.ratio.value for r in own]),
+                np.array(at, float) + off,
+                shade[name],
+                mark[name],
+                np.array([r.ratio.low for r in own]),
+                np.array([r.ratio.high for r in own]),
+                np.array([r.clear for r in own]),
+                tips=[estimated(r.ratio, style=_style(r.quantity)) for r in own],
+            )
+        )
+    x = Axis(f"over {names[0]}: 1 is no difference", "number")
+    return PlotFigure(
+        "ratios",
+        "Ratios of the sides with 95 % intervals",
+        (Panel(x, Axis("", names=tuple(labels)), tuple(series), neutral=1.0),),
+        tuple(names[1:]) if count > 1 else (),
+        height=listed_height(len(labels) * (1 if count < 3 else 2)),
+        key=("hollow: the interval leaves 1 in",),
     )
 
 
-def _one_scale(comparison: Comparison) -> bool:
-    """Whether all losses may stand in one figure."""
-    return not any(pair.apart for pair in comparison.pairs)
+def arms_figure(arms: Sequence[Arm]) -> PlotFigure:
+    """Optima and loss of each side's cells against compute, with the law of each."""
+    names = [arm.name for arm in arms]
+    shade, mark = colours(names), markers(names)
+    panels = []
+    for quantity, (label, style) in QUANTITIES.items():
+        series: list[Series] = []
+        for arm in arms:
+            cells, evidence = arm.cells, arm.evidence
+            if not len(cells):
+                continue
+            first = arm.run(*cells[[AXES["N"], AXES["D"]]].iloc[0])
+            maker = RunMaker.after(
+                cells, experts=first.experts, top_k=first.top_k, group=first.group
+            )
+            for path in paths_along(cells, maker, FLOPS)[:1]:
+                y, low, high = told_along(evidence, arm.architecture, path, quantity).T
+                if np.isfinite(y).any():
+                    series.append(
+                        Line(f"{arm.name}, law", path.along(FLOPS), y, shade[arm.name], low, high)
+                    )
+            series.append(_cell_dots(arm, quantity, style, shade[arm.name], mark[arm.name]))
+        if any(np.isfinite(s.y).any() for s in series if isinstance(s, Points)):
+            panels.append(Panel(SIZE_AXES[FLOPS], Axis(label, style), tuple(series)))
+    return PlotFigure(
+        "sides",
+        "Optimal learning rate, batch and loss of each side's cells against compute",
+        tuple(panels),
+        tuple(names),
+        height=3.2,
+    )
 
 
-def _pair(pair: Pair, index: int, n: Numbers) -> dict[str, Any]:
-    """What the page says of one pair."""
-    at = ("pairs", index, "contrasts")
-    return {
-        "pair": pair,
-        "index": index,
-        "says": _says(pair, n, at),
-        "rows": [
-            {
-                "what": f"{QUANTITY_WORDS[c.quantity]} at equal {c.at_equal}",
-                "ratio": n(_style(c), (*at, k), "ratio"),
-                "span": span(c, n, (*at, k)),
-                "how": c.how,
-                "cells": n("count", (*at, k), "n"),
-                "why": "" if c.ok else c.message or c.status,
-                "note": c.message if c.ok else "",
-            }
-            for k, c in enumerate(pair.contrasts)
+def _cell_dots(arm: Arm, quantity: str, style: str, colour: str, marker: str) -> Points:
+    cells, evidence = arm.cells, arm.evidence
+    y = cells["loss"].to_numpy(float)
+    if quantity in TARGETS:
+        optima = [evidence.optimum(evidence.sizes[str(c)]) for c in cells.index]
+        y = np.array([math.nan if o is None else getattr(o, quantity) for o in optima])
+    known = np.isfinite(y)
+    return Points(
+        f"{arm.name}, cells",
+        cells[FLOPS].to_numpy(float)[known],
+        y[known],
+        colour,
+        marker,
+        tips=[
+            f"{c}: {written(v, style)}" for c, v in zip(cells.index[known], y[known], strict=True)
         ],
-    }
-
-
-def span(c: Contrast, n: Numbers, at: tuple[object, ...]) -> Markup:
-    """The interval of a contrast; one-sided where its upper end lies beyond any number."""
-    if math.isfinite(c.low) and math.isinf(c.high):
-        return Markup("at least {}").format(n(_style(c), at, "low"))
-    return n.interval(_style(c), (at, "low"), (at, "high")) or Markup("no interval")
-
-
-def _style(c: Contrast) -> str:
-    """Losses differ by little."""
-    return "number" if c.quantity == "loss" else "ratio"
-
-
-def _says(pair: Pair, n: Numbers, at: tuple[object, ...]) -> list[Markup]:
-    """The pair in sentences: what differs, what is not shown to, what is not compared."""
-    said: list[Markup] = []
-    same: list[Markup] = []
-    for k, c in _chosen(pair):
-        less, more = LESS_AND_MORE[c.quantity]
-        word = QUANTITY_WORDS[c.quantity]
-        if not c.clear:
-            same.append(Markup("{} ({})").format(word, span(c, n, (*at, k))))
-            continue
-        verb = "needs" if c.quantity in ("tokens", "flops") else "has"
-        said.append(
-            Markup("<b>{}</b> {} {} times the {} of <b>{}</b> at equal {} ({}): {}.").format(
-                pair.other, verb, n(_style(c), (*at, k), "ratio"), word, pair.reference,
-                c.at_equal, span(c, n, (*at, k)), less if c.ratio < 1 else more,
-            )
-        )  # fmt: skip
-    if same:
-        said.append(
-            Markup("No difference is shown in: {}. That is not to say that there is none.").format(
-                Markup("; ").join(same)
-            )
-        )
-    if pair.apart:
-        said.append(
-            Markup("Losses of <b>{}</b> and <b>{}</b> are left out, and so is what equal loss "
-                   "costs: {}.").format(pair.reference, pair.other, pair.apart)
-        )  # fmt: skip
-    elif not pair.cells:
-        said.append(Markup("No two cells have the same <i>N</i> and <i>D</i>."))
-    if pair.doubt:
-        said.append(Markup("{}.").format(pair.doubt[:1].upper() + pair.doubt[1:]))
-    return said
-
-
-def _chosen(pair: Pair) -> list[tuple[int, Contrast]]:
-    """One contrast a quantity, the first that could be had, for the sentences."""
-    chosen: dict[str, tuple[int, Contrast]] = {}
-    for k, c in enumerate(pair.contrasts):
-        if c.ok:
-            chosen.setdefault(c.quantity, (k, c))
-    return list(chosen.values())
-
-
-def _command(comparison: Comparison, folder: str | os.PathLike[str], png: bool) -> str:
-    """The command that makes this page again."""
-    parts = ["raysweep", "compare"]
-    for asked in comparison.asked:
-        uri, mark, study = asked.partition("#")
-        parts.append(relative(uri) + mark + study)
-    for name in comparison.architectures:
-        parts += ["--architecture", name]
-    parts += ["-o", relative(os.fspath(folder))]
-    return shlex.join(parts + (["--png"] if png else []))
+        names=[str(c) for c in cells.index[known]],
+    )

@@ -5,38 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import yaml
 
-from raysweep.errors import UserError
-from raysweep.report.trends import PARAMS, TOKENS, names_of
 from raysweep.results.schema import COLUMNS, FINISHED
-from raysweep.scaling.fits import Fits
-from raysweep.scaling.recommend import Recommendation
-
-DEFAULT_REACH = 10.0
-"""Without a target in the study, advice is given for this many times the compute of its largest
-cell."""
-
-
-@dataclass(frozen=True)
-class Advice:
-    """A recommendation, and who asked for it: the study, or this page for want of a target.
-
-    `best_cell` is the largest cell of the architecture with a finished trial: the nearest thing to
-    an answer where there is no law."""
-
-    answer: Recommendation
-    named: bool
-    best_cell: str | None
-
-    @property
-    def says_something(self) -> bool:
-        known = (self.answer.learning_rate, self.answer.batch_tokens_exact, self.answer.loss)
-        return self.best_cell is not None or any(math.isfinite(v) for v in known)
 
 
 def studies(frame: pd.DataFrame, spaces: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -52,39 +26,6 @@ def studies(frame: pd.DataFrame, spaces: Mapping[str, str]) -> list[dict[str, An
         text = spaces.get(name, "")
         found.append({"name": name, "space": space, "description": description, "text": text})
     return found
-
-
-def advise(fits: Fits, studies_: Sequence[Mapping[str, Any]]) -> list[Advice]:
-    """What to run for each target of the studies, or for a default one of each architecture."""
-    asked = [
-        target
-        for study in studies_
-        if isinstance(targets := study["space"].get("targets"), list)
-        for target in targets
-        if isinstance(target, dict) and str(target.get("architecture")) in fits.groups
-    ]
-    advice = [_advice(fits, t["architecture"], t.get("params"), t.get("tokens")) for t in asked]
-    covered = {a.answer.architecture for a in advice if a is not None}
-    for name in names_of(fits):
-        cells = fits.groups[name].cells
-        if name in covered or not len(cells):
-            continue
-        largest = cells.iloc[-1]
-        ratio = float((cells[TOKENS] / cells[PARAMS]).median())
-        params = math.sqrt(DEFAULT_REACH * float(largest[PARAMS]) * float(largest[TOKENS]) / ratio)
-        params = float(f"{params:.2g}")
-        advice.append(_advice(fits, name, params, float(f"{params * ratio:.2g}"), named=False))
-    return [a for a in advice if a is not None and a.says_something]
-
-
-def _advice(fits: Fits, name: Any, params: Any, tokens: Any, named: bool = True) -> Advice | None:
-    try:
-        answer = fits.recommend(str(name), float(params), float(tokens))
-    except (UserError, TypeError, ValueError):
-        return None  # a target that cannot be read is no reason to go without a page
-    cells = fits.groups[answer.architecture].cells
-    tried = cells[cells["loss"].notna()]
-    return Advice(answer, named, str(tried.index[-1]) if len(tried) else None)
 
 
 def totals(frame: pd.DataFrame) -> dict[str, float]:

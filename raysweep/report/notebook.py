@@ -7,33 +7,29 @@ one it is (JupyterLab, VS Code), else the system's; the background is always set
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import singledispatch
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from raysweep.plan import make_plan, summary_words
-from raysweep.report import reading_laws
-from raysweep.report.compare_figures import ratios_figure
-from raysweep.report.figures import PlotFigure, colours
-from raysweep.report.losses import loss_figure
-from raysweep.report.numbers import Numbers
-from raysweep.report.optima import optima_figure
-from raysweep.report.reading import answer_limits, extrapolation
+from raysweep.report.answers import Answer
+from raysweep.report.compare import WORDS, ratios_figure
+from raysweep.report.figure import PlotFigure, colours
+from raysweep.report.laws import law_figures, law_rows
+from raysweep.report.render import sentence
 from raysweep.report.style import DARK, LIGHT
-from raysweep.report.trends import names_of, rests_on, rules_used
 from raysweep.results.schema import FINISHED
-from raysweep.results.store import Results
-from raysweep.scaling.compare import QUANTITY_WORDS, Comparison
-from raysweep.scaling.fits import Fits
-from raysweep.scaling.recommend import Recommendation
-from raysweep.study import Study
-from raysweep.text import NOTHING, short, written
+from raysweep.study.plan import make_plan, summary_words
+from raysweep.text import NOTHING, between, estimated, short, written
 
-MOST_ROWS = 24
+if TYPE_CHECKING:
+    from raysweep.results.store import Results
+    from raysweep.scaling.fits import Fits
+    from raysweep.scaling.recommend import Recommendation
+    from raysweep.study import Study
+
+MAX_ROWS = 24
 """Rows of a table; a notebook is no place for 200 cells."""
 
 _LOOK = """
@@ -50,9 +46,11 @@ _LOOK = """
 """  # noqa: E501
 
 
-@singledispatch
 def html_of(thing: object) -> str:
     """Small HTML that shows an object."""
+    for kind in type(thing).__mro__:
+        if kind.__name__ in _VIEWS:
+            return _VIEWS[kind.__name__](thing)
     raise TypeError(f"nothing tells how {type(thing).__name__} looks in a notebook")
 
 
@@ -80,7 +78,7 @@ def _said(text: object) -> Markup:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[object]], numeric: int) -> Markup:
-    """A table whose last `numeric` columns are numbers; the rows beyond `MOST_ROWS` are counted."""
+    """A table whose last `numeric` columns are numbers; the rows beyond `MAX_ROWS` are counted."""
     rows = list(rows)
     first = len(heads) - numeric
 
@@ -94,8 +92,8 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[object]], numeric: int)
             )
         )
 
-    more = len(rows) - MOST_ROWS
-    body = Markup("").join(line("td", row) for row in rows[:MOST_ROWS])
+    more = len(rows) - MAX_ROWS
+    body = Markup("").join(line("td", row) for row in rows[:MAX_ROWS])
     head = line("th", heads)
     note = _said(f"and {more} more") if more > 0 else ""
     table = Markup("<table><thead>{}</thead><tbody>{}</tbody></table>").format(head, body)
@@ -106,7 +104,7 @@ def _figure(figure: PlotFigure | None) -> Markup:
     """A figure whose ids are its own, however many outputs a notebook has."""
     if figure is None:
         return Markup("")
-    svg = figure.drawing.svg
+    svg = figure.draw().svg
     tag = hashlib.sha256(svg.encode()).hexdigest()[:6]
     svg = re.sub(r'(\bid="|url\(#|href="#)([^")]+)', rf"\g<1>\g<2>-{tag}", svg)
     return Markup(svg)
@@ -118,14 +116,8 @@ def _dot(shades: Mapping[str, str], name: str) -> Markup:
     )
 
 
-@html_of.register
-def _(fits: Fits) -> str:
-    names = names_of(fits)
-    shades = colours(names)
-    numbers = Numbers(fits.to_dict())
-    used = {name: rests_on(fits, name) for name in names}
-    rules = {name: rules_used(fits, name, used[name]) for name in names}
-    loss_laws = {name: law for name in names if (law := used[name].get("loss"))}
+def _fits(fits: Fits) -> str:
+    shades = colours(fits.architectures)
     cells = [
         (
             _dot(shades, str(row["architecture"])),
@@ -141,66 +133,65 @@ def _(fits: Fits) -> str:
         for name, row in zip(fits.cells.index, fits.cells.to_dict("records"), strict=True)
     ]
     laws = [
-        (_dot(shades, str(row[0])), *row[1:]) for row in reading_laws.law_rows(fits, numbers, rules)
+        (
+            row.name,
+            row.of,
+            row.formula,
+            ", ".join(
+                f"{s} {estimated(e, style='coefficient' if row.of == 'loss' else 'exponent')}"
+                for s, e, _ in row.exponents
+            ),
+            row.held_out or NOTHING,
+        )
+        for row in law_rows(fits)
     ]
     return _framed(
         _heading(f"Fits of {len(fits.cells)} cells, {fits.n_rows} trials"),
-        *(_said(message) for message in fits.messages),
+        *(_said(sentence(message)) for message in fits.messages),
         _table(("", "cell", "optimum", "N", "D", "trials", "lr*", "batch*", "loss"), cells, 6),
-        _table(
-            ("", "optimal", "law", "95 % of its exponents", "off on unseen cells", "cells"), laws, 2
-        )
-        if laws
-        else "",
-        _figure(optima_figure(fits, (), rules)),
-        _figure(loss_figure(fits, (), loss_laws)),
+        _table(("", "of", "law", "95 %", "held out"), laws, 0) if laws else "",
+        *(_figure(f) for f in law_figures(fits, ())),
     )
 
 
-@html_of.register
-def _(answer: Recommendation) -> str:
-    model = f"{short(answer.params)} active non-embedding parameters"
-    if answer.experts > 1:
-        model += f", {answer.experts} experts, top-{answer.top_k}"
+def _recommendation(found: Recommendation) -> str:
+    model = f"{short(found.params)} active non-embedding parameters"
+    if found.experts > 1:
+        model += f", {found.experts} experts, top-{found.top_k}"
     sequences = (
-        f" ({answer.batch_sequences} sequences of {answer.sequence_length})"
-        if answer.batch_sequences
+        f" ({found.batch_sequences} sequences of {found.sequence_length})"
+        if found.batch_sequences
         else ""
     )
+    share = written(found.within, "percent")
     rows = [
-        ("learning rate", written(answer.learning_rate, "rate"),
-         _span(answer.learning_rate_interval, "rate")),
-        ("batch, tokens", written(answer.batch_tokens, "batch") + sequences,
-         _span(answer.batch_tokens_interval, "batch")),
-        ("expected loss", written(answer.loss, "loss"), _span(answer.loss_interval, "loss")),
+        ("learning rate", written(found.learning_rate, "rate"),
+         between(*found.learning_rate_interval, "rate")),
+        ("batch, tokens", written(found.batch_tokens, "batch") + sequences,
+         between(*found.batch_tokens_interval, "batch")),
+        ("expected loss", written(found.loss, "loss"), between(*found.loss_interval, "loss")),
+        (f"largest batch for {share} more loss", written(found.largest_batch, "batch"), ""),
     ]  # fmt: skip
     published = [
         (p["source"], _maybe(p["learning_rate"], "rate"), _maybe(p["batch_tokens"], "batch"))
-        for p in answer.published
+        for p in found.published
     ]
+    answer = Answer(found, True)
     return _framed(
-        _heading(f"{answer.architecture}: {model}, {short(answer.tokens)} tokens"),
+        _heading(f"{found.architecture}: {model}, {short(found.tokens)} tokens"),
         _table(("", "", "95 %"), rows, 0),
-        _said(f"{extrapolation(answer)}."),
-        *(_said(f"Caution: {warning}") for warning in answer_limits(answer)),
+        _said(sentence(": ".join(part for part in (answer.verdict, answer.outside) if part))),
+        *(_said(sentence(warning)) for warning in found.warnings),
         _table(("published laws", "learning rate", "batch"), published, 2) if published else "",
     )
-
-
-def _span(interval: tuple[float, float], style: str) -> str:
-    low, high = interval
-    if not math.isfinite(low + high):
-        return "no interval"
-    return f"{written(low, style)} to {written(high, style)}"
 
 
 def _maybe(value: object, style: str) -> str:
     return written(value, style) if isinstance(value, float) else NOTHING
 
 
-@html_of.register
-def _(results: Results) -> str:
-    frame = results.frame()
+def _results(results: Results) -> str:
+    frame = results.to_pandas()
     rows: list[Sequence[Any]] = []
     for (study, cell), own in frame.groupby(["study", "cell"], sort=False, dropna=False):
         finished = own[own["status"] == FINISHED]
@@ -220,8 +211,7 @@ def _(results: Results) -> str:
     )
 
 
-@html_of.register
-def _(study: Study) -> str:
+def _study(study: Study) -> str:
     plan = make_plan(study)
     rows = [
         (
@@ -242,23 +232,48 @@ def _(study: Study) -> str:
     )
 
 
-@html_of.register
-def _(comparison: Comparison) -> str:
-    labels = [side.label for side in comparison.sides]
-    shades = colours(labels)
-    parts: list[object] = [
-        _heading(" and ".join(labels)),
-        _figure(ratios_figure(comparison, shades)),
+def _comparison(comparison: Any) -> str:
+    """Of arms, what each recommends at one size, and the ratios of each over the first."""
+    names = [arm.name for arm in comparison.arms]
+    shades = colours(names)
+    sides = [
+        (
+            _dot(shades, name),
+            *(
+                f"{written(value, style)} ({between(ends[0], ends[1], style)})"
+                for value, ends, style in (
+                    (a.learning_rate, a.learning_rate_interval, "rate"),
+                    (a.batch_tokens, a.batch_tokens_interval, "batch"),
+                    (a.loss, a.loss_interval, "loss"),
+                )
+            ),
+            written(a.run.compute, "flops"),
+        )
+        for name, a in comparison.answers.items()
     ]
-    for pair in comparison.pairs:
+    parts: list[object] = [_heading(" and ".join(names))]
+    if sides:
+        n, d = comparison.size
+        parts.append(_said(f"At {short(n)} active parameters and {short(d)} tokens, 95 %"))
+        parts.append(_table(("", "learning rate", "batch", "loss", "FLOPs"), sides, 0))
+    parts += [_said(sentence(text)) for text in comparison.apart]
+    parts.append(_figure(ratios_figure(comparison.ratios, names)))
+    for name, ratios in comparison.ratios.items():
         rows = [
-            (f"{QUANTITY_WORDS[c.quantity]} at equal {c.at_equal}", c.how,
-             written(c.ratio, "number" if c.quantity == "loss" else "ratio"),
-             _span((c.low, c.high), "number" if c.quantity == "loss" else "ratio"))
-            for c in pair.contrasts
-            if c.ok
+            (f"{WORDS[r.quantity]} at equal {r.at_equal}",
+             estimated(r.ratio, style="number" if r.quantity == "loss" else "ratio"))
+            for r in ratios
+            if r.ok
         ]  # fmt: skip
-        parts.append(_said(f"{pair.other} over {pair.reference}"))
-        parts.append(_table(("", "by", "ratio", "95 %"), rows, 2))
-        parts += [_said(f"Losses are not compared: {pair.apart}.")] if pair.apart else []
+        parts.append(_table((f"{name} over {names[0]}", "ratio"), rows, 0))
     return _framed(*parts)
+
+
+_VIEWS: dict[str, Callable[[Any], str]] = {
+    "Fits": _fits,
+    "Recommendation": _recommendation,
+    "Results": _results,
+    "Study": _study,
+    "Comparison": _comparison,
+}
+"""By the name of the class: a view loads nothing of what it shows."""

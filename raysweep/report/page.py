@@ -2,78 +2,82 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from raysweep.report import (
-    facts,
-    reading,
-    reading_budgets,
-    reading_checks,
-    reading_kinds,
-    reading_laws,
-)
-from raysweep.report.budgets import budget_figure
-from raysweep.report.calculator import calculator
-from raysweep.report.figures import colours
-from raysweep.report.heldout import heldout_figure
-from raysweep.report.kinds import load_figure, noise_figure
-from raysweep.report.losses import comparison_figure, loss_figure
-from raysweep.report.numbers import Numbers
-from raysweep.report.optima import optima_figure
+from raysweep.errors import UserError
+from raysweep.report import budgets, facts, measured, trust
+from raysweep.report.answers import Answer, Asked, answer_grid, ask
+from raysweep.report.figure import PlotFigure, by_name, colours
+from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
 from raysweep.report.render import csv_text, relative, render, replace_file
-from raysweep.report.serving import KINDS, WORDS, serve, serving_figure
-from raysweep.report.style import DARK, LIGHT
-from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, dots_of
-from raysweep.report.trends import names_of, rests_on, rules_used
+from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of
 from raysweep.report.trials import trial_table
-from raysweep.report.variants import variants_figure
 from raysweep.results.store import Results
-from raysweep.scaling import cautions
-from raysweep.scaling.allocation import OUTSIDE
-from raysweep.scaling.cells import cell_table
-from raysweep.scaling.fits import ALL, Fits, fit
+from raysweep.scaling.fits import Fits, fit
+from raysweep.text import written
 
 LARGEST = 3_000_000
 """Bytes that the page should not exceed."""
 
-SCRIPTS = ("common.js", "figures.js", "calculator.js", "ask.js", "page.js")
+FOLDER = "reports"
+"""Where a page goes that nobody names a folder for, in one of its study's name."""
+
+SCRIPTS = ("common.js", "figures.js", "answer.js", "page.js")
 """What the page runs, in order."""
+
+_STUDY = re.compile(r'<meta name="raysweep-study" content="([^"]*)">')
 
 
 def report(
     results: Results,
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
     *,
     fits: Fits | None = None,
     title: str | None = None,
     png: bool = False,
     live: Mapping[str, Any] | None = None,
+    asked: Asked = (),
 ) -> Path:
     """Fit the results and write `folder/index.html`, one file that needs nothing else.
 
-    `fits` are those of these results, where they have been made already; `title` stands for the
-    names of the studies. With `png`, each figure is written beside it too, as `folder/NAME.png`.
-    `live` is what `watch` adds to a page that it keeps up to date.
-    Returns the page's path. A results folder in any state gives a page, which says what the
-    results do not support.
+    Args:
+        results: an open results folder, in any state: the page says what it does not support.
+        folder: where to; by default `reports/STUDY`.
+        fits: those of these results, where they have been made already.
+        title: stands for the names of the studies.
+        png: write each figure beside the page too, as `folder/NAME.png`.
+        live: what `watch` adds to a page that it keeps up to date.
+        asked: (params, tokens) of runs to answer for first, as in [("7B", "1.4T")].
+
+    Returns the page's path.
+
+    Raises:
+        UserError: the folder holds the page of another study; or a size that is no number.
     """
-    frame = results.frame()
-    fits = fit(frame) if fits is None else fits
-    context, drawings = _context(results, frame, fits, png)
-    context["title"] = title or _title(context["studies"])
-    context["live"] = live
-    context["command"] = _command(results.uri, folder, png)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    frame = results.to_pandas()
+    studies = facts.studies(frame, results.search_spaces())
+    names = [str(s["name"]) for s in studies]
+    target = Path(folder) if folder is not None else Path(FOLDER) / _file_name(names)
     page = target / "index.html"
+    _refuse_another(page, names)
+    fits = fit(results) if fits is None else fits
+    context, drawn = _context(results, frame, fits, studies, asked)
+    context |= {
+        "title": title or _title(names),
+        "study": _key(names),
+        "live": live,
+        "command": _command(results.uri, target, png, asked),
+    }
+    target.mkdir(parents=True, exist_ok=True)
     html = render("page.html", SCRIPTS, context).encode()
     for rows in (2000, 200):  # the table of trials is what grows without bound
         if len(html) <= LARGEST:
@@ -81,140 +85,156 @@ def report(
         context["trials"] = trial_table(frame, results.curves(), fits, rows)
         html = render("page.html", SCRIPTS, context).encode()
     replace_file(page, html)
-    for name, image in drawings.items():
-        (target / f"{name}.png").write_bytes(image)
+    if png:
+        for figure in drawn:
+            image = figure.draw(png=True).png
+            assert image is not None
+            (target / f"{figure.name}.png").write_bytes(image)
     return page
 
 
 def _context(
-    results: Results, frame: pd.DataFrame, fits: Fits, png: bool
-) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Everything that the template says, and the PNG images by name."""
-    studies = facts.studies(frame, results.search_spaces())
-    advice = facts.advise(fits, studies)
-    answers = [a.answer for a in advice]
-    served = serve(fits, answers)
-    data = {
-        **fits.to_dict(),
-        "answers": [a.to_dict() for a in answers],
-        "serving": served.data,
-    }
-    numbers = Numbers(data)
-    names = names_of(fits)
-    used = {name: rests_on(fits, name) for name in names}
-    rules = {name: rules_used(fits, name, used[name]) for name in names}
-    loss_laws = {name: law for name in names if (law := used[name].get("loss"))}
-    table = cell_table(frame)
-    cells = cell_figures(fits, table, png=png)
-    figures = {
-        figure.name: figure
-        for figure in (
-            optima_figure(fits, answers, rules, png=png),
-            loss_figure(fits, answers, loss_laws, png=png),
-            budget_figure(fits, png=png),
-            comparison_figure(fits, png=png),
-            noise_figure(fits, png=png),
-            load_figure(fits, png=png),
-            serving_figure(served, png=png),
-            heldout_figure(fits, png=png),
-            variants_figure(fits, png=png),
-        )
-        if figure is not None
-    }
+    results: Results,
+    frame: pd.DataFrame,
+    fits: Fits,
+    studies: Sequence[Mapping[str, Any]],
+    asked: Asked,
+) -> tuple[dict[str, Any], list[PlotFigure]]:
+    """Everything that the template says, and its figures."""
+    answers = ask(fits, studies, asked)
+    split = budgets.splits(fits)
+    served = budgets.serve(fits, answers)
+    cells = cell_figures(fits)
+    laws = law_figures(fits, answers)
+    figures = by_name(
+        [
+            *laws,
+            trust.held_out_figure(fits),
+            trust.prior_figure(fits),
+            budgets.split_figure(fits, split),
+            budgets.serving_figure(served),
+            measured.noise_figure(fits),
+            measured.load_figure(fits),
+        ]
+    )
+    names = fits.architectures
     runs = facts.runs_table(results.runs())
-    trials = trial_table(frame, results.curves(), fits)
+    missing = trust.not_determined(fits) + split.missing + measured.not_measured(fits)
+    missing += [("cost of serving", served.why)] if served.why else []
     context = {
-        "n": numbers,
-        "data": data,
         "fits": fits,
-        "ALL": ALL,
-        "studies": studies,
-        "answers": _answers(fits, advice),
         "names": names,
+        "shown": names_of(fits),
         "colours": colours(names),
-        "kinds": {name: fits.groups[name].kind for name in names},
+        "studies": studies,
+        "left_out": sum(fits.left_out.values()),
         "totals": facts.totals(frame),
-        "cell_figures": _by_architecture(cells, names),
-        "gaps": GAPS,
+        "answers": answers,
+        "chips": _chips(answers),
+        "side": _side_by_side(fits, answers),
+        "grid": answer_grid(fits, answers),
+        "laws": [f.name for f in laws],
         "figures": figures,
-        "readings": {
-            "surfaces": reading.surfaces(fits, len(cells), dots_of(len(cells))),
-            "optima": reading_laws.laws(fits, rules),
-            "loss": reading_laws.loss(fits, numbers, loss_laws),
-            "budgets": reading_budgets.budgets(fits, numbers),
-            "comparison": reading.comparison(fits, numbers),
-            "efficiency": reading_kinds.efficiency(fits, numbers),
-            "noise": reading_kinds.noise(fits, numbers),
-            "load": reading_kinds.load(fits),
-            "serving": reading_budgets.serving(served, numbers),
-            "checks": reading.checks(fits, numbers),
-            "heldout": reading_checks.heldout(fits, numbers),
-            "variants": reading_checks.variants(fits),
-        },
-        "laws": reading_laws.law_rows(fits, numbers, rules),
-        "loss_laws": reading_laws.loss_law_rows(fits, numbers, loss_laws),
-        "budgets": reading_budgets.budget_rows(fits, numbers),
-        "outside": f"{OUTSIDE:g}",
-        "serving": reading_budgets.serving_rows(served, numbers),
-        "serving_kinds": [WORDS[kind] for kind in KINDS],
-        "kinds_title": reading_kinds.kinds_title(fits),
-        "checks": reading_laws.check_rows(fits, numbers),
-        "variants": reading_checks.variant_rows(fits, numbers),
-        "methods": reading_laws.method_rows(fits, numbers),
+        "drawings": {name: f.draw().svg for name, f in figures.items()},
+        "csv": {name: csv_text(f.to_pandas()) for name, f in figures.items()},
+        "law_tables": _law_tables(fits),
+        "groups": group_rows(fits),
+        "cell_figures": [(c, c.figure.draw().svg) for c in cells],
+        "cells_drawn": drawn_of(fits),
+        "gaps": GAPS,
+        "checks": trust.checks(fits),
+        "missing": missing,
+        "prior_rows": trust.prior_rows(fits),
+        "literature": trust.literature_rows(fits),
+        "readings": trust.reading_rows(fits),
+        "ahead": trust.ahead_rows(fits),
+        "split_rows": budgets.split_rows(split),
+        "served": served,
+        "serving_rows": budgets.serving_rows(served),
+        "serving_kinds": list(budgets.KINDS.values())[:3],
+        "noise_rows": measured.noise_rows(fits),
         "runs": runs,
         "utilisation": facts.utilisation(runs),
         "failures": facts.failures(frame),
         "provenance": facts.provenance(frame, results.runs()),
         "problems": results.problems,
-        "calculator": calculator(fits),
-        "trials": trials,
-        "csv": {name: csv_text(figure.data) for name, figure in figures.items()},
-        "light": LIGHT,
-        "dark": DARK,
+        "trials": trial_table(frame, results.curves(), fits),
+        "data_results": relative(results.uri),
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    images = _images(cells, figures.values()) if png else {}
-    return context, images
+    return context, [*figures.values(), *_named(cells)]
 
 
-def _answers(fits: Fits, advice: Sequence[facts.Advice]) -> list[dict[str, Any]]:
-    return [
-        {
-            "answer": a.answer,
-            "named": a.named,
-            "law": math.isfinite(a.answer.learning_rate),
-            "cell": fits.cells.index.get_loc(a.best_cell) if a.best_cell else None,
-            "at": ("answers", i),
-            "reach": reading.extrapolation(a.answer),
-            "far": bool(cautions.far(a.answer.extrapolation)),
-            "limits": reading.answer_limits(a.answer) if fits.optima[fits.method] else [],
-        }
-        for i, a in enumerate(advice)
-    ]
+def _side_by_side(fits: Fits, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Every architecture at the N and D of the first answer."""
+    if not answers:
+        return []
+    first = answers[0].run
+    rows = []
+    for name in fits.architectures:
+        known = [a.run for a in answers if a.run.architecture == name]
+        same = [r for r in known if (r.params, r.tokens) == (first.params, first.tokens)]
+        found = same[0] if same else fits.recommend(name, first.params, first.tokens)
+        rows.append({"name": name, "run": found})
+    return rows
 
 
-def _by_architecture(
-    cells: Sequence[CellFigure], names: Sequence[str]
-) -> dict[str, list[CellFigure]]:
-    grouped = {name: [c for c in cells if c.architecture == name] for name in names}
-    return {name: own for name, own in grouped.items() if own}
+def _law_tables(fits: Fits) -> list[tuple[str, list[LawRow]]]:
+    """The laws of size, and folded below them those of the loss reached."""
+    rows = law_rows(fits)
+    by_loss = [row for row in rows if row.of.endswith("by loss")]
+    return [("Laws", [r for r in rows if r not in by_loss]), ("As laws of the loss", by_loss)]
 
 
-def _images(cells: Sequence[CellFigure], figures: Any) -> dict[str, bytes]:
-    images = {f.name: f.drawing.png for f in figures if f.drawing.png}
-    for cell in cells:
-        if cell.drawing.png:
-            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in cell.cell)
-            images[f"cell-{safe}"] = cell.drawing.png
-    return images
+def _chips(answers: Sequence[Answer]) -> list[tuple[str, ...]]:
+    """(N, D, architecture) of each size asked about, as the form takes them."""
+    found: dict[tuple[str, str], str] = {}
+    for a in answers:
+        size = written(a.run.params, "params"), written(a.run.tokens, "tokens")
+        found.setdefault(size, a.run.architecture)
+    return [(*size, name) for size, name in found.items()]
 
 
-def _title(studies: Sequence[Mapping[str, Any]]) -> str:
-    names = [str(s["name"]) for s in studies]
+def _named(cells: Iterable[CellFigure]) -> list[PlotFigure]:
+    """The figures of cells with the names of their cells, fit for file names."""
+    found = []
+    for c in cells:
+        safe = "".join(x if x.isalnum() or x in "-_." else "_" for x in c.cell)
+        found.append(replace(c.figure, name=f"cell-{safe}"[:120]))
+    return found
+
+
+def _title(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _command(uri: str, folder: str | os.PathLike[str], png: bool) -> str:
+def _file_name(names: Sequence[str]) -> str:
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", names[0] if names else "").strip("._")
+    return safe or "results"
+
+
+def _key(names: Sequence[str]) -> str:
+    """What says in a page which studies it is of."""
+    return "|".join(re.sub(r'[|"<>&]', "_", n) for n in names)
+
+
+def _refuse_another(page: Path, names: Sequence[str]) -> None:
+    """Raises UserError where a page of other studies stands there."""
+    try:
+        with page.open(encoding="utf-8") as file:
+            found = _STUDY.search(file.read(4000))
+    except OSError:
+        return
+    there = set(found[1].split("|")) - {""} if found else set()
+    if there and names and not there & set(_key(names).split("|")):
+        raise UserError(
+            f"{page.parent} holds the report of {', '.join(sorted(there))}: name another folder"
+        )
+
+
+def _command(uri: str, folder: Path, png: bool, asked: Asked) -> str:
     """The command that makes this page again, with paths as short as they can be said."""
     parts = ["raysweep", "report", relative(uri), "-o", relative(os.fspath(folder))]
+    for params, tokens in asked:
+        parts += ["--for", f"{params}@{tokens}"]
     return shlex.join(parts + (["--png"] if png else []))

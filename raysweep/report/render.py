@@ -13,13 +13,14 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from raysweep.text import written
+from raysweep.report.style import DARK, LIGHT
+from raysweep.text import between, estimated, written
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def render(template: str, scripts: Sequence[str], context: Mapping[str, Any]) -> str:
-    """A template of this package as one page that needs nothing else, with `scripts` in order."""
+def environment() -> Environment:
+    """The templates of this package, with the filters that write numbers."""
     env = Environment(
         loader=PackageLoader("raysweep.report"),
         autoescape=True,
@@ -28,11 +29,25 @@ def render(template: str, scripts: Sequence[str], context: Mapping[str, Any]) ->
         lstrip_blocks=True,
     )
     env.filters["num"] = lambda value, style: written(value, style)
+    env.filters["est"] = lambda value, style: estimated(value, style=style)
+    env.filters["span"] = lambda ends, style: between(ends[0], ends[1], style)
     env.filters["script"] = _script
+    env.filters["sentence"] = sentence
+    return env
+
+
+def render(template: str, scripts: Sequence[str], context: Mapping[str, Any]) -> str:
+    """A template of this package as one page that needs nothing else, with `scripts` in order."""
     folder = files("raysweep.report") / "templates"
     css, *texts = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", *scripts))
-    js = Markup("".join(texts))
-    return env.get_template(template).render(css=Markup(css), js=js, **context)
+    looks = {"css": Markup(css), "js": Markup("".join(texts)), "light": LIGHT, "dark": DARK}
+    return environment().get_template(template).render(**looks, **context)
+
+
+def sentence(text: str) -> str:
+    """Words as a sentence: a capital first, a full stop last."""
+    plain = text.strip().replace("learning_rate", "learning rate").replace("batch_tokens", "batch")
+    return plain[:1].upper() + plain[1:] + ("" if plain.endswith((".", "!", "?")) else ".")
 
 
 def _script(value: Any) -> Markup:

@@ -26,6 +26,7 @@ LIGHT: dict[str, str] = {
     "grid": "#e4e8eb",
     "paper": "#fefefe",
     "bad": "#b3372b",
+    "good": "#1f7a4d",
     # Architectures, after Okabe and Ito: told apart by the colour-blind too.
     "c0": "#0072b2",
     "c1": "#d55e00",
@@ -48,6 +49,7 @@ DARK: dict[str, str] = {
     "grid": "#2c333a",
     "paper": "#14181c",
     "bad": "#ff8a7a",
+    "good": "#6fd39b",
     "c0": "#5ab4ea",
     "c1": "#ff9150",
     "c2": "#3ccfa2",
@@ -118,12 +120,21 @@ class Drawing:
     png: bytes | None = None
 
 
+class ShownFigure(Figure):
+    """A Matplotlib figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        raster = io.BytesIO()
+        self.savefig(raster, format="png", dpi=110, facecolor=LIGHT["paper"])
+        return raster.getvalue()
+
+
 def new_figure(
     width: float, height: float, layout: Literal["constrained"] | None = "constrained"
 ) -> Figure:
     """An empty figure of a size in inches; 1 inch is 96 pixels on the page."""
     with mpl.rc_context(_RC):
-        figure = Figure(figsize=(width, height), layout=layout)
+        figure = ShownFigure(figsize=(width, height), layout=layout)
         FigureCanvasSVG(figure)
     return figure
 
@@ -153,13 +164,13 @@ def finish(
         if png:
             raster = io.BytesIO()
             if names:
-                _add_key(figure, names)
+                add_key(figure, names)
             figure.savefig(raster, format="png", dpi=192, facecolor=LIGHT["paper"])
             image = raster.getvalue()
     return Drawing(_inline(out.getvalue(), name, label, tips or {}), image)
 
 
-def _add_key(figure: Figure, names: Sequence[str]) -> None:
+def add_key(figure: Figure, names: Sequence[str]) -> None:
     """The architectures' colours and markers, above the panels."""
     handles = [
         Line2D([], [], ls="none", marker=marker, color=LIGHT[colour], label=name)
@@ -262,19 +273,21 @@ def _drawn(group: ET.Element) -> list[ET.Element]:
 # --- axes --------------------------------------------------------------------------------------
 
 
-def log_axis(axes: Axes, which: str, kind: str = "count", most: int = 5) -> None:
-    """A logarithmic axis with a few round ticks; `kind` is count, scientific or loss."""
+def log_axis(axes: Axes, which: str, style: str = "tokens", most: int = 5) -> None:
+    """A logarithmic axis with a few round ticks, written in one of `text.STYLES`."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    write = {
-        "count": lambda v, _: short(v),
-        "scientific": lambda v, _: scientific(v),
-        "loss": lambda v, _: f"{v:.3g}",
-    }[kind]
+    low, high = sorted(axes.get_xlim() if which == "x" else axes.get_ylim())
     axis.set_major_locator(FixedLocator(list(log_ticks(low, high, most))))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(write))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: tick(v, style)))
+
+
+def tick(value: float, style: str) -> str:
+    """A round number beside an axis."""
+    if style in ("rate", "flops", "coefficient"):
+        return scientific(value)
+    return f"{value:.3g}" if style in ("loss", "number") else short(value)
 
 
 def log_ticks(low: float, high: float, most: int = 5) -> np.ndarray:

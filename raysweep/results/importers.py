@@ -17,6 +17,7 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.results.flags import flags
 from raysweep.results.schema import COLUMNS, FINISHED, SCHEMA_VERSION, STATUSES
+from raysweep.results.store import Results
 from raysweep.results.units import doubts
 from raysweep.study.trials import Recipe
 from raysweep.text import read_number, short
@@ -275,6 +276,35 @@ class Imported:
     rows: pd.DataFrame
     used: tuple[str, ...]
     ignored: tuple[str, ...]
+
+
+def import_results(
+    file: str | os.PathLike[str],
+    results: str | os.PathLike[str] | Results,
+    format: str = "csv",
+    *,
+    columns: Mapping[str, str] | None = None,
+    study: str | None = None,
+    data: str | None = None,
+) -> Results:
+    """Bring the runs of a file into a results folder, which is made where there is none.
+
+    Args:
+        file: a CSV or Parquet table with one row a run, or a published sweep of another `format`.
+        results: the folder or URI.
+        format: csv, steplaw, chinchilla or isoflop.
+        columns: for csv, our columns to the file's: {"tokens": "D*1e9", "loss": "val_loss"}.
+        study: name of the rows' study; by default the format's, or of csv the file's.
+        data: name of the data; studies of one name are fitted together.
+
+    Raises:
+        UserError: the file will not do, or its numbers cannot be in the units of their columns.
+    """
+    mapping = ",".join(f"{ours}={theirs}" for ours, theirs in (columns or {}).items())
+    found = read_file(format, file, mapping or None, study=study, data=data)
+    store = results if isinstance(results, Results) else Results.open(results, create=True)
+    store.write_many(found.rows)
+    return store
 
 
 def import_file(

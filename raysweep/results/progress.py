@@ -38,7 +38,7 @@ def progress(uri: str) -> list[CellProgress]:
     Raises UserError where there are no results.
     """
     results = Results.open(uri)
-    frame = results.frame()
+    frame = results.to_pandas()
     planned: dict[tuple[str, str], int] = {}
     for name, text in results.search_spaces().items():
         study = _plan(text)

@@ -15,11 +15,13 @@ studies that run the same trial have a row each. `trials/` is an ordinary Parque
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -76,8 +78,7 @@ class Results(InNotebooks):
         if marker is not None:
             _check_marker(marker, storage.uri)
         elif not create:
-            what = "holds no raysweep results" if storage.exists() else "does not exist"
-            raise UserError(f"{storage.uri} {what}: check the path, or make it with 'raysweep run'")
+            raise UserError(_nothing_at(storage))
         elif storage.exists():
             raise UserError(
                 f"{storage.uri} is not empty and holds no raysweep results: name another folder"
@@ -90,6 +91,26 @@ class Results(InNotebooks):
     @property
     def uri(self) -> str:
         return self.storage.uri
+
+    def __len__(self) -> int:
+        return len(self.to_pandas())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        frame = self.to_pandas()
+        names = ", ".join(dict.fromkeys(frame["study"].astype(str))) or "nothing yet"
+        return f"<Results {self.uri}: {len(frame)} trials of {names}>"
+
+    def best(self) -> pd.DataFrame:
+        """The finished trial of least loss of each cell: one row a cell, smallest runs first."""
+        frame = self.to_pandas()
+        done = frame[(frame["status"] == FINISHED) & frame["excluded"].isna()]
+        done = done[done["loss"].notna()]
+        best = done.loc[done.groupby(["study", "cell"], sort=False)["loss"].idxmin()]
+        order = ["params_active_non_embedding", "tokens", "cell"]
+        return best.sort_values(order, kind="stable").reset_index(drop=True)
 
     def write(
         self, row: Mapping[str, Any], curve: Mapping[str, Sequence[Any]] | None = None
@@ -108,7 +129,7 @@ class Results(InNotebooks):
 
         Returns how many rows were new.
         """
-        known = set(self.frame()["trial_key"])
+        known = set(self.to_pandas()["trial_key"])
         fresh = rows[~rows["trial_key"].isin(known)].drop_duplicates("trial_key")
         if len(fresh):
             table = pa.Table.from_pandas(
@@ -117,7 +138,7 @@ class Results(InNotebooks):
             self._trials.write(table.replace_schema_metadata(None))
         return len(fresh)
 
-    def frame(self, study: str | None = None) -> pd.DataFrame:
+    def to_pandas(self, study: str | None = None) -> pd.DataFrame:
         """One row a trial, in order of writing; columns as in `schema.COLUMNS`.
 
         Where a trial of a study stands more than once (a retry, or a merge that was cut off), a
@@ -207,7 +228,7 @@ class Results(InNotebooks):
         kept = self.storage.folders(CHECKPOINTS)
         if not kept:
             return
-        rows = self.frame()
+        rows = self.to_pandas()
         over = set(rows.loc[rows["status"] != "crashed", "trial_key"])
         for name in kept:
             if name in over:
@@ -226,6 +247,41 @@ class Results(InNotebooks):
             except UnicodeDecodeError:
                 self._damaged[name] = f"{folder}/{name} is unreadable and was left out"
         return found
+
+
+def _nothing_at(storage: Storage) -> str:
+    """What to say of a place without results: what stands there, or what is near."""
+    path = Path(storage.uri)
+    if storage.is_local and path.is_file():
+        if path.suffix in (".yaml", ".yml"):
+            return (
+                f"{path} is a search-space file, no results folder: 'raysweep run {path}' makes "
+                f"its results, in results/{path.stem} unless told"
+            )
+        if path.suffix in (".csv", ".parquet"):
+            return f"{path} is a file: 'raysweep import csv {path} --results FOLDER' reads it first"
+        return f"{path} is a file: name a results folder"
+    if storage.exists():
+        inside = [p for p in sorted(path.iterdir()) if (p / MARKER).exists()]
+        hint = f": did you mean {inside[0]}?" if inside else ": check the path, or "
+        hint += "" if inside else "make it with 'raysweep run'"
+        return f"{storage.uri} holds no raysweep results{hint}"
+    near = _near(path) if storage.is_local else None
+    hint = f"did you mean {near}?" if near else "check the path, or make it with 'raysweep run'"
+    return f"{storage.uri} does not exist: {hint}"
+
+
+def _near(path: Path) -> Path | None:
+    """The results folder beside a path, or among the default ones, whose name is nearest."""
+    for folder in (path.parent, Path("results")):
+        try:
+            found = [p.name for p in folder.iterdir() if (p / MARKER).exists()]
+        except OSError:
+            continue
+        names = difflib.get_close_matches(path.name, found, n=1)
+        if names:
+            return folder / names[0]
+    return None
 
 
 def _row_file(trial_key: str, study: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,8 @@ import pandas as pd
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import DRAWS, PAIRED, Evidence
 from raysweep.scaling.optima.noise_scale import fit_noise_scale
-from raysweep.scaling.runs import AXES, describe_run
+from raysweep.scaling.recommend import Recommendation, answer
+from raysweep.scaling.runs import AXES, describe_run, size_of
 from raysweep.study.shape import RunSize
 
 QUANTITIES = ("learning_rate", "batch_tokens", "loss")
@@ -20,13 +22,16 @@ QUANTITIES = ("learning_rate", "batch_tokens", "loss")
 EQUALS = ("N and D", "FLOPs", "loss")
 """What is held equal: the size itself; or, growing N and D together, the FLOPs or the loss."""
 
-_STEPS = np.linspace(-4.0, 4.0, 33)
+_STEPS = np.linspace(-4.0, 4.0, 17)
 """ln N D of the other arm's runs over the reference's: where an equal loss is looked for."""
 
-_FARTHEST = 0.98 * _STEPS[-1]
+_HERE = len(_STEPS) // 2
 
 MAX_RUNS = 12
 """Sizes at which two arms are compared, at most: the largest."""
+
+OTHER_DATA = "other data"
+"""Status of what is not compared because losses on other data lie on another scale."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +44,11 @@ class Arm:
     group: str = ""
     noise: pd.DataFrame | None = None
     """Measured noise scales, by cell."""
+    data: str | None = None
+    """Whose losses it can be compared with: arms of one name share their data. None: with those of
+    its own evidence only."""
 
-    @property
+    @cached_property
     def cells(self) -> pd.DataFrame:
         """Its cells, smallest compute first."""
         cells = self.evidence.cells
@@ -58,6 +66,25 @@ class Arm:
             top_k=int(first["top_k"]),
             group=self.group,
         )
+
+    def near(self, params: float, tokens: float) -> RunSize:
+        """Its measured cell of nearly this size, as pairs of arms are; else a run of the size."""
+        sizes = np.log(self.cells[[AXES["N"], AXES["D"]]].to_numpy(float))
+        off = np.abs(sizes - np.log([params, tokens])).max(1)
+        k = int(off.argmin())
+        if off[k] < PAIRED:
+            return size_of(self.cells.index[k], self.cells.iloc[k])
+        return self.run(params, tokens)
+
+    def answer(self, params: float, tokens: float) -> Recommendation:
+        """The recommendation for a run of this size."""
+        return answer(self.evidence, self.architecture, self.near(params, tokens))
+
+    def shares_losses(self, other: Arm) -> bool:
+        """Whether losses of the two lie on one scale: they are of one set of data."""
+        if self.evidence is other.evidence:
+            return True
+        return self.data is not None and self.data == other.data
 
 
 @dataclass(frozen=True)
@@ -87,12 +114,14 @@ class Ratio:
 def compare_arms(reference: Arm, other: Arm, seed: int = 0) -> list[Ratio]:
     """Ratios of the other arm over the reference at equal N and D, FLOPs and loss.
 
-    They are read at sizes that both arms measured; without such, at the measured sizes of either
-    that lie within the range of both. At each, the other arm's runs are followed along equal tokens
-    a parameter to where the FLOPs, or the loss, are the reference's. Everything comes from joint
+    They are read at sizes that both arms measured (N and D of the cells agree within 5 %); without
+    such, at the measured sizes of either that lie within the range of both. At each, the other
+    arm's runs are followed along equal tokens a parameter, by its law of the loss through its own
+    level there, to where the FLOPs, or the loss, are the reference's. At equal N and D a ratio is
+    that of the two recommendations; its interval, and what is held equal otherwise, come from joint
     draws of the fitted model: what two arms of one set of data share cancels in their ratio.
     """
-    sizes, paired = _sizes(reference.cells, other.cells)
+    sizes, paired = shared_sizes(reference, other)
     if not sizes:
         why = Estimate.missing("the arms share no range of N and D", "no overlap")
         return [Ratio(q, equal, why, 0, 0) for equal in EQUALS for q in _of(equal)]
@@ -101,12 +130,23 @@ def compare_arms(reference: Arm, other: Arm, seed: int = 0) -> list[Ratio]:
         for key, value in _at(reference, other, params, tokens, seed + k).items():
             logs.setdefault(key, []).append(value)
     n = len(sizes)
-    found = [
-        Ratio(quantity, equal, _ratio(np.mean(logs[equal, quantity], axis=0)), n, paired)
-        for equal in EQUALS
-        for quantity in _of(equal)
-    ]
-    noise = _noise(reference, other)
+    apart = not reference.shares_losses(other)
+    found = []
+    mean = {key: np.mean(draws, axis=0) for key, draws in logs.items()}
+    exact = np.mean([_exact(reference, other, *size) for size in sizes], axis=0)
+    # By how much draws miss, in the middle, the ratio of the two answers.
+    missed = {
+        quantity: np.median(mean["N and D", quantity]) - exact[k]
+        for k, quantity in enumerate(QUANTITIES)
+    }
+    for equal in EQUALS:
+        for quantity in _of(equal):
+            draws = mean[equal, quantity] - missed.get(quantity, 0.0)
+            ratio = _ratio(draws)
+            if apart and "loss" in (equal, quantity):
+                ratio = Estimate.missing("losses on other data are not comparable", OTHER_DATA)
+            found.append(Ratio(quantity, equal, ratio, n, paired))
+    noise = None if apart else _noise(reference, other)
     return found + ([noise] if noise is not None else [])
 
 
@@ -124,10 +164,10 @@ def _of(equal: str) -> tuple[str, ...]:
     return QUANTITIES
 
 
-def _sizes(a: pd.DataFrame, b: pd.DataFrame) -> tuple[list[tuple[float, float]], int]:
+def shared_sizes(a: Arm, b: Arm) -> tuple[list[tuple[float, float]], int]:
     """(N, D) to compare at, the largest last, and how many of them both arms measured."""
     columns = [AXES["N"], AXES["D"]]
-    one, two = (np.log(cells[columns].to_numpy(float)).reshape(-1, 2) for cells in (a, b))
+    one, two = (np.log(arm.cells[columns].to_numpy(float)).reshape(-1, 2) for arm in (a, b))
     if not len(one) or not len(two):
         return [], 0
     off = np.abs(one[:, None] - two).max(-1)
@@ -145,54 +185,113 @@ def _at(
     reference: Arm, other: Arm, params: float, tokens: float, seed: int
 ) -> dict[tuple[str, str], np.ndarray]:
     """Draws of ln ratios at one size, by (what is equal, quantity)."""
-    path = [other.run(params * math.exp(s / 2), tokens * math.exp(s / 2)) for s in _STEPS]
-    longer = [other.run(params, tokens * math.exp(s)) for s in _STEPS]
-    start = reference.run(params, tokens)
-    middle = len(_STEPS) // 2
-    if reference.evidence is other.evidence:
-        optima, own = _joint(reference, other, [start], [*path, *longer], seed)
-        mine, losses = optima[:, 0], own[:, 0]
-        theirs, reached = optima[:, 1:], own[:, 1:]
-    else:
-        optima, own = reference.evidence.sample(reference.architecture, [start], seed)
-        mine, losses = optima[:, 0], own[:, 0]
-        theirs, reached = other.evidence.sample(
-            other.architecture, [*path, *longer], seed + 100_003
-        )
-    count = len(_STEPS)
-    along, by_tokens = reached[:, :count], reached[:, count:]
-    rates, batches = theirs[:, :count, 0], theirs[:, :count, 1]
-    flops = np.log([r.compute for r in path])
-    same_flops = np.interp(math.log(start.compute), flops, _STEPS)
-    same_loss = _where_equal(along, losses)
-    more_tokens = _where_equal(by_tokens, losses)
+    start, there = reference.near(params, tokens), other.near(params, tokens)
+    grown = [_grown(other, there, s) for s in _STEPS]
+    longer = [_longer(there, s) for s in _STEPS]
+    (mine, level), (theirs, own_level) = _draws(reference, other, start, there, seed)
+    law = other.evidence.loss_model(other.architecture).sample([*grown, *longer], DRAWS, seed)
+    # The law tells how the loss changes from the arm's own level at this size.
+    law = own_level[:, None] + law - law[:, _HERE : _HERE + 1]
+    along, by_tokens = law[:, : len(_STEPS)], law[:, len(_STEPS) :]
+    slope = _slopes(other, seed)
+    flops = np.log([r.compute for r in grown])
+    same_flops = np.full(DRAWS, np.interp(math.log(start.compute), flops, _STEPS))
+    same_loss = _where_equal(along, level)
     found = {}
-    for equal, at in (
-        ("N and D", np.zeros(len(losses))),
-        ("FLOPs", np.full(len(losses), same_flops)),
-        ("loss", same_loss),
-    ):
-        found[equal, "learning_rate"] = _read(rates, at) - mine[:, 0]
-        found[equal, "batch_tokens"] = _read(batches, at) - mine[:, 1]
-        if equal != "loss":
-            found[equal, "loss"] = _read(along, at) - losses
+    for equal, at in (("N and D", np.zeros(DRAWS)), ("FLOPs", same_flops), ("loss", same_loss)):
+        found[equal, "learning_rate"] = theirs[:, 0] + at * slope[:, 0] - mine[:, 0]
+        found[equal, "batch_tokens"] = theirs[:, 1] + at * slope[:, 1] - mine[:, 1]
+    found["N and D", "loss"] = own_level - level
+    found["FLOPs", "loss"] = _read(along, same_flops) - level
     found["loss", "flops"] = np.interp(same_loss, _STEPS, flops) - math.log(start.compute)
-    found["loss", "flops"][np.isnan(same_loss)] = np.nan
-    found["loss", "tokens"] = more_tokens
-    assert np.allclose(_STEPS[middle], 0)
+    found["loss", "tokens"] = _where_equal(by_tokens, level)
     return found
 
 
-def _joint(
-    reference: Arm, other: Arm, mine: list[RunSize], theirs: list[RunSize], seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Joint draws of runs of two architectures of one set of data."""
-    evidence = reference.evidence
-    if evidence.loss_model(reference.architecture) is evidence.loss_model(other.architecture):
-        return evidence.sample(reference.architecture, [*mine, *theirs], seed)
-    optima, losses = evidence.sample(reference.architecture, [*mine, *theirs], seed)
-    losses[:, len(mine) :] = evidence.sample(other.architecture, theirs, seed + 1)[1]
-    return optima, losses
+def _exact(reference: Arm, other: Arm, params: float, tokens: float) -> np.ndarray:
+    """ln ratios [3] of `QUANTITIES` between what the two arms recommend at one size."""
+    found = []
+    for arm in (reference, other):
+        run = arm.near(params, tokens)
+        optimum = arm.evidence.optimum(run)
+        loss = arm.evidence.loss(arm.architecture, run).loss
+        found.append([*(np.full(2, np.nan) if optimum is None else optimum.mean), loss.value])
+    logs = np.array(found)
+    logs[:, 2] = np.log(logs[:, 2])
+    return logs[1] - logs[0]
+
+
+def _grown(arm: Arm, run: RunSize, step: float) -> RunSize:
+    """A run `step` larger in ln N D at equal tokens a parameter, never taken for a cell."""
+    half = math.exp(step / 2)
+    grown = run
+    if step:
+        grown = arm.run(run.params_active_non_embedding * half, run.tokens * half)
+    return replace(grown, name="")
+
+
+def _longer(run: RunSize, step: float) -> RunSize:
+    """The same model on e^step times as many tokens."""
+    more = math.exp(step)
+    return replace(run, tokens=run.tokens * more, flops=run.compute * more, name="")
+
+
+def _slopes(arm: Arm, seed: int) -> np.ndarray:
+    """Draws [draws, 2] of d ln rate and d ln batch per ln N D, at equal tokens a parameter."""
+    surface = arm.evidence.surface
+    if surface is None:
+        return np.full((DRAWS, 2), np.nan)
+    laws = surface.laws
+    size = laws.coefficients.shape[1]
+    rows = np.zeros((2, 2 * size))
+    for axis in range(2):
+        rows[axis, axis * size + 1 : axis * size + 3] = 0.5
+    rng = np.random.default_rng(seed)
+    mean, spread = rows @ laws.coefficients.ravel(), rows @ laws.covariance @ rows.T
+    return rng.multivariate_normal(mean, spread, DRAWS, method="eigh")
+
+
+Draws = tuple[np.ndarray, np.ndarray]
+
+
+def _draws(
+    reference: Arm, other: Arm, start: RunSize, there: RunSize, seed: int
+) -> tuple[Draws, Draws]:
+    """Of each arm's run, draws of (ln rate, ln batch) [draws, 2] and of ln loss [draws]."""
+    one, two = reference.evidence, other.evidence
+    if one is two:
+        optima, losses = one.sample(reference.architecture, [start, there], seed)
+        if one.loss_model(reference.architecture) is not two.loss_model(other.architecture):
+            losses[:, 1] = two.sample(other.architecture, [there], seed + 1)[1][:, 0]
+    else:
+        each = [
+            arm.evidence.sample(arm.architecture, [run], seed + k)
+            for k, (arm, run) in enumerate([(reference, start), (other, there)])
+        ]
+        optima = np.concatenate([o for o, _ in each], axis=1)
+        losses = np.concatenate([level for _, level in each], axis=1)
+    rng = np.random.default_rng(seed + 2)
+    return tuple(
+        _centred(arm, run, optima[:, k], losses[:, k], rng)
+        for k, (arm, run) in enumerate([(reference, start), (other, there)])
+    )  # type: ignore[return-value]
+
+
+def _centred(
+    arm: Arm, run: RunSize, optima: np.ndarray, level: np.ndarray, rng: np.random.Generator
+) -> Draws:
+    """Draws moved so that their medians are what the fitted object answers."""
+    evidence = arm.evidence
+    optimum, loss = evidence.optimum(run), evidence.loss(arm.architecture, run).loss
+    if optimum is not None:
+        optima = optima - np.median(optima, axis=0) + optimum.mean
+    noise = rng.standard_normal(len(level))
+    if run.name in evidence.cells.index and evidence.surface is not None:
+        if not math.isfinite(evidence.cells["loss_se"].to_dict()[run.name]):
+            level = level + evidence.surface.mode.widths.noise * noise
+    elif loss.has_interval and not np.isfinite(level).all():  # another architecture's law told it
+        level = math.log(loss.high / loss.low) / 3.92 * noise
+    return optima, level - np.median(level) + math.log(loss.value)
 
 
 def _where_equal(along: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -229,15 +328,16 @@ def _noise(reference: Arm, other: Arm) -> Ratio | None:
     if reference.noise is None or other.noise is None:
         return None
     cells = [arm.cells.dropna(subset=["loss"]) for arm in (reference, other)]
-    tables = [arm.noise.loc[own.index] for arm, own in zip((reference, other), cells, strict=True)]
+    measured = reference.noise, other.noise
+    tables = [noise.loc[own.index] for noise, own in zip(measured, cells, strict=True)]
     if not all(t["noise_scale_tokens"].notna().any() for t in tables):
         return None
     second = np.repeat([0, 1], [len(c) for c in cells])
     law = fit_noise_scale(pd.concat(cells), pd.concat(tables), ("loss",), second)
     n = sum(int(t["noise_scale_tokens"].notna().sum()) for t in tables)
-    if law is None:
+    ends = Estimate.missing("") if law is None else law.exponents["factor"]
+    if not ends.known:
         ratio = Estimate.missing("too few cells measured the noise scale", "too few cells")
     else:
-        ends = law.exponents["factor"]
         ratio = Estimate(math.exp(ends.value), math.exp(ends.low), math.exp(min(ends.high, 700)))
     return Ratio("noise_scale_tokens", "loss", ratio, n, 0)

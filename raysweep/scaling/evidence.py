@@ -69,6 +69,13 @@ class Evidence:
         """The size of each cell's runs."""
         return {str(name): size_of(name, row) for name, row in self.cells.iterrows()}
 
+    @cached_property
+    def losses(self) -> dict[str, tuple[float, float]]:
+        """The loss of each cell that has one, and its standard error (0 where not known)."""
+        columns = self.cells[["loss", "loss_se"]].to_numpy(float)
+        pairs = zip(self.cells.index, columns, strict=True)
+        return {str(n): (float(v), float(np.nan_to_num(e))) for n, (v, e) in pairs if v > 0}
+
     def optimum(self, run: RunSize) -> OptimumPosterior | None:
         """The posterior of a run's optimum; None where no trial tells its rate and batch."""
         return None if self.surface is None else self.surface.optimum(run)
@@ -82,36 +89,41 @@ class Evidence:
 
         Of a measured cell its own; else by the law of the loss; where that is not determined, by a
         determined law of another architecture and the ratio in cells of the same size."""
-        if run.name in self.cells.index:
-            row = self.cells.loc[run.name]
-            if math.isfinite(row["loss"]):
-                return LossAnswer(self._measured(row), "cell")
+        return self.loss_of_each(architecture, [run])[0]
+
+    def loss_of_each(self, architecture: str, runs: Sequence[RunSize]) -> list[LossAnswer]:
+        """The loss of each of many runs, as `loss` tells it."""
         model = self.loss_model(architecture)
-        if model.ok and model.law is not None:
-            value, low, high = (float(v[0]) for v in model.predict([run]))
-            if math.isfinite(value):
-                factor = math.exp(self._group_offset(run.group))
-                loss = Estimate(factor * value, factor * low, factor * high)
-                return LossAnswer(loss, model.law.key, model.count)
-        paired = self._by_pairs(architecture, run)
-        if paired is not None:
-            return paired
-        return LossAnswer(Estimate.missing(model.why or "no law of the loss reads this run"), "")
+        predicted = np.full((len(runs), 3), math.nan)
+        if model.ok and runs:
+            predicted = np.stack(model.predict(list(runs)), -1)
+        found = []
+        for run, ends in zip(runs, predicted, strict=True):
+            if run.name in self.losses:
+                found.append(LossAnswer(self._measured(run.name), "cell"))
+            elif model.law is not None and math.isfinite(ends[0]):
+                factor = math.exp(self.group_offset(run.group))
+                loss = Estimate(*(factor * ends).tolist())
+                found.append(LossAnswer(loss, model.law.key, model.count))
+            else:
+                why = Estimate.missing(model.why or "no law of the loss reads this run")
+                found.append(self._by_pairs(architecture, run) or LossAnswer(why, ""))
+        return found
 
     def gap(
         self, run: RunSize, learning_rate: np.ndarray, batch_tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Expected ln loss above the optimum's at given settings [n], and its 95 % interval.
+        """ln loss above the optimum's at given settings [n], and its 95 % interval.
 
-        The expectation and the interval are over where the optimum may be."""
+        It is the median over where the optimum may be and how steep its walls are."""
         assert self.surface is not None
         point = np.log(np.column_stack(np.broadcast_arrays(learning_rate, batch_tokens)))
         if self.surface.batch_rule is not None:
             point[:, 1] = self.surface.law(run)[1]
         rng = np.random.default_rng(0)
         gaps = self.surface.sample_cell(run, point, DRAWS, rng).gaps
-        low, high = np.quantile(gaps, [0.025, 0.975], axis=0)
-        return gaps.mean(0), low, high
+        low, middle, high = np.quantile(gaps, [0.025, 0.5, 0.975], axis=0)
+        return middle, low, high
 
     def sample(
         self, architecture: str, runs: Sequence[RunSize], seed: int = 0
@@ -124,11 +136,10 @@ class Evidence:
             optima = self.surface.sample_optima(runs, DRAWS, rng)
         losses = self.loss_model(architecture).sample(list(runs), DRAWS, seed)
         for i, run in enumerate(runs):
-            losses[:, i] += self._group_offset(run.group)
-            if run.name in self.cells.index and math.isfinite(self.cells.loc[run.name, "loss"]):
-                row = self.cells.loc[run.name]
-                se = row["loss_se"] / row["loss"] if math.isfinite(row["loss_se"]) else 0.0
-                losses[:, i] = math.log(row["loss"]) + se * rng.standard_normal(DRAWS)
+            losses[:, i] += self.group_offset(run.group)
+            if run.name in self.losses:
+                loss, se = self.losses[run.name]
+                losses[:, i] = math.log(loss) + se / loss * rng.standard_normal(DRAWS)
         return optima, losses
 
     def pairs(self, one: str, two: str) -> list[tuple[str, str]]:
@@ -137,7 +148,7 @@ class Evidence:
         sizes = np.log(known[["params_active_non_embedding", "tokens"]].to_numpy(float))
         found = []
         of = known["architecture"].to_numpy()
-        for i in np.flatnonzero(of == one):
+        for i in np.flatnonzero(of == one).tolist():
             off = np.abs(sizes - sizes[i]).max(1)
             off[of != two] = np.inf
             j = int(off.argmin())
@@ -145,12 +156,11 @@ class Evidence:
                 found.append((str(known.index[i]), str(known.index[j])))
         return found
 
-    def _measured(self, row: pd.Series) -> Estimate:
+    def _measured(self, cell: str) -> Estimate:
         """A new run at a cell's optimum: its level, and what one run departs from another."""
         noise = self.surface.mode.widths.noise if self.surface is not None else 0.0
-        se = float(row["loss_se"]) / float(row["loss"])
-        half = stats.t.ppf(0.975, 10) * math.hypot(noise, se if math.isfinite(se) else 0.0)
-        loss = float(row["loss"])
+        loss, se = self.losses[cell]
+        half = float(stats.t.ppf(0.975, 10)) * math.hypot(noise, se / loss)
         return Estimate(loss, loss * math.exp(-half), loss * math.exp(half))
 
     def _by_pairs(self, architecture: str, run: RunSize) -> LossAnswer | None:
@@ -161,8 +171,8 @@ class Evidence:
             pairs = self.pairs(architecture, other)
             if not pairs:
                 continue
-            loss = self.cells["loss"]
-            ratio = np.array([math.log(loss[a] / loss[b]) for a, b in pairs])
+            loss = self.losses
+            ratio = np.array([math.log(loss[a][0] / loss[b][0]) for a, b in pairs])
             # A ratio drifts with size: it is told no better than it varies, and than 1 %.
             spread = max(float(ratio.std()), 0.01)
             value, low, high = (float(v[0]) for v in model.predict([run]))
@@ -174,7 +184,8 @@ class Evidence:
             return LossAnswer(estimate, "pairs", model.count)
         return None
 
-    def _group_offset(self, group: str) -> float:
+    def group_offset(self, group: str) -> float:
+        """ln loss of a group over the mean of all, other things equal; 0 without several."""
         return 0.0 if self.surface is None else self.surface.group_offset(group)
 
 

@@ -5,22 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Protocol
+from os import PathLike
+from typing import overload
 
 import numpy as np
 import pandas as pd
 
+from raysweep.display import InNotebooks, Plots, plots_of
 from raysweep.errors import UserError
+from raysweep.results.store import Results
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
-from raysweep.scaling.compute.allocation import Allocation, compute_optimal
+from raysweep.scaling.compute.allocation import Allocation
+from raysweep.scaling.compute.budgets import (
+    Saving,
+    Split,
+    best_splits,
+    saving,
+    split_budget,
+)
 from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
 from raysweep.scaling.held_out import HeldOut, hold_out_largest
+from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
+from raysweep.scaling.loss.selection import batch_table, choose_loss
 from raysweep.scaling.optima.literature import OptimumPrior, literature_prior
+from raysweep.scaling.optima.model import BENDS
 from raysweep.scaling.optima.noise_scale import (
     NoiseLaw,
     cell_expert_load,
@@ -33,21 +46,17 @@ from raysweep.scaling.plain import to_json
 from raysweep.scaling.recommend import BATCH_WITHIN, Recommendation, recommend
 from raysweep.scaling.relations import LossRelation, loss_relation
 from raysweep.scaling.summary import summary
+from raysweep.study.load import parse_yaml
 from raysweep.text import read_number, read_size
 
 __all__ = ["Fits", "Recommendation", "fit"]
 
-
-class HasFrame(Protocol):
-    """Anything with the results table, such as `raysweep.results.store.Results`."""
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row a trial, columns of `results.schema`."""
-        ...
+Many = float | str | Sequence[float | str] | np.ndarray
+"""Numbers, or text such as "7B"."""
 
 
-@dataclass(frozen=True, eq=False)
-class Fits:
+@dataclass(frozen=True, eq=False, repr=False)
+class Fits(InNotebooks):
     """Everything fitted to one results table. Each of its answers is read off `evidence`.
 
     `evidence` holds one entry a set of data, by its label (one, "", where all rows share data).
@@ -104,11 +113,37 @@ class Fits:
 
     # ------------------------------------------------------------------ what it answers
 
+    @overload
+    def recommend(  # pyright: ignore[reportOverlappingOverload] # text is a sequence, too
+        self,
+        architecture: str | None = None,
+        params: float | str = "",
+        tokens: float | str = "",
+        experts: int | None = None,
+        top_k: int | None = None,
+        *,
+        group: str | None = None,
+        within: float | str = BATCH_WITHIN,
+    ) -> Recommendation: ...
+
+    @overload
     def recommend(
         self,
         architecture: str | None = None,
-        params: float | str | Sequence[float | str] | np.ndarray = "",
-        tokens: float | str | Sequence[float | str] | np.ndarray = "",
+        params: Many = "",
+        tokens: Many = "",
+        experts: int | None = None,
+        top_k: int | None = None,
+        *,
+        group: str | None = None,
+        within: float | str = BATCH_WITHIN,
+    ) -> pd.DataFrame: ...
+
+    def recommend(
+        self,
+        architecture: str | None = None,
+        params: Many = "",
+        tokens: Many = "",
         experts: int | None = None,
         top_k: int | None = None,
         *,
@@ -124,7 +159,7 @@ class Fits:
         Raises:
             UserError: what no results could answer.
         """
-        name = self._architecture(architecture, experts)
+        name = self._architecture(architecture, experts, group)
         evidence = self.evidence_of(name)
         share = _share(within)
 
@@ -148,8 +183,8 @@ class Fits:
 
     def predict(
         self,
-        learning_rate: float | np.ndarray,
-        batch_tokens: float | np.ndarray,
+        learning_rate: Many,
+        batch_tokens: Many,
         params: float | str,
         tokens: float | str,
         architecture: str | None = None,
@@ -167,12 +202,14 @@ class Fits:
         found = self.recommend(
             architecture, params, tokens, experts=experts, top_k=top_k, group=group
         )
-        assert isinstance(found, Recommendation)
         evidence = self.evidence_of(found.architecture)
         if evidence.surface is None:
             raise UserError("no trial tells its learning rate and batch: only the loss of cells")
-        rate, batch = np.broadcast_arrays(np.atleast_1d(learning_rate), np.atleast_1d(batch_tokens))
+        rate, batch = np.broadcast_arrays(
+            _numbers(learning_rate, "learning_rate"), _numbers(batch_tokens, "batch_tokens")
+        )
         gap, least, most = evidence.gap(found.run, rate, batch)
+        noise = 1.96 * evidence.surface.mode.widths.growth * gap  # of one run, beside the optimum's
         base = np.log(np.array([found.loss, *found.loss_interval]))
         own = base[0] - base[1], base[2] - base[0]
         return pd.DataFrame(
@@ -180,8 +217,8 @@ class Fits:
                 "learning_rate": rate,
                 "batch_tokens": batch,
                 "loss": np.exp(base[0] + gap),
-                "low": np.exp(base[0] + gap - np.hypot(own[0], gap - least)),
-                "high": np.exp(base[0] + gap + np.hypot(own[1], most - gap)),
+                "low": np.exp(base[0] + gap - np.sqrt(own[0] ** 2 + (gap - least) ** 2 + noise**2)),
+                "high": np.exp(base[0] + gap + np.sqrt(own[1] ** 2 + (most - gap) ** 2 + noise**2)),
                 "cost": np.expm1(gap),
             }
         )
@@ -195,9 +232,31 @@ class Fits:
         budgets = [flops] if isinstance(flops, float | int | str) else list(flops)
         asked = [read_number(f, "flops") for f in budgets]
         return {
-            name: [*compute_optimal(self.loss_model(name), asked, given=self._routing(name))]
+            name: best_splits(self.loss_model(name), asked, self.cells_of(name))
             for name in self.architectures
         }
+
+    @cached_property
+    def allocation(self) -> dict[str, Split]:
+        """By architecture, how its largest cell's budget is best split, and others on the way."""
+        return {
+            name: split_budget(self.loss_model(name), self.cells_of(name))
+            for name in self.architectures
+        }
+
+    @cached_property
+    def efficiency(self) -> dict[str, Saving]:
+        """By MoE architecture whose loss a law tells together with dense cells, what it saves."""
+        found = {}
+        for evidence in self.evidence.values():
+            kinds = {name: self.kind(name) for name in evidence.architectures}
+            if "dense" in kinds.values() and evidence.shared_loss.ok:
+                found |= {
+                    name: saving(name, self.cells_of(name), evidence.shared_loss)
+                    for name, kind in kinds.items()
+                    if kind == "moe"
+                }
+        return found
 
     def serve(
         self,
@@ -210,22 +269,20 @@ class Fits:
         serving cost; see `serving.serving_solutions`.
 
         Raises:
-            UserError: no law over several numbers of experts was fitted.
+            UserError: no law over several numbers of experts is determined.
         """
+        whys = []
         for evidence in self.evidence.values():
             model = evidence.shared_loss
-            if model.ok and model.law is not None and "experts" in model.law.inputs:
+            if len(set(evidence.cells["experts"])) < 2:
+                whys.append("these results know one number of experts only")
+            elif not model.ok:
+                whys.append(f"the law of the loss is not determined: {model.why}")
+            else:
                 return serving_solutions(model, flops, serving, experts, reference)
         raise UserError(
-            "serving needs a law of the loss over several numbers of experts: train cells with at "
-            "least two"
+            f"serving weighs several numbers of experts, and {(whys or ['there is no cell'])[0]}"
         )
-
-    def _routing(self, architecture: str) -> dict[str, float]:
-        """Experts, top-k and granularity of an architecture's largest cell."""
-        largest = self.cells_of(architecture).iloc[-1]
-        known = {name: float(largest[name]) for name in ("experts", "top_k", "granularity")}
-        return {name: value for name, value in known.items() if np.isfinite(value)}
 
     def arm(self, architecture: str, group: str = "") -> Arm:
         """One side of a comparison."""
@@ -254,6 +311,18 @@ class Fits:
         return found
 
     @cached_property
+    def by_batch(self) -> dict[str, LossModel]:
+        """By architecture, the three-term law of parameters, batch and steps (Schaipp et al.),
+        fitted to the best runs of each batch, suboptimal ones too."""
+        return {
+            name: choose_loss(
+                LossData.from_cells(batch_table(self.cells_of(name), self.table.trials)),
+                ["three_term"],
+            )
+            for name in self.architectures
+        }
+
+    @cached_property
     def noise_laws(self) -> dict[str, NoiseLaw]:
         """By architecture, the measured gradient noise scale as a power law of the loss."""
         found = {}
@@ -263,6 +332,11 @@ class Fits:
             if law is not None:
                 found[name] = law
         return found
+
+    @property
+    def plot(self) -> Plots:
+        """Figures of Matplotlib: `optima()`, `loss()`, `surface(cell)`, `trials()`."""
+        return plots_of(self)
 
     # ------------------------------------------------------------------ how far to trust it
 
@@ -309,6 +383,8 @@ class Fits:
             "loss": {name: self.loss_model(name).to_dict() for name in self.architectures},
             "relations": self.relations,
             "comparison": self.comparison,
+            "allocation": self.allocation,
+            "efficiency": self.efficiency,
             "noise_scale": self.noise_scale,
             "noise_laws": self.noise_laws,
             "expert_load": self.expert_load,
@@ -325,15 +401,48 @@ class Fits:
         return f"<Fits: {n} cells of {', '.join(self.architectures) or 'nothing'}>"
 
     def __str__(self) -> str:
-        return summary(self)
+        return self.summary()
 
-    def _architecture(self, wanted: str | None, experts: int | None) -> str:
-        """The name that a request means."""
+    def summary(self, everything: bool = False) -> str:
+        """The laws and how they did on what was held out, as text; with `everything` the cells,
+        the comparison of architectures, the prior and the checks too."""
+        return summary(self, everything)
+
+    def asked(self, experts: int | None = None, group: str | None = None) -> list[str]:
+        """The architectures that a request without one means: all that have such experts, and
+        cells of such a group.
+
+        Raises:
+            UserError: there is none.
+        """
+        names = self._with_group(group)
+        if not names or experts == 1:
+            return [self._architecture(None, experts, group)]
+        if (experts or 1) > 1:
+            moe = [name for name in names if self.kind(name) == "moe"]
+            known = [n for n in moe if experts in set(self.cells_of(n)["experts"])]
+            return known or moe or [self._architecture(None, experts, group)]
+        return names
+
+    def _with_group(self, group: str | None) -> list[str]:
+        """Names of the architectures that have cells of a group, or of all."""
         names = self.architectures
-        if not names:
+        own = [name for name in names if group is None or group in self.groups(name)]
+        if names and not own:
+            known = ", ".join(dict.fromkeys(g for n in names for g in self.groups(n) if g))
+            hint = f"known: {known}" if known else "the results were not grouped: name a column"
+            raise UserError(f"no group {group!r} in the results; {hint}")
+        return own
+
+    def _architecture(
+        self, wanted: str | None, experts: int | None, group: str | None = None
+    ) -> str:
+        """The name that a request means."""
+        if not self.architectures:
             raise UserError("the results hold no cell, so there is nothing to recommend from")
-        if wanted in names:
+        if wanted in self.architectures:
             return str(wanted)
+        names = self._with_group(group)
         many = (experts or 1) > 1
         kind = wanted if wanted is not None else "moe" if many else "dense"
         of_kind = [n for n in names if self.kind(n) == kind]
@@ -350,31 +459,40 @@ class Fits:
 
 
 def fit(
-    results: pd.DataFrame | HasFrame,
+    results: str | PathLike[str] | Results | pd.DataFrame,
     *,
     group: str | Sequence[str] = (),
-    without: Iterable[str] = (),
+    without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
     loss_law: str | None = None,
 ) -> Fits:
     """Fit everything that a results table can tell.
 
     Args:
-        results: a results folder that was opened, or a DataFrame with the schema's columns.
+        results: a results folder or URI, opened or not, or a DataFrame with the schema's columns.
         group: columns by which runs differ in their group (optimizer, schedule, ...): they share
             one valley, and have offsets of their own.
         without: keys of published laws to leave out of the prior.
-        literature: keys of the only published laws to make the prior of.
+        literature: keys of the only published laws to make the prior of. What is not given here
+            is as the search spaces of the results say, if they agree.
         loss_law: the law of the loss to answer with, in place of the one that predicts best.
 
     Raises:
-        UserError: an unknown law or column, or a table without the columns every fit needs.
+        UserError: no results there, an unknown law or column, or a table without the columns that
+            every fit needs.
     """
+    if isinstance(results, str | PathLike):
+        results = Results.open(results)
     columns = (group,) if isinstance(group, str) else tuple(group)
     if loss_law is not None and loss_law not in LOSS_LAWS:
         raise UserError(f"unknown law of the loss {loss_law!r}; known: {', '.join(LOSS_LAWS)}")
     frame = results if isinstance(results, pd.DataFrame) else results.to_pandas()
-    prior = literature_prior(without, literature)
+    doubt = ""
+    if isinstance(results, Results) and (without is None or literature is None):
+        out, trusted, doubt = _laws_to_trust(results, frame)
+        without = out if without is None else without
+        literature = trusted if literature is None else literature
+    prior = literature_prior(without or (), literature)
     table = cell_table(frame, group=columns)
     trials = table.searched()
     evidence = {}
@@ -393,7 +511,11 @@ def fit(
     return Fits(
         n_rows=len(frame),
         left_out={str(k): int(v) for k, v in left_out.items()},
-        messages=(*table.messages, *_messages(table, trials, optima.get("model", {}))),
+        messages=(
+            *([doubt] if doubt else []),
+            *table.messages,
+            *_messages(table, trials, optima.get("model", {})),
+        ),
         group=columns,
         prior=prior,
         evidence=evidence,
@@ -403,6 +525,27 @@ def fit(
         expert_load=cell_expert_load(cells, table.trials),
         table=table,
     )
+
+
+def _laws_to_trust(
+    results: Results, frame: pd.DataFrame
+) -> tuple[Iterable[str], Iterable[str] | None, str]:
+    """`without` and `literature` of the search spaces that rows came of; nothing, and why in a
+    sentence, where they differ."""
+    own = set(frame["study"].astype(str))
+    said = []
+    for name, text in results.search_spaces().items():
+        if name in own:
+            space, _ = parse_yaml(text, name)
+            keys = space if isinstance(space, dict) else {}
+            trusted = keys.get("literature")
+            said.append(
+                (tuple(keys.get("without") or ()), None if trusted is None else tuple(trusted))
+            )
+    if len(set(said)) > 1:
+        return (), None, "the studies name different published laws: the fits start from all"
+    without, literature = said[0] if said else ((), None)
+    return without, literature, ""
 
 
 def recommendation_row(answer: Recommendation) -> dict[str, object]:
@@ -420,6 +563,15 @@ def recommendation_row(answer: Recommendation) -> dict[str, object]:
         row |= {name: getattr(answer, name), name + low: ends[0], name + high: ends[1]}
     keep = {f.name for f in fields(answer)} & {"largest_batch", "verdict"}
     return row | {name: getattr(answer, name) for name in sorted(keep)}
+
+
+def _numbers(values: Many, name: str) -> np.ndarray:
+    """[n] positive numbers, of numbers or of text such as "2M"."""
+    each = [values] if _single(values) else list(values)  # type: ignore[arg-type]
+    read = np.array([read_number(_scalar(v, name), name) for v in each])
+    if not (np.isfinite(read) & (read > 0)).all():
+        raise UserError(f"{name} must be above zero, not {values}")
+    return read
 
 
 def _single(value: object) -> bool:
@@ -481,7 +633,18 @@ def _messages(
 
 
 def _laws_dict(surface: Surface) -> dict[str, object]:
+    """The laws of the optimum. ln value = the sum of `terms` times what they read of a run, with
+    n = ln(N / centre N), d = ln(D / centre D), s = ln(total / active): 1, n, d, s, then the bends
+    n n / 2, n d, d d / 2, and the offset of the run's routing and of its group, if there are any.
+    """
     laws = surface.laws
+    names = ["at_centre", *EXPONENTS, *BENDS]
+    names += [f"routing e{e}k{k}" for e, k in surface.design.routings]
+    names += [f"group {g}" for g in surface.design.groups]
+    terms = {
+        target: dict(zip(names, surface.mode.shared[law].tolist(), strict=True))
+        for target, law in zip(TARGETS, surface.problem.layout.law, strict=True)
+    }
     return {
         "status": surface.status,
         "centre": {
@@ -493,6 +656,7 @@ def _laws_dict(surface: Surface) -> dict[str, object]:
         },
         "exponents": {t: {n: laws.exponent(t, n) for n in EXPONENTS} for t in TARGETS},
         "learned": {t: {n: laws.learned(t, n) for n in EXPONENTS} for t in TARGETS},
+        "terms": terms,
         "one_batch": surface.batch_rule is not None,
     }
 

@@ -81,7 +81,6 @@ def hold_out_largest(
 
 
 def _predicted(whole: Evidence, fitted: Evidence, trials: CellTrials) -> HeldOutCell:
-    row = whole.cells.loc[trials.name]
     run = whole.sizes[trials.name]
     optimum = fitted.optimum(run)
     read = whole.optimum(run)
@@ -94,7 +93,7 @@ def _predicted(whole: Evidence, fitted: Evidence, trials: CellTrials) -> HeldOut
     )
     nearest = int(away.argmin())
     regret = float(trials.loss[nearest] / trials.loss.min() - 1)
-    architecture = str(row["architecture"])
+    architecture = str(whole.cells["architecture"].to_dict()[trials.name])
     known = architecture in fitted.architectures
     loss = fitted.loss(architecture, run).loss if known else Estimate.missing("not seen")
     return HeldOutCell(
@@ -104,6 +103,6 @@ def _predicted(whole: Evidence, fitted: Evidence, trials: CellTrials) -> HeldOut
         loss=loss,
         read_learning_rate=read.learning_rate,
         read_batch_tokens=read.batch_tokens,
-        read_loss=float(row["loss"]),
+        read_loss=whole.losses[trials.name][0],
         regret=regret if away[nearest] <= NEAR else math.nan,
     )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
 
+from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, LossAnswer
 from raysweep.scaling.optima.literature import published_answers
 from raysweep.scaling.optima.surface import OptimumPosterior
+from raysweep.scaling.plain import to_json
 from raysweep.scaling.runs import describe_run, extrapolation
 from raysweep.study.shape import RunSize
+from raysweep.text import estimated, short, written
 
 INSIDE, EXTRAPOLATED, PRIOR, NOT_DETERMINED = (
     "inside the cells",
@@ -36,8 +39,8 @@ BATCH_WITHIN = 0.005
 """Share of the best loss that the largest batch of a recommendation may cost."""
 
 
-@dataclass(frozen=True, eq=False)
-class Recommendation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Recommendation(InNotebooks):
     """What to run, how sure that is, and what it rests on.
 
     Intervals are 95 %. `batch_tokens` is `batch_tokens_exact` rounded to 4, 5, 6 or 7 times a power
@@ -94,6 +97,34 @@ class Recommendation:
         """`ok`, or the verdict where there is no learning rate."""
         return "ok" if math.isfinite(self.learning_rate) else self.verdict
 
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values: what `raysweep recommend --json` prints."""
+        plain = to_json(
+            {
+                "architecture": self.architecture,
+                "params": self.params,
+                "tokens": self.tokens,
+                "experts": self.experts,
+                "top_k": self.top_k,
+                "group": self.run.group,
+                **{f.name: getattr(self, f.name) for f in fields(self)[2:]},
+                "status": self.status,
+            }
+        )
+        assert isinstance(plain, dict)
+        return plain
+
+    def __repr__(self) -> str:
+        rate, batch = written(self.learning_rate, "rate"), written(self.batch_tokens, "batch")
+        loss = written(self.loss, "loss")
+        return (
+            f"<Recommendation: {_asked(self)}: learning rate {rate}, batch {batch} tokens, "
+            f"loss {loss}, {self.verdict}>"
+        )
+
+    def __str__(self) -> str:
+        return _text(self)
+
 
 def recommend(
     evidence: Evidence,
@@ -118,7 +149,7 @@ def recommend(
         raise UserError(f"within must be a share such as 0.5%, not {within}")
     own = evidence.cells[evidence.cells["architecture"] == architecture]
     experts, top_k, foreign = _routing(architecture, own, experts, top_k)
-    group = _group(own, group)
+    group = _group(evidence, own, group)
     run = describe_run(
         evidence.cells if foreign else own,
         params,
@@ -284,19 +315,88 @@ def _routing(
     return e, k, not bool(((pairs["experts"] == e) & (pairs["top_k"] == k)).any())
 
 
-def _group(cells: pd.DataFrame, group: str | None) -> str:
-    """The group asked for; the one of lowest loss in the cells where none is named."""
+def _group(evidence: Evidence, cells: pd.DataFrame, group: str | None) -> str:
+    """The group asked for; the one of lowest loss, other things equal, where none is named."""
     known = list(dict.fromkeys(cells["group"]))
-    if group is not None:
-        if group not in known:
-            raise UserError(f"no group {group!r} in the results; known: {', '.join(known)}")
-        return group
-    if len(known) == 1:
-        return known[0]
-    best = cells.assign(size=np.log(cells["flops"])).dropna(subset=["loss"])
-    return str(best.sort_values(["size", "loss"]).iloc[-1]["group"]) if len(best) else known[0]
+    if group is None:
+        return min(known, key=evidence.group_offset)
+    if group not in known:
+        raise UserError(f"no group {group!r} in the results; known: {', '.join(known)}")
+    return group
 
 
 def _sequence_length(cells: pd.DataFrame) -> int | None:
     known = cells["sequence_length"].dropna()
     return int(known.mode().iloc[0]) if len(known) else None
+
+
+# ---------------------------------------------------------------------- as text
+
+
+def _asked(answer: Recommendation) -> str:
+    """`moe, adamw: 7B active parameters on 1.4T tokens, 8 experts, top-2`."""
+    of = answer.architecture + (f", {answer.run.group}" if answer.run.group else "")
+    sparse = answer.experts > 1
+    said = f"{of}: {short(answer.params)} {'active ' if sparse else ''}parameters"
+    said += f" on {short(answer.tokens)} tokens"
+    return said + (f", {answer.experts} experts, top-{answer.top_k}" if sparse else "")
+
+
+def _text(answer: Recommendation) -> str:
+    """What a terminal shows: warnings before the numbers, and nothing twice."""
+    rows = [
+        ("learning rate", _told(answer.learning_rate, answer.learning_rate_interval, "rate")),
+        ("batch", _batch_text(answer)),
+        ("loss", _loss_text(answer)),
+        ("largest batch", _largest_text(answer)),
+        ("verdict", _verdict_text(answer)),
+    ]
+    lines = [_asked(answer), *(f"  warning: {w}" for w in answer.warnings)]
+    lines += [f"  {name:<14} {said}" for name, said in rows if said]
+    laws = [(str(law["law"]), _law_text(law)) for law in answer.published]
+    if laws:
+        wide = max(14, *(len(name) for name, _ in laws))
+        lines.append(f"  {'published laws':<{wide}} learning rate  batch")
+        lines += [f"  {name:<{wide}} {said}" for name, said in laws]
+    return "\n".join(lines)
+
+
+def _told(value: float, interval: tuple[float, float], style: str, unit: str = "") -> str:
+    if not math.isfinite(value):
+        return NOT_DETERMINED
+    return estimated(value, *interval, style=style, unit=unit)
+
+
+def _batch_text(answer: Recommendation) -> str:
+    said = _told(answer.batch_tokens, answer.batch_tokens_interval, "batch", "tokens")
+    if answer.batch_sequences is None or answer.sequence_length is None:
+        return said
+    many = f"{answer.batch_sequences} sequence{'s' * (answer.batch_sequences > 1)}"
+    return f"{said}: {many} of {answer.sequence_length}"
+
+
+def _loss_text(answer: Recommendation) -> str:
+    said = _told(answer.loss, answer.loss_interval, "loss")
+    by = {"": "", "pairs": "", "cell": ", as measured in this cell"}  # pairs: a warning says it
+    return said + by.get(answer.told_by, f", by the law {answer.told_by!r}")
+
+
+def _largest_text(answer: Recommendation) -> str:
+    if not math.isfinite(answer.largest_batch):
+        return ""
+    batch, rate = written(answer.largest_batch, "batch"), answer.largest_batch_learning_rate
+    return (
+        f"{batch} tokens within {written(answer.within, 'percent')} of the best loss, at a "
+        f"learning rate of {written(rate, 'rate')}"
+    )
+
+
+def _verdict_text(answer: Recommendation) -> str:
+    far = "" if long_reach(answer.extrapolation) else reach(answer.extrapolation)
+    return answer.verdict + (f": {far}" if far else "")
+
+
+def _law_text(law: Mapping[str, object]) -> str:
+    rate, batch = (law[name] for name in ("learning_rate", "batch_tokens"))
+    rate, batch = (v if isinstance(v, float) else None for v in (rate, batch))
+    return f"{written(rate, 'rate'):<14} {written(batch, 'batch')}"

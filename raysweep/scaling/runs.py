@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -31,9 +32,7 @@ def describe_run(
 ) -> RunSize:
     """Every count of a run of `params` active non-embedding parameters, after `cells`.
 
-    A run of the size of one of the cells is that cell. Else embeddings grow as the width does, with
-    N^(1/3), from the largest cell; FLOPs a token follow the cells' own trend in N, never below 6 N;
-    routed experts keep the share of active parameters that they have in the cells.
+    A run of the size of one of the cells is that cell. Else see `RunMaker`.
 
     Raises:
         UserError: a number of parameters or tokens that is not positive.
@@ -47,28 +46,71 @@ def describe_run(
         off = np.abs(np.log(own[[AXES["N"], AXES["D"]]].to_numpy(float) / [params, tokens])).max(1)
         if off.min() < SAME:
             return size_of(own.index[int(off.argmin())], own.iloc[int(off.argmin())])
-    largest = cells.iloc[int(cells[AXES["N"]].to_numpy(float).argmax())]
-    n0 = float(largest[AXES["N"]])
-    share = expert_share(cells) or FEED_FORWARD
-    total = params if experts == 1 else params * (1 - share + share * experts / top_k)
-    wider = (params / n0) ** (1 / 3)
-    embedding = (float(largest["params_active"]) - n0) * wider
-    # Results that give one count for all tell nothing of a head.
-    head = float(largest["d_model"]) * float(largest["vocab_size"]) * wider
-    twin = float((cells["params_dense"] / cells[AXES["N"]]).median())
-    return RunSize(
-        params_active_non_embedding=params,
-        tokens=tokens,
-        experts=experts,
-        top_k=top_k,
-        params_total_non_embedding=total,
-        params_active=params + embedding,
-        params_total=total + embedding,
-        params_dense=twin * params,
-        head_params=head if math.isfinite(head) else embedding / 2 or math.nan,
-        flops=_flops_per_token(cells, params) * tokens,
-        group=group,
-    )
+    return RunMaker.after(cells, experts=experts, top_k=top_k, group=group)(params, tokens)
+
+
+@dataclass(frozen=True)
+class RunMaker:
+    """Describes new runs of one routing after cells, of any size, quickly.
+
+    Embeddings grow as the width does, with N^(1/3), from the largest cell; FLOPs a token follow the
+    cells' own trend in N, never below 6 N; routed experts keep the share of active parameters that
+    they have in the cells."""
+
+    experts: int
+    top_k: int
+    group: str
+    largest: float
+    """N of the largest cell; of it are the next two."""
+    embedding: float
+    head: float
+    twin: float
+    expert_share: float
+    flops: tuple[float, float] | None
+    """ln FLOPs a token = level + slope ln N, where cells tell them."""
+
+    @classmethod
+    def after(cls, cells: pd.DataFrame, *, experts: int, top_k: int, group: str = "") -> RunMaker:
+        """What runs have in common with `cells`."""
+        largest = cells.iloc[int(cells[AXES["N"]].to_numpy(float).argmax())]
+        n0 = float(largest[AXES["N"]])
+        return cls(
+            experts=experts,
+            top_k=top_k,
+            group=group,
+            largest=n0,
+            embedding=float(largest["params_active"]) - n0,
+            head=float(largest["d_model"]) * float(largest["vocab_size"]),
+            twin=float((cells["params_dense"] / cells[AXES["N"]]).median()),
+            expert_share=expert_share(cells) or FEED_FORWARD,
+            flops=_flops_per_token(cells),
+        )
+
+    def __call__(self, params: float, tokens: float) -> RunSize:
+        """The run of `params` active non-embedding parameters on `tokens` tokens."""
+        ratio, share = self.experts / self.top_k, self.expert_share
+        total = params if self.experts == 1 else params * (1 - share + share * ratio)
+        wider = (params / self.largest) ** (1 / 3)
+        embedding = self.embedding * wider
+        # Results that give one count for all tell nothing of a head.
+        head = self.head * wider if math.isfinite(self.head) else embedding / 2 or math.nan
+        each = 6 * params
+        if self.flops is not None:
+            level, slope = self.flops
+            each = max(each, math.exp(level + slope * math.log(params)))
+        return RunSize(
+            params_active_non_embedding=params,
+            tokens=tokens,
+            experts=self.experts,
+            top_k=self.top_k,
+            params_total_non_embedding=total,
+            params_active=params + embedding,
+            params_total=total + embedding,
+            params_dense=self.twin * params,
+            head_params=head,
+            flops=each * tokens,
+            group=self.group,
+        )
 
 
 def size_of(name: object, row: pd.Series) -> RunSize:
@@ -106,16 +148,16 @@ def expert_share(cells: pd.DataFrame) -> float | None:
     return min(1.0, float(row["top_k"]) * expert / float(row[AXES["N"]]))
 
 
-def _flops_per_token(cells: pd.DataFrame, params: float) -> float:
+def _flops_per_token(cells: pd.DataFrame) -> tuple[float, float] | None:
+    """The trend of ln FLOPs a token in ln N, as level and slope; None where none are counted."""
     exact = cells[cells["flops_exact"]]
-    floor = 6 * params
     if not len(exact):
-        return floor
+        return None
     n, f = np.log(exact[[AXES["N"], "flops_per_token"]].to_numpy(float)).T
     if np.ptp(n) < 1e-9:
-        return max(floor, float(np.exp(f.mean())) * params / float(np.exp(n.mean())))
-    slope, intercept = np.polyfit(n, f, 1)
-    return max(floor, math.exp(intercept + slope * math.log(params)))
+        return float(f.mean() - n.mean()), 1.0
+    slope, level = np.polyfit(n, f, 1)
+    return float(level), float(slope)
 
 
 def extrapolation(cells: pd.DataFrame, run: RunSize) -> dict[str, float]:

@@ -2,112 +2,161 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from raysweep.scaling.compare import Ratio
+from raysweep.scaling.compute.allocation import COUNT_NAMES
 from raysweep.scaling.optima.surface import EXPONENTS, TARGETS
-from raysweep.text import estimated, written
+from raysweep.text import between, estimated, written
 
 if TYPE_CHECKING:
     from raysweep.scaling.fits import Fits
 
-_NAMES = {"learning_rate": "learning rate", "batch_tokens": "batch", "loss": "loss"}
+NAMES = {
+    "learning_rate": "learning rate",
+    "batch_tokens": "batch",
+    "loss": "loss",
+    "flops": "FLOPs",
+    "tokens": "tokens",
+    "noise_scale_tokens": "noise scale",
+}
+"""How each quantity is called."""
+
+RATIO_STYLES = {"loss": "loss"}
+"""Ratios of a loss are told to more digits than others."""
+
 _STYLES = {"learning_rate": "rate", "batch_tokens": "batch", "loss": "loss"}
 _SYMBOLS = {"params": "N", "tokens": "D", "sparsity": "total/active"}
 
 
-def summary(fits: Fits, everything: bool = True) -> str:
-    """What a reader wants to see first; the cells, the prior and the checks with `everything`."""
+def summary(fits: Fits, everything: bool = False) -> str:
+    """The laws of the optimum and of the loss, and how they did on what was held out; the cells,
+    the comparison of architectures, the prior and the checks with `everything`."""
     counted = fits.n_rows - sum(fits.left_out.values())
     lines = [f"{len(fits.cells)} cells; {counted} of {fits.n_rows} rows count"]
     lines += [f"  {n} left out: {why}" for why, n in fits.left_out.items()]
-    lines += [f"  note: {message}" for message in fits.messages]
-    for label, evidence in fits.evidence.items():
-        lines += ["", *_laws(fits, label)] if evidence.surface is not None else []
+    lines += [f"  warning: {message}" for message in fits.messages]
+    for label in fits.evidence:
+        lines += _laws(fits, label)
     lines += _losses(fits)
     lines += _held_out(fits)
-    lines += _comparison(fits)
     if everything:
-        lines += _cells(fits) + _prior(fits) + _readings(fits)
+        lines += _cells(fits) + _comparison(fits) + _prior(fits) + _readings(fits)
     return "\n".join(lines)
 
 
 def _laws(fits: Fits, label: str) -> list[str]:
     surface = fits.evidence[label].surface
-    assert surface is not None
+    if surface is None:
+        return []
     laws = surface.laws
     of = f" of {label}" if label else ""
-    n, d = (written(float(v), "params") for v in laws.centre_sizes)
-    lines = [f"Laws of the optimum{of} ({surface.status}), at N {n} and D {d}:"]
-    for axis, target in enumerate(TARGETS):
-        at = written(laws.at_centre[axis], _STYLES[target])
-        lines.append(f"  {_NAMES[target]:<14}{at}")
-        for name in EXPONENTS:
-            if name == "sparsity" and not surface.sparse:
-                continue
-            exponent = laws.exponent(target, name)
-            learned = laws.learned(target, name)
-            source = "" if learned > 0.5 else ", mostly from published laws"
-            lines.append(f"    ~ {_SYMBOLS[name]}^{estimated(exponent, style='exponent')}{source}")
+    lines = ["", f"Optimum{of} (N: active non-embedding parameters, D: tokens)"]
+    if surface.status == "not converged":
+        lines.append("  warning: the fit did not converge: the numbers are its last step's")
     if surface.batch_rule is not None:
-        lines.append("  no cell varied its batch: the learning rate is that at the batch run")
+        lines.append(
+            "  warning: no cell varied its batch: the learning rate is that at the batch run"
+        )
+    n, d = (written(float(v), "params") for v in laws.centre_sizes)
+    scales = {"params": f"(N/{n})", "tokens": f"(D/{d})", "sparsity": "(total/active)"}
+    names = [name for name in EXPONENTS if name != "sparsity" or surface.sparse]
+    for axis, target in enumerate(TARGETS):
+        terms = [written(laws.at_centre[axis], _STYLES[target])]
+        spans = []
+        for name in names:
+            exponent = laws.exponent(target, name)
+            terms.append(f"{scales[name]}^{written(exponent.value, 'exponent')}")
+            told = between(exponent.low, exponent.high, "exponent")
+            source = "" if laws.learned(target, name) > 0.5 else " (mostly published laws)"
+            spans.append(f"{_SYMBOLS[name]} {told}{source}")
+        lines.append(f"  {NAMES[target]:<13} = {' · '.join(terms)}")
+        lines.append(f"    95 %: {', '.join(spans)}")
     for group in surface.design.groups:
         rate, batch, loss = surface.group_effect(group)
         lines.append(
-            f"  {group}: learning rate x{estimated(rate, style='ratio')}, "
-            f"batch x{estimated(batch, style='ratio')}, loss {100 * (loss.value - 1):+.2f} %"
+            f"  {group}: learning rate x {estimated(rate, style='ratio')}, "
+            f"batch x {estimated(batch, style='ratio')}, loss x {estimated(loss, style='loss')}"
         )
     return lines
 
 
 def _losses(fits: Fits) -> list[str]:
-    lines = []
-    shown: set[int] = set()
+    lines: list[str] = []
+    by_model: dict[int, list[str]] = {}
     for name in fits.architectures:
-        model = fits.loss_model(name)
-        if id(model) in shown:
-            continue
-        shown.add(id(model))
+        by_model.setdefault(id(fits.loss_model(name)), []).append(name)
+    for names in by_model.values():
+        model = fits.loss_model(names[0])
+        of = "" if len(by_model) == 1 else f" of {', '.join(names)}"
         if not model.ok or model.law is None:
-            lines.append(f"Law of the loss: not determined ({model.why})")
+            lines += ["", f"Loss{of}: not determined ({model.why})"]
             continue
-        lines.append(f"Law of the loss: {model.law.formula}, N = {model.count}")
+        lines += ["", f"Loss{of} = {model.law.formula.removeprefix('L = ')}"]
+        if "params" in model.law.inputs:
+            lines[-1] += f" (N: {COUNT_NAMES.get(model.count, model.count)})"
         parts = [f"{k} {written(v.value, 'coefficient')}" for k, v in model.coefficients.items()]
         lines.append(f"  {', '.join(parts)}")
         if model.ahead:
-            off = sum(a.error * a.n for a in model.ahead) / sum(a.n for a in model.ahead)
-            inside = sum(a.covered for a in model.ahead), sum(a.n for a in model.ahead)
+            n = sum(a.n for a in model.ahead)
+            off = sum(a.error * a.n for a in model.ahead) / n
+            inside = sum(a.covered for a in model.ahead)
             lines.append(
                 f"  one level of compute ahead: {written(off, 'percent')} off on average, "
-                f"{inside[0]} of {inside[1]} runs inside their interval"
+                f"{inside} of {n} cells inside their 95 % interval"
             )
-    return ["", *lines] if lines else []
+    return lines
 
 
 def _held_out(fits: Fits) -> list[str]:
     held = fits.held_out
     if held is None:
-        return []
-    parts = []
-    for quantity, name in _NAMES.items():
-        inside, n = held.covered(quantity)
-        if n:
-            parts.append(f"{name} in {inside} of {n}")
-    regret = written(held.mean_regret, "percent")
-    return [
+        return ["", "Held out: too few cells to predict the largest from the others"]
+    counts = {name: held.covered(quantity) for quantity, name in list(NAMES.items())[:3]}
+    parts = [f"{name} {inside} of {n}" for name, (inside, n) in counts.items() if n]
+    lines = [
         "",
-        f"{len(held.cells)} largest cells, predicted from the {held.n_train} smaller ones: mean "
-        f"regret {regret}; inside the 95 % interval: {', '.join(parts)}",
+        f"Held out: the {len(held.cells)} largest cells, predicted from the {held.n_train} smaller "
+        "ones",
+        f"  inside the 95 % interval: {', '.join(parts)}",
     ]
+    if math.isfinite(held.mean_regret):
+        lines.append(
+            f"  the trial nearest to the prediction is {written(held.mean_regret, 'percent')} "
+            "above its cell's best on average"
+        )
+    return lines
 
 
 def _comparison(fits: Fits) -> list[str]:
     lines = []
     for name, ratios in fits.comparison.items():
-        lines += ["", f"{name} over dense"]
-        for r in ratios:
-            told = estimated(r.ratio, style="ratio") if r.ok else r.ratio.why
-            quantity = _NAMES.get(r.quantity, r.quantity.replace("_tokens", "").replace("_", " "))
-            lines.append(f"  {quantity:<14} at equal {r.at_equal:<8} {told}")
+        lines += ["", *ratio_lines(f"{name} over dense", ratios)]
+    return lines
+
+
+def ratio_lines(title: str, ratios: Sequence[Ratio]) -> list[str]:
+    """Ratios as a table: a row a quantity, a block for what is held equal."""
+    sizes = ratios[0].n if ratios else 0
+    where = f"mean over {sizes} size{'s' * (sizes != 1)}"
+    where += "" if not ratios or ratios[0].paired == sizes else f", {ratios[0].paired} in both"
+    lines = [f"{title} ({where})" if sizes else title]
+    whys = {r.ratio.why for r in ratios}
+    if ratios and not any(r.ok for r in ratios) and len(whys) == 1:
+        return [f"{lines[0]}: not compared: {whys.pop()}"]
+    for equal in dict.fromkeys(r.at_equal for r in ratios):
+        block = [r for r in ratios if r.at_equal == equal]
+        silent = {r.ratio.why for r in block if not r.ok}
+        lines += [
+            f"  at equal {equal:<8} {NAMES[r.quantity]:<14} "
+            f"x {estimated(r.ratio, style=RATIO_STYLES.get(r.quantity, 'ratio'))}"
+            for r in block
+            if r.ok
+        ]
+        names = ", ".join(NAMES[r.quantity] for r in block if not r.ok)
+        lines += [f"  at equal {equal:<8} {names}: {why}" for why in sorted(silent)[:1]]
     return lines
 
 
@@ -133,7 +182,7 @@ def _prior(fits: Fits) -> list[str]:
     lines = ["", f"Prior, of {len(fits.prior.laws)} published laws, and what the data made of it"]
     for row in table.to_dict("records"):
         lines.append(
-            f"  {_NAMES[row['target']]:<14}{row['coefficient']:<14}{row['prior']:>10.3g}  ->"
+            f"  {NAMES[row['target']]:<14}{row['coefficient']:<14}{row['prior']:>10.3g}  ->"
             f" {row['value']:>10.3g}  ({row['moved']:+.1f} of its sds)"
         )
     return lines

@@ -17,6 +17,7 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from raysweep.results.schema import FINISHED
+from raysweep.scaling.optima.literature import literature_prior
 from raysweep.search.cells import CellState
 from raysweep.search.early_stopping import make_pruner
 from raysweep.search.growth import Kind, kind_of
@@ -81,7 +82,8 @@ class Campaign:
         """How often a range was widened since the start."""
         self._data_hash = data_hash
         self._search = study.space.search
-        self._ladder = TrialHistory()
+        space = study.space
+        self._ladder = TrialHistory(literature_prior(space.without, space.literature))
         self._flops_spent = 0.0
         self._open: dict[str, tuple[CellState, Proposal, optuna.Trial]] = {}
         self._waiting_said: set[str] = set()
@@ -126,6 +128,7 @@ class Campaign:
         """The next trial to start, or None while none fits or everything waits on running ones."""
         self._grant()
         runnable = [s for s in self._ordered() if self.runnable(s)]
+        self._give_back_groups(runnable)
         fitting = [s for s in runnable if self.ledger.fits(bundles_of(s.cell))]
         forced = False
         if not fitting and runnable and not self._open:
@@ -145,6 +148,19 @@ class Campaign:
         state.running.add(proposal.number)
         self._flops_spent += state.trial_flops
         return proposal
+
+    def _give_back_groups(self, runnable: Sequence[CellState]) -> None:
+        """Give up groups of workers that wait: where no trial of their kind is wanted, and where a
+        trial that comes before those, as it teaches more, would fit then or nothing else runs."""
+        kinds = [kind_of(bundles_of(state.cell)) for state in runnable]
+        blocked = [k for k, s in zip(kinds, runnable, strict=True)
+                   if not self.ledger.fits(bundles_of(s.cell))]  # fmt: skip
+        for group, bundles in self.ledger.waiting_groups.items():
+            kind = kind_of(bundles)
+            if kind not in kinds or (blocked and kinds.index(blocked[0]) < kinds.index(kind)):
+                self.ledger.give_back(group)
+                blocked = [k for k, s in zip(kinds, runnable, strict=True)
+                           if not self.ledger.fits(bundles_of(s.cell))]  # fmt: skip
 
     def waiting(self) -> dict[Kind, int]:
         """Trials that would start now if the cluster had room, by what they need."""

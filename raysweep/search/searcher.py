@@ -12,10 +12,12 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from raysweep.search.campaign import Campaign
+from raysweep.search.campaign import Campaign, bundles_of
 from raysweep.search.growth import Growth, PlacementRequest
 from raysweep.search.interruption import INTERRUPTED, Interruption
 from raysweep.search.ledger import Bundle
+from raysweep.study.cells import Resources
+from raysweep.training.ray_train import end_groups
 
 NODES_SECONDS = 5.0
 """Least time between two looks at the cluster's nodes."""
@@ -24,7 +26,8 @@ NODES_SECONDS = 5.0
 class CampaignSearcher(Searcher):
     """Hands Tune the campaign's proposals as trial configs, and tells it their outcomes.
 
-    A config holds plain values only: `cell`, `learning_rate`, `batch_sequences`, `seed`.
+    A config holds plain values only: `cell`, `learning_rate`, `batch_sequences`, `seed`; and of
+    trials on several workers the `group` that they run in, and whether it must be on `one_node`.
     """
 
     def __init__(
@@ -32,13 +35,17 @@ class CampaignSearcher(Searcher):
         campaign: Campaign,
         nodes: Callable[[], Mapping[str, Bundle]],
         interruption: Interruption,
+        start_group: Callable[[str, Resources, bool], Any],
     ) -> None:
         super().__init__(metric="loss", mode="min")
+        self._start_group = start_group
         self.campaign = campaign
         self._nodes = nodes
         self._interruption = interruption
         self._growth = Growth(PlacementRequest)
         self._looked = -math.inf
+        self.groups: dict[str, Any] = {}
+        """The groups of workers there are: they end with their handles here."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial; None while nothing fits or all waits on running trials."""
@@ -48,15 +55,24 @@ class CampaignSearcher(Searcher):
             self._growth.withdraw()
             return Searcher.FINISHED
         proposal = self.campaign.ask(trial_id)
+        ledger = self.campaign.ledger
+        if ended := ledger.take_ended():
+            end_groups([self.groups.pop(group) for group in ended if group in self.groups])
         if proposal is None:
             return None
         spec = proposal.spec
-        return {
+        config = {
             "cell": spec.cell.name,
             "learning_rate": spec.learning_rate,
             "batch_sequences": spec.batch_sequences,
             "seed": spec.seed,
         }
+        if (group := ledger.group_of(trial_id)) is not None:
+            one_node = ledger.on_one_node(bundles_of(spec.cell))
+            config |= {"group": group, "one_node": one_node}
+            if group not in self.groups:
+                self.groups[group] = self._start_group(group, spec.cell.resources, one_node)
+        return config
 
     def look(self, trials: Sequence[Trial]) -> None:
         """See, now and then, which nodes there are, and ask for more where trials wait for room.

@@ -14,12 +14,13 @@ from ray import tune
 
 from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import obtain
+from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.filesystem import Storage
 from raysweep.search.early_stopping import REPORT_PERCENT
 from raysweep.search.interruption import INTERRUPTED, StopRequest
-from raysweep.study import Study, TrialSpec
-from raysweep.training.record import trial_row
+from raysweep.study import Resources, Study, TrialSpec
+from raysweep.training.record import trial_row, unfinished_row
 
 if TYPE_CHECKING:
     from raysweep.training.outcome import TrialOutcome
@@ -81,21 +82,28 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
     """A Tune function trainable for the study's trials."""
 
     def trial(config: dict[str, Any]) -> None:
+        # Without checkpoints a trial that stopped would be lost: it gets the time there is to
+        # finish.
+        stop = StopRequest() if context.study.space.recipe.checkpoint_seconds else None
         try:
-            row = run_trial(context, config)
+            row = run_trial(context, config, stop)
         except Exception as error:
             tune.report({FAILED: str(error)})  # else the driver could not tell it from a lost node
             raise
         final = {name: row[name] for name in ("status", "loss", "seconds_train")}
         branches = branch_rows(context, config)
-        final["seconds_train"] += sum(b["seconds_train"] for b in branches)
+        final["seconds_train"] = (final["seconds_train"] or 0.0) + sum(
+            b["seconds_train"] for b in branches
+        )
         final["branches"] = [(b["cell"], b["status"], b["loss"]) for b in branches]
         tune.report(final | {"timesteps_total": row.get("step") or 0})
 
     return trial
 
 
-def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
+def run_trial(
+    context: TrialContext, config: dict[str, Any], stop: StopRequest | None = None
+) -> dict[str, Any]:
     """Train one trial and write its row; a trial whose row stands already is not run again.
 
     One that was interrupted has left a checkpoint, and no row: only `status`, `loss` and
@@ -115,7 +123,10 @@ def run_trial(context: TrialContext, config: dict[str, Any]) -> dict[str, Any]:
         context.results_uri, study.space.search.strategy, corpus.train_tokens, started_at, begun
     )
     missing = functools.partial(_missing, context.results_uri, branch_specs(study, spec))
-    outcome = _train(context, spec, corpus, results.storage, missing, write)
+    try:
+        outcome = _train(context, config, spec, corpus, results.storage, missing, write, stop)
+    except UserError as error:  # it would end so again: no retry, but a row
+        return write.refused(spec, error)
     if outcome.status == "stopped":
         return {"status": INTERRUPTED, "loss": None, "seconds_train": outcome.seconds_train}
     row = write(spec, outcome)
@@ -149,6 +160,22 @@ class RowWriter:
         Results.open(self.results_uri).write(row, outcome.curve)
         return row
 
+    def refused(self, spec: TrialSpec, error: UserError) -> dict[str, Any]:
+        """Write the row of a trial that cannot run, with the reason, and return it."""
+        from raysweep.training.outcome import WorkerOutOfMemory
+
+        row = unfinished_row(
+            spec,
+            "out_of_memory" if isinstance(error, WorkerOutOfMemory) else "crashed",
+            str(error),
+            strategy=self.strategy,
+            started_at=self.started_at,
+            seconds_wall=time.monotonic() - self.begun,
+            last_report={},
+        )
+        Results.open(self.results_uri).write(row)
+        return row
+
 
 def branch_specs(study: Study, spec: TrialSpec) -> list[TrialSpec]:
     """The trials at shorter horizons that a trial runs besides (WSD branches)."""
@@ -178,28 +205,25 @@ def _stands(row: dict[str, Any] | None) -> bool:
 
 def _train(
     context: TrialContext,
+    config: dict[str, Any],
     spec: TrialSpec,
     corpus: Corpus,
     checkpoints: Storage,
     branches: Callable[[], list[TrialSpec]],
     on_branch: RowWriter,
+    stop: StopRequest | None,
 ) -> TrialOutcome:
     resources = spec.cell.resources
     early_stopping = context.study.space.search.early_stopping is not None
-    # Without checkpoints a trial that stopped would be lost: it gets the time there is to finish.
-    stop = StopRequest() if spec.recipe.checkpoint_seconds else None
     reporter = TuneReporter(spec.cell.tokens, early_stopping, stop)
     if resources.workers > 1:
-        from raysweep.training.ray_train import train_distributed
+        from raysweep.training.ray_train import Job, train_in_group
 
-        return train_distributed(
-            spec,
-            corpus,
-            checkpoints=checkpoints,
-            storage_path=_ray_storage(context.results_uri),
-            stop=stop,
-            branches=branches,
-            on_branch=on_branch,
+        # Should the driver's host be lost, this process keeps one for its trials.
+        name = config["group"]
+        _hosts[name] = start_group(context, name, resources, config["one_node"])
+        return train_in_group(
+            _hosts[name], Job(spec, corpus, checkpoints, branches, on_branch), reporter
         )
     from raysweep.training.loop import train  # here, so that the driver never imports torch
 
@@ -212,6 +236,18 @@ def _train(
         branches=branches(),
         on_branch=on_branch,
     )
+
+
+_hosts: dict[str, Any] = {}
+"""Handles of the groups that trials of this process have run in."""
+
+
+def start_group(context: TrialContext, name: str, resources: Resources, one_node: bool) -> Any:
+    """The host of a group of workers, started if there is none."""
+    from raysweep.training.ray_train import find_group
+
+    storage_path = _ray_storage(context.results_uri)
+    return find_group(name, resources, strict=one_node, storage_path=storage_path)
 
 
 def _ray_storage(results_uri: str) -> str:

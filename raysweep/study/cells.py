@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -32,8 +33,11 @@ class Architecture(Section):
     experts together as wide as it, so that active parameters equal the dense twin's."""
     moe_every: Count = 1
     """Every how-manieth layer is a MoE layer, counted so that the last one is."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router scores experts: against each other, or each on its own (DeepSeek-V3)."""
     balance: Literal["loss", "bias", "none"] = "loss"
-    """How expert load is balanced: an auxiliary loss, a router bias without loss, or not at all."""
+    """How expert load is balanced: an auxiliary loss, a router bias without loss (it moves in
+    proportion to tokens, whatever the batch size), or not at all."""
     balance_loss: NonNegative = 0.01
     """Weight of the load-balance loss (Switch Transformer's), when `balance: loss`."""
     router_z_loss: NonNegative = 0.001
@@ -60,8 +64,9 @@ class Resources(Section):
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative = 0.0
     """May be a fraction with one worker: several small trials then share a card."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How parameters are spread over workers: replicated, or sharded (FSDP2)."""
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How parameters are spread over workers: replicated, sharded (FSDP2), or sharded over the
+    workers of a node and replicated over nodes."""
     micro_batch_sequences: Annotated[int, Field(ge=1)] | None = None
     """Largest batch one worker holds at once; derived from memory if left out. Never changes the
     result, only speed."""
@@ -74,6 +79,12 @@ class Resources(Section):
             )
         if self.workers > 1 and self.gpus_per_worker % 1:
             raise ValueError("a fraction of a GPU means one worker: set workers: 1")
+        if self.gpus_per_worker > 1:
+            power = 1 << (math.ceil(self.gpus_per_worker * self.workers) - 1).bit_length()
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g}: a worker is a process and trains on "
+                f"one GPU: set workers: {power} and gpus_per_worker: 1"
+            )
         return self
 
 

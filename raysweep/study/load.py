@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
@@ -42,21 +43,24 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def load_search_space(path: Path, overrides: Sequence[str] = ()) -> SearchSpace:
-    """The validated search space in `path`, with `dotted.key=value` overrides applied.
+def load_search_space(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> SearchSpace:
+    """The validated search space in `path`, with overrides: {"dotted.key": value}, or texts
+    `dotted.key=value`.
 
-    Raises UserError: one line with file, line number, culprit and mend.
+    Raises UserError: one line with file and line number, or the override; culprit and mend.
     """
     text = _read(path)
     values, lines = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a search space is a mapping that starts with 'study: NAME'")
-    for override in overrides:
-        _apply(values, override)
+    given = overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides)
+    changed: dict[tuple[str, ...], Any] = {}
+    for dotted, value in given:
+        changed[_apply(values, dotted, value)] = value
     try:
         return SearchSpace.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, path, values, lines)) from None
+        raise UserError(_explain(error, path, values, lines, changed)) from None
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[Location, int]]:
@@ -126,13 +130,19 @@ def _index(node: Any, at: Location, lines: dict[Location, int], source: str) -> 
             _index(item, (*at, i), lines, source)
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one `dotted.key=value`, the value read as YAML; numbers index lists."""
-    dotted, equals, text = override.partition("=")
+def _override(text: str) -> tuple[str, Any]:
+    """The key and the value, read as YAML, of `dotted.key=value`."""
+    dotted, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text!r}: write it as key.subkey=value")
+    return dotted, parse_yaml(value, f"--set {dotted}")[0]
+
+
+def _apply(values: dict[str, Any], dotted: str, value: Any) -> tuple[str, ...]:
+    """Set the value at a dotted key, whose parts are returned; numbers index lists."""
     keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"--set {override!r}: write it as key.subkey=value")
-    value, _ = parse_yaml(text, f"--set {dotted}")
+    if not all(keys):
+        raise UserError(f"--set {dotted!r}: write it as key.subkey=value")
     target: Any = values
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -152,9 +162,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
             target = target.setdefault(index, {})
             if target is None:
                 raise UserError(f"--set {dotted}: {'.'.join(keys[: depth + 1])} is empty")
+    return tuple(keys)
 
 
-def _explain(error: ValidationError, path: Path, values: Any, lines: dict[Location, int]) -> str:
+def _explain(
+    error: ValidationError,
+    path: Path,
+    values: Any,
+    lines: dict[Location, int],
+    changed: Mapping[tuple[str, ...], Any],
+) -> str:
     """The first error in one line; how many more there are."""
     found: dict[Location, Any] = {}
     for item in error.errors(include_url=False)[:MOST_ERRORS]:
@@ -169,26 +186,119 @@ def _explain(error: ValidationError, path: Path, values: Any, lines: dict[Locati
     # An unknown key first: what it was meant to be is often what is missing.
     (where, item), *others = sorted(found.items(), key=lambda f: _RANK.get(f[1]["type"], 1))
     dotted = ".".join(str(part) for part in where)
+    blamed = _blamed(where, changed)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1])
-        near = difflib.get_close_matches(str(where[-1]), known, n=1)
-        message = f"unknown key {dotted!r}: "
-        message += f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        message = f"unknown key {dotted!r}: {_meant(where, blamed, changed)}"
     elif item["type"] == "missing":
         message = f"{dotted} is missing: add it"
     else:
         said = _SAID.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+        if item["type"] == "model_type" and (known := _known_keys(where)):
+            said += f" ({', '.join(known)})"
         message = f"{dotted}: {said}" if dotted else said
         given = item.get("input")
         if item["type"] != "value_error" and isinstance(given, str | int | float | bool | None):
             shown = repr(given)
             message += f" (got {shown if len(shown) < 60 else shown[:57] + '...'})"
+        if item["type"] == "literal_error" and isinstance(given, str):
+            choices = re.findall("'([^']*)'", str(item["ctx"]["expected"]))
+            near = difflib.get_close_matches(given, choices, n=1)
+            message += f": did you mean {near[0]!r}?" if near else ""
     more = f" (and {len(others)} more)" if others else ""
+    if blamed is not None:
+        return f"--set {'.'.join(blamed)}={_short(changed[blamed])}: {message}{more}"
     line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), None)
     return f"{path}:{line}: {message}{more}" if line else f"{path}: {message}{more}"
 
 
-_RANK = {"extra_forbidden": 0, "literal_error": 2, "model_type": 3}
+def _blamed(where: Location, changed: Mapping[tuple[str, ...], Any]) -> tuple[str, ...] | None:
+    """The override that an error at a place comes from: the last one about it, or within it."""
+    place = tuple(str(part) for part in where)
+    for keys in reversed(list(changed)):
+        least = min(len(keys), len(place))
+        if place and keys[:least] == place[:least]:
+            return keys
+    return None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 40 else text[:37] + "..."
+
+
+def _meant(
+    where: Location, blamed: tuple[str, ...] | None, changed: Mapping[tuple[str, ...], Any]
+) -> str:
+    """What an unknown key was meant to be: by another name of it, or the nearest one."""
+    *section, given = where
+    known = _known_keys(tuple(section))
+    at, key = _SYNONYMS.get(str(given).lower(), ((), ""))
+    if key not in known:
+        near = difflib.get_close_matches(str(given), known, n=1)
+        if near:
+            at, key = tuple(str(part) for part in section), near[0]
+        elif not key:
+            every = dict.fromkeys(_every_key())
+            names = difflib.get_close_matches(str(given), [k for _, k in every], n=1, cutoff=0.8)
+            found = [(s, k) for s, k in every if names and k == names[0]]
+            if not found:
+                return f"known here: {', '.join(known)}"
+            at, key = found[0]
+    elif key:
+        at = tuple(str(part) for part in section)
+    said = f"did you mean {key!r}"
+    if at != tuple(str(part) for part in section):
+        said += f" in {'.'.join(at)}" if at else " at the top of the file"
+    if blamed is None or {"scales", "horizons", "targets", "architectures"} & set(at):
+        return f"{said}?"
+    rest = blamed[len(where) :]
+    if not rest and (inner := _known_keys((*at, key))):
+        return f"{said}, which holds {', '.join(inner)}?"
+    return f"{said}? --set {'.'.join((*at, key, *rest))}={_short(changed[blamed])}"
+
+
+_SYNONYMS = {
+    other: (section, key)
+    for section, key, others in (
+        ((), "study", "name"),
+        (("search",), "learning_rate", "lr max_lr peak_lr learning_rates lrs"),
+        (("search",), "batch_sequences", "bs batch batch_size batch_sizes global_batch_size"),
+        (("search",), "trials_per_cell", "n_trials num_trials trials num_samples"),
+        (("search",), "strategy", "sampler search_alg"),
+        (("search",), "total_flops", "flops budget compute"),
+        (("recipe",), "weight_decay", "wd decay"),
+        (("recipe",), "optimizer", "optim"),
+        (("recipe",), "schedule", "scheduler lr_schedule lr_scheduler"),
+        (("recipe",), "warmup_fraction", "warmup warmup_ratio warmup_steps"),
+        (("recipe",), "clip_norm", "clip grad_clip gradient_clipping max_grad_norm"),
+        (("recipe",), "precision", "dtype"),
+        (("model",), "sequence_length", "seq_len seqlen context context_length block_size"),
+        (("resources",), "gpus_per_worker", "gpus gpu num_gpus"),
+        (("resources",), "cpus_per_worker", "cpus cpu num_cpus"),
+        (("resources",), "workers", "num_workers world_size"),
+        (("scales",), "d_model", "width hidden hidden_size d_hidden n_embd"),
+        (("scales",), "layers", "depth n_layers num_layers n_layer"),
+        (("scales",), "heads", "n_heads num_heads n_head"),
+        (("architectures",), "experts", "num_experts n_experts"),
+        (("horizons",), "tokens_per_param", "tpp"),
+    )
+    for other in others.split()
+}
+"""Other names of keys: where each stands, and what it is called here."""
+
+
+def _every_key(
+    section: type[BaseModel] = SearchSpace, at: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every key of the file, with the section that it stands in."""
+    for key, field in section.model_fields.items():
+        yield at, key
+        inner = _section_in(field.annotation)
+        if inner is not None and inner is not section:
+            yield from _every_key(inner, (*at, key))
+
+
+_RANK = {"extra_forbidden": 0, "literal_error": 2, "model_type": 3, "too_short": 3}
 """How little an error of a union says about what the user meant."""
 
 _SAID = dict.fromkeys(("tuple_type", "list_type"), "must be a list") | dict.fromkeys(

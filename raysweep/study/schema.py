@@ -69,6 +69,30 @@ class Target(Section):
     tokens: Size
 
 
+LawKey = Literal[
+    "step_law",
+    "openeurollm",
+    "deepseek",
+    "moonlight",
+    "porian",
+    "bjorck",
+    "kaplan",
+    "mm1",
+    "ling",
+    "ling_sparsity",
+    "ludziejewski",
+    "marin_delphi",
+    "marin_grug",
+    "schaipp",
+    "minicpm",
+    "power_lines",
+    "zhang",
+    "merrill",
+    "nanochat",
+]
+"""Keys of `raysweep.scaling.optima.literature.PUBLISHED_LAWS`."""
+
+
 class SearchSpace(Section):
     """One search-space file: a study."""
 
@@ -86,6 +110,10 @@ class SearchSpace(Section):
     data: Data = Data()
     resources: Resources = Resources()
     targets: tuple[Target, ...] = ()
+    literature: Annotated[tuple[LawKey, ...], Field(min_length=1)] | None = None
+    """The published laws that the search and the fits start from; default: all."""
+    without: tuple[LawKey, ...] = ()
+    """Published laws that the search and the fits leave out."""
     logging: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where the progress of trials goes besides the results: TensorBoard events in the results
     folder; Weights & Biases and MLflow, where installed, as their own variables say."""
@@ -94,19 +122,6 @@ class SearchSpace(Section):
     def _branches_run_to_their_end(self) -> Self:
         if self.recipe.branches and self.search.early_stopping is not None:
             raise ValueError("recipe.branches and search.early_stopping exclude each other")
-        return self
-
-    @model_validator(mode="after")
-    def _early_stopping_reaches_its_trials(self) -> Self:
-        if self.search.early_stopping is None:
-            return self
-        for i, scale in enumerate(self.scales):
-            workers = (scale.resources or self.resources).workers
-            if workers > 1:  # Tune cannot end a trial that waits for workers of Ray Train's
-                raise ValueError(
-                    f"search.early_stopping is for trials on one worker, and scale {i} has "
-                    f"{workers}: drop early_stopping, or set its workers to 1"
-                )
         return self
 
     @model_validator(mode="after")

@@ -56,6 +56,7 @@ class ModelShape:
             raise UserError(f"top_k {self.top_k} must lie between 1 and experts {self.experts}")
         if self.is_moe and (self.expert_ff < 1 or not self.moe_layers):
             raise UserError("a mixture of experts needs expert_ff of at least 1 and a MoE layer")
+        self.check_alignment(bytes_each=4)
 
     @property
     def is_moe(self) -> bool:
@@ -64,6 +65,19 @@ class ModelShape:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.heads
+
+    def check_alignment(self, bytes_each: int) -> None:
+        """Raises UserError where the experts' kernel could not take rows of such numbers: they must
+        be a multiple of 16 bytes long."""
+        multiple = 16 // bytes_each
+        if not self.is_moe:
+            return
+        for name, width in (("d_model", self.d_model), ("expert_ff", self.expert_ff)):
+            if width % multiple:
+                raise UserError(
+                    f"{name} {width} of a mixture of experts must be a multiple of {multiple} "
+                    f"(rows of 16 bytes): use {round_to(width, multiple)}"
+                )
 
     def dense_twin(self) -> ModelShape:
         """The dense model of the same shape: what a MoE of this scale is compared with."""

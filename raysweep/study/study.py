@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
@@ -27,7 +29,12 @@ from raysweep.study.shape import (
 from raysweep.study.trials import Recipe
 from raysweep.text import short
 
+if TYPE_CHECKING:
+    from raysweep.study.plan import Plan
+
 BYTE_VOCABULARY = 256
+EXPERT_MULTIPLE = 8
+"""Experts' widths are multiples of this: their kernel takes rows of 16 bytes, in bfloat16."""
 MOST_CELLS = 1_000
 
 
@@ -90,6 +97,9 @@ class TrialSpec:
     learning_rate: float
     batch_sequences: int
     seed: int
+    least_batch_sequences: int | None = None
+    """The smallest batch searched in the cell, for its trials to share one micro-batch, and so one
+    compiled graph."""
 
     @property
     def batch_tokens(self) -> int:
@@ -109,6 +119,12 @@ class TrialSpec:
         settings = self.cell.settings.model_dump(
             include={"balance", "balance_loss", "router_z_loss"}
         )
+        if self.cell.settings.scores != "softmax":
+            settings["scores"] = self.cell.settings.scores
+        if self.cell.settings.balance == "bias":
+            settings["bias_motion"] = "by tokens"
+        if recipe["weight_decay"]:
+            recipe["weight_decay_on"] = "all matrices but embedding and routers"
         parts = {
             "shape": asdict(self.cell.shape),
             "rope_base": self.model.rope_base,
@@ -134,13 +150,24 @@ class Study(InNotebooks):
         self.cells: tuple[Cell, ...] = _expand(space, vocabulary_size(space.data, folder))
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Study:
-        """Read a search-space file; `overrides` are `dotted.key=value` strings.
+    def load(cls, path: str | Path, set: Mapping[str, object] | Sequence[str] = ()) -> Study:
+        """Read a search-space file, with keys set anew: {"search.trials_per_cell": 8}, or texts
+        such as "search.trials_per_cell=8", as the command line has them.
 
         Raises UserError with file, line, culprit and mend.
         """
         path = Path(path)
-        return cls(load_search_space(path, overrides), path.resolve().parent)
+        return cls(load_search_space(path, set), path.resolve().parent)
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.space.architectures)
+        return f"<Study {self.name}: {len(self.cells)} cells of {names}>"
+
+    def plan(self) -> Plan:
+        """Its cells with their parameters, tokens, trials and FLOPs."""
+        from raysweep.study.plan import make_plan
+
+        return make_plan(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object], folder: str | Path = ".") -> Study:
@@ -197,6 +224,7 @@ class Study(InNotebooks):
             learning_rate=float(learning_rate),
             batch_sequences=int(batch_sequences),
             seed=int(seed),
+            least_batch_sequences=self.space.search.batch_sequences.low,
         )
 
 
@@ -257,7 +285,7 @@ def build_shape(
         active = architecture.top_k + architecture.shared_experts
         size = architecture.expert_size
         width = d_ff / active if size == "matched" else d_ff * size
-        expert_ff = round_to(width, model.ffn_multiple)
+        expert_ff = round_to(width, math.lcm(model.ffn_multiple, EXPERT_MULTIPLE))
         moe_layers = tuple(
             i for i in range(layers) if (layers - 1 - i) % architecture.moe_every == 0
         )
@@ -279,6 +307,19 @@ def build_shape(
     )
 
 
+def _check_workers(space: SearchSpace, resources: Resources) -> None:
+    """Raises UserError where workers would have nothing to do."""
+    counts = {"search.batch_sequences.hard_high": space.search.batch_sequences.hard_high}
+    if resources.strategy != "ddp":  # workers that share a model evaluate in step
+        counts["data.validation_sequences"] = space.data.validation_sequences
+    for name, sequences in counts.items():
+        if sequences < resources.workers:
+            raise UserError(
+                f"{name} {sequences} is less than {resources.workers} workers: raise it, or lower "
+                "workers"
+            )
+
+
 def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
     cells: dict[str, Cell] = {}
     shapes = sum(len(e.architectures or space.architectures) for e in space.scales)
@@ -293,6 +334,10 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
                 continue
             try:
                 shape = build_shape(entry, architecture, space.model, vocab_size)
+                resources = entry.resources or space.resources
+                if resources.gpus_per_worker or space.recipe.precision == "bfloat16":
+                    shape.check_alignment(bytes_each=2)
+                _check_workers(space, resources)
             except UserError as error:
                 raise UserError(f"scales.{index} as {name}: {error}") from None
             params = count(shape.dense_twin()).params_active_non_embedding
@@ -320,7 +365,7 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
                     scale=scale,
                     shape=shape,
                     tokens=round(tokens),
-                    resources=entry.resources or space.resources,
+                    resources=resources,
                 )
                 if cell.name in cells:
                     raise UserError(

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from raysweep.errors import UserError
-from raysweep.plan import Calibration, Pace
 from raysweep.study import Cell, Study
+from raysweep.study.plan import Calibration, Pace
+from raysweep.training.outcome import Silent
 
 SECONDS = 0.4
 """What one measurement may take, once it is known how long a step is."""
@@ -173,12 +174,32 @@ def _pace(study: Study, cell: Cell) -> Pace:
                 max(small - per_token * low * length, 0.0), per_token, fixed)  # fmt: skip
 
 
+class _Clock(Silent):
+    """Hears a run's steps, and when."""
+
+    def __init__(self) -> None:
+        self.at: list[tuple[int, float]] = []
+
+    def report(self, step: int, tokens: int, loss: float) -> None:
+        self.at.append((step, time.perf_counter()))
+
+    def seconds(self) -> float:
+        """Of a step, the first left out: it compiles, and warms up."""
+        (first, begun), (last, ended) = self.at[0], self.at[-1]
+        return (ended - begun) / (last - first)
+
+
 def _step(study: Study, cell: Cell, batch_sequences: int) -> tuple[float, float]:
-    """(seconds of a step, seconds beside the steps of a run) by short runs of the real loop."""
+    """(seconds of a step, seconds beside the steps of a run) by short runs of the real loop, its
+    blocks compiled if those of the cell's own trials would be."""
+    from raysweep.training import runtime
     from raysweep.training.loop import train
 
     length = cell.shape.sequence_length
     corpus = noise(cell.shape.vocab_size, 64 * (length + 1))
+    device = runtime.choose_device(cell.resources)
+    compiled = runtime.compiles(device, study.space.recipe, cell.flops)
+    recipe = study.space.recipe.model_copy(update={"compile": "on" if compiled else "off"})
     steps, seconds, fixed = STEPS, 0.0, 0.0
     for _ in range(2):
         tokens = steps * batch_sequences * length
@@ -186,13 +207,16 @@ def _step(study: Study, cell: Cell, batch_sequences: int) -> tuple[float, float]
             study.trial(dataclasses.replace(cell, tokens=tokens), "calibration",
                         1e-4, batch_sequences, 0),
             validation_sequences=1,
+            recipe=recipe,
         )  # fmt: skip
-        begun = time.perf_counter()
-        outcome = train(spec, corpus, threads=max(1, int(cell.resources.cpus_per_worker)))
+        clock, begun = _Clock(), time.perf_counter()
+        outcome = train(
+            spec, corpus, reporter=clock, threads=max(1, int(cell.resources.cpus_per_worker))
+        )
         wall = time.perf_counter() - begun
-        if not outcome.tokens_per_second:
+        if len(clock.at) < 2:
             raise UserError(f"cell {cell.name} cannot be trained here: {outcome.reason}")
-        seconds = batch_sequences * length / outcome.tokens_per_second
+        seconds = clock.seconds()
         fixed = max(0.0, wall - steps * seconds)
         if steps * seconds > SECONDS:
             break

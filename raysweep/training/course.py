@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from raysweep.training.step import BatchGradient
 from raysweep.training.track import Track
 
 
+class Pace(NamedTuple):
+    """Steps that were timed, and their seconds: those that compiled are left out."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+
 class Course:
     """A run to the longest horizon, or in a branch of it to a shorter one."""
 
@@ -23,6 +30,8 @@ class Course:
         self.step = 0
         self.seconds = 0.0
         """Spent on the current track, over all attempts."""
+        self.pace = Pace()
+        """Of these, what says how fast steps are."""
         self.track = Track(spec)
         """That of the run, or of the branch that it is in."""
         self.waiting = sorted(map(Track, branches), key=lambda t: t.leaves_at)
@@ -51,7 +60,7 @@ class Course:
 
     def enter(self, branch: Track, trunk: dict[str, Any]) -> None:
         """Go on in a branch; `trunk` is what the run later goes on from."""
-        self.track, self.trunk, self.seconds = branch, trunk, 0.0
+        self.track, self.trunk, self.seconds, self.pace = branch, trunk, 0.0, Pace()
 
     def wants_trace(self) -> bool:
         """Whether tr S is to be estimated at the next step, for any track."""
@@ -92,6 +101,7 @@ class Course:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "pace": tuple(self.pace),
             "track": self.track.spec.key,
             "tracks": {t.spec.key: t.state() for t in self.tracks},
             "pending": self._pending,
@@ -103,6 +113,7 @@ class Course:
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Take up what `state` gave, on the run or in a branch of it."""
         self.step, self.seconds, self.trunk = state["step"], state["seconds"], state["trunk"]
+        self.pace = Pace(*state["pace"])
         on_run = state if self.trunk is None else self.trunk
         tracks = {t.spec.key: t for t in (Track(self.spec), self.track, *self.waiting)}
         known = {**on_run["tracks"], **state["tracks"]}

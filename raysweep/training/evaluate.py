@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from raysweep.data.batches import Batch, validation_batches
+from raysweep.data.batches import Batch, too_small_for_validation, validation_batches
 from raysweep.data.tokens import TokenArray
 from raysweep.errors import UserError
 from raysweep.model import Decoder
@@ -33,6 +32,17 @@ class Evaluation:
     """Probability given to the chosen experts together, mean over tokens and MoE layers."""
 
 
+def check_validation(tokens: TokenArray, sequences: int, length: int, workers: Workers) -> None:
+    """Raises UserError, before any training, where the slice cannot be evaluated."""
+    if len(tokens) < sequences * length + 1:
+        raise UserError(too_small_for_validation(len(tokens), sequences, length))
+    if workers.sharded and sequences < workers.world_size:
+        raise UserError(
+            f"data.validation_sequences {sequences} are fewer than the {workers.world_size} "
+            "workers: raise it"
+        )
+
+
 def evaluate(
     model: Decoder,
     tokens: TokenArray,
@@ -41,31 +51,32 @@ def evaluate(
     batch_sequences: int,
     workers: Workers,
     device: torch.device,
-    precision: Callable[[], contextlib.AbstractContextManager[object]],
 ) -> Evaluation:
-    """Measure the slice of `sequences` sequences, each worker its part."""
+    """Measure the slice of `sequences` sequences, each worker its part.
+
+    All batches have one size, so that they share a compiled graph: the last is filled up with
+    sequences that do not count.
+    """
     shape = model.shape
     losses = torch.zeros(sequences, dtype=torch.float64, device=device)
     load = torch.zeros(model.expert_load.shape, dtype=torch.float64, device=device)
     confidence = torch.zeros(len(load), dtype=torch.float64, device=device)
+    size = min(batch_sequences, -(-sequences // workers.world_size))
     batches = validation_batches(
         tokens,
         sequences=sequences,
         sequence_length=shape.sequence_length,
-        batch_sequences=batch_sequences,
+        batch_sequences=size,
         rank=workers.rank,
         world_size=workers.world_size,
     )
     at = workers.rank * sequences // workers.world_size
-    for inputs, targets, counted in _equal_rounds(batches, sequences, batch_sequences, workers):
-        with precision():
-            batch, routing = model.evaluate(
-                torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
-            )
-        if not counted:
-            continue
-        losses[at : at + len(batch)] = batch
-        at += len(batch)
+    for inputs, targets, count in _equal_rounds(batches, sequences, size, workers):
+        batch, routing = model.evaluate(
+            torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), count
+        )
+        losses[at : at + count] = batch
+        at += count
         if routing is not None:
             load += routing.load
             confidence += routing.confidence
@@ -86,20 +97,20 @@ def evaluate(
 
 
 def _equal_rounds(
-    batches: Iterator[Batch], sequences: int, batch_sequences: int, workers: Workers
-) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """The batches; for workers that shard a model, then the last one again (False: not to be
-    counted) until all have made equally many passes, as gathering parameters requires."""
-    done, last = 0, None
-    for last in batches:
-        yield *last, True
+    batches: Iterator[Batch], sequences: int, size: int, workers: Workers
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """The batches, filled up to `size`, and how many sequences count; for workers that shard a
+    model, then the last one again (0 count) until all have made equally many passes, as gathering
+    parameters requires."""
+    done = 0
+    last: Batch | None = None
+    for inputs, targets in batches:
+        shape = size, inputs.shape[1]
+        last = np.resize(inputs, shape), np.resize(targets, shape)
+        yield last[0], last[1], len(inputs)
         done += 1
     most = -(-sequences // workers.world_size)
-    while workers.sharded and done < -(-most // batch_sequences):
-        if last is None:
-            raise UserError(
-                f"data.validation_sequences {sequences} are fewer than the "
-                f"{workers.world_size} workers: raise it"
-            )
-        yield *last, False
+    while workers.sharded and done < -(-most // size):
+        assert last is not None, "check_validation"
+        yield last[0], last[1], 0
         done += 1

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from raysweep.data.corpus import Corpus
-from raysweep.model import build
+from raysweep.model import Decoder, build, initialise
+from raysweep.model.compiled import make_room
 from raysweep.study.study import TrialSpec
-from raysweep.training import optimizer, runtime
+from raysweep.training import memory, optimizer, runtime
 from raysweep.training.evaluate import Evaluation, evaluate
+from raysweep.training.outcome import WorkerOutOfMemory
 from raysweep.training.parallel import Workers
 from raysweep.training.step import BatchGradient, GradientMaker
 
@@ -23,38 +24,95 @@ class Learner:
         self, spec: TrialSpec, corpus: Corpus, device: torch.device, workers: Workers
     ) -> None:
         self.spec, self.corpus, self.device, self.workers = spec, corpus, device, workers
+        self.compiled = runtime.compiles(device, spec.recipe, spec.cell.flops)
 
     def build(self) -> None:
-        """Make the model from the seed, spread it over the workers, and choose a micro-batch."""
+        """Make the model from the seed, spread it over the workers, and choose a micro-batch.
+
+        Raises torch.OutOfMemoryError where memory does not suffice for one sequence; several
+        workers then raise WorkerOutOfMemory, together.
+        """
         spec, device, workers = self.spec, self.device, self.workers
-        recipe, shape, resources = spec.recipe, spec.cell.shape, spec.cell.resources
-        self.model = build(
-            shape,
-            spec.cell.settings,
-            rope_base=spec.model.rope_base,
-            init_std=recipe.init_std,
-            z_loss=recipe.z_loss,
-            seed=spec.seed,
-        ).to(device)
-        self.parameters = workers.distribute(self.model)
-        self.optimizer = optimizer.build_optimizer(self.parameters, recipe, spec.batch_tokens)
-        compiled = runtime.compiles(device, recipe, spec.cell.flops)
-        local = spec.batch_sequences // workers.world_size
-        micro = runtime.micro_batch(shape, resources, device, local)
-        if workers.sharded:  # all must make equally many passes: as many as the fullest device
-            micro = -workers.largest(-micro, device)
+        self._make_model()
+        self.optimizer = optimizer.build_optimizer(self.parameters, spec.recipe, spec.batch_tokens)
         self.gradient = GradientMaker(
             model=self.model,
-            forward=torch.compile(self.model, dynamic=False) if compiled else self.model,
             parameters=self.parameters,
             tokens=self.corpus.train,
             workers=workers,
             device=device,
-            precision=functools.partial(runtime.autocast, device, recipe),
             seed=spec.seed,
             batch_sequences=spec.batch_sequences,
-            micro=micro,
+            micro=memory.wanted_micro_batch(
+                spec, device, workers.world_size, compiled=self.compiled
+            ),
         )
+        if workers.sharded:  # all must make equally many passes: as many as the fullest device
+            self.gradient.micro = workers.smallest(self.gradient.micro, device)
+        if device.type == "cuda":
+            self._fit_memory()
+        make_room((spec.cell.shape, self.gradient.micro, self.model.dtype, spec.recipe.z_loss))
+
+    def _make_model(self) -> None:
+        spec, device, workers = self.spec, self.device, self.workers
+        recipe, shape = spec.recipe, spec.cell.shape
+        options: dict[str, Any] = {"rope_base": spec.model.rope_base, "z_loss": recipe.z_loss}
+        drawn: dict[str, Any] = {
+            "init_std": recipe.init_std,
+            "seed": spec.seed,
+            "threads": max(1, int(spec.cell.resources.cpus_per_worker)),
+        }
+        if workers.sharded:  # no worker ever holds more of it than its own part
+            with torch.device("meta"):
+                self.model = Decoder(shape, spec.cell.settings, **options)
+        else:
+            self.model = build(shape, spec.cell.settings, **options, **drawn, device=device)
+        self.model.dtype = runtime.compute_dtype(device, recipe)
+        self.model.compiled = self.compiled
+        self.parameters = workers.distribute(self.model, device)
+        if workers.sharded:
+            self.model.reset_buffers()
+            initialise(self.model, shape, **drawn)
+
+    def _fit_memory(self) -> None:
+        """Try on this device what it has memory for, beside weights, moments and gradients."""
+        spec, device, workers, model = self.spec, self.device, self.workers, self.model
+        reserve = 0.0
+        if spec.recipe.noise_scale:  # keeps a copy of the gradient
+            reserve = sum(g.nbytes for _, g in self.parameters.parts(self.optimizer).values()) / 3
+        tried = model
+        if workers.sharded:
+            reserve *= 2  # there is no gradient yet either
+            tried, extra = memory.stand_in(model, device)
+            reserve += extra
+        share = spec.cell.resources.gpus_per_worker
+        wanted = max(
+            1, min(self.gradient.micro, memory.guess(model.shape, memory.free_bytes(device, share)))
+        )
+        wanted = runtime.floor_power_of_two(wanted) if wanted < self.gradient.micro else wanted
+
+        def attempt(micro: int, recompute: bool) -> bool:
+            tried.recompute = recompute
+            passed = memory.passes(tried, micro, reserve, device)
+            tried.zero_grad() if tried is not model else self.parameters.zero()
+            tried.expert_load.zero_()
+            torch.cuda.empty_cache()
+            return passed
+
+        found = memory.fit(
+            workers.smallest(wanted, device),
+            model.shape.sequence_length,
+            attempt,
+            lambda number: workers.smallest(number, device),
+        )
+        if not found.micro and workers.world_size > 1:
+            raise WorkerOutOfMemory(
+                f"{workers.world_size} workers have no memory for one sequence each: "
+                + ("raise resources.workers" if workers.sharded else "set strategy to fsdp")
+            )
+        if not found.micro:
+            raise torch.OutOfMemoryError("no memory for one sequence")
+        self.gradient.micro, model.recompute = found.micro, found.recompute
 
     @property
     def micro(self) -> int | None:
@@ -82,18 +140,25 @@ class Learner:
             batch_sequences=self.gradient.micro,
             workers=self.workers,
             device=self.device,
-            precision=self.gradient.precision,
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; all workers must call this (`Workers.gather_state`)."""
+        """What a checkpoint keeps of this worker: views, not copies."""
         return {
             "micro": self.gradient.micro,
-            "sharded": self.workers.sharded,
-            "learned": self.workers.gather_state(self.model, self.optimizer),
+            "buffers": self.model.routing_state(),
+            "parts": self.parameters.parts(self.optimizer),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave; all workers must call this."""
+    def load(self, state: dict[str, Any], step: int) -> None:
+        """Take up what `state` gave after so many steps."""
         self.gradient.micro = min(state["micro"], self.gradient.micro)
-        self.workers.scatter_state(self.model, self.optimizer, state["learned"])
+        if self.workers.sharded:
+            self.workers.reshard(self.model)
+        buffers = self.model.routing_state()
+        with torch.no_grad():
+            for name, value in state["buffers"].items():
+                buffers[name].copy_(value)
+            for name, (_, part) in self.parameters.parts(self.optimizer).items():
+                part.copy_(state["parts"][name][1])
+        optimizer.set_step(self.optimizer, step)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from raysweep.data.corpus import Corpus
 from raysweep.errors import UserError
-from raysweep.results.filesystem import Storage
 from raysweep.study.study import TrialSpec
 from raysweep.training import runtime
 from raysweep.training.checkpoint import Checkpoints, Timer, snapshot
-from raysweep.training.course import Course
+from raysweep.training.course import Course, Pace
+from raysweep.training.evaluate import check_validation
 from raysweep.training.learner import Learner
-from raysweep.training.outcome import Reporter, Silent, Status, TrialOutcome
+from raysweep.training.outcome import Reporter, Silent, Status, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.parallel import Workers
 from raysweep.training.summary import sum_up
 from raysweep.training.track import Track
+
+if TYPE_CHECKING:  # training as such needs no Arrow
+    from raysweep.results.filesystem import Storage
 
 LOOK_SECONDS = 5.0
 """A run asks this often whether to stop or to save, however far apart its curve's points are."""
@@ -44,12 +47,12 @@ def train(
 
     The result is a function of `spec` and the corpus alone: on CPUs bit for bit, whatever ran in
     the process before. Divergence is an outcome, not an error, and so is lack of memory, except
-    where several workers cannot agree on it: that is a UserError. Where `checkpoints` can be kept,
-    a run that was killed goes on from its last one; the caller forgets it once the outcome is safe
-    (`checkpoint.forget`). With several `workers`, all call this with the same arguments and get the
-    same outcome. `branches` are the trial at shorter horizons: each decays from the stable phase of
-    this run (WSD), and `on_branch` hears of its outcome, on the first worker. Raises UserError also
-    where the batch does not divide by the workers, or the corpus is too small.
+    where several workers cannot agree on it: that is a WorkerOutOfMemory. Where `checkpoints` can
+    be kept, a run that was killed goes on from its last one; the caller forgets it once the outcome
+    is safe (`checkpoint.forget`). With several `workers`, all call this with the same arguments and
+    get the same outcome. `branches` are the trial at shorter horizons: each decays from the stable
+    phase of this run (WSD), and `on_branch` hears of its outcome, on the first worker. Raises
+    UserError also where the batch does not divide by the workers, or the corpus is too small.
     """
     workers = workers or Workers()
     resources = spec.cell.resources
@@ -59,7 +62,15 @@ def train(
             f"a batch of {spec.batch_sequences} sequences does not divide by "
             f"{workers.world_size} workers: raise search.batch_sequences.low, or use fewer workers"
         )
-    with runtime.clean_slate(device, threads, spec.seed):
+    length = spec.cell.shape.sequence_length
+    check_validation(corpus.validation, spec.validation_sequences, length, workers)
+    with runtime.clean_slate(
+        device,
+        threads,
+        spec.seed,
+        dtype=runtime.compute_dtype(device, spec.recipe),
+        gpu_share=resources.gpus_per_worker,
+    ):
         run = _Run(
             spec, corpus, device, workers, reporter or Silent(), checkpoints, branches, on_branch
         )
@@ -67,6 +78,7 @@ def train(
             return run.to_the_end()
         finally:
             run.close()
+            del run
 
 
 class _Run:
@@ -87,7 +99,7 @@ class _Run:
         self.on_branch = on_branch
         self.checkpoints = None
         if storage is not None and spec.recipe.checkpoint_seconds:
-            self.checkpoints = Checkpoints(storage, spec.key)
+            self.checkpoints = Checkpoints(storage, spec.key, workers)
         self.learner = Learner(spec, corpus, device, workers)
         self.course = Course(spec, branches)
 
@@ -107,7 +119,7 @@ class _Run:
         return outcome
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written."""
+        """Wait for what this worker is writing of a checkpoint."""
         if self.checkpoints:
             self.checkpoints.wait()
 
@@ -120,7 +132,7 @@ class _Run:
             if not runtime.is_out_of_memory(error):
                 raise
             if self.workers.world_size > 1:
-                raise UserError(self._mend()) from error
+                raise WorkerOutOfMemory(self._mend()) from error
         reason = f"no memory beside that for the gradient, after {self.course.step} steps"
         return sum_up(self.course, self.learner, self.course.track, "out_of_memory", reason)
 
@@ -138,7 +150,10 @@ class _Run:
     def _begin(self) -> None:
         """Build the model; go on from the checkpoint of an earlier attempt, if there is one."""
         self.learner.build()
-        saved = self.checkpoints.load_on_all(self.workers) if self.checkpoints else None
+        saved = None
+        if self.checkpoints:
+            parts = self.learner.parameters.parts(self.learner.optimizer)
+            saved = self.checkpoints.load_on_all(parts)
         if saved is None:
             return
         wanted = {track.spec.key for track in self.course.tracks}
@@ -152,16 +167,14 @@ class _Run:
         if ended is None:
             return None
         status, reason = ended
-        seconds_steps, evaluation = course.seconds, None
+        evaluation = None
         if status == "finished":
             started = time.perf_counter()
             evaluation = learner.evaluate()
             course.seconds += time.perf_counter() - started
             if not math.isfinite(evaluation.loss):
                 status, reason, evaluation = "diverged", "non-finite validation loss", None
-        return sum_up(
-            course, learner, course.track, status, reason, evaluation, seconds_steps=seconds_steps
-        )
+        return sum_up(course, learner, course.track, status, reason, evaluation)
 
     def _fork(self) -> None:
         """Leave the run for the branch whose decay begins here."""
@@ -187,7 +200,7 @@ class _Run:
         """Train to the horizon, or to what ends the run before: how and why; None where a branch
         begins."""
         course, track, branch = self.course, self.course.track, self.course.next_branch
-        started, before = time.perf_counter(), course.seconds
+        started, before, timed = time.perf_counter(), course.seconds, course.pace
         due = Timer(self.spec.recipe.checkpoint_seconds)
         first, look = course.step, course.step + 1
         end = track.steps if branch is None else min(track.steps, branch.leaves_at)
@@ -195,12 +208,17 @@ class _Run:
         while course.step < end:
             rate = track.rate(course.step)
             course.add(self.learner.learn(course.step, rate, want_trace=course.wants_trace()), rate)
+            if course.step == first + 1 and self.learner.compiled:
+                # Compilation is no part of the speed. (The first step alone may compile.)
+                runtime.wait_for(self.device)
+                timed = Pace(timed.steps - 1, timed.seconds - (time.perf_counter() - started))
             point = course.step % track.monitor.every == 0 or course.step == end
             if not point and course.step < look:
                 continue
             ended = course.read() if point else None
             seconds = time.perf_counter() - started
             course.seconds = before + seconds
+            course.pace = Pace(timed.steps + course.step - first, timed.seconds + seconds)
             if ended:
                 return ended
             if point:
@@ -211,30 +229,47 @@ class _Run:
             look = course.step + pause
             stop = stop and course.step < track.steps
             if (stop or save) and self.checkpoints:
-                saved = self._saved()
-                if self.workers.rank == 0:
-                    self.checkpoints.save(saved)
+                self.checkpoints.save(self._saved())
             if stop:
+                self._finish_checkpoint()
                 return "stopped", f"stopped after {course.step} of {track.steps} steps"
         return ("finished", None) if branch is None else None
 
     def _decide(self, due: Timer, pause: int) -> tuple[bool, bool, int]:
-        """Whether to stop and to save now, and steps to the next look: rank 0 decides for all."""
-        leader = self.workers.rank == 0
+        """Whether to stop and to save now, and steps to the next look: rank 0 decides for all. What
+        all have written of a checkpoint by now is put in place."""
+        leader, checkpoints = self.workers.rank == 0, self.checkpoints
         stop = leader and self.reporter.should_stop()
-        busy = self.checkpoints is not None and self.checkpoints.writing
-        save = leader and not busy and due.due()
+        busy = checkpoints is not None and checkpoints.writing
         if self.workers.world_size == 1:
-            return stop, save, pause
-        flags = torch.tensor([stop, save, pause if leader else 0], device=self.device).float()
-        stop, save, pause = self.workers.sum(flags).tolist()
-        return bool(stop), bool(save), int(pause)
+            return stop, not busy and due.due(), pause
+        failed = checkpoints is not None and checkpoints.failed
+        # One that is due while another is written waits for the next look.
+        save = leader and not busy and due.waits()
+        flags = torch.tensor([stop, save, pause if leader else 0, busy, failed])
+        flags = self.workers.sum(flags.float().to(self.device)).tolist()
+        stop, save, any_busy, any_failed = (bool(flags[i]) for i in (0, 1, 3, 4))
+        if checkpoints and not any_busy:
+            checkpoints.commit(any_failed)
+        save = save and not any_busy
+        if save:
+            due.restart()
+        return stop, save, int(flags[2])
+
+    def _finish_checkpoint(self) -> None:
+        """Wait until all workers have written their parts, and put the checkpoint in place."""
+        if self.checkpoints is None:
+            return
+        self.checkpoints.wait()
+        if self.workers.world_size > 1:
+            failed = self.workers.largest(int(self.checkpoints.failed), self.device)
+            self.checkpoints.commit(bool(failed))
 
     def _saved(self) -> dict[str, Any]:
-        """What a checkpoint keeps; all workers must call this."""
+        """What a checkpoint keeps."""
         return {**self.course.state(), **self.learner.state()}
 
     def _load(self, saved: dict[str, Any]) -> None:
         """Take up what `_saved` gave."""
         self.course.load(saved, self.device)
-        self.learner.load(saved)
+        self.learner.load(saved, saved["step"])

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from raysweep.errors import UserError
+
 Status = Literal["finished", "diverged", "out_of_memory", "stopped"]
+
+
+class WorkerOutOfMemory(UserError):
+    """Workers that train together lack memory; the message says what to set."""
 
 
 class Reporter(Protocol):

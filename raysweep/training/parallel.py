@@ -2,28 +2,30 @@
 
 DDP here is one sum of the flat gradient after the last micro-batch. No collective runs before
 that, so a worker that is out of memory can halve its micro-batch on its own. FSDP2 shards each
-block, gathers it for use and scatters its gradient.
+block, gathers it for use and scatters its gradient; HSDP does so within each node, and sums
+gradients over nodes.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.optim import Optimizer
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
+from raysweep.errors import UserError
 from raysweep.model import Decoder
+from raysweep.model.transformer import Experts
 from raysweep.training.optimizer import FlatParameters, Parameters, ShardedParameters
 
 
@@ -35,13 +37,35 @@ class Workers:
     world_size: int = 1
     sharded: bool = False
     """FSDP2 instead of DDP."""
+    replicas: int = 1
+    """Of a sharded model: how many copies the workers hold together (HSDP)."""
 
     @classmethod
     def of_process_group(cls, strategy: str) -> Workers:
-        """The default process group's workers, or one worker if there is none."""
+        """The default process group's workers, or one worker if there is none. With `hsdp` there
+        are as many replicas as nodes, by LOCAL_WORLD_SIZE; UserError where nodes hold unequally
+        many workers."""
         if not dist.is_initialized():
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), strategy == "fsdp")
+        rank, size, replicas = dist.get_rank(), dist.get_world_size(), 1
+        if strategy == "hsdp":
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            everywhere: list[Any] = [None] * size
+            dist.all_gather_object(everywhere, here)
+            if len(set(everywhere)) > 1 or size % here:
+                raise UserError(
+                    f"hsdp needs equally many workers on each node, and finds {everywhere}: set "
+                    "resources.strategy to fsdp, or workers to a multiple of a node's GPUs"
+                )
+            replicas = size // here
+        return cls(rank, size, strategy != "ddp", replicas)
+
+    @property
+    def owns(self) -> bool:
+        """Whether what this worker holds of the model is its own to save, not another's copy."""
+        if self.sharded:
+            return self.rank < self.world_size // self.replicas
+        return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over workers, in place."""
@@ -57,6 +81,10 @@ class Workers:
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return int(box.item())
 
+    def smallest(self, number: int, device: torch.device) -> int:
+        """The smallest of the workers' numbers, on all."""
+        return -self.largest(-number, device)
+
     def mean_gradient(self, gradients: list[Tensor]) -> None:
         """Average the workers' gradients, in place. FSDP2 has already done it."""
         if self.world_size > 1 and not self.sharded:
@@ -64,51 +92,47 @@ class Workers:
                 dist.all_reduce(gradient)
                 gradient.div_(self.world_size)
 
-    def squared_norm(self, local: Tensor) -> Tensor:
-        """Squared norm of the whole gradient from this worker's `optimizer.squared_norm`."""
-        return self.sum(local) if self.sharded else local
+    def sum_of_parts(self, local: Tensor) -> Tensor:
+        """A sum over the whole model from each worker's over what it holds, in place."""
+        return self.sum(local).div_(self.replicas) if self.sharded else local
 
-    def distribute(self, model: Decoder) -> Parameters:
-        """Spread the model, equal on all workers, and take hold of its parameters."""
+    def distribute(self, model: Decoder, device: torch.device) -> Parameters:
+        """Spread the model, on the meta device if it is to be sharded, and take hold of its
+        parameters: of a sharded one not yet filled.
+
+        Blocks are gathered and computed in the model's dtype. Gradients are summed in float32, and
+        routers stay in float32 throughout.
+        """
         if not self.sharded:
             return FlatParameters(model)
+        shards = self.world_size // self.replicas
+        sizes = (self.replicas, shards) if self.replicas > 1 else (shards,)
+        names = ("replicate", "shard")[-len(sizes) :]
         # Without a mesh it would take the machine's accelerator, also for a run on its CPUs.
-        mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))
-        for block in (*model.attention, *model.feed_forward):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = MixedPrecisionPolicy(
+            param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        blocks: list[nn.Module] = [*model.attention, *model.feed_forward]
+        for block in blocks:
+            if isinstance(block, Experts):
+                fully_shard(block.router, mesh=mesh, mp_policy=exact)
+            fully_shard(block, mesh=mesh, mp_policy=mixed)
+        # Embedding and head as well are held in full only while they are used.
+        fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
         register_fsdp_forward_method(model, "evaluate")
+        model.to_empty(device=device)
         return ShardedParameters(model)
 
-    def gather_state(self, model: Decoder, optimizer: Optimizer) -> dict[str, Any]:
-        """What has been learned, whole. All workers must call this; of a sharded model the first
-        one gets it, the others get empty parts."""
-        if not self.sharded:
-            return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        values, moments = get_state_dict(model, optimizer, options=options)
-        return {"model": values, "optimizer": moments}
-
-    def scatter_state(self, model: Decoder, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Load what `gather_state` gave; all workers must call this, of a sharded model only the
-        first one with the whole state."""
-        if not self.sharded:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            return
-        for module in model.modules():  # an evaluation leaves parameters gathered
+    def reshard(self, model: Decoder) -> None:
+        """Let go of what an evaluation has left gathered: before parameters are written to."""
+        for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        # Tensor by tensor from the first worker: no other holds the whole. (set_state_dict does
-        # both at once, but takes an empty part for nothing to do, and the first waits for ever.)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        # (set_model_state_dict writes its shards into the dict it is given, hence a new one.)
-        values, moments = ({**state["model"]}, state["optimizer"]) if self.rank == 0 else ({}, {})
-        set_model_state_dict(model, values, options=options)
-        set_optimizer_state_dict(model, optimizer, moments, options=options)
 
     def from_leader(self, value: Any) -> Any:
-        """The first worker's value, on all."""
+        """The first worker's value, on all. For small things."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box)

@@ -1,127 +1,346 @@
-"""The training loop on several workers through Ray Train: the one module that knows Ray here."""
+"""Trials on several workers, in groups kept by Ray Train: the one module that knows Ray here.
+
+Workers, their process group and what they have compiled outlive a trial. A `GroupHost` holds one
+long `TorchTrainer` run, whose workers ask it for the next trial; whoever has a trial gives it to
+the host and listens. Ray Train starts a group again that loses a worker, and the trial that ran
+goes on from its checkpoint.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import ray
 from ray import train
-from ray.train.torch import TorchTrainer, get_device
-from ray.tune.integration.ray_train import TuneReportCallback
+from ray.exceptions import RayError
 
 from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import obtain
+from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
+from raysweep.study.cells import Resources
 from raysweep.study.study import TrialSpec
-from raysweep.training.outcome import TrialOutcome
+from raysweep.training.outcome import Reporter, TrialOutcome, WorkerOutOfMemory
 
-RESTARTS = 3
-"""How often a run may lose a worker; it goes on from its last checkpoint."""
-REPORT_PERCENT = 5
-"""Progress is reported each time this much more of the horizon is done."""
+FAILURES = 2
+"""How often a trial is begun again after an error of its own."""
+LOSSES = 20
+"""How often a trial is begun again in all, its workers being lost: spot nodes come and go."""
+REPORT_SECONDS, REPORT_PERCENT = 1.0, 5
+"""Progress is told so often, and at each such share of the horizon."""
+POLL_SECONDS = 5.0
+"""Workers and listeners ask again after so long without an answer."""
+CLOSE_SECONDS = 5.0
+
+_OF_A_LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo", "Gloo")
+"""What errors of a worker say that lost another one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial for a group. All of it must pickle."""
+
+    spec: TrialSpec
+    corpus: Corpus
+    checkpoints: Storage | None
+    branches: Callable[[], Sequence[TrialSpec]]
+    """At each start, which branches are wanted still."""
+    on_branch: Callable[[TrialSpec, TrialOutcome], object] | None
+
+
+EventKind = Literal["progress", "outcome", "refused", "out_of_memory", "crashed"]
+
+
+@dataclass
+class _Entry:
+    """A trial in a host's books."""
+
+    job: Job
+    events: list[tuple[EventKind, Any]] = field(default_factory=list)
+    starts: int = 0
+    errors: list[str] = field(default_factory=list)
+    """One for each start that an error of its own ended."""
+    cancelled: bool = False
+    over: bool = False
+
+
+class GroupHost:
+    """An actor that keeps one group of workers, and takes trials for it."""
+
+    def __init__(self, resources: Resources, strict: bool, storage_path: str | None) -> None:
+        self._entries: list[_Entry] = []
+        self._changed = asyncio.Condition()
+        self._closing = False
+        self._dead: str | None = None
+        host = ray.get_runtime_context().current_actor
+        arguments = host, resources, strict, storage_path
+        self._thread = threading.Thread(target=self._fit, args=arguments, daemon=True)
+        self._thread.start()
+
+    def _fit(self, host: Any, resources: Resources, strict: bool, storage_path: str | None) -> None:
+        from ray.train.torch import TorchTrainer  # here, so that drivers need no torch
+
+        # Ray looks after its workers every 2 s and starts a watcher a run: too slow for short runs.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        per_worker = {"CPU": resources.cpus_per_worker}
+        if resources.gpus_per_worker:
+            per_worker["GPU"] = resources.gpus_per_worker
+        try:
+            with tempfile.TemporaryDirectory(prefix="raysweep-") as folder:
+                TorchTrainer(
+                    _serve,
+                    train_loop_config={"host": host},
+                    scaling_config=train.ScalingConfig(
+                        num_workers=resources.workers,
+                        use_gpu=resources.gpus_per_worker > 0,
+                        resources_per_worker=per_worker,
+                        placement_strategy="STRICT_PACK" if strict else "PACK",
+                    ),
+                    run_config=train.RunConfig(
+                        name=f"group-{os.getpid()}-{time.time_ns()}",
+                        storage_path=storage_path or folder,
+                        failure_config=train.FailureConfig(max_failures=-1),
+                    ),
+                ).fit()
+        except Exception as error:
+            self._dead = str(error)
+        self._dead = self._dead or "its group of workers has ended"
+
+    async def submit(self, job: Job) -> int:
+        """Take a trial; its number. One that is under way already is not taken twice."""
+        for number, entry in enumerate(self._entries):
+            if not entry.over and not entry.cancelled and entry.job.spec.key == job.spec.key:
+                return number
+        self._entries.append(_Entry(job))
+        await self._notify()
+        return len(self._entries) - 1
+
+    async def next_job(self, done: int, rank: int) -> tuple[int, Job] | Literal["wait"] | None:
+        """For a worker: the next trial after the one that it has done; None ends it."""
+        deadline = time.monotonic() + POLL_SECONDS
+        while True:
+            for number, entry in enumerate(self._entries):
+                if number > done and not entry.over:
+                    if rank == 0 and not await self._begin(number):
+                        continue
+                    return number, entry.job
+            if self._closing:
+                return None
+            if time.monotonic() > deadline or not await self._wait(deadline):
+                return "wait"
+
+    async def post(self, number: int, kind: EventKind | Literal["error"], payload: Any) -> None:
+        """From a worker: news of a trial. An error may be that of a worker which has lost another:
+        the trial is begun again, as often as it may."""
+        entry = self._entries[number]
+        if kind == "error":
+            if not any(text in payload for text in _OF_A_LOST_PEER):
+                del entry.errors[entry.starts - 1 :]  # of one start one error counts
+                entry.errors.append(payload)
+                if len(entry.errors) > FAILURES:
+                    await self._end(entry, "crashed", payload)
+        elif kind == "progress":
+            if not entry.over:
+                entry.events.append((kind, payload))
+                await self._notify()
+        elif not entry.over:
+            await self._end(entry, kind, payload)
+
+    async def events(self, number: int) -> list[tuple[EventKind, Any]]:
+        """For a listener: what is new of its trial; after some seconds, even nothing."""
+        entry = self._entries[number]
+        deadline = time.monotonic() + POLL_SECONDS / 5
+        while not entry.events and time.monotonic() < deadline:
+            if self._dead is not None and not entry.over:
+                await self._end(entry, "crashed", self._dead)
+            await self._wait(deadline)
+        found, entry.events = entry.events, []
+        return found
+
+    async def cancel(self, number: int) -> None:
+        """Have a trial leave a checkpoint and stop."""
+        self._entries[number].cancelled = True
+        await self._notify()
+
+    async def cancelled(self, number: int) -> bool:
+        """Whether a trial should stop."""
+        return self._entries[number].cancelled
+
+    async def workers_gone(self) -> bool:
+        """Whether the group has ended."""
+        return not self._thread.is_alive()
+
+    async def close(self) -> None:
+        """End the group, once the trial that it has is over."""
+        self._closing = True
+        await self._notify()
+
+    async def _begin(self, number: int) -> bool:
+        """Note that a trial begins; whether it may."""
+        entry = self._entries[number]
+        entry.starts += 1
+        if entry.starts > 1 + LOSSES:
+            reason = f"its workers were lost {entry.starts - 1} times"
+            await self._end(entry, "crashed", entry.errors[-1] if entry.errors else reason)
+            return False
+        return True
+
+    async def _end(self, entry: _Entry, kind: EventKind, payload: Any) -> None:
+        entry.over = True
+        entry.events.append((kind, payload))
+        await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait(self, deadline: float) -> bool:
+        """Until something has changed; False if nothing has by then."""
+        left = max(0.01, deadline - time.monotonic())
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            async with self._changed:
+                await asyncio.wait_for(self._changed.wait(), left)
+                return True
+        return False
+
+
+def find_group(name: str, resources: Resources, *, strict: bool, storage_path: str | None) -> Any:
+    """The host of that name; it is started if there is none, and lives as long as whoever started
+    it keeps what this returns.
+
+    `strict` keeps the workers on one node; `storage_path`, where Ray keeps its notes, must be
+    reachable from all nodes.
+    """
+    options = {
+        "name": name,
+        "namespace": f"raysweep-{ray.get_runtime_context().get_job_id()}",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "max_concurrency": 1000,
+    }
+    return ray.remote(GroupHost).options(**options).remote(resources, strict, storage_path)
+
+
+def end_groups(hosts: Sequence[Any], *, wait: bool = False) -> None:
+    """Give groups without a trial back, or with `wait` all of them and return then."""
+    ends = [threading.Thread(target=_end, args=(host,), daemon=True) for host in hosts]
+    for end in ends:
+        end.start()
+    for end in ends if wait else []:
+        end.join(2 * CLOSE_SECONDS)
+
+
+def _end(host: Any) -> None:
+    with contextlib.suppress(RayError):
+        ray.get(host.close.remote())
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while time.monotonic() < deadline and not ray.get(host.workers_gone.remote()):
+            time.sleep(0.1)
+        ray.kill(host)
+
+
+def train_in_group(host: Any, job: Job, reporter: Reporter) -> TrialOutcome:
+    """Train one model on a group's workers, as `loop.train` does on one.
+
+    Progress goes to `reporter`; where it wants to stop, or raises, the trial leaves a checkpoint.
+    Raises what ends a trial for good: UserError with the workers' words, WorkerOutOfMemory.
+    """
+    number = ray.get(host.submit.remote(job))
+    over, told = False, False
+    try:
+        while True:
+            for kind, payload in ray.get(host.events.remote(number)):
+                over = kind != "progress"
+                if kind == "progress":
+                    reporter.report(*payload)
+                elif kind == "outcome":
+                    return payload
+                elif kind == "out_of_memory":
+                    raise WorkerOutOfMemory(payload)
+                else:
+                    raise UserError(payload)
+            if not told and reporter.should_stop():
+                told = True
+                ray.get(host.cancel.remote(number))
+    finally:
+        if not over and not told:
+            host.cancel.remote(number)
 
 
 class WorkerReporter:
-    """Hands progress to Ray Train. All workers report at the same steps, as Ray requires."""
+    """Tells the group's host of a trial's progress, from the first worker."""
 
-    def __init__(self, horizon: int, stop: Callable[[], bool] | None = None) -> None:
-        self._horizon = horizon
-        self._stop = stop
-        self._percent = 0
+    def __init__(self, host: Any, number: int, horizon: int) -> None:
+        self._host, self._number, self._horizon = host, number, horizon
+        self._leader = train.get_context().get_world_rank() == 0
+        self._percent, self._told, self._asked = 0, time.monotonic(), time.monotonic()
 
     def report(self, step: int, tokens: int, loss: float) -> None:
-        """Report if another share of the horizon is done."""
+        """Tell, if it is time or another share of the horizon is done."""
         percent = min(100, 100 * tokens // self._horizon) // REPORT_PERCENT * REPORT_PERCENT
-        if percent > self._percent:
-            self._percent = percent
-            progress = {"step": step, "tokens": tokens, "train_loss": loss, "percent": percent}
-            train.report(progress)
+        now = time.monotonic()
+        if self._leader and (percent > self._percent or now - self._told > REPORT_SECONDS):
+            self._percent, self._told = percent, now
+            self._host.post.remote(self._number, "progress", (step, tokens, loss))
 
     def should_stop(self) -> bool:
         """Whether the run should leave a checkpoint and end."""
-        return self._stop is not None and self._stop()
+        now = time.monotonic()
+        if now - self._asked < REPORT_SECONDS / 2:
+            return False
+        self._asked = now
+        return ray.get(self._host.cancelled.remote(self._number))
 
 
-def train_distributed(
-    spec: TrialSpec,
-    corpus: Corpus,
-    *,
-    checkpoints: Storage | None = None,
-    storage_path: str | None = None,
-    stop: Callable[[], bool] | None = None,
-    branches: Callable[[], Sequence[TrialSpec]] = tuple,
-    on_branch: Callable[[TrialSpec, TrialOutcome], object] | None = None,
-) -> TrialOutcome:
-    """Train one model on `spec.cell.resources.workers` workers, as `loop.train` does on one.
-
-    May be called inside a Tune trial, which then sees the progress: `step`, `tokens`,
-    `train_loss` and `percent` of the horizon. A run that loses a worker starts again from its
-    checkpoint. The first worker asks `stop` whether to end early, and tells `on_branch` of the
-    branches; `branches` says at each start which are wanted still. All three must pickle.
-    `checkpoints` and `storage_path`, where Ray keeps its notes on the run, must be reachable
-    from all nodes; a node that lacks the corpus fetches it from the former. Raises what the
-    workers raised, as Ray's TrainingFailedError.
-    """
-    # Ray looks after its workers every 2 s and starts a watcher a run: too slow for short runs.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    resources = spec.cell.resources
-    per_worker = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
-    with tempfile.TemporaryDirectory(prefix="raysweep-") as folder:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={
-                "spec": spec,
-                "corpus": corpus,
-                "checkpoints": checkpoints,
-                "stop": stop,
-                "branches": branches,
-                "on_branch": on_branch,
-            },
-            scaling_config=train.ScalingConfig(
-                num_workers=resources.workers,
-                use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker=per_worker,
-            ),
-            run_config=train.RunConfig(
-                name=spec.key,
-                storage_path=storage_path or folder,
-                failure_config=train.FailureConfig(max_failures=RESTARTS),
-                callbacks=_callbacks(),
-            ),
-        )
-        result = trainer.fit()
-    assert isinstance(result.return_value, TrialOutcome)
-    return result.return_value
+def _serve(config: dict[str, Any]) -> None:
+    """What each worker of a group does: one trial after another."""
+    host, rank = config["host"], train.get_context().get_world_rank()
+    os.environ["LOCAL_WORLD_SIZE"] = str(train.get_context().get_local_world_size())
+    done = -1
+    while (given := ray.get(host.next_job.remote(done, rank))) is not None:
+        if given == "wait":
+            continue
+        number, job = given
+        try:
+            outcome = _train(host, number, job)
+        except Exception as error:
+            kind = "error"
+            if isinstance(error, UserError):
+                kind = "out_of_memory" if isinstance(error, WorkerOutOfMemory) else "refused"
+            ray.get(host.post.remote(number, kind, f"{error}"[:2000]))
+            raise  # others may wait for this worker: all begin anew
+        if rank == 0:
+            ray.get(host.post.remote(number, "outcome", outcome))
+        done = number
 
 
-def _callbacks() -> list[Any]:
-    try:
-        return [TuneReportCallback()]
-    except RuntimeError:  # not inside a Tune trial
-        return []
+def _train(host: Any, number: int, job: Job) -> TrialOutcome:
+    from ray.train.torch import get_device
 
-
-def _worker(config: dict[str, Any]) -> TrialOutcome:
-    from raysweep.training.loop import train as train_one  # here, so that drivers need no torch
+    from raysweep.training.loop import train as train_one
     from raysweep.training.parallel import Workers
 
-    resources = config["spec"].cell.resources
-    corpus, storage = config["corpus"], config["checkpoints"]
-    if isinstance(corpus, Corpus) and storage is not None:
-        corpus = obtain(corpus, storage)  # this worker's node may not have it yet
+    spec, corpus = job.spec, job.corpus
+    resources = spec.cell.resources
+    if isinstance(corpus, Corpus) and job.checkpoints is not None:
+        corpus = obtain(corpus, job.checkpoints)  # this worker's node may not have it yet
     return train_one(
-        config["spec"],
+        spec,
         corpus,
-        reporter=WorkerReporter(config["spec"].steps * config["spec"].batch_tokens, config["stop"]),
-        checkpoints=storage,
+        reporter=WorkerReporter(host, number, spec.steps * spec.batch_tokens),
+        checkpoints=job.checkpoints,
         device=get_device(),
         threads=max(1, int(resources.cpus_per_worker)),
         workers=Workers.of_process_group(resources.strategy),
-        branches=config["branches"](),
-        on_branch=config["on_branch"],
+        branches=job.branches(),
+        on_branch=job.on_branch,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import platform
 import resource
 from collections.abc import Iterator
@@ -13,18 +14,21 @@ import torch
 from raysweep import allocator
 from raysweep.errors import UserError
 from raysweep.study.cells import Resources
-from raysweep.study.shape import ModelShape
 from raysweep.study.trials import Recipe
 
-COMPILE_FLOPS = 1e16
-"""A run of fewer floating-point operations is over before a compiled model has paid for itself."""
-CPU_MICRO_TOKENS = 2048
-"""More tokens at once than this are no faster on a CPU: activations leave its cache."""
+COMPILE_FLOPS = 3e15
+"""Runs of fewer floating-point operations are over before compiled blocks, which all trials of a
+cell share, have paid for themselves."""
 
 _NO_MEMORY = (
     "DefaultCPUAllocator: ",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Cuda failure 2 'out of memory'",  # NCCL, newer and older
+    "Cuda failure 'out of memory'",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "could not create a primitive",  # oneDNN, without room for the kernel that it compiles
 )
 """What errors other than PyTorch's own OutOfMemoryError say where memory ran out."""
@@ -54,39 +58,54 @@ def device_name(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def clean_slate(device: torch.device, threads: int | None, seed: int) -> Iterator[None]:
+def clean_slate(
+    device: torch.device,
+    threads: int | None,
+    seed: int,
+    *,
+    dtype: torch.dtype | None = None,
+    gpu_share: float = 1.0,
+) -> Iterator[None]:
     """Global state of PyTorch set for one run, whatever the process ran before.
 
-    float32 means float32 (no TF32); denormals are flushed, for they slow CPUs a hundredfold;
-    compiled graphs of earlier models are forgotten. On CPUs freed memory is kept for the next step
-    and given back at the end. Thread count and precision are put back.
+    float32 means float32 (no TF32); but where all else is bfloat16, the routers' products take
+    TF32. Denormals are flushed, for they slow CPUs a hundredfold. A process takes no more of a GPU
+    than its share. On CPUs freed memory is kept for the next step and given back at the end. What
+    the run leaves is collected; thread count and precision are put back.
     """
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("high" if dtype is torch.bfloat16 else "highest")
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     if device.type == "cuda":
-        torch.compiler.reset()
         torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(gpu_share, 1.0) or 1.0, device)
     allocator.keep_freed()
     _reset_peak_memory(device)
     try:
         yield
     finally:
+        if device.type == "cuda":
+            gc.collect()  # autograd leaves circles that hold activations
+            torch.cuda.empty_cache()
         allocator.give_back_freed()
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
         torch.set_flush_denormal(False)
 
 
-def autocast(device: torch.device, recipe: Recipe) -> contextlib.AbstractContextManager[object]:
-    """The precision of forward passes: bfloat16 autocast on GPUs unless the recipe says other."""
+def compute_dtype(device: torch.device, recipe: Recipe) -> torch.dtype | None:
+    """Of activations and matrix products: bfloat16 on GPUs that have it unless the recipe says
+    other. None is that of the weights, float32."""
     wanted = recipe.precision
-    if wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    if wanted == "bfloat16":
+        return torch.bfloat16
+    if wanted == "auto" and device.type == "cuda":
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_it else None
+    return None
 
 
 def compiles(device: torch.device, recipe: Recipe, flops: float) -> bool:
@@ -102,41 +121,17 @@ def floor_power_of_two(value: float) -> int:
     return 1 << max(0, int(value).bit_length() - 1)
 
 
-def micro_batch(
-    shape: ModelShape, resources: Resources, device: torch.device, local_sequences: int
-) -> int:
-    """Sequences a worker puts through the model at once: a guess that out-of-memory halves."""
-    limit = resources.micro_batch_sequences
-    if limit is None and device.type == "cpu":
-        limit = CPU_MICRO_TOKENS // shape.sequence_length
-    elif limit is None:
-        free, total = torch.cuda.mem_get_info(device)
-        share = resources.gpus_per_worker if resources.gpus_per_worker < 1 else 1.0
-        limit = 0.7 * min(free, share * total) / (activation_bytes(shape) * shape.sequence_length)
-    micro = min(floor_power_of_two(limit), local_sequences)
-    while local_sequences % micro:
-        micro -= 1
-    return micro
-
-
-def activation_bytes(shape: ModelShape) -> float:
-    """Bytes of activations a token needs while training in mixed precision, roughly.
-
-    Per layer: two bfloat16 copies of what attention and the feed-forward read and write, the
-    residual stream in float32; and the logits with their gradient in float32.
-    """
-    width = shape.d_ff
-    if shape.is_moe:
-        width = max(width, (shape.top_k + shape.shared_experts) * shape.expert_ff + shape.d_model)
-    layer = 2 * 2 * (6 * shape.d_model + 4 * width) + 4 * 2 * shape.d_model
-    return shape.layers * layer + 10 * shape.vocab_size
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU, in its libraries or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from raysweep.data.batches import train_batch
 from raysweep.data.tokens import TokenArray
-from raysweep.model import Decoder, Losses
+from raysweep.model import Decoder
 from raysweep.training import noise_scale, runtime
 from raysweep.training.optimizer import Parameters, squared_norm
 from raysweep.training.parallel import Workers
@@ -36,13 +34,10 @@ class GradientMaker:
     """Turns steps into gradients. `micro` shrinks when memory runs out, never the batch."""
 
     model: Decoder
-    forward: Callable[[Tensor, Tensor], Losses]
-    """The model, perhaps compiled."""
     parameters: Parameters
     tokens: TokenArray
     workers: Workers
     device: torch.device
-    precision: Callable[[], contextlib.AbstractContextManager[object]]
     seed: int
     batch_sequences: int
     micro: int
@@ -98,8 +93,7 @@ class GradientMaker:
                 micro=slice(begin, begin + size),
             )
             share = len(inputs) / local
-            with self.precision():
-                losses = self.forward(self._upload(inputs), self._upload(targets))
+            losses = self.model(self._upload(inputs), self._upload(targets))
             (losses.objective * share).backward()
             total += losses.cross_entropy * share
             if want_trace and begin == 0 and size < local:
@@ -124,7 +118,7 @@ class GradientMaker:
         workers.mean_gradient(gradients)
         if len(self.model.expert_load):
             workers.sum(self.model.expert_load)
-        grad_sq = workers.squared_norm(squared_norm(gradients))
+        grad_sq = workers.sum_of_parts(squared_norm(gradients))
         lost = torch.full_like(loss, float(failed))
         numbers = workers.sum(torch.stack([loss, grad_sq, lost]))
         if n > 1:
@@ -132,7 +126,7 @@ class GradientMaker:
         if in_pairs:
             trace = torch.full_like(loss, math.nan) if trace is None else trace
             # Of sharded models each worker holds a shard of a pair n times the size.
-            trace = workers.sum(trace) * (n if sharded else 1 / n)
+            trace = workers.sum_of_parts(trace) * n if sharded else workers.sum(trace) / n
         elif alone is not None:
             unit = noise_scale.trace_of_workers(1.0, 0.0, self.local_sequences, n)
             trace = unit * (workers.sum(alone) / n - grad_sq)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from raysweep.training import runtime
-from raysweep.training.course import Course
+from raysweep.training.course import Course, Pace
 from raysweep.training.evaluate import Evaluation
 from raysweep.training.learner import Learner
 from raysweep.training.outcome import Status, TrialOutcome
@@ -19,12 +19,10 @@ def sum_up(
     status: Status,
     reason: str | None,
     evaluation: Evaluation | None = None,
-    *,
-    seconds_steps: float = 0.0,
 ) -> TrialOutcome:
     """The outcome of a track: the current one, or one that waited for it and is lost with the run.
 
-    `seconds_steps` is `course.seconds` without the evaluation. All workers must call this.
+    All workers must call this.
     """
     spec, workers, device, micro = track.spec, learner.workers, learner.device, learner.micro
     current = track is course.track
@@ -32,6 +30,7 @@ def sum_up(
     step = track.monitor.step if track.diverged else course.step
     trained = (step - course.begun) * spec.batch_tokens if current else 0
     local_sequences = spec.batch_sequences // workers.world_size
+    pace = course.pace if current else Pace()
     noise_sequences = track.noise.sequences
     return TrialOutcome(
         status=status,
@@ -44,7 +43,7 @@ def sum_up(
         bits_per_byte=evaluation and _bits_per_byte(evaluation, learner.corpus.bytes_per_token),
         train_loss=track.monitor.final_loss,
         seconds_train=course.seconds if current else 0.0,
-        tokens_per_second=trained / seconds_steps if seconds_steps else 0.0,
+        tokens_per_second=pace.steps * spec.batch_tokens / pace.seconds if pace.steps else 0.0,
         peak_memory_bytes=workers.largest(runtime.peak_memory(device), device),
         micro_batch_sequences=micro,
         accumulation=micro and -(-local_sequences // micro),

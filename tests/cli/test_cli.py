@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
-from raysweep.cli import main
+from raysweep.cli import app, main
 
 REPO = Path(__file__).resolve().parents[2]
 SMOKE = str(REPO / "search_spaces/smoke.yaml")
@@ -23,6 +24,13 @@ def raysweep(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess
         timeout=120,
         check=False,
     )
+
+
+def here(*args: str) -> Result:
+    """A command in this process: starting one takes seconds."""
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0, done.output
+    return done
 
 
 HEAVY = """
@@ -79,9 +87,8 @@ def test_package_import_is_light() -> None:
 
 
 def test_plan_prints_every_cell_and_the_same_as_json() -> None:
-    text = raysweep("plan", SMOKE)
-    plan = json.loads(raysweep("plan", SMOKE, "--json", "--no-calibrate").stdout)
-    assert text.returncode == 0, text.stderr
+    text = here("plan", SMOKE)
+    plan = json.loads(here("plan", SMOKE, "--json", "--no-calibrate").stdout)
     assert len(plan["cells"]) == 4
     for cell in plan["cells"]:
         assert cell["name"] in text.stdout
@@ -173,13 +180,11 @@ def test_a_number_missing_in_one_imported_row_hides_no_other(tmp_path: Path) -> 
     lines[1], lines[4] = lines[1].replace("2e7", ""), lines[4].replace("1e6", "")
     table.write_text("\n".join(["lr,bs,N,tokens,val", *lines]))
     columns = "learning_rate=lr,batch_tokens=bs,params_active_non_embedding=N,loss=val"
-    done = raysweep("import", "csv", str(table), "--results", uri, "--map", columns)
-    assert done.returncode == 0, done.stderr
+    done = here("import", "csv", str(table), "--results", uri, "--map", columns)
     assert "1 kept out of fits: tokens is missing" in done.stdout
     for command in (["fit", uri], ["status", uri], ["report", uri, "-o", str(tmp_path / "page")]):
-        done = raysweep(*command)
-        assert done.returncode == 0, done.stderr
-        assert not done.stderr, done.stderr
+        done = here(*command)
+        assert not done.stderr
         if command[0] != "report":
             assert re.search(r"^ *dense-1M-20Mtok +10 ", done.stdout, re.MULTILINE), done.stdout
 
@@ -211,4 +216,4 @@ def test_import_says_what_it_did(tmp_path: Path) -> None:
     assert "the folder now holds 2 sets of data (mine, other)" in other.stdout
     from raysweep.results import Results
 
-    assert set(Results.open(uri).frame()["study"]) == {"mine", "other"}
+    assert set(Results.open(uri).to_pandas()["study"]) == {"mine", "other"}

@@ -13,7 +13,7 @@ from raysweep.cli import app
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.importers import read_csv
-from raysweep.scaling.laws import LOSS_LAWS
+from raysweep.scaling.loss.laws import LOSS_LAWS
 
 BUDGET = ["--flops", "1e21", "--gpu", "h100", "--dollars", "2.5"]
 

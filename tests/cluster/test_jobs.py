@@ -13,7 +13,7 @@ from raysweep.results import Results
 from raysweep.study import Study
 from raysweep.training.single import train_one
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("jobs")]
 
 REPO = Path(__file__).resolve().parents[2]
 SMOKE = str(REPO / "search_spaces/smoke.yaml")
@@ -65,13 +65,13 @@ def test_submitted_stopped_and_continued_to_the_end(cluster, tmp_path: Path) -> 
     assert stopped.stdout == f"stopped {job}\n"
     assert "had ended already" in call("stop", job).stdout
     assert call("logs", job).stdout.rstrip().endswith("run the same command again to continue")
-    before = Results.open(uri).frame()
+    before = Results.open(uri).to_pandas()
     assert 1 <= len(before) < 160
 
     second = call(*submit, "--set", "search.trials_per_cell=2", "--wait")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "'raysweep report" in second.stdout
-    rows = Results.open(uri).frame()
+    rows = Results.open(uri).to_pandas()
     finished = rows[rows["status"] == "finished"].groupby("cell").size()
     assert len(finished) == 4
     assert finished.min() >= 2
@@ -128,14 +128,14 @@ def test_a_node_dies_under_a_submitted_study(cluster, tmp_path: Path) -> None:
         assert time.monotonic() < deadline, state()
         at_work = [n for n in local.workers if in_trial(n.pids(), (TRAIN_WORKER,))]
         time.sleep(0.1)
-    before = Results.open(uri).frame()
+    before = Results.open(uri).to_pandas()
     local.kill(at_work[0])
     local.add_worker()
     while (now := state())[0] != "SUCCEEDED":
         assert now[0] == "RUNNING", now
         assert time.monotonic() < deadline, now
         time.sleep(1)
-    rows = Results.open(uri).frame().set_index("trial_key")
+    rows = Results.open(uri).to_pandas().set_index("trial_key")
     assert rows.index.is_unique
     assert set(rows["status"]) == {"finished"}
     assert rows.groupby("world_size").size().to_dict() == {1: 1, 2: 1}

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.results import Results
-
 pytestmark = pytest.mark.ray
 
 REPO = Path(__file__).resolve().parents[2]
@@ -112,7 +110,9 @@ def logs(folder: Path) -> str:
     return "\n".join(p.read_text(errors="replace") for p in folder.glob("*.log"))
 
 
-def test_a_study_runs_as_a_batch_job_and_again_to_continue(slurm, tmp_path: Path) -> None:
+def test_a_study_runs_as_a_batch_job_and_again_to_continue(
+    slurm, tmp_path: Path, assert_study_complete
+) -> None:
     # The environment is entered as the script does it, from the folder it is submitted in.
     entry = tmp_path / ".venv" / "bin" / "activate"
     entry.parent.mkdir(parents=True)
@@ -133,8 +133,6 @@ def test_a_study_runs_as_a_batch_job_and_again_to_continue(slurm, tmp_path: Path
             assert time.monotonic() < deadline, run(["squeue"], slurm) + logs(tmp_path / "slurm")
             time.sleep(1)
         texts.append((tmp_path / f"raysweep-{job}.log").read_text())
-    rows = Results.open(results).frame()
-    assert rows.groupby("cell").size().tolist() == [2, 2, 2, 2], texts[0]
-    assert set(rows["status"]) == {"finished"}
+    assert_study_complete(results)
     assert "nothing to run" in texts[1]
     assert not list(Path.home().glob(".raysweep-token-*")), "the token of the job is gone"

@@ -113,16 +113,14 @@ def growing() -> Iterator[Cluster]:
 
 
 @pytest.mark.ray
-def test_a_cluster_without_nodes_grows_to_two(growing, driver) -> None:
+def test_a_cluster_without_nodes_grows_to_two(growing, driver, assert_study_complete) -> None:
     """The first node comes for the trial that waits in Tune; the second for those not yet in it."""
     running = driver(
         "--address", growing.address, env=growing.env, search={"trials_per_cell": 4},
         horizons=[{"tokens": 300_000}],
     )  # fmt: skip
     assert running.wait() == 0, running.log
-    rows = running.rows()
-    assert (rows["status"] == "finished").all()
-    assert len(rows) == 4
+    rows = assert_study_complete(running.results, trials=4, cells=1)
     assert rows["worker"].nunique() >= 2
     rows = rows.sort_values("started_at")
     ends = rows["started_at"] + pd.to_timedelta(rows["seconds_wall"], unit="s")

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
@@ -16,7 +15,7 @@ from raysweep.search.run import run
 from raysweep.study import Study
 from raysweep.training.single import train_one
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 
 MARK = 10_000.0
 OUTCOME = ("loss", "loss_se", "train_loss", "step", "tokens_seen", "noise_trace", "noise_grad_sq")
@@ -40,12 +39,7 @@ def workers_of(nodes) -> list[int]:
     return in_trial(pid for node in nodes.workers for pid in node.pids())
 
 
-def all_finished(rows: pd.DataFrame, count: int) -> None:
-    assert rows["status"].tolist() == ["finished"] * count
-    assert rows["trial_key"].is_unique
-
-
-def test_a_killed_worker_loses_a_second(nodes, driver, search_space) -> None:
+def test_a_killed_worker_loses_a_second(nodes, driver, search_space, assert_study_complete) -> None:
     """The trial goes on in another worker from its checkpoint, to the very same row."""
     running = driver("--address", nodes.address, env=nodes.env)
     running.until(lambda: running.checkpoints() and workers_of(nodes))
@@ -53,8 +47,7 @@ def test_a_killed_worker_loses_a_second(nodes, driver, search_space) -> None:
         os.kill(pid, signal.SIGKILL)
     marked = [mark(path) for path in running.checkpoints()]
     assert running.wait() == 0, running.log
-    rows = running.rows()
-    all_finished(rows, 2)
+    rows = assert_study_complete(running.results, cells=1)
     for row in rows.itertuples():
         alone = undisturbed(search_space(), row)
         assert {name: getattr(row, name) for name in OUTCOME} == {n: alone[n] for n in OUTCOME}
@@ -64,7 +57,9 @@ def test_a_killed_worker_loses_a_second(nodes, driver, search_space) -> None:
     assert not running.checkpoints()
 
 
-def test_the_head_is_killed_and_the_study_continued_on_another(nodes, driver) -> None:
+def test_the_head_is_killed_and_the_study_continued_on_another(
+    nodes, driver, assert_study_complete
+) -> None:
     """The driver gives up by itself; the same command goes on."""
     running = driver("--address", nodes.address, env=nodes.env)
     running.until(running.checkpoints)
@@ -77,10 +72,12 @@ def test_the_head_is_killed_and_the_study_continued_on_another(nodes, driver) ->
     nodes.add_worker()
     running.start()
     assert running.wait() == 0, running.log
-    all_finished(running.rows(), 2)
+    assert_study_complete(running.results, cells=1)
 
 
-def test_a_worker_that_hangs_is_replaced(nodes, search_space, tmp_path: Path, monkeypatch) -> None:
+def test_a_worker_that_hangs_is_replaced(
+    nodes, search_space, tmp_path: Path, monkeypatch, assert_study_complete
+) -> None:
     """Stopped before its first sign of life; the limits are small here, in this driver."""
     for name, value in nodes.env.items():
         monkeypatch.setenv(name, value)
@@ -96,8 +93,8 @@ def test_a_worker_that_hangs_is_replaced(nodes, search_space, tmp_path: Path, mo
 
     monkeypatch.setattr("raysweep.search.progress.Progress.refresh", stop_the_first)
     begun = time.monotonic()
-    results = run(study, results_uri=str(tmp_path / "r"), address=nodes.address).results
+    run(study, results_uri=str(tmp_path / "r"), address=nodes.address)
     assert len(stopped) == 1
     assert time.monotonic() - begun > 25
-    all_finished(results.frame(), 1)
+    assert_study_complete(tmp_path / "r", trials=1, cells=1)
     assert not Path(f"/proc/{stopped[0]}/fd").exists() or not workers_of(nodes)

@@ -15,7 +15,7 @@ def test_divergence_is_a_row_with_a_reason(search_space, tmp_path, learning_rate
     space = search_space(recipe={"clip_norm": None, "warmup_fraction": 0})
     study, uri = Study.from_dict(space), str(tmp_path / "r")
     train_one(study, study.cells[0].name, learning_rate, 128, results_uri=uri)
-    row = Results.open(uri).frame().iloc[0]
+    row = Results.open(uri).to_pandas().iloc[0]
     assert row["status"] == "diverged"
     assert reason in row["reason"]
     assert row["step"] < row["steps"]

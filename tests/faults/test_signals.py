@@ -18,7 +18,7 @@ def processes(driver) -> list[int]:
     return session_pids(driver.process.pid)
 
 
-def test_sigterm_then_sigint_then_to_the_end(driver) -> None:
+def test_sigterm_then_sigint_then_to_the_end(driver, assert_study_complete) -> None:
     """Checkpoints stand although none was due; Ctrl-C reaches all of a terminal's processes."""
     running = driver(recipe={"checkpoint_seconds": 600})
     running.until(lambda: len(in_trial(processes(running))) == 2)
@@ -41,9 +41,7 @@ def test_sigterm_then_sigint_then_to_the_end(driver) -> None:
 
     running.start()
     assert running.wait() == 0, running.log
-    rows = running.rows()
-    assert (rows["status"] == "finished").all()
-    assert len(rows) == 2
+    rows = assert_study_complete(running.results, cells=1)
     taken_up = rows[rows["trial_key"].isin([path.parent.name for path in stopped])]
     assert (taken_up["seconds_train"] > 2).all()  # of all attempts
     assert not running.checkpoints()

@@ -74,8 +74,8 @@ def test_future_tokens_change_nothing():
     tokens = torch.randint(0, 50, (2, 40))
     other = tokens.clone()
     other[:, 25:] = (other[:, 25:] + 7) % 50
-    before, _ = model._trunk(tokens)
-    after, _ = model._trunk(other)
+    before, _ = model._stack(tokens)
+    after, _ = model._stack(other)
     torch.testing.assert_close(before[:, :25], after[:, :25])
     assert (before[:, 25:] - after[:, 25:]).abs().max() > 0.1
 

@@ -7,8 +7,10 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 
 from raysweep.results.schema import make_row, row_table
 from raysweep.results.store import Results
+from raysweep.scaling.fits import Fits
 
 SPACE = """study: ladder
 description: Planted optima, dense and MoE.
@@ -170,6 +173,52 @@ def make_rows() -> Callable[..., list[Row]]:
     return planted
 
 
+class Page(HTMLParser):
+    """A page taken apart: its ids, links, tags, words and JSON."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.handlers: list[str] = []
+        self.json: dict[str, Any] = {}
+        self.words: list[str] = []
+        self._json: str | None = None
+        self._quiet = False
+        self.source = path.read_text()
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags[tag] += 1
+        self.handlers += [name for name in given if name.startswith("on")]
+        self.ids += [str(given["id"])] if given.get("id") else []
+        self.links += [str(given[a]) for a in ("href", "src", "action") if given.get(a)]
+        self._json = given.get("id") if given.get("type") == "application/json" else None
+        self._quiet = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._json = None
+        self._quiet = False
+
+    def handle_data(self, data: str) -> None:
+        if self._json is not None:
+            self.json[self._json] = json.loads(data)
+        if not self._quiet:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+@pytest.fixture(scope="session")
+def open_page() -> type[Page]:
+    """Takes a page apart."""
+    return Page
+
+
 @pytest.fixture
 def make_results(tmp_path: Path) -> Callable[..., Results]:
     """Rows -> an open results folder."""
@@ -177,16 +226,18 @@ def make_results(tmp_path: Path) -> Callable[..., Results]:
 
 
 @pytest.fixture(scope="session")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
-    """A dense and a MoE ladder with targets and a run: the results, and the page made of them."""
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fits, Path]:
+    """A dense and a MoE ladder with targets and a run: what was fitted, and the page of it."""
     from raysweep.report import report
+    from raysweep.scaling.fits import fit
 
     folder = tmp_path_factory.mktemp("ladder")
     rows = planted()
     results = results_of(folder / "results", rows, SPACE, (RUN,))
     for row in rows[:5]:
         results.write(row, curve_of(row))
-    return results, report(results, folder / "report")
+    fits = fit(results.to_pandas())
+    return fits, report(results, folder / "report", fits=fits)
 
 
 # --- a browser ---------------------------------------------------------------------------------
@@ -242,10 +293,11 @@ def browser() -> str:
 def drive(browser: str, tmp_path: Path) -> Drive:
     """drive(page, script, *flags): open a page from disk, run the body of an async function in it.
 
-    Returns what the script returns. Fails on a console error, and on any attempt to load anything.
+    `fragment` is put behind its address. Returns what the script returns.
+    Fails on a console error, and on any attempt to load anything.
     """
 
-    def run(page: Path, script: str, *flags: str, before: str = "") -> Any:
+    def run(page: Path, script: str, *flags: str, before: str = "", fragment: str = "") -> Any:
         html = page.read_text()
         html = html.replace("<head>", "<head>" + WATCH, 1)
         html = html.replace("</body>", before + HARNESS % script + "</body>", 1)
@@ -254,7 +306,11 @@ def drive(browser: str, tmp_path: Path) -> Drive:
         profile = tmp_path / "profile"
         command = [browser, *FLAGS, f"--user-data-dir={profile}", *flags, "--dump-dom"]
         done = subprocess.run(
-            [*command, copy.as_uri()], capture_output=True, text=True, timeout=180, check=False
+            [*command, copy.as_uri() + fragment],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
         )
         found = re.search(
             r'<script type="application/json" id="driven">(.*?)</script>', done.stdout

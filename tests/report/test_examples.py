@@ -27,7 +27,7 @@ def test_the_spreadsheet_holds_the_runs_of_the_demo() -> None:
     mapping = re.search(r"(architecture=model\S+)", (REPORTS / "README.md").read_text())
     assert mapping
     rows = import_file("csv", EXAMPLES / "imported" / "runs.csv", mapping[1])
-    demo = Results.open(EXAMPLES / "laptop" / "results").frame()
+    demo = Results.open(EXAMPLES / "laptop" / "results").to_pandas()
     assert len(rows) == len(demo)
     assert rows["excluded"].isna().all()
     for column in ("loss", "learning_rate", "batch_tokens", "tokens"):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import raysweep
-from raysweep.report.notebook import MOST_ROWS, html_of
+from raysweep.report.notebook import MAX_ROWS, html_of
 from raysweep.results.schema import row_table
 from raysweep.results.store import Results
+from raysweep.scaling.compare import Arm, Ratio, compare_arms
 from raysweep.scaling.fits import Fits, fit
 
 REPO = Path(__file__).resolve().parents[2]
@@ -23,7 +25,7 @@ NOTEBOOK = REPO / "reports/notebook.ipynb"
 
 @pytest.fixture(scope="module")
 def fits(make_rows: Callable[..., list[dict[str, Any]]]) -> Fits:
-    return fit(row_table(make_rows()).to_pandas(), n_boot=40)
+    return fit(row_table(make_rows()).to_pandas())
 
 
 def well_made(html: str) -> str:
@@ -41,8 +43,8 @@ def well_made(html: str) -> str:
 
 
 def test_fits(fits: Fits) -> None:
-    html = well_made(fits._repr_html_())
-    assert html.count("<svg") == 2
+    html = well_made(html_of(fits))
+    assert html.count("<svg") == 3
     assert f"Fits of {len(fits.cells)} cells" in html
     for cell in fits.cells.index:
         assert str(cell) in html
@@ -52,9 +54,9 @@ def test_fits(fits: Fits) -> None:
 def test_two_outputs_share_no_ids(
     fits: Fits, make_rows: Callable[..., list[dict[str, Any]]]
 ) -> None:
-    one = set(re.findall(r'\bid="([^"]+)"', fits._repr_html_()))
-    other = fit(row_table(make_rows(("dense",), scales=3)).to_pandas(), n_boot=40)
-    two = set(re.findall(r'\bid="([^"]+)"', other._repr_html_()))
+    one = set(re.findall(r'\bid="([^"]+)"', html_of(fits)))
+    other = fit(row_table(make_rows(("dense",), scales=3)).to_pandas())
+    two = set(re.findall(r'\bid="([^"]+)"', html_of(other)))
     assert one
     assert two
     assert not one & two
@@ -62,7 +64,7 @@ def test_two_outputs_share_no_ids(
 
 def test_recommendation(fits: Fits) -> None:
     answer = fits.recommend("moe", params="1B", tokens="20B")
-    html = well_made(answer._repr_html_())
+    html = well_made(html_of(answer))
     assert "1B active non-embedding parameters, 8 experts, top-2, 20B tokens" in html
     assert f"{answer.loss:.4f}" in html
     assert "Step Law" in html
@@ -72,10 +74,10 @@ def test_results_and_study(
     make_results: Callable[..., Results], make_rows: Callable[..., list[dict[str, Any]]]
 ) -> None:
     results = make_results(make_rows())
-    html = well_made(results._repr_html_())
+    html = well_made(html_of(results))
     assert "72 trials in 8 cells" in html
     study = raysweep.Study.load(REPO / "search_spaces/laptop.yaml")
-    html = well_made(study._repr_html_())
+    html = well_made(html_of(study))
     assert "12 cells" in html
     assert all(c.name in html for c in study.cells)
 
@@ -84,21 +86,46 @@ def test_many_cells_are_counted_not_listed(
     make_results: Callable[..., Results], make_rows: Callable[..., list[dict[str, Any]]]
 ) -> None:
     results = make_results(make_rows(("dense",), scales=40, trials=1))
-    html = well_made(results._repr_html_())
-    assert f"and {40 - MOST_ROWS} more" in html
+    html = well_made(html_of(results))
+    assert f"and {40 - MAX_ROWS} more" in html
 
 
 def test_names_are_escaped(
     make_results: Callable[..., Results], make_rows: Callable[..., list[dict[str, Any]]]
 ) -> None:
     rows = [r | {"cell": "<script>alert(1)</script>"} for r in make_rows(scales=1)]
-    well_made(make_results(rows)._repr_html_())
+    well_made(html_of(make_results(rows)))
 
 
 def test_nothing_to_show(make_results: Callable[..., Results]) -> None:
     empty = make_results([])
-    well_made(empty._repr_html_())
-    well_made(fit(empty)._repr_html_())
+    well_made(html_of(empty))
+    well_made(html_of(fit(empty.to_pandas())))
+
+
+@dataclass
+class Comparison:
+    """What a comparison has, by the name that its view goes by."""
+
+    arms: tuple[Arm, ...]
+    size: tuple[float, float] | None
+    answers: Mapping[str, object]
+    ratios: dict[str, list[Ratio]]
+    apart: tuple[str, ...] = ()
+
+
+def test_comparison(fits: Fits) -> None:
+    arms = fits.arm("dense"), fits.arm("moe")
+    answers = {a.name: fits.recommend(a.architecture, 1e6, 2e7) for a in arms}
+    shown = Comparison(
+        arms, (1e6, 2e7), answers, {"moe": compare_arms(*arms)}, ("the data differ",)
+    )
+    html = well_made(html_of(shown))
+    assert "At 1M active parameters and 20M tokens" in html
+    assert f"{answers['moe'].loss:.4f}" in html  # type: ignore[union-attr]
+    assert "The data differ." in html
+    assert "learning rate at equal N and D" in html
+    assert html.count("<svg") == 1
 
 
 def test_unknown_things_have_no_look() -> None:

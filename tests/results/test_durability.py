@@ -65,7 +65,7 @@ def test_compaction_killed_at_any_point(
     for i in range(4):
         results.write(a_row(f"k{i}", loss=float(i)), curve)
         results.save_run({"started_at": f"2026-01-02T03:04:0{i}", "study": "s"})
-    before, curves, runs = results.frame(), results.curves(), results.runs()
+    before, curves, runs = results.to_pandas(), results.curves(), results.runs()
     ended, step = False, 0
     for step in range(1, 100):
         results = Results.open(shutil.copytree(tmp_path / "whole", tmp_path / str(step)))
@@ -77,7 +77,7 @@ def test_compaction_killed_at_any_point(
         except Crash:
             ended = False
         for _ in range(2):
-            pd.testing.assert_frame_equal(results.frame(), before)
+            pd.testing.assert_frame_equal(results.to_pandas(), before)
             pd.testing.assert_frame_equal(results.curves(), curves)
             assert results.runs() == runs
             results.compact(above=2)
@@ -98,7 +98,7 @@ def test_files_stay_few_over_a_long_study(results: Results, quick_disk, a_row, c
         counts = [len(results.storage.list(f)) for f in ("trials", "curves", "runs")]
         most = max(most, *counts)
     assert most <= 10 + 2 + 5 + 11
-    assert len(results.frame()) == len(results.runs()) == 150
+    assert len(results.to_pandas()) == len(results.runs()) == 150
     assert len(results.curves()) == 300
 
 
@@ -123,7 +123,7 @@ def test_a_row_written_anew_while_its_old_one_is_merged_stays(results: Results, 
 
     storage = results.storage
     Results(Late(storage.uri, storage.filesystem, storage.root)).compact(above=0)
-    rows = results.frame().set_index("trial_key")
+    rows = results.to_pandas().set_index("trial_key")
     assert rows.loc["k2", "status"] == "finished"
     assert len(rows) == 4
 
@@ -131,7 +131,7 @@ def test_a_row_written_anew_while_its_old_one_is_merged_stays(results: Results, 
 def _read_all(uri: str, stop, reads, done) -> None:
     results, least = Results.open(uri), 10**9
     while not stop.is_set():
-        least = min(least, len(results.frame()))
+        least = min(least, len(results.to_pandas()))
         reads.value += 1
     done.put((least, results.problems))
 
@@ -168,13 +168,13 @@ def test_foreign_and_older_files_in_the_folder(results: Results, a_row) -> None:
     pq.write_table(wrong, folder / "wrong.parquet")
     older = pq.read_table(folder / "k.s.parquet").drop_columns(["router_confidence", "trial_key"])
     pq.write_table(older.append_column("trial_key", pa.array(["old"])), folder / "old.parquet")
-    assert sorted(results.frame()["trial_key"]) == ["k", "old"]
+    assert sorted(results.to_pandas()["trial_key"]) == ["k", "old"]
     assert sorted(p.split()[0] for p in results.problems) == [
         "trials/foreign.parquet",
         "trials/wrong.parquet",
     ]
     results.compact(above=0)
-    assert sorted(results.frame()["trial_key"]) == ["k", "old"]
+    assert sorted(results.to_pandas()["trial_key"]) == ["k", "old"]
     assert (folder / "foreign.parquet").exists()
 
 
@@ -209,11 +209,11 @@ def test_a_full_disk_keeps_the_old_row_and_goes_on_when_freed(small_disk: Path, 
             file.write(b"x" * 4096)
     with pytest.raises(UserError, match=r"cannot write trials/k\.s\.parquet .*no space left; free"):
         results.write(a_row("k", loss=2.0))
-    assert results.frame()["loss"].tolist() == [1.0]
+    assert results.to_pandas()["loss"].tolist() == [1.0]
     assert [p.name for p in (small_disk / "r" / "trials").iterdir()] == ["k.s.parquet"]
     ballast.unlink()
     results.write(a_row("k", loss=2.0))
-    assert results.frame()["loss"].tolist() == [2.0]
+    assert results.to_pandas()["loss"].tolist() == [2.0]
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(small_disk: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_file_uri_is_a_folder(tmp_path: Path, a_row) -> None:
     results = Results.open(f"file://{tmp_path}/with%20space", create=True)
     results.write(a_row("k"))
     assert results.uri == str(tmp_path / "with space")
-    assert len(Results.open(tmp_path / "with space").frame()) == 1
+    assert len(Results.open(tmp_path / "with space").to_pandas()) == 1
 
 
 def test_lasting_faults_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -407,7 +407,7 @@ def test_imported_rows_go_through_the_store(tmp_path):
     store = Results.open(tmp_path / "results", create=True)
     assert store.write_many(rows) == 2
     assert store.write_many(rows) == 0  # a second import adds nothing
-    back = store.frame()
+    back = store.to_pandas()
     assert sorted(back["loss"]) == [2.4, 2.5]
     assert set(back["batch_sequences"]) == {128, 256}
 

@@ -72,7 +72,7 @@ def use_all(uri: str, a_row: Callable, curve: dict) -> Results:
 
 def check_all(uri: str) -> None:
     results = Results.open(uri)
-    frame = results.frame()
+    frame = results.to_pandas()
     assert sorted(frame["trial_key"]) == sorted([*(f"k{i}" for i in range(8)), "m1", "m2", "late"])
     assert frame.set_index("trial_key").loc["k3", "loss"] == 0.5
     assert len(results.curves()) == 2 * 9

@@ -25,7 +25,7 @@ def results(tmp_path: Path) -> Results:
 
 def test_rows_and_curves_come_back(results: Results, a_row, curve) -> None:
     results.write(a_row("k1", loss=2.5), curve)
-    frame = Results.open(results.uri).frame()
+    frame = Results.open(results.uri).to_pandas()
     assert list(frame.columns) == list(COLUMNS)
     assert frame["loss"].tolist() == [2.5]
     assert results.curves(["k1"])["train_loss"].tolist() == [4.0, 3.0]
@@ -47,11 +47,11 @@ def test_pandas_and_duckdb_read_the_folder_as_it_is(results: Results, a_row) -> 
 def test_a_retried_trial_counts_once_and_its_finished_row_wins(results: Results, a_row) -> None:
     results.write(a_row("k", status="crashed", loss=None))
     results.write(a_row("k", loss=2.0))
-    assert results.frame()[["status", "loss"]].to_numpy().tolist() == [["finished", 2.0]]
+    assert results.to_pandas()[["status", "loss"]].to_numpy().tolist() == [["finished", 2.0]]
     late_crash = a_row("k", status="crashed", loss=None, started_at=dt.datetime.now(dt.UTC))
     results.compact(above=0)
     results.write(late_crash)
-    assert results.frame()["status"].tolist() == ["finished"]
+    assert results.to_pandas()["status"].tolist() == ["finished"]
 
 
 def test_studies_that_run_the_same_trial_have_a_row_each(results: Results, a_row, curve) -> None:
@@ -65,18 +65,18 @@ def test_studies_that_run_the_same_trial_have_a_row_each(results: Results, a_row
     assert found["status"] == "diverged"
     for above in (10, 0):
         results.compact(above=above)
-        assert sorted(results.frame()["study"]) == ["A", "B"]
-        assert results.frame("A")["loss"].tolist() == [2.0]
-        assert results.frame("B")["status"].tolist() == ["diverged"]
+        assert sorted(results.to_pandas()["study"]) == ["A", "B"]
+        assert results.to_pandas("A")["loss"].tolist() == [2.0]
+        assert results.to_pandas("B")["status"].tolist() == ["diverged"]
     assert len(results.curves(["k"])) == 2
 
 
 def test_compaction_keeps_every_row_and_bounds_the_files(results: Results, a_row, curve) -> None:
     for i in range(20):
         results.write(a_row(f"k{i}"), curve)
-    before, curves = results.frame(), results.curves()
+    before, curves = results.to_pandas(), results.curves()
     results.compact(above=10)
-    pd.testing.assert_frame_equal(results.frame(), before)
+    pd.testing.assert_frame_equal(results.to_pandas(), before)
     pd.testing.assert_frame_equal(results.curves(), curves)
     assert len(list((Path(results.uri) / "trials").iterdir())) == 1
 
@@ -88,7 +88,7 @@ def test_compaction_cut_off_before_the_deletes_counts_no_row_twice(results: Resu
     results.compact(above=0)
     for name, content in singles.items():
         (Path(results.uri) / "trials" / name).write_bytes(content)
-    assert sorted(results.frame()["trial_key"]) == [f"k{i}" for i in range(5)]
+    assert sorted(results.to_pandas()["trial_key"]) == [f"k{i}" for i in range(5)]
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
@@ -99,18 +99,18 @@ def test_a_damaged_file_is_named_and_costs_only_its_own_rows(
     results.write(a_row("bad"))
     path = Path(results.uri) / "trials" / "bad.s.parquet"
     path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
-    assert results.frame()["trial_key"].tolist() == ["good"]
+    assert results.to_pandas()["trial_key"].tolist() == ["good"]
     (problem,) = results.problems
     assert "trials/bad.s.parquet is unreadable" in problem
     results.compact(above=0)
     assert path.exists()
-    assert results.frame()["trial_key"].tolist() == ["good"]
+    assert results.to_pandas()["trial_key"].tolist() == ["good"]
 
 
 def test_hidden_partial_files_are_not_read(results: Results, a_row) -> None:
     results.write(a_row("k"))
     (Path(results.uri) / "trials" / ".k2.parquet.abcd").write_bytes(b"half")
-    assert len(results.frame()) == 1
+    assert len(results.to_pandas()) == 1
     assert not results.problems
 
 
@@ -119,7 +119,7 @@ def test_imports_add_only_what_is_new(results: Results, a_row) -> None:
     assert results.write_many(rows) == 2
     more = pd.DataFrame([a_row("b"), a_row("c"), a_row("c")])
     assert results.write_many(more) == 1
-    assert sorted(results.frame()["trial_key"]) == ["a", "b", "c"]
+    assert sorted(results.to_pandas()["trial_key"]) == ["a", "b", "c"]
 
 
 def test_search_spaces_and_runs_are_kept(results: Results) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from raysweep.scaling.cells import CellTrials
-from raysweep.scaling.surface_features import CellFeatures
+from raysweep.study.shape import RunSize
 
 
 def valley(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def make_trials(
     u, v = u + off[0], v + off[1]
     loss = least * np.exp(valley(u, v) + noise * rng.standard_normal(len(u)))
     return CellTrials(
-        features=CellFeatures("cell", 1e8, 2e9),
+        size=RunSize(1e8, 2e9, name="cell"),
         learning_rate=optimum[0] * np.exp(u),
         batch_tokens=optimum[1] * np.exp(v),
         loss=loss,

@@ -11,6 +11,7 @@ from raysweep.scaling.cells import cell_table
 from raysweep.scaling.datasets import other_data
 from raysweep.scaling.fits import fit
 from raysweep.scaling.joining import together
+from raysweep.scaling.runs import size_of
 
 
 def sweep(tokens=(2e9,), params=(1e8,), rates=(5e-4, 1e-3, 2e-3), batches=(1e5, 2e5), **columns):
@@ -236,9 +237,9 @@ def test_repeats_count_by_their_mean():
     expected = 0.01 * truth / 40**0.5
     assert cells["loss_se"].to_numpy() == pytest.approx(expected, rel=0.2)
     assert (cells["best_loss"] < truth * 0.99).all()
-    fits = fit(frame, n_boot=0)
+    fits = fit(frame)
     assert list(fits.cells["loss"]) == list(cells["loss_mean"])
-    assert set(fits.cells["loss_from"]) == {"mean of runs"}
+    assert set(fits.cells["loss_from"]) == {"trials"}
 
 
 def test_the_noise_of_repeats_is_that_of_cells_without():
@@ -333,7 +334,7 @@ def test_run_sizes_hold_every_count():
         flops_per_token=7e8,
     )
     table = cell_table(frame)
-    size = table.run_size(table.cells.index[0])
+    size = size_of(table.cells.index[0], table.cells.iloc[0])
     assert size.params_active_non_embedding == 1e8
     assert size.params_total_non_embedding == 3e8
     assert (size.params_active, size.params_total, size.params_dense) == (1.2e8, 3.2e8, 1e8)
@@ -341,7 +342,7 @@ def test_run_sizes_hold_every_count():
     assert size.routing == (8, 2)
     assert size.flops == 7e8 * 2e9
     bare = cell_table(sweep())
-    size = bare.run_size(bare.cells.index[0])
+    size = size_of(bare.cells.index[0], bare.cells.iloc[0])
     assert np.isnan(size.head_params)
     assert size.compute == pytest.approx(6 * 1e8 * 2e9)
     assert size.log_sparsity == 0

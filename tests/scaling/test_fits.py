@@ -1,4 +1,4 @@
-"""fit and recommend, end to end: planted studies, and tables that hold next to nothing."""
+"""Fits on planted and public tables: one object answers everything, or says that it cannot."""
 
 import json
 import math
@@ -9,180 +9,229 @@ import pytest
 
 from raysweep.errors import UserError
 from raysweep.results.importers import read_chinchilla, read_isoflop, read_steplaw
-from raysweep.scaling.cells import cell_table
-from raysweep.scaling.fits import ALL, fit
-from raysweep.scaling.group_loss import batch_table
-from raysweep.scaling.loss_fit import LossFit
-from raysweep.scaling.recommend import usable_batch
-from raysweep.scaling.target import describe_target
-
-
-def quick(frame, **options):
-    return fit(frame, **{"n_boot": 30, **options})
+from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.recommend import EXTRAPOLATED, INSIDE, NOT_DETERMINED, usable_batch
+from raysweep.scaling.runs import describe_run
 
 
 @pytest.fixture(scope="module")
-def dense(planted_study):
-    return quick(planted_study(per_cell=14, noise=0.0007))
+def dense(planted_study) -> Fits:
+    return fit(planted_study(per_cell=14))
 
 
 @pytest.fixture(scope="module")
-def both(planted_study):
-    frame = planted_study(
-        kinds=("dense", "moe"), moe_rate=1.3, moe_batch=0.8, per_cell=14, noise=0.0007
-    )
-    return quick(frame)
+def both(planted_study) -> Fits:
+    return fit(planted_study(kinds=("dense", "moe"), per_cell=14, moe_rate=1.5, moe_batch=0.6))
 
 
-def test_a_recommendation_follows_the_planted_laws(dense):
+def planted(params: float, tokens: float, experts: int = 1) -> tuple[float, float, float]:
+    """Learning rate, batch and loss of the planted laws of conftest, of a dense shape."""
+    rate = 3e-3 * (params / 1e8) ** -0.6 * (tokens / 2e9) ** 0.25
+    batch = 2e5 * (tokens / 2e9) ** 0.5
+    loss = 1.7 + 480 / (params * experts**0.5) ** 0.35 + 2000 / tokens**0.37
+    return rate, batch, loss
+
+
+def inside(interval: tuple[float, float], value: float) -> bool:
+    return interval[0] < value < interval[1]
+
+
+def test_planted_laws_answer_for_a_larger_run(dense):
     answer = dense.recommend("dense", 1e9, 2e10)
+    rate, batch, loss = planted(1e9, 2e10)
+    assert answer.learning_rate == pytest.approx(rate, rel=0.3)
+    assert answer.batch_tokens_exact == pytest.approx(batch, rel=0.35)
+    assert answer.loss == pytest.approx(loss, rel=0.01)
+    assert inside(answer.learning_rate_interval, rate)
+    assert inside(answer.batch_tokens_interval, batch)
+    assert inside(answer.loss_interval, loss)
+    assert answer.verdict == EXTRAPOLATED
     assert answer.status == "ok"
-    assert answer.learning_rate == pytest.approx(3e-3 * 10**-0.6 * 10**0.25, rel=0.15)
-    assert answer.batch_tokens_exact == pytest.approx(2e5 * 10**0.5, rel=0.15)
-    assert answer.loss == pytest.approx(1.7 + 480 / 1e9**0.35 + 2000 / 2e10**0.37, rel=0.02)
-    for value, (low, high) in (
-        (answer.learning_rate, answer.learning_rate_interval),
-        (answer.batch_tokens_exact, answer.batch_tokens_interval),
-        (answer.loss, answer.loss_interval),
-    ):
-        assert low < value < high
-    assert answer.sequence_length == 1024
-    assert answer.batch_sequences in (512, 640, 768)
-    assert answer.batch_tokens == answer.batch_sequences * 1024
-    assert answer.extrapolation["params"] == pytest.approx(1e9 / 2.7e8)
-    assert answer.extrapolation["FLOPs"] == pytest.approx(2e19 / (2.7e8 * 2.7e8 * 40))
-    assert set(answer.by_method) >= {"surface", "quadratic"}
-    assert {"step_law", "deepseek"} <= {a["law"] for a in answer.published}
+    assert answer.directions == ()
+    assert answer.extrapolation["N"] == pytest.approx(1e9 / 2.7e8)
 
 
-def test_inside_the_cells_nothing_is_extrapolated(dense):
-    answer = dense.recommend("dense", 5e7, 1e9)
-    assert set(answer.extrapolation.values()) == {1.0}
-    assert not any("extrapolation" in w for w in answer.warnings)
+def test_a_measured_cell_answers_for_itself(dense):
+    name = "dense-9e+07-40tpp"
+    row = dense.cells.loc[name]
+    answer = dense.recommend("dense", row["params_active_non_embedding"], row["tokens"])
+    assert answer.run.name == name
+    assert answer.verdict == INSIDE
+    assert answer.told_by == "cell"
+    assert answer.loss == pytest.approx(row["loss"])
+    assert answer.learning_rate == pytest.approx(row["learning_rate"], rel=5e-3)
+    assert answer.batch_tokens_exact == pytest.approx(row["batch_tokens"], rel=5e-3)
+    rate, batch, loss = planted(9e7, 3.6e9)
+    assert answer.learning_rate == pytest.approx(rate, rel=0.25)
+    assert answer.batch_tokens_exact == pytest.approx(batch, rel=0.25)
+    assert answer.loss == pytest.approx(loss, rel=3e-3)
 
 
-def test_everything_is_plain_json(both):
-    text = json.dumps(both.to_dict(), allow_nan=False)
-    back = json.loads(text)
-    assert set(back["groups"]) == {"dense", "moe", ALL}
-    assert back["cells"][0]["cell"].startswith("dense-")
-    assert set(back["optima"]) == {"surface", "quadratic", "interpolate", "mean_within", "argmin"}
-    answer = both.recommend("moe", 1e9, 2e10)
-    assert json.loads(json.dumps(answer.to_dict(), allow_nan=False))["architecture"] == "moe"
-    assert "MoE over dense at equal N and D" in str(both)
-    assert "expected loss" in str(answer)
+def test_text_numbers_and_sequences_ask_the_same(dense):
+    one = dense.recommend("dense", "1B", "20B")
+    table = dense.recommend("dense", ["1B", 2e9], "20B")
+    assert isinstance(table, pd.DataFrame)
+    assert list(table["params"]) == [1e9, 2e9]
+    assert table["learning_rate"][0] == one.learning_rate
+    assert table["loss_low"][0] == one.loss_interval[0]
+    with pytest.raises(UserError, match="did you mean 7B"):
+        dense.recommend("dense", "7", "20B")
+    with pytest.raises(UserError, match="needs params"):
+        dense.recommend("dense", tokens="20B")
 
 
-def test_dense_and_moe_are_compared_and_fitted_together(both):
-    ratios = both.comparison["at equal N and D"]
-    assert ratios["learning_rate"].ratio == pytest.approx(1.3, rel=0.06)
-    assert ratios["batch_tokens"].ratio == pytest.approx(0.8, rel=0.06)
-    group = both.groups[ALL]
-    assert group.kind == "mixed"
-    wang = group.loss_laws["wang"]
-    assert isinstance(wang, LossFit)
-    assert wang.ok
-    assert wang.coefficients["g"] == pytest.approx(0.175, abs=0.06)
-    assert both.groups["dense"].loss_laws["chinchilla"].ok
-    assert both.groups["moe"].held_out is not None
+def test_the_loss_of_other_settings_costs_what_the_valley_says(dense):
+    best = dense.recommend("dense", 9e7, 3.6e9)
+    rates = best.learning_rate * np.array([0.4, 1.0, 2.5])
+    table = dense.predict(rates, best.batch_tokens_exact, 9e7, 3.6e9, "dense")
+    assert table["loss"].idxmin() == 1
+    assert table["loss"][1] == pytest.approx(best.loss, rel=1e-3)
+    assert (table["low"] < table["loss"]).all()
+    assert (table["loss"] < table["high"]).all()
+    u = np.log(rates / planted(9e7, 3.6e9)[0])
+    steep = 0.02 * (np.expm1(u) - u) + 0.01 * (np.expm1(-u) + u)
+    np.testing.assert_allclose(table["cost"], np.expm1(steep), atol=4e-3)
 
 
-def test_laws_of_the_loss_are_ordered_by_their_error_on_the_largest_scale(dense, both):
-    for group in (dense.groups["dense"], both.groups[ALL]):
-        order = group.loss_order()
-        errors = [group.loss_checks[key].error for key in order]
-        known = [e for e in errors if math.isfinite(e)]
-        assert known == sorted(known)
-        assert errors[: len(known)] == known
-        assert all(group.loss_laws[key].ok for key in order)
-    check = dense.groups["dense"].loss_checks["chinchilla"]
-    assert check.error < 0.01
-    assert check.n_test == 2
-    assert check.extrapolation == pytest.approx(3)
-    assert dense.recommend("dense", 1e9, 2e10).laws["loss"] == dense.groups["dense"].loss_order()[0]
+def test_the_largest_batch_grows_with_what_it_may_cost(dense):
+    small, large = (dense.recommend("dense", 9e7, 3.6e9, within=share) for share in ("0.5%", 0.02))
+    assert small.batch_tokens_exact < small.largest_batch < large.largest_batch
+    cost = dense.predict(
+        small.largest_batch_learning_rate, small.largest_batch, 9e7, 3.6e9, "dense"
+    )["cost"][0]
+    assert cost == pytest.approx(0.005, abs=2e-3)
+    with pytest.raises(UserError, match="within must be a share"):
+        dense.recommend("dense", 9e7, 3.6e9, within=5)
 
 
-def test_the_three_term_law_rests_on_the_best_trial_near_each_batch(planted_study):
-    frame = planted_study(per_cell=200)  # every trial its own batch, at any learning rate
-    table = cell_table(frame)
-    chosen = batch_table(table.cells, table.trials)
-    assert len(chosen) < 0.06 * len(frame)
-    # Within half an octave of batch the best trial has nearly the best rate: its loss is near what
-    # the valley allows there, where the median trial lies far above.
-    above = {}
-    for name, rows in (("chosen", chosen), ("all", table.trials)):
-        least = rows["cell"].map(table.trials.groupby("cell")["loss"].min())
-        above[name] = float(np.median(np.log(rows["loss"] / least)))
-    assert above["chosen"] < 0.5 * above["all"]
-    grid = table.trials.assign(
-        batch_tokens=2.0 ** np.tile(np.arange(15, 25) / 2 + 8, len(frame) // 10)
-    )
-    assert len(batch_table(table.cells, grid)) == 10 * len(table.cells)
+def test_moe_and_dense_share_one_law_of_the_loss(both):
+    assert both.loss_model("dense") is both.loss_model("moe")
+    model = both.loss_model("moe")
+    assert model.ok
+    assert model.law is not None
+    assert {"experts", "sparsity"} & set(model.law.inputs)
+    dense, moe = (both.recommend(name, 1e9, 2e10) for name in ("dense", "moe"))
+    assert moe.loss < dense.loss
+    assert inside(moe.loss_interval, planted(1e9, 2e10, 8)[2])
+    assert inside(dense.loss_interval, planted(1e9, 2e10)[2])
+    assert moe.learning_rate / dense.learning_rate == pytest.approx(1.5, rel=0.15)
+    assert moe.batch_tokens_exact / dense.batch_tokens_exact == pytest.approx(0.6, rel=0.2)
 
 
-def test_experts_without_a_cell_are_answered_with_a_warning(both):
-    answer = both.recommend(None, 1e9, 2e10, experts=16, top_k=2)
-    assert answer.architecture == "moe"
-    assert (answer.experts, answer.top_k) == (16, 2)
-    assert any("no cell of moe has 16 experts" in w for w in answer.warnings)
-    assert "active_ratio" in answer.laws["learning_rate"]
+def test_the_comparison_finds_the_planted_ratios(both):
+    ratios = {(r.quantity, r.at_equal): r.ratio for r in both.comparison["moe"]}
+    assert ratios["learning_rate", "N and D"].covers(1.5)
+    assert ratios["batch_tokens", "N and D"].covers(0.6)
+    assert ratios["learning_rate", "N and D"].high / ratios["learning_rate", "N and D"].low < 1.5
+    assert ratios["loss", "N and D"].value < 1
+    assert ratios["flops", "loss"].value < 0.9
+    # In the cells themselves, exactly.
+    pairs = both.evidence[""].pairs("dense", "moe")
+    assert len(pairs) == 8
+    loss = both.cells["loss"]
+    mean = np.mean([math.log(loss[b] / loss[a]) for a, b in pairs])
+    assert math.log(ratios["loss", "N and D"].value) == pytest.approx(mean, abs=3e-3)
 
 
-def test_several_numbers_of_experts_under_one_name_are_told_apart(planted_study):
-    """Learning rates fall and losses sink with experts: an answer for 64 is not that for 8."""
-    few = planted_study(kinds=("moe",), noise=0.0005)
-    more = []
-    for experts in (8, 16, 64):
-        extra = few["params_total_non_embedding"] - few["params_active_non_embedding"]
-        total = few["params_active_non_embedding"] + extra * (experts - 2) / 6
-        more.append(
-            few.assign(
-                experts=experts,
-                params_total_non_embedding=total,
-                params_total=total + few["params_total"] - few["params_total_non_embedding"],
-                cell=few["cell"] + f"-e{experts}",
-                learning_rate=few["learning_rate"] * (experts / 8) ** -0.5,
-                loss=few["loss"] * (experts / 8) ** -0.02,
-            )
-        )
-    fits = quick(pd.concat(more, ignore_index=True))
-    asked = {e: fits.recommend("moe", params=2e8, tokens=4e9, experts=e) for e in (8, 64)}
-    ratio = asked[64].learning_rate / asked[8].learning_rate
-    assert ratio == pytest.approx(8**-0.5, rel=0.1)
-    assert asked[64].loss / asked[8].loss == pytest.approx(8**-0.02, rel=0.01)
+def test_optima_against_the_loss_are_wangs_relations(both):
+    """B = B0 / L^a along the cells; checked against a plain regression on the planted optima."""
+    relation = both.relations["dense"]["batch_tokens"]
+    cells = both.cells_of("dense")
+    batch = [
+        planted(n, d)[1] for n, d in cells[["params_active_non_embedding", "tokens"]].to_numpy()
+    ]
+    slope = np.polyfit(np.log(cells["loss"]), np.log(batch), 1)[0]
+    assert relation.exponent.covers(slope)
+    assert relation.exponent.value == pytest.approx(slope, rel=0.15)
+    assert relation.n_cells == 8
 
 
-def test_the_kind_of_an_answer_follows_the_experts(both):
-    assert both.recommend(None, 1e9, 2e10).architecture == "dense"
-    assert both.recommend(None, 1e9, 2e10, experts=8).top_k == 2
-    assert both.recommend("moe", 1e9, 2e10).experts == 8
+def test_held_out_cells_are_predicted_by_the_smaller_ones(both):
+    held = both.held_out
+    assert held is not None
+    assert held.n_train == 10
+    for quantity in ("learning_rate", "batch_tokens", "loss"):
+        covered, n = held.covered(quantity)
+        assert n == 6
+        assert covered >= 5
+    assert held.mean_regret < 0.02
+
+
+def test_the_prior_stands_beside_what_the_data_made_of_it(dense):
+    table = dense.prior_table.set_index(["target", "coefficient"])
+    row = table.loc["learning_rate", "params"]
+    assert row["low"] < -0.6 < row["high"]
+    assert row["moved"] == pytest.approx((row["value"] - row["prior"]) / row["prior_sd"])
+    without = fit(dense.table.trials, without=["step_law"])
+    assert "step_law" not in without.prior.laws
+    with pytest.raises(UserError, match="no published law 'chinchila'"):
+        fit(dense.table.trials, without=["chinchila"])
+
+
+def test_groups_share_the_valley_and_answer_apart(planted_study):
+    one = planted_study(per_cell=6, seed=1).assign(optimizer="adamw")
+    two = planted_study(per_cell=6, seed=2).assign(optimizer="muon")
+    two["learning_rate"] *= 3.0
+    two["loss"] *= 0.98
+    fits = fit(pd.concat([one, two], ignore_index=True), group="optimizer")
+    assert fits.groups("dense") == ["adamw", "muon"]
+    a, b = (fits.recommend("dense", 1e9, 2e10, group=g) for g in ("adamw", "muon"))
+    assert b.learning_rate / a.learning_rate == pytest.approx(3.0, rel=0.25)
+    assert b.loss / a.loss == pytest.approx(0.98, abs=0.004)
+    assert inside(b.learning_rate_interval, 3 * planted(1e9, 2e10)[0])
+    # Without a word, that of the lowest loss.
+    assert fits.recommend("dense", 1e9, 2e10).run.group == "muon"
+    with pytest.raises(UserError, match="no group 'sgd' in the results; known: adamw, muon"):
+        fits.recommend("dense", 1e9, 2e10, group="sgd")
+    with pytest.raises(UserError, match="optimiser"):
+        fit(one, group="optimiser")
+
+
+def test_two_sets_of_data_are_fitted_apart(planted_study):
+    one = planted_study(per_cell=8, seed=1).assign(study="one", data_hash="a")
+    two = planted_study(per_cell=8, seed=2).assign(study="two", data_hash="b")
+    two["loss"] *= 1.3
+    fits = fit(pd.concat([one, two], ignore_index=True))
+    assert len(fits.evidence) == 2
+    assert fits.architectures == ["dense (a)", "dense (b)"]
+    assert any("fitted apart" in m for m in fits.messages)
+    losses = [fits.recommend(name, 1e9, 2e10).loss for name in fits.architectures]
+    assert losses[1] / losses[0] == pytest.approx(1.3, rel=0.01)
 
 
 def test_counts_of_a_run_follow_its_family(both):
-    moe = both.groups["moe"].cells
-    target = describe_target(moe, 1e9, 2e10, 8, 2)
-    assert target.inputs["params_total_non_embedding"] == pytest.approx(3e9)
-    assert target.inputs["active_ratio"] == pytest.approx(1 / 3)
+    moe = both.cells_of("moe")
+    run = describe_run(moe, 1e9, 2e10, experts=8, top_k=2)
+    assert run.params_total_non_embedding == pytest.approx(3e9)
     # embeddings grow with N^(1/3)
-    assert target.inputs["params_active"] - 1e9 == pytest.approx(3e5 * 100 ** (1 / 3), rel=1e-6)
-    assert target.inputs["flops"] == pytest.approx(7e9 * 2e10)
+    assert run.params_active - 1e9 == pytest.approx(3e5 * 100 ** (1 / 3), rel=1e-6)
+    assert run.flops == pytest.approx(7e9 * 2e10)
     # of two matrices one is the head; where the width and the tokens are known, so is the head
-    assert target.setting().head_params == pytest.approx(1.5e5 * 100 ** (1 / 3))
-    tied = describe_target(moe.assign(d_model=100, vocab_size=3000), 1e9, 2e10, 8, 2)
+    assert run.head_params == pytest.approx(1.5e5 * 100 ** (1 / 3))
+    tied = describe_run(moe.assign(d_model=100, vocab_size=3000), 1e9, 2e10, experts=8, top_k=2)
     n0 = moe["params_active_non_embedding"].max()
-    assert tied.setting().head_params == pytest.approx(3e5 * (1e9 / n0) ** (1 / 3))
+    assert tied.head_params == pytest.approx(3e5 * (1e9 / n0) ** (1 / 3))
     bare = moe.assign(params_active=moe["params_active_non_embedding"])
-    assert describe_target(bare, 1e9, 2e10, 8, 2).setting().head_params is None
-    wider = describe_target(moe, 1e9, 2e10, 64, 2)
-    assert wider.inputs["params_total_non_embedding"] == pytest.approx(1e9 * (1 / 3 + 64 / 3))
+    assert math.isnan(describe_run(bare, 1e9, 2e10, experts=8, top_k=2).head_params)
+    wider = describe_run(moe, 1e9, 2e10, experts=64, top_k=2)
+    assert wider.params_total_non_embedding == pytest.approx(1e9 * (1 / 3 + 64 / 3))
+
+
+def test_other_numbers_of_experts_are_said(both):
+    answer = both.recommend("moe", 1e9, 2e10, experts=64)
+    assert answer.experts == 64
+    assert answer.top_k == 2
+    assert any("no cell of moe has 64 experts" in w for w in answer.warnings)
+    assert both.recommend(None, 1e9, 2e10).architecture == "dense"
+    assert both.recommend(None, 1e9, 2e10, experts=8).architecture == "moe"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("tiny", 1e9, 1e10), "no architecture 'tiny' in the results; known: dense, moe"),
-        (("dense", 0, 1e10), "recommend needs params above zero, not 0"),
-        (("dense", 1e9, math.nan), "recommend needs tokens above zero, not nan"),
+        (("dense", 0, 1e10), "params must be above zero, not 0"),
+        (("dense", 1e9, math.nan), "tokens must be above zero, not nan"),
         (("moe", 1e9, 1e10, 8, 9), "top_k 9 must lie between 1 and experts 8"),
         (("dense", 1e9, 1e10, 8), "architecture 'dense' is dense"),
     ],
@@ -213,13 +262,14 @@ SPOILED = {
     "no tokens": lambda f: f.assign(tokens=0),
     "no size": lambda f: f.assign(params_active_non_embedding=np.nan),
     "one batch": lambda f: f.assign(batch_tokens=1e5),
+    "one rate": lambda f: f.assign(learning_rate=1e-3),
     "one size": lambda f: f[f["params_active_non_embedding"] == 1e7],
 }
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_tables_that_cannot_tell_get_a_status_and_no_number(planted_study, case):
-    fits = quick(SPOILED[case](planted_study(per_cell=6)))
+def test_tables_that_tell_little_answer_widely_or_say_why_not(planted_study, case):
+    fits = fit(SPOILED[case](planted_study(per_cell=6)))
     json.dumps(fits.to_dict(), allow_nan=False)
     assert str(fits)
     if not len(fits.cells):
@@ -227,83 +277,50 @@ def test_tables_that_cannot_tell_get_a_status_and_no_number(planted_study, case)
             fits.recommend(None, 1e9, 2e10)
         return
     answer = fits.recommend(None, 1e10, 2e11)
-    json.dumps(answer.to_dict(), allow_nan=False)
-    assert any("can answer" in w for w in answer.warnings)
+    assert isinstance(answer.verdict, str)
+    searched = bool(fits.table.searched())
+    assert math.isfinite(answer.learning_rate) == searched
+    if not searched:
+        assert answer.verdict == NOT_DETERMINED
+    if case in ("one cell", "one row", "one trial a cell", "equal losses"):
+        low, high = answer.learning_rate_interval
+        assert high / low > 4  # little more than the published laws
     if case == "one batch":
-        assert answer.status == "no law of batch_tokens"
-    else:
-        assert answer.status == "no law"
-        assert math.isnan(answer.learning_rate)
-    assert math.isnan(answer.batch_tokens)
+        assert answer.batch_tokens_exact == pytest.approx(1e5, rel=0.02)
+        assert any("no cell varied its batch" in w for w in answer.warnings)
+    if case == "one size":
+        assert answer.directions == ("N",)
 
 
-def test_collinear_sizes_and_horizons_leave_compute(planted_study):
-    fits = quick(planted_study(tokens_per_param=(20,), per_cell=14))
-    group = fits.groups["dense"]
-    assert group.laws["learning_rate(params, tokens)"].status == "collinear"
-    assert group.loss_laws["chinchilla"].status in ("too few cells", "collinear")
-    answer = fits.recommend("dense", 1e9, 2e10)
-    assert answer.laws["learning_rate"] == "learning_rate(flops)"
-    assert not any("know compute only" in w for w in answer.warnings)
-    off = fits.recommend("dense", 1e9, 2e12)
-    assert any("know compute only" in w for w in off.warnings)
+def test_one_size_asked_at_another_follows_the_prior(planted_study):
+    frame = planted_study(scales=(1e8,), tokens_per_param=(5, 10, 20, 40, 80), per_cell=8)
+    fits = fit(frame)
+    far = fits.recommend("dense", 1e9, 2e9)
+    assert far.directions == ("N",)
+    assert any("do not tell the effect of N" in w for w in far.warnings)
+    assert inside(far.learning_rate_interval, planted(1e9, 2e9)[0])
+    assert inside(far.loss_interval, planted(1e9, 2e9)[2]) or math.isnan(far.loss)
 
 
-def test_three_cells_are_answered_by_the_surface_and_kaplans_own_form(planted_study):
-    fits = quick(planted_study(scales=(1e7, 3e7, 9e7), tokens_per_param=(20,), per_cell=8))
-    answer = fits.recommend("dense", 1e9, 2e10)
-    assert answer.status == "few cells"
-    assert answer.laws == {"learning_rate": "surface", "batch_tokens": "surface", "loss": "kaplan"}
-    assert sum("leans on Step Law" in w for w in answer.warnings) == 2
-    low, high = answer.learning_rate_interval
-    assert low < 3e-3 * 10**-0.6 * 10**0.25 < high
-    assert 1.5 < high / low < 100
-    kaplan = fits.groups["dense"].loss_laws["kaplan"]
-    assert isinstance(kaplan, LossFit)
-    assert kaplan.fixed == {"E0": 0.0}
+def test_cells_along_one_path_do_not_tell_another_split(planted_study):
+    fits = fit(planted_study(tokens_per_param=(20,), per_cell=14))
+    assert fits.recommend("dense", 1e9, 2e10).directions == ()
+    off = fits.recommend("dense", 1e8, 2e11)
+    assert off.directions == ("N apart from D",)
+    on = fits.recommend("dense", 1e9, 2e10)
+    assert np.ptp(np.log(off.learning_rate_interval)) > np.ptp(np.log(on.learning_rate_interval))
 
 
-@pytest.mark.parametrize(
-    "cells",
-    [
-        {"scales": (1e8,), "tokens_per_param": (5, 10, 20, 40, 80)},  # one size
-        {"scales": (1e7, 3e7, 9e7, 2.7e8), "tokens_per_param": (20,)},  # one path
-    ],
-)
-def test_compute_alone_says_nothing_of_another_split(planted_study, cells):
-    fits = quick(planted_study(per_cell=8, **cells))
-    assert [k for k, law in fits.groups["dense"].loss_laws.items() if law.ok] == ["kaplan"]
-    middle = fits.cells[["params_active_non_embedding", "tokens"]].median()
-    params, tokens = (float(v) for v in middle)
-    assert math.isfinite(fits.recommend("dense", params, tokens).loss)
-    off = fits.recommend("dense", 10 * params, tokens / 10)
-    assert math.isnan(off.loss)
-    assert any("one in compute alone knows about" in w for w in off.warnings)
-
-
-def test_untuned_cells_make_the_expected_loss_doubtful(planted_study):
-    frame = planted_study(per_cell=14).groupby("cell").head(1)
-    answer = quick(frame).recommend("dense", 1e9, 2e10)
-    assert any("8 of 8 cells have no interior optimum" in w for w in answer.warnings)
-
-
-def test_one_horizon_cannot_tell_sizes_from_tokens_within_architectures(planted_study):
-    # Total parameters differ between the two kinds, which must not pass for an exponent of N.
-    fits = quick(planted_study(kinds=("dense", "moe"), tokens_per_param=(20,), per_cell=14))
-    law = fits.groups[ALL].laws["learning_rate(params, tokens)"]
-    assert law.status == "collinear"
-
-
-def test_edges_are_left_out_and_said(planted_study):
+def test_edges_are_said_and_their_loss_is_the_best_trials(planted_study):
     frame = planted_study(per_cell=14)
     name = frame["cell"].iloc[0]
     optimum = 3e-3 * 0.1**-0.6 * 0.05**0.25
     high = frame["learning_rate"] > 0.5 * optimum
-    fits = quick(frame[~((frame["cell"] == name) & high)])
-    assert fits.cells["status"].to_dict()[name] != "interior"
-    assert name in fits.groups["dense"].laws["learning_rate(flops)"].left_out
-    assert "7 of 8 optima are interior" in fits.messages[0]
-    assert any("leaves out 1 of 8 cells" in w for w in fits.recommend("dense", 1e9, 2e10).warnings)
+    fits = fit(frame[~((frame["cell"] == name) & high)])
+    row = fits.cells.loc[name]
+    assert row["status"].startswith("edge: learning_rate high")
+    assert row["loss_from"] == "trials"
+    assert any("7 of 8 optima lie inside their trials" in m for m in fits.messages)
 
 
 def test_rows_left_out_are_counted_by_reason(planted_study):
@@ -312,7 +329,7 @@ def test_rows_left_out_are_counted_by_reason(planted_study):
     frame.loc[:2, "excluded"] = "outlier"
     frame.loc[3:4, "status"] = "crashed"
     frame.loc[5, "loss"] = np.nan
-    fits = quick(frame)
+    fits = fit(frame)
     assert fits.left_out["excluded: outlier"] == 3
     assert fits.left_out["crashed"] == 2
     assert sum(fits.left_out.values()) == 6
@@ -320,25 +337,16 @@ def test_rows_left_out_are_counted_by_reason(planted_study):
 
 
 def test_a_trial_that_two_studies_ran_counts_once(planted_study):
-    frame = planted_study(per_cell=10)
+    frame = planted_study(per_cell=10).assign(data_hash="one")
     frame["trial_key"] = [f"k{i}" for i in range(len(frame))]
     both = pd.concat([frame, frame.head(7).assign(study="other")], ignore_index=True)
-    fits = quick(both)
+    fits = fit(both)
     assert fits.left_out == {"the same trial in another study": 7}
     assert fits.cells["n_finished"].sum() == 80
 
 
-def test_cells_of_one_name_and_two_sizes_are_kept_apart(planted_study):
-    frame = planted_study(per_cell=6)
-    fits = quick(frame.assign(cell="same"))
-    assert len(fits.cells) == 8
-    assert fits.cells.index.is_unique
-
-
 def test_unknown_options_and_columns_are_named(planted_study):
     frame = planted_study(per_cell=4)
-    with pytest.raises(UserError, match="unknown optimum method 'guess'"):
-        fit(frame, optimum_method="guess")
     with pytest.raises(UserError, match="unknown law of the loss 'newton'"):
         fit(frame, loss_law="newton")
     with pytest.raises(UserError, match="lacks the column 'loss'"):
@@ -361,39 +369,51 @@ def test_batches_are_rounded_to_what_can_be_run(tokens, length, expected):
 
 
 def test_results_without_learning_rates_still_predict_losses(shared_data):
-    fits = quick(read_chinchilla(shared_data / "chinchilla_points.csv"))
-    law = fits.groups["chinchilla"].loss_laws["chinchilla"]
-    assert isinstance(law, LossFit)
-    # Besiroglu et al. 2404.10102 on all 245 points
-    assert law.coefficients["E0"] == pytest.approx(1.891, abs=0.002)
-    assert law.coefficients["a"] == pytest.approx(0.3493, abs=0.001)
+    fits = fit(read_chinchilla(shared_data / "chinchilla_points.csv"))
     answer = fits.recommend(None, 7e10, 1.4e12)
-    assert answer.status == "no law"
+    assert answer.status == NOT_DETERMINED
+    assert math.isnan(answer.learning_rate)
+    # Besiroglu et al. 2404.10102 on all 245 points
     expected = 1.891 + 495.6 / 7e10**0.3493 + 12842 / 1.4e12**0.4530
-    assert answer.loss == pytest.approx(expected, rel=1e-3)
-    assert "only laws of the loss are fitted" in fits.messages[0]
+    assert inside(answer.loss_interval, expected)
+    assert any("only laws of the loss are fitted" in m for m in fits.messages)
 
 
 def test_outliers_of_imported_runs_stay_out(shared_data):
-    fits = quick(read_isoflop(shared_data / "isoflop_marin_comma.csv"))
-    assert fits.left_out == {"excluded: outlier: too_few_points": 5}
-    (group,) = fits.groups.values()
-    law = group.loss_laws["chinchilla"]
-    assert isinstance(law, LossFit)
-    assert law.n_points == 80
+    fits = fit(read_isoflop(shared_data / "isoflop_marin_comma.csv"))
+    assert sum(fits.left_out.values()) == 5
+    assert len(fits.loss_model(fits.architectures[0]).data) == 80
 
 
 def test_step_law_grids_end_to_end(shared_data):
-    fits = quick(read_steplaw(shared_data / "steplaw_dense.csv"))
-    group = fits.groups["steplaw-dense"]
+    frame = read_steplaw(shared_data / "steplaw_dense.csv")
+    fits = fit(frame, without=["step_law"])
     assert set(fits.cells["status"]) == {"interior"}
-    assert group.in_sample is not None
-    assert group.held_out is not None
-    assert group.in_sample.mean <= 0.0009
-    assert group.held_out.mean <= 0.0010
-    # Step Law's own intervals: D^0.271..0.345 at its optima; another reading moves the exponents
-    batch = group.laws["batch_tokens(tokens)"].exponents["tokens"]
-    assert batch.low <= 0.571 <= batch.high
-    laws = [method.laws["batch_tokens(tokens)"] for method in group.methods.values()]
-    exponents = [law.exponents["tokens"].value for law in laws]
-    assert 0.03 < max(exponents) - min(exponents) < 0.2
+    assert next(iter(fits.evidence.values())).surface.status == "converged"
+    assert fits.held_out is not None
+    assert fits.held_out.mean_regret <= 0.0012
+    for quantity in ("learning_rate", "batch_tokens", "loss"):
+        covered, n = fits.held_out.covered(quantity)
+        assert covered >= n - 1
+    laws = next(iter(fits.evidence.values())).surface.laws
+    # Step Law's own law of these data: N^-0.713 D^0.307 and D^0.571
+    assert laws.exponent("batch_tokens", "tokens").covers(0.571)
+    assert laws.exponent("learning_rate", "params").covers(-0.713)
+
+
+def test_losses_of_larger_runs_are_told_to_a_hundredth_of_a_nat(shared_data):
+    """Every run of the cells above 430M within 5 % of their best, from the smaller cells."""
+    frame = read_steplaw(shared_data / "steplaw_dense.csv")
+    size = frame["params_active_non_embedding"]
+    fits = fit(frame[size < 4.35e8], without=["step_law"])
+    off, covered = [], []
+    for (n, d), rows in frame[size > 4.35e8].groupby(["params_active_non_embedding", "tokens"]):
+        rows = rows[rows["loss"] <= rows["loss"].min() * 1.05]
+        rate, batch = rows["learning_rate"].to_numpy(), rows["batch_tokens"].to_numpy()
+        told = fits.predict(rate, batch, float(n), float(d))
+        loss = rows["loss"].to_numpy()
+        off.append(np.abs(told["loss"].to_numpy() - loss))
+        covered.append((told["low"].to_numpy() <= loss) & (loss <= told["high"].to_numpy()))
+    assert len(np.concatenate(off)) == 260
+    assert np.concatenate(off).mean() <= 0.010
+    assert np.concatenate(covered).mean() >= 0.85

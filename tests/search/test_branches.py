@@ -6,11 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from raysweep.plan import make_plan
 from raysweep.results.schema import COLUMNS
 from raysweep.search.campaign import Campaign
 from raysweep.search.ledger import Ledger
 from raysweep.study import Study
+from raysweep.study.plan import make_plan
 
 SPACE = {
     "study": "branched",
@@ -164,7 +164,8 @@ def test_the_plan_counts_the_shared_phase_once() -> None:
 
 
 @pytest.mark.ray
-def test_on_a_real_ray(tmp_path: Path) -> None:
+def test_on_a_real_ray_with_a_range_that_widens(tmp_path: Path) -> None:
+    """The widened range is kept beside the rows and taken up; a finished study stays so."""
     from raysweep.results import Results
     from raysweep.search.run import run
 
@@ -172,26 +173,43 @@ def test_on_a_real_ray(tmp_path: Path) -> None:
     text.mkdir()
     for i in range(60):
         (text / f"{i}.txt").write_text(f"document {i}: " + f"{i * 7919} words of it. " * 60)
-    study = Study.from_dict(
-        {
+    uri = str(tmp_path / "results")
+
+    def make(trials: int) -> Study:
+        space = {
             "study": "branched",
             "model": {"sequence_length": 16},
             "scales": [{"d_model": 8, "layers": 1, "heads": 1}],
             "horizons": [{"tokens": 4000}, {"tokens": 8000}],
             "recipe": {"schedule": "wsd", "warmup_tokens": 512, "branches": True},
-            "search": {"trials_per_cell": 2, "batch_sequences": {"low": 4, "high": 8}},
+            "search": {
+                "strategy": "qmc",
+                "trials_per_cell": trials,
+                "max_extensions": 1,
+                "learning_rate": {"low": 1e-5, "high": 1e-4},
+                "batch_sequences": {"low": 4, "high": 8},
+            },
             "data": {"source": "text", "paths": [str(text)], "validation_sequences": 8},
         }
-    )
-    summary = run(study, results_uri=str(tmp_path / "results"))
-    frame = Results.open(tmp_path / "results").frame()
-    assert summary.started == 2
-    assert frame["cell"].value_counts().to_dict() == {c.name: 2 for c in study.cells}
+        return Study.from_dict(space)
+
+    study = make(4)
+    summary = run(study, results_uri=uri)
+    results = Results.open(uri)
+    frame = results.to_pandas()
+    assert summary.started == 4 + 2
+    assert frame["cell"].value_counts().to_dict() == {c.name: 6 for c in study.cells}
     assert (frame["status"] == "finished").all()
     short, long = (frame[frame["tokens"] == t].set_index("seed") for t in (4000, 8000))
     assert set(short["learning_rate"]) == set(long["learning_rate"])
     assert (short["tokens_trained"] < 0.25 * short["tokens_seen"]).all()
     assert (long["tokens_trained"] == long["tokens_seen"]).all()
-    assert set(Results.open(tmp_path / "results").curves()["trial_key"]) == set(frame["trial_key"])
-    again = run(study, results_uri=str(tmp_path / "results"))
-    assert again.started == 0
+    assert set(results.curves()["trial_key"]) == set(frame["trial_key"])
+    kept = results.ranges("branched")["cells"].values()
+    assert [k["learning_rate"][1] for k in kept] == pytest.approx([4e-4] * 2)
+    assert [k["extensions"] for k in kept] == [0, 1], "counted by the trunk's cell"
+    assert run(study, results_uri=uri).started == 0
+    assert run(make(6), results_uri=uri).started == 2
+    (tmp_path / "results" / "studies" / "branched.ranges.json").write_text("damaged")
+    assert results.ranges("branched") == {}
+    assert run(make(6), results_uri=uri).started == 0

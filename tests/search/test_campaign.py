@@ -129,12 +129,39 @@ def test_workers_of_different_size_are_never_idle_nor_overbooked() -> None:
         campaign = Campaign(study, "data", Ledger(nodes))
         log = simulate(campaign, rng=np.random.default_rng(seed))
         assert len(log) >= 4 * len(study.cells)
+        for group in campaign.ledger.waiting_groups:
+            campaign.ledger.give_back(group)
         assert campaign.ledger.free == nodes
+
+
+def test_groups_of_workers_are_kept_for_their_kind_and_given_back_for_what_comes_before() -> None:
+    scales = [dict(s) for s in BASE["scales"]]
+    scales[1]["resources"] = {"workers": 2}
+    study = Study.from_dict({**BASE, "architectures": {"dense": {}}, "scales": scales})
+    campaign = Campaign(study, "data", two_workers())
+    groups: dict[str, list[str]] = {}
+    ask = campaign.ask
+
+    def noting(trial_id: str):
+        proposal = ask(trial_id)
+        if proposal and (group := campaign.ledger.group_of(trial_id)):
+            groups.setdefault(group, []).append(proposal.spec.cell.scale)
+        return proposal
+
+    campaign.ask = noting  # type: ignore[method-assign]
+    log = simulate(campaign)
+    on_two = [p for p, *_ in log if p.spec.cell.scale == scales[1]["name"]]
+    assert len(on_two) >= 4
+    assert {s for of_group in groups.values() for s in of_group} == {scales[1]["name"]}
+    assert sum(map(len, groups.values())) == len(on_two)
+    assert len(groups) <= 2, "few groups for all of them"
+    ended = campaign.ledger.take_ended()
+    assert set(ended) | set(campaign.ledger.waiting_groups) == set(groups)
 
 
 def test_a_cell_too_large_for_the_cluster_is_handed_out_last_for_it_to_grow() -> None:
     scales = [dict(s) for s in BASE["scales"]]
-    scales[2]["resources"] = {"gpus_per_worker": 8}
+    scales[2]["resources"] = {"gpus_per_worker": 1, "workers": 2}
     study = Study.from_dict({**BASE, "scales": scales})
     log = simulate(Campaign(study, "data", two_workers()))
     assert [p.spec.cell.scale for p, *_ in log][-1] == "m"

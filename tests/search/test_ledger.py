@@ -50,6 +50,60 @@ def test_a_forced_booking_waits_and_a_lost_node_frees_nothing_twice() -> None:
     assert ledger.free == {"b": {"CPU": 1}}
 
 
+def test_a_group_keeps_what_it_holds_for_the_next_trial_of_its_kind() -> None:
+    ledger = Ledger({"a": {"CPU": 4}})
+    assert ledger.take("t1", [CPU, CPU])
+    group = ledger.group_of("t1")
+    ledger.release("t1")
+    assert ledger.free == {"a": {"CPU": 2.0}}
+    assert ledger.waiting_groups == {group: [CPU, CPU]}
+    assert ledger.take("t2", [CPU, CPU])
+    assert ledger.group_of("t2") == group
+    assert ledger.free == {"a": {"CPU": 2.0}}
+    assert ledger.take("t3", [CPU, CPU])
+    assert ledger.group_of("t3") != group
+    ledger.release("t2")
+    assert not ledger.fits([CPU])
+    assert group is not None
+    ledger.give_back(group)
+    assert ledger.fits([CPU, CPU])
+    assert ledger.take_ended() == [group]
+    assert ledger.take_ended() == []
+
+
+def test_a_group_that_has_lost_a_node_is_given_up() -> None:
+    ledger = Ledger({"a": {"CPU": 1}, "b": {"CPU": 1}})
+    for trial in ("running", "waiting"):
+        assert ledger.take(trial, [CPU, CPU])
+        group = ledger.group_of(trial)
+        if trial == "waiting":
+            ledger.release(trial)
+        ledger.update({"a": {"CPU": 1}})
+        ledger.release(trial)
+        assert ledger.take_ended() == [group]
+        assert ledger.free == {"a": {"CPU": 1}}
+        ledger.update({"a": {"CPU": 1}, "b": {"CPU": 1}})
+
+
+def test_workers_of_a_trial_stay_on_one_node_if_any_could_hold_them() -> None:
+    ledger = Ledger({"a": {"CPU": 2}, "b": {"CPU": 2}})
+    assert ledger.on_one_node([CPU, CPU])
+    assert not ledger.on_one_node([CPU] * 3)
+    assert ledger.fits([CPU] * 3)
+    for trial in ("t1", "t2"):
+        assert ledger.take(trial, [CPU])
+    ledger.release("t1")
+    assert ledger.take("t1", [CPU])
+    assert sorted(left["CPU"] for left in ledger.free.values()) == [0, 2]
+    assert ledger.take("together", [CPU, CPU])
+    ledger.release("t1")
+    ledger.release("together")
+    spread = Ledger({"a": {"CPU": 2}, "b": {"CPU": 2}})
+    for trial, size in (("x", 1.5), ("y", 1.5)):
+        assert spread.take(trial, [{"CPU": size}])
+    assert not spread.fits([{"CPU": 0.5}, {"CPU": 0.5}]), "half a CPU is free on each"
+
+
 @given(st.data())
 def test_never_more_is_booked_than_there_is(data: st.DataObject) -> None:
     sizes = st.sampled_from([0.25, 0.5, 1.0, 2.0])

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from raysweep.search.run import run
 from raysweep.search.watcher import RETRIES, Watcher
 from raysweep.study import Study
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("losses")]
 
 PROGRESS = "raysweep.search.progress.Progress.refresh"
 
@@ -48,6 +49,21 @@ def make_study(folder: Path, tokens: int) -> Study:
     )
 
 
+@pytest.fixture(scope="module")
+def head() -> Iterator[Cluster]:
+    with Cluster() as started:
+        started.start_head()
+        yield started
+
+
+@pytest.fixture
+def cluster(head: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """One node, with this process's environment set to reach it."""
+    for name, value in head.env.items():
+        monkeypatch.setenv(name, value)
+    return head
+
+
 @pytest.fixture
 def starts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each trial was started."""
@@ -62,34 +78,30 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-def test_lost_workers_do_not_end_a_trial(tmp_path: Path, starts, monkeypatch) -> None:
+def test_lost_workers_do_not_end_a_trial(cluster, tmp_path: Path, starts, monkeypatch) -> None:
     killed: set[int] = set()
-    with Cluster() as cluster:
-        head = cluster.start_head()
-        for name, value in cluster.env.items():
-            monkeypatch.setenv(name, value)
 
-        def kill(*_: object) -> None:
-            for pid in in_trial(head.pids()) if len(killed) < RETRIES + 2 else ():
-                if pid not in killed:
-                    killed.add(pid)
-                    os.kill(pid, signal.SIGKILL)
+    def kill(*_: object) -> None:
+        for pid in in_trial(cluster.head.pids()) if len(killed) < RETRIES + 2 else ():
+            if pid not in killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
 
-        monkeypatch.setattr(PROGRESS, kill)
-        study = make_study(tmp_path, 300_000)
-        results = run(study, results_uri=str(tmp_path / "r"), address=cluster.address).results
-    assert results.frame()["status"].tolist() == ["finished"]
+    monkeypatch.setattr(PROGRESS, kill)
+    study = make_study(tmp_path, 300_000)
+    results = run(study, results_uri=str(tmp_path / "r"), address=cluster.address).results
+    assert results.to_pandas()["status"].tolist() == ["finished"]
     assert list(starts.values()) == [RETRIES + 3]
 
 
 def test_a_trial_that_fails_each_time_is_a_row_with_its_reason(
-    tmp_path: Path, starts, monkeypatch
+    cluster, tmp_path: Path, starts, monkeypatch
 ) -> None:
     study = make_study(tmp_path, 20_000)
     shard = tmp_path / "tokens" / "train.bin"
     monkeypatch.setattr(PROGRESS, lambda *_, **__: shard.unlink(missing_ok=True))
-    results = run(study, results_uri=str(tmp_path / "r")).results
-    (row,) = results.frame().to_dict("records")
+    results = run(study, results_uri=str(tmp_path / "r"), address=cluster.address).results
+    (row,) = results.to_pandas().to_dict("records")
     assert row["status"] == "crashed"
     assert "token shard" in row["reason"]
     assert list(starts.values()) == [RETRIES + 1] * CRASHES_ALLOWED

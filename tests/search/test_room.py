@@ -38,10 +38,12 @@ def test_a_cell_that_this_machine_never_holds_is_refused(tmp_path: Path) -> None
     study = Study.from_dict(SPACE | {"scales": [small, large | {"resources": {"workers": 512}}]})
     with pytest.raises(UserError, match=r"^cell dense-b-20ktok needs CPU 512; .* --address$"):
         run(study, results_uri=str(tmp_path / "r"))
-    assert Results.open(tmp_path / "r").frame().empty
+    assert Results.open(tmp_path / "r").to_pandas().empty
 
 
-def test_a_node_that_joins_after_the_start_fetches_the_corpus(tmp_path: Path) -> None:
+def test_a_node_that_joins_after_the_start_fetches_the_corpus(
+    tmp_path: Path, assert_study_complete
+) -> None:
     """The head stands alone at first, and the driver's own copy of the corpus is not the node's."""
     cache = tmp_path / "cache"
     with Cluster(head_cpus=0) as cluster:
@@ -57,4 +59,4 @@ def test_a_node_that_joins_after_the_start_fetches_the_corpus(tmp_path: Path) ->
         finally:
             driver.kill()
     assert os.listdir(tmp_path / "cache-of-the-node" / "corpora")
-    assert driver.rows()["status"].tolist() == ["finished"] * 2
+    assert_study_complete(driver.results, trials=1, cells=2)

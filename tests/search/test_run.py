@@ -1,37 +1,52 @@
 """A study on a real local Ray: through to the report, killed in the middle, continued, extended."""
 
+import io
 import json
 import os
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from raysweep.results import Results
+from raysweep.search.run import run
+from raysweep.study import Study
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("run")]
 
 REPO = Path(__file__).resolve().parents[2]
 SPACE = str(REPO / "search_spaces/smoke.yaml")
 
 
-def command(folder: Path, *extra: str) -> list[str]:
+def command(folder: Path) -> list[str]:
     results, report = str(folder / "results"), str(folder / "report")
     base = [sys.executable, "-m", "raysweep.cli", "run", SPACE, "--results", results]
-    return [*base, "--report", report, "--set", "logging=[tensorboard]", *extra]
+    return [*base, "--report", report, "--set", "logging=[tensorboard]"]
 
 
-def complete(folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(folder, *extra), capture_output=True, text=True, cwd=REPO, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+@dataclass
+class Ended:
+    """What a command printed, and the process that it was."""
+
+    stdout: str
+    stderr: str
+    pid: int
+
+
+def complete(folder: Path) -> Ended:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command(folder), stdout=pipe, stderr=pipe, text=True, cwd=REPO)
+    stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr
+    return Ended(stdout, stderr, process.pid)
 
 
 def last_scalars(events: bytes) -> dict[str, float]:
@@ -48,8 +63,8 @@ def last_scalars(events: bytes) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
-    """A study whose driver was killed with SIGKILL, and the rows that stood then."""
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame, int]:
+    """A study whose driver was killed with SIGKILL, the rows that stood then, and the driver."""
     folder = tmp_path_factory.mktemp("study")
     with open(folder / "log", "w") as log:
         driver = subprocess.Popen(command(folder), stdout=log, stderr=log, cwd=REPO)
@@ -62,33 +77,31 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     time.sleep(3)  # workers notice that their driver is gone
-    return folder, Results.open(folder / "results").frame()
+    return folder, Results.open(folder / "results").to_pandas(), driver.pid
 
 
 @pytest.fixture(scope="module")
-def continued(killed: tuple[Path, pd.DataFrame]) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    folder, _ = killed
+def continued(killed: tuple[Path, pd.DataFrame, int]) -> tuple[Path, Ended]:
+    folder, *_ = killed
     return folder, complete(folder)
 
 
-def test_killed_and_continued_loses_and_repeats_nothing(killed, continued) -> None:
-    _, before = killed
+def test_killed_and_continued_loses_and_repeats_nothing(
+    killed, continued, assert_study_complete
+) -> None:
+    _, before, _ = killed
     folder, _ = continued
-    frame = Results.open(folder / "results").frame()
+    frame = assert_study_complete(folder / "results")
     kept = frame[frame["trial_key"].isin(before["trial_key"])].reset_index(drop=True)
     pd.testing.assert_frame_equal(
         kept.sort_values("trial_key", ignore_index=True),
         before.sort_values("trial_key", ignore_index=True),
     )
-    assert frame["trial_key"].is_unique
-    finished = frame[frame["status"] == "finished"]["cell"].value_counts()
-    assert finished.to_dict() == dict.fromkeys(sorted(finished.index), 2)
-    assert len(finished) == 4
 
 
 def test_rows_are_complete(continued) -> None:
     folder, _ = continued
-    frame = Results.open(folder / "results").frame()
+    frame = Results.open(folder / "results").to_pandas()
     always = [
         *("loss", "loss_se", "train_loss", "bits_per_byte", "tokens_seen", "flops", "device"),
         *("seconds_wall", "seconds_train", "tokens_per_second", "peak_memory_bytes", "worker"),
@@ -113,7 +126,7 @@ def test_a_report_stands_at_the_end(continued) -> None:
 def test_tensorboard_has_every_trial(killed, continued) -> None:
     """Of the run that was not killed."""
     folder, _ = continued
-    rows = Results.open(folder / "results").frame()
+    rows = Results.open(folder / "results").to_pandas()
     rows = rows[~rows["trial_key"].isin(killed[1]["trial_key"])]
     assert len(rows)
     for row in rows.itertuples():
@@ -132,17 +145,18 @@ def test_a_log_file_gets_plain_lines(continued) -> None:
 def test_running_again_does_nothing_and_more_trials_extend(continued) -> None:
     """The added trials of the larger scale run on two workers: resources are not the result's."""
     folder, _ = continued
-    before = Results.open(folder / "results").frame()
-    again = complete(folder)
-    assert "nothing to run" in again.stderr
+    before = Results.open(folder / "results").to_pandas()
+    said = io.StringIO()
+    run(Study.load(SPACE), results_uri=str(folder / "results"), console=Console(file=said))
+    assert "nothing to run" in said.getvalue()
     changes = (
         "architectures={dense: {}}",
         "search.trials_per_cell=3",
         "search.strategy=qmc",
         "scales.1.resources={workers: 2}",
     )
-    complete(folder, *(word for change in changes for word in ("--set", change)))
-    frame = Results.open(folder / "results").frame()
+    run(Study.load(SPACE, changes), results_uri=str(folder / "results"))
+    frame = Results.open(folder / "results").to_pandas()
     assert len(frame) == len(before) + 2
     assert set(before["trial_key"]) < set(frame["trial_key"])
     added = frame[~frame["trial_key"].isin(before["trial_key"])].set_index("cell")
@@ -152,28 +166,8 @@ def test_running_again_does_nothing_and_more_trials_extend(continued) -> None:
     }
 
 
-def test_early_stopping_leaves_rows_with_a_reason(tmp_path: Path) -> None:
-    changes = (
-        "architectures={dense: {}}",
-        "scales=[{d_model: 8, layers: 1, heads: 1}]",
-        "horizons=[{tokens: 100000}]",
-        "search.strategy=random",
-        "search.trials_per_cell=6",
-        "search.learning_rate={low: 1e-6, high: 1e-1}",
-        "search.early_stopping={method: asha, grace_fraction: 0.1}",
-    )
-    complete(tmp_path, *(word for change in changes for word in ("--set", change)))
-    frame = Results.open(tmp_path / "results").frame()
-    stopped = frame[frame["status"] == "stopped"]
-    assert 1 <= len(stopped) < len(frame)
-    assert stopped["reason"].str.contains("early stopping").all()
-    assert stopped["loss"].isna().all()
-    assert (stopped["tokens_seen"] < 100_000).all()
-    finished = frame[frame["status"] == "finished"]
-    assert stopped["train_loss"].median() > finished["train_loss"].median()
-
-
-def test_nothing_is_left_behind(continued) -> None:
+def test_nothing_is_left_behind(killed, continued) -> None:
+    """The scratch folder of a driver that ended, and that of one that was killed before it."""
     cache = Path(os.environ.get("RAYSWEEP_CACHE", Path.home() / ".cache/raysweep"))
-    left = [p.name for p in cache.glob("run*") if p.name.removeprefix("run").isdigit()]
-    assert not [n for n in left if not Path(f"/proc/{n.removeprefix('run')}").exists()]
+    for folder in (cache, Path(tempfile.gettempdir())):
+        assert not [pid for pid in (killed[2], continued[1].pid) if (folder / f"run{pid}").exists()]

@@ -1,5 +1,6 @@
 """One trial as a Tune actor runs it: what is lost, and what is not, when its process is."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,6 @@ from raysweep.data.corpus import prepare
 from raysweep.results import Results
 from raysweep.search.trial import RowWriter, TrialContext, run_trial
 from raysweep.study import Study
-
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def _ray():
-    import ray
-    from ray._private.authentication_test_utils import reset_auth_token_state
-
-    reset_auth_token_state()  # an earlier test may have used another token
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def in_folder(folder: Path, name: str = "lost") -> tuple[TrialContext, dict[str, Any]]:
@@ -46,7 +34,6 @@ def in_folder(folder: Path, name: str = "lost") -> tuple[TrialContext, dict[str,
     return TrialContext(study, corpus, uri), at
 
 
-@pytest.mark.usefixtures("_ray")
 def test_lost_between_its_outcome_and_its_row_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,11 +57,33 @@ def test_lost_between_its_outcome_and_its_row_it_goes_on(
     assert not list(kept.iterdir())
 
 
-@pytest.mark.usefixtures("_ray")
 def test_studies_in_one_folder_that_run_the_same_trial_have_a_row_each(tmp_path: Path) -> None:
     for name in ("one", "two", "two"):
         run_trial(*in_folder(tmp_path, name))
-    rows = Results.open(tmp_path / "results").frame()
+    rows = Results.open(tmp_path / "results").to_pandas()
     assert rows["study"].tolist() == ["one", "two"]
     assert rows["trial_key"].nunique() == 1
     assert len(list((tmp_path / "results" / "trials").iterdir())) == 2
+
+
+@pytest.mark.usefixtures("_ray")
+@pytest.mark.parametrize("early", [True, False])
+def test_what_a_user_must_mend_is_a_row_at_once(tmp_path: Path, early: bool) -> None:
+    """A trial that would fail so again ends with its reason, before it trains."""
+    context, point = in_folder(tmp_path)
+    if early:  # the validation data are too few for the slice
+        data = context.study.space.data.model_copy(update={"validation_sequences": 10_000})
+        context.study.space = context.study.space.model_copy(update={"data": data})
+        reason = "10000 sequences of 16 need"
+    else:
+        resources = context.study.cells[0].resources.model_copy(update={"gpus_per_worker": 1.0})
+        cell = dataclasses.replace(context.study.cells[0], resources=resources)
+        context.study.cells = (cell,)
+        reason = "PyTorch sees no GPU here"
+    row = run_trial(context, point)
+    assert row["status"] == "crashed"
+    assert reason in row["reason"]
+    assert row["step"] is None
+    standing = Results.open(context.results_uri).find(row["trial_key"], row["study"])
+    assert standing is not None
+    assert standing["status"] == "crashed"

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raysweep.errors import UserError
-from raysweep.plan import make_plan
 from raysweep.results.importers import parse_mapping
 from raysweep.study import Study
+from raysweep.study.plan import make_plan
 from raysweep.study.schema import SearchSpace
 
 REPO = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.plan import make_plan
 from raysweep.study import Study
+from raysweep.study.plan import make_plan
 from raysweep.study.schema import SearchSpace
 
 REPO = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ def test_every_space_plans(path: Path) -> None:
     json.dumps(plan.to_dict())
     for cell in plan.cells:
         # Exact counts and 6ND agree but for attention and head, which weigh more in tiny models.
-        least = 0.7 if cell.params_active > 1e7 else 0.05
+        least = 0.7 if cell.params_active_non_embedding > 1e8 else 0.05
         assert least < cell.flops_6nd_per_trial / cell.flops_per_trial <= 1.01
         if cell.params_target is not None and cell.name.startswith("dense"):
             assert cell.params_active_non_embedding == pytest.approx(cell.params_target, rel=0.1)
@@ -68,3 +68,20 @@ def test_committed_schema_is_current() -> None:
     assert committed == json.loads(json.dumps(SearchSpace.model_json_schema())), (
         "run: raysweep schema > search_spaces/schema.json"
     )
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_gpu_ladders_suit_their_cards(name: str) -> None:
+    """Sizes that kernels like, and workers whose memory holds the state: 80 GB, 16 bytes each."""
+    study = Study.load(REPO / f"search_spaces/{name}.yaml")
+    for cell in study.cells:
+        shape, resources = cell.shape, cell.resources
+        assert shape.head_dim == 128
+        assert all(n % 128 == 0 for n in (shape.d_model, shape.d_ff, shape.vocab_size))
+        assert 2 * shape.expert_ff % 128 == 0
+        cards = resources.workers if resources.strategy == "fsdp" else 1
+        assert 16 * cell.counts.params_total / cards < 40e9
+        assert (resources.strategy == "fsdp") == (16 * cell.counts.params_total > 40e9)
+        active = cell.counts.params_active_non_embedding
+        assert active == pytest.approx(cell.params_dense, rel=0.03)
+    assert study.space.data.source != "machine"

@@ -56,6 +56,7 @@ def make_spec(architecture: str = "dense", **changes: Any) -> TrialSpec:
                 "validation_sequences": 33,
             },
             "recipe": recipe,
+            "search": {"batch_sequences": {"low": 4}},
             "resources": changes.pop("resources", {}),
         }
     )

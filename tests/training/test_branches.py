@@ -152,11 +152,11 @@ def test_what_ends_the_shared_phase_ends_all_horizons(corpus, spec, monkeypatch)
 def test_no_memory_in_a_branch_is_the_outcome_of_that_branch(corpus, spec, whole, monkeypatch):
     evaluate, calls = Decoder.evaluate, []
 
-    def short_once(self, tokens, targets):
+    def short_once(self, tokens, targets, count):
         calls.append(len(tokens))
         if len(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
-        return evaluate(self, tokens, targets)
+        return evaluate(self, tokens, targets, count)
 
     monkeypatch.setattr(Decoder, "evaluate", short_once)
     found = branched(spec, corpus)

@@ -19,6 +19,7 @@ from raysweep.training import checkpoint
 from raysweep.training.checkpoint import NAME, Checkpoints, forget
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
+from raysweep.training.parallel import Workers
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 
@@ -28,14 +29,15 @@ def test_newest_only_and_gone_at_the_end(where, tmp_path, bucket):
     storage = Storage.at(tmp_path / "results" if where == "folder" else bucket)
     checkpoints = Checkpoints(storage, "k")
     assert checkpoints.load() is None
-    for step in (1, 2):
-        checkpoints.save({"step": step, "x": torch.full((3,), float(step)), "curve": [1, None]})
+    for step in (1, 2, 3):
+        parts = {"w": (0, torch.full((3,), float(step)))}
+        checkpoints.save({"step": step, "parts": parts, "curve": [1, None]})
     checkpoints.wait()
-    assert [info.base_name for info in storage.list(CHECKPOINTS, "k")] == [NAME]
-    state = Checkpoints(storage, "k").load()
+    assert len(storage.list(CHECKPOINTS, "k")) == 5, "the newest, and one that may be written over"
+    state = Checkpoints(storage, "k").load_on_all({"w": (0, torch.empty(3))})
     assert state is not None
-    assert state["step"] == 2
-    assert state["x"].tolist() == [2.0] * 3
+    assert state["step"] == 3
+    assert state["parts"]["w"][1].tolist() == [3.0] * 3
     assert state["curve"] == [1, None]
     assert Checkpoints(storage, "another").load() is None
     if where == "folder":
@@ -46,6 +48,55 @@ def test_newest_only_and_gone_at_the_end(where, tmp_path, bucket):
     forget(storage, "k")
     assert not storage.list(CHECKPOINTS, "k")
     assert not (tmp_path / "results" / CHECKPOINTS / "k").exists()
+
+
+def test_parts_are_put_together_for_another_number_of_workers(tmp_path, monkeypatch):
+    """Four workers write a stretch each, in files of a few numbers; one and three read."""
+    monkeypatch.setattr(checkpoint, "FILE_NUMBERS", 5)
+    storage, whole = Storage.at(tmp_path), torch.arange(32.0)
+    writers = [Checkpoints(storage, "k", Workers(rank, 4, sharded=True)) for rank in range(4)]
+    for rank, writer in enumerate(writers):
+        span = slice(8 * rank, 8 * rank + 8)
+        parts = {"a": (span.start, whole[span]), "b": (span.start, -whole[span])}
+        writer.save(
+            {"step": 7, "parts": parts, "trunk": {"parts": {"a": (span.start, parts["b"][1])}}}
+        )
+    for writer in writers:
+        writer.wait()
+        writer.commit(writer.failed)
+    assert len(storage.list(CHECKPOINTS, "k")) > 12
+    for first, last in ((0, 32), (0, 11), (11, 22), (22, 32)):
+        wanted = {"a": (first, torch.empty(last - first))}
+        state = Checkpoints(storage, "k").load_on_all(wanted)
+        assert state is not None
+        assert torch.equal(state["parts"]["a"][1], whole[first:last])
+        assert torch.equal(state["trunk"]["parts"]["a"][1], -whole[first:last])
+
+
+def test_a_checkpoint_counts_only_once_all_workers_have_written(tmp_path, caplog):
+    storage = Storage.at(tmp_path)
+    whole = torch.arange(4.0)
+
+    def write(step: int, ranks: range, failed: bool = False) -> None:
+        for rank in ranks:
+            writer = Checkpoints(storage, "k", Workers(rank, 2, sharded=True))
+            writer._slot = step % 2
+            part = whole[2 * rank : 2 * rank + 2] + step
+            writer.save({"step": step, "parts": {"a": (2 * rank, part)}})
+            writer.wait()
+            writer.commit(failed)
+
+    wanted = {"a": (0, whole)}
+    write(0, range(1, -1, -1))
+    write(1, range(2), failed=True)
+    state = Checkpoints(storage, "k").load_on_all(wanted)
+    assert state is not None
+    assert state["step"] == 0
+    assert torch.equal(state["parts"]["a"][1], whole)
+    with caplog.at_level(logging.WARNING, "raysweep"):
+        write(2, range(1, 2))  # and the first is lost before it has written
+        assert Checkpoints(storage, "k").load_on_all(wanted) is None
+    assert "starts over" in caplog.text
 
 
 def test_what_is_written_is_the_state_when_it_was_saved(tmp_path, monkeypatch):
@@ -60,16 +111,16 @@ def test_what_is_written_is_the_state_when_it_was_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(Storage, "write", slow)
     checkpoints = Checkpoints(storage, "k")
     weights, curve = torch.ones(3), [1.0]
-    checkpoints.save({"weights": weights, "monitor": {"curve": curve}})
+    checkpoints.save({"step": 1, "parts": {"w": (0, weights)}, "monitor": {"curve": curve}})
     assert checkpoints.writing
     weights.zero_()
     curve.append(2.0)
     go.set()
     checkpoints.wait()
     assert not checkpoints.writing
-    state = checkpoints.load()
+    state = checkpoints.load_on_all({"w": (0, weights)})
     assert state is not None
-    assert state["weights"].tolist() == [1.0] * 3
+    assert state["parts"]["w"][1].tolist() == [1.0] * 3
     assert state["monitor"] == {"curve": [1.0]}
 
 
@@ -78,12 +129,12 @@ def test_a_write_under_way_is_not_joined_by_another(corpus, spec, tmp_path, monk
     under_way, most, saved = [0], [0], []
     write = Checkpoints._write
 
-    def slow(self, state):
+    def slow(self, slot, step, parts):
         under_way[0] += 1
         most[0] = max(most[0], under_way[0])
-        saved.append(state["step"])
+        saved.append(step)
         time.sleep(0.02)
-        write(self, state)
+        write(self, slot, step, parts)
         under_way[0] -= 1
 
     monkeypatch.setattr(Checkpoints, "_write", slow)

@@ -1,7 +1,5 @@
 """The gradient noise scale against gradients of single sequences, one by one."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -25,12 +23,10 @@ def measured(corpus, spec):
     parameters = FlatParameters(model)
     maker = GradientMaker(
         model=model,
-        forward=model,
         parameters=parameters,
         tokens=corpus.train,
         workers=Workers(),
         device=torch.device("cpu"),
-        precision=contextlib.nullcontext,
         seed=0,
         batch_sequences=BATCH,
         micro=BATCH,

@@ -1,15 +1,19 @@
 """The loop's parts: schedules, the optimizer's buffers, monitor, micro-batches."""
 
+import dataclasses
 import math
 import os
+import time
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
-from raysweep.model import build
-from raysweep.study import Architecture, Recipe, Resources
+from raysweep.model import build, compiled
+from raysweep.study import Architecture, Recipe, Study
 from raysweep.study.shape import ModelShape
-from raysweep.training import calibrate, optimizer, runtime, schedule
+from raysweep.training import calibrate, memory, optimizer, runtime, schedule
 from raysweep.training.monitor import Monitor
 
 SHAPE = ModelShape(
@@ -65,13 +69,19 @@ class TestSchedule:
 class TestFlatParameters:
     def test_same_steps_as_one_tensor_a_parameter(self):
         recipe = Recipe(weight_decay=0.1)
-        flat_model, model = (build(SHAPE, Architecture(), rope_base=1e4, seed=0) for _ in "ab")
+        settings = Architecture(experts=4, top_k=2)
+        routed = dataclasses.replace(SHAPE, experts=4, top_k=2, expert_ff=8, moe_layers=(0,))
+        flat_model, model = (build(routed, settings, rope_base=1e4, seed=0) for _ in "ab")
         flat = optimizer.FlatParameters(flat_model)
         steps = optimizer.build_optimizer(flat, recipe, 64)
+        decaying, others = [], []
+        for name, parameter in model.named_parameters():
+            exempt = parameter.ndim == 1 or name == "embedding" or "router" in name
+            (others if exempt else decaying).append(parameter)
         plain = torch.optim.AdamW(
             [
-                {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-                {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+                {"params": decaying, "weight_decay": 0.1},
+                {"params": others, "weight_decay": 0.0},
             ],
             betas=(0.9, 0.95),
             eps=1e-8,
@@ -151,20 +161,115 @@ class TestMonitor:
 
 
 class TestMicroBatch:
-    def size(self, local: int, **resources) -> int:
-        return runtime.micro_batch(SHAPE, Resources(**resources), torch.device("cpu"), local)
+    def size(
+        self, spec, batch: int, *, compiled=False, on="cpu", world_size=1, **changes: Any
+    ) -> int:
+        trial = spec(batch_sequences=batch, tokens=16 * batch * 20, **changes)
+        trial = dataclasses.replace(trial, least_batch_sequences=changes.get("least", 4))
+        device = torch.device(on)
+        return memory.wanted_micro_batch(trial, device, world_size, compiled=compiled)
 
-    def test_whole_batch_if_it_fits(self):
-        assert self.size(8) == 8
+    def test_whole_batch_if_it_fits(self, spec):
+        assert self.size(spec, 8) == 8
 
-    def test_limited_to_what_pays_on_a_cpu(self):
-        assert self.size(1 << 20) == runtime.CPU_MICRO_TOKENS // 8
+    def test_limited_to_what_pays_on_a_cpu(self, spec):
+        assert self.size(spec, 1 << 12) == memory.CPU_MICRO_TOKENS // 16
 
-    def test_given_limit_is_rounded_down_to_a_power_of_two(self):
-        assert self.size(64, micro_batch_sequences=7) == 4
+    def test_given_limit_is_rounded_down_to_a_power_of_two(self, spec):
+        assert self.size(spec, 64, resources={"micro_batch_sequences": 7}) == 4
 
-    def test_odd_batches_are_cut_evenly(self):
-        assert self.size(9, micro_batch_sequences=4) == 3
+    def test_odd_batches_are_cut_evenly(self, spec):
+        assert self.size(spec, 9, resources={"micro_batch_sequences": 4}) == 3
+
+    def test_one_size_a_compiled_cell_that_leaves_two_for_the_noise_scale(self, spec):
+        assert {self.size(spec, batch, compiled=True) for batch in (4, 8, 256)} == {2}
+        quiet: Any = {"recipe": {"noise_scale": False}}
+        assert {self.size(spec, batch, compiled=True, **quiet) for batch in (4, 256)} == {4}
+
+    def test_a_gpu_is_not_starved_for_it(self, spec):
+        least = memory.GPU_LEAST_TOKENS // 16
+        assert self.size(spec, 1 << 12, compiled=True, on="cuda") == least
+        assert self.size(spec, 256, compiled=True, on="cuda") == 128, "half of what it has"
+        assert self.size(spec, 1 << 12, compiled=True, on="cuda", world_size=8) == 256
+
+
+class TestMemory:
+    """What fits, on devices that are none: attempts pass up to so many sequences."""
+
+    def fit(self, wanted: int, kept: int, recomputed: int = 0, others: int = 1 << 30, length=2048):
+        tried = []
+
+        def attempt(micro: int, recompute: bool) -> bool:
+            tried.append((micro, recompute))
+            return micro <= (recomputed if recompute else kept)
+
+        # The other worker has room for as many as `others`, whatever is tried.
+        found = memory.fit(wanted, length, attempt,
+                           lambda fits: int(bool(fits) and tried[-1][0] <= others))  # fmt: skip
+        return found, tried
+
+    def test_what_is_wanted_if_it_fits(self):
+        assert self.fit(8, kept=9) == (memory.Fit(8, False), [(8, False)])
+
+    def test_halves_until_it_fits(self):
+        assert self.fit(32, kept=10)[0] == memory.Fit(8, False)
+
+    def test_workers_agree_on_the_fullest(self):
+        assert self.fit(32, kept=32, others=8)[0] == memory.Fit(8, False)
+
+    def test_activations_are_computed_again_where_few_tokens_fit_else(self):
+        assert self.fit(8, kept=2, recomputed=8)[0] == memory.Fit(8, True)
+        assert self.fit(8, kept=2, recomputed=2)[0] == memory.Fit(2, False)
+        assert self.fit(8, kept=4, recomputed=8)[0] == memory.Fit(4, False)
+
+    def test_nothing_fits(self):
+        assert self.fit(8, kept=0)[0].micro == 0
+
+    def test_free_memory_is_of_the_share_of_the_card(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60e9, 80e9))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5e9)
+        device = torch.device("cuda")
+        assert memory.free_bytes(device, 1.0) == 60e9
+        assert memory.free_bytes(device, 0.25) == 15e9, "weights and moments are taken off"
+        assert memory.guess(SHAPE, 15e9) == pytest.approx(memory.guess(SHAPE, 60e9) / 4, rel=0.01)
+
+    @pytest.mark.parametrize("experts", [1, 4])
+    def test_a_stand_in_takes_what_one_worker_of_many_does(self, experts):
+        """Activations as the whole model's, weights of one layer of a kind."""
+        routed = {"experts": 4, "top_k": 2, "expert_ff": 8, "moe_layers": (1, 2, 3)}
+        shape = dataclasses.replace(SHAPE, layers=4, **(routed if experts > 1 else {}))
+        settings = Architecture(experts=experts, top_k=min(2, experts))
+        model = build(shape, settings, rope_base=1e4, seed=0)
+        model.dtype = torch.bfloat16
+        twin, reserve = memory.stand_in(model, torch.device("cpu"))
+        names = {name: p.dtype for name, p in twin.named_parameters()}
+        assert len(names) == (11 if experts == 1 else 15)
+        assert {n for n, d in names.items() if d is torch.float32} == (
+            {"feed_forward.1.router.weight"} if experts > 1 else set()
+        )
+        assert reserve > 0
+        assert memory.passes(twin, 2, reserve, torch.device("cpu"))
+
+        def kept(which) -> int:
+            """Bytes kept from forward to backward, but for weights: rounded ones, of `model`."""
+            storages: dict[int, torch.UntypedStorage] = {}
+            weights = {p.untyped_storage().data_ptr() for p in which.parameters()}
+
+            def note(tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in weights:
+                    storages[storage.data_ptr()] = storage
+                return tensor
+
+            tokens = torch.zeros(2, 8, dtype=torch.int64)
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                loss = which(tokens, tokens).objective
+            rounded = sum(2 * p.numel() for p in which.parameters() if p.dtype is torch.float32)
+            assert loss.isfinite()
+            return sum(s.nbytes() for s in storages.values()) - rounded
+
+        assert kept(twin) == pytest.approx(kept(model), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +280,9 @@ class TestMicroBatch:
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `create`"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("NCCL error: ... Cuda failure 2 'out of memory'"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("could not create a primitive"), True),
         (ValueError("CUDA error: out of memory"), False),
@@ -189,6 +297,30 @@ def test_calibration_keeps_to_the_gpus_that_the_user_chose(monkeypatch):
     assert calibrate._gpu(1) == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8932f937")
     assert [calibrate._gpu(k) for k in range(2)] == ["3", "GPU-8932f937"]
+
+
+def test_what_is_timed_is_a_step_and_not_its_compilation(monkeypatch):
+    """A compiler that takes half a second a graph; what it makes runs at once."""
+
+    def slow(graph, example):
+        time.sleep(0.5)
+        return aot_eager(graph, example)
+
+    study = Study.from_dict(
+        {
+            "study": "timed",
+            "model": {"sequence_length": 16},
+            "scales": [{"d_model": 16, "layers": 1, "heads": 1}],
+            "horizons": [{"tokens": 1e6}],
+            "recipe": {"compile": "on"},
+        }
+    )
+    monkeypatch.setattr(compiled, "BACKEND", slow)
+    compiled.forget()
+    seconds, _ = calibrate._step(study, study.cells[0], 4)
+    assert compiled._compiled, "as the cell's own trials are"
+    assert seconds < 0.2
+    compiled.forget()
 
 
 def test_processors_where_the_system_says_nothing_of_affinity(monkeypatch):

@@ -90,10 +90,10 @@ def test_router_z_loss_keeps_the_routers_normaliser_small(corpus, spec):
         )
         seen = []
         layer = run.learner.model.feed_forward[-1]
-        norm, router = layer.get_parameter("norm"), layer.get_parameter("router")
+        norm, router = layer.get_parameter("norm"), layer.get_parameter("router.weight")
         layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
         with torch.no_grad():
-            run.learner.model._trunk(torch.from_numpy(inputs))
+            run.learner.model._stack(torch.from_numpy(inputs))
             unit = torch.nn.functional.rms_norm(seen[0], seen[0].shape[-1:], norm)
             return (unit @ router).logsumexp(-1).square().mean().item()
 
@@ -104,9 +104,9 @@ def test_all_trials_are_measured_on_the_same_sequences(corpus, spec, monkeypatch
     seen: list[torch.Tensor] = []
     evaluate = Decoder.evaluate
 
-    def noting(self, tokens, targets):
-        seen.append(torch.cat([tokens, targets[:, -1:]], 1))
-        return evaluate(self, tokens, targets)
+    def noting(self, tokens, targets, count):
+        seen.append(torch.cat([tokens, targets[:, -1:]], 1)[:count])
+        return evaluate(self, tokens, targets, count)
 
     monkeypatch.setattr(Decoder, "evaluate", noting)
     slices = []

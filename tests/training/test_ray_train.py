@@ -1,15 +1,22 @@
-"""The loop on two workers of a real local Ray, alone and inside a Tune trial."""
+"""Trials on several workers of a real local Ray, in a group that is kept."""
 
 import dataclasses
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raysweep.data.corpus import prepare
 from raysweep.data.shipping import publish
+from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
 from raysweep.study import Data
 from raysweep.training.loop import train
-from raysweep.training.outcome import TrialOutcome
+from raysweep.training.outcome import Silent
 
 pytestmark = pytest.mark.ray
 
@@ -23,10 +30,11 @@ def _ray(repo, tmp_path_factory):
     environment = {
         "PYTHONPATH": f"{repo}:{repo / 'tests' / 'training'}",
         "RAYSWEEP_CACHE": str(tmp_path_factory.mktemp("node") / "cache"),
+        "OMP_NUM_THREADS": "1",
     }
     ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"env_vars": environment},
@@ -35,55 +43,158 @@ def _ray(repo, tmp_path_factory):
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A small corpus of text, in the driver's cache."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text.txt").write_text("".join(f"line {i} of many\n" for i in range(1000)))
+    data = Data(source="text", paths=(str(folder / "text.txt"),), validation_sequences=33)
+    return prepare(data, folder, cache=folder / "cache", sequence_length=16)
+
+
 @pytest.fixture
-def corpus(tmp_path):
-    """A small one of text, in the driver's cache."""
-    (tmp_path / "text.txt").write_text("".join(f"line {i} of many\n" for i in range(1000)))
-    data = Data(source="text", paths=(str(tmp_path / "text.txt"),), validation_sequences=33)
-    return prepare(data, tmp_path, cache=tmp_path / "cache", sequence_length=16)
+def fitting(spec, text):
+    """A trial of the corpus on two workers."""
+
+    def make(**changes: Any):
+        trial = spec(resources={"workers": 2}, **changes)
+        shape = dataclasses.replace(trial.cell.shape, vocab_size=text.vocab_size)
+        return dataclasses.replace(trial, cell=dataclasses.replace(trial.cell, shape=shape))
+
+    return make
+
+
+def job(trial, corpus, storage: Storage, branches: Any = tuple, on_branch=None):
+    from raysweep.training.ray_train import Job
+
+    return Job(trial, corpus, storage, branches, on_branch)
+
+
+class Heard(Silent):
+    """Hears of progress; stops, raises or does something else once it has come so far."""
+
+    def __init__(self, at: int = 1 << 30, then=lambda: None) -> None:
+        self.steps: list[int] = []
+        self.at, self.then, self.stop = at, then, False
+
+    def report(self, step: int, tokens: int, loss: float) -> None:
+        self.steps.append(step)
+        if step >= self.at:
+            self.at = 1 << 30
+            self.then()
+
+    def should_stop(self) -> bool:
+        return self.stop
+
+
+def worker_pids() -> list[int]:
+    """Of the processes of Ray Train's workers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"RayTrainWorker" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
 
 
 @pytest.mark.usefixtures("_ray")
-def test_inside_a_tune_trial_on_nodes_that_lack_the_corpus(corpus, spec, tmp_path):
-    import pickle
+def test_a_group_lives_through_trials_of_every_end(text, fitting, tmp_path):
+    """One group: trials finish, diverge, are refused, stopped, lose a worker, and follow on."""
+    import ray
 
-    from ray import tune
+    from raysweep.training.ray_train import end_groups, find_group, train_in_group
 
-    def fitting(trial):
-        shape = dataclasses.replace(trial.cell.shape, vocab_size=corpus.vocab_size)
-        return dataclasses.replace(trial, cell=dataclasses.replace(trial.cell, shape=shape))
-
-    trial = fitting(spec(resources={"workers": 2}))
     results = Storage.at(tmp_path / "results")
-    publish(corpus, results)
-    elsewhere = dataclasses.replace(corpus, path=tmp_path / "only where the driver is")
-    seen = []
-
-    class Listener(tune.Callback):
-        def on_trial_result(self, iteration, trials, trial, result, **info):
-            seen.append(result)
-
-    def trainable(config):
-        from raysweep.training.ray_train import train_distributed
-
-        storage = str(tmp_path / "ray")
-        outcome = train_distributed(trial, elsewhere, checkpoints=results, storage_path=storage)
-        assert isinstance(outcome, TrialOutcome)
-        tune.report({"outcome": pickle.dumps(outcome)})
-
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": 0.01}),
-        run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0, callbacks=[Listener()]),
-    )
-    ended = tuner.fit()
-    assert not ended.errors
-    metrics = ended[0].metrics
-    assert metrics is not None
-    outcome = pickle.loads(metrics["outcome"])
-    one = train(fitting(spec()), corpus)
-    assert outcome.status == "finished"
-    assert outcome.world_size == 2
+    publish(text, results)
+    elsewhere = dataclasses.replace(text, path=tmp_path / "only where the driver is")
+    first = fitting()
+    host = find_group("kept", first.cell.resources, strict=True, storage_path=str(tmp_path / "ray"))
+    heard = Heard()
+    outcome = train_in_group(host, job(first, elsewhere, results), heard)
+    one = train(dataclasses.replace(first, seed=0), text)
+    assert (outcome.status, outcome.world_size) == ("finished", 2)
     assert outcome.loss == pytest.approx(one.loss, rel=1e-5)
-    shares = [r["percent"] for r in seen if "percent" in r]
-    assert shares == sorted(shares)
-    assert shares[-1] == 100
+    assert heard.steps == sorted(heard.steps)
+    assert heard.steps[-1] == first.steps
+    pids = sorted(worker_pids())
+    assert len(pids) == 2
+
+    begun = time.monotonic()
+    sharded = fitting(seed=1)
+    resources = sharded.cell.resources.model_copy(update={"strategy": "fsdp"})
+    sharded = dataclasses.replace(
+        sharded, cell=dataclasses.replace(sharded.cell, resources=resources)
+    )
+    assert train_in_group(host, job(sharded, elsewhere, results), Heard()).status == "finished"
+    assert time.monotonic() - begun < 10
+    wild = fitting(
+        learning_rate=50.0, recipe={"clip_norm": None, "eps": 1e-30}, tokens=16 * 8 * 400
+    )
+    assert train_in_group(host, job(wild, elsewhere, results), Heard()).status == "diverged"
+    assert sorted(worker_pids()) == pids, "none began anew"
+
+    # A worker is killed: the trial goes on from its checkpoint.
+    long = fitting(seed=2, tokens=16 * 8 * 1500, recipe={"checkpoint_seconds": 0.2})
+    lost = Heard(at=700, then=lambda: os.kill(pids[1], signal.SIGKILL))
+    outcome = train_in_group(host, job(long, elsewhere, results), lost)
+    assert outcome.status == "finished"
+    again = [b for a, b in zip(lost.steps, lost.steps[1:], strict=False) if b < a]
+    assert all(step > 100 for step in again), "from a checkpoint, not from the start"
+    other = Storage.at(tmp_path / "other")
+    publish(text, other)
+    assert outcome.loss == train_in_group(host, job(long, elsewhere, other), Heard()).loss
+    assert not set(worker_pids()) & {pids[1]}
+
+    # What a user must mend ends a trial at once, with its reason.
+    refused = dataclasses.replace(fitting(), batch_sequences=7)
+    with pytest.raises(UserError, match="7 sequences does not divide by 2 workers"):
+        train_in_group(host, job(refused, elsewhere, results), Heard())
+
+    # Asked to stop, a trial leaves a checkpoint, and the next attempt goes on from there.
+    stopping = Heard(at=300, then=lambda: setattr(stopping, "stop", True))
+    trial = fitting(seed=3, tokens=16 * 8 * 20_000, recipe={"checkpoint_seconds": 600})
+    assert train_in_group(host, job(trial, elsewhere, results), stopping).status == "stopped"
+    assert results.list("checkpoints", trial.key)
+
+    # Early stopping raises in the reporter: the group is free again.
+    def ends():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_group(host, job(dataclasses.replace(trial, seed=4), elsewhere, results),
+                       Heard(at=300, then=ends))  # fmt: skip
+    follows = train_in_group(host, job(fitting(seed=5), elsewhere, results), Heard())
+    assert follows.status == "finished"
+
+    # Given back, its resources are free.
+    end_groups([host], wait=True)
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2
+
+
+@pytest.mark.usefixtures("_ray")
+def test_an_error_of_its_own_is_tried_three_times(text, fitting, tmp_path):
+    from raysweep.training.ray_train import end_groups, find_group, train_in_group
+
+    results = Storage.at(tmp_path / "results")
+    publish(text, results)
+    trial = fitting(seed=9)
+    host = find_group("errs", trial.cell.resources, strict=True, storage_path=str(tmp_path / "ray"))
+    folder = tmp_path / "starts"
+    folder.mkdir()
+
+    def broken():
+        (folder / str(time.time_ns())).touch()
+        raise RuntimeError("planted")
+
+    with pytest.raises(UserError, match="planted"):
+        train_in_group(host, job(trial, text, results, branches=broken), Heard())
+    assert len(list(folder.iterdir())) <= 2 * 3, "by two workers, thrice"
+    threading.Event().wait(0.1)
+    good = train_in_group(host, job(trial, text, results), Heard())
+    assert good.status == "finished"
+    end_groups([host], wait=True)

@@ -1,3 +1,19 @@
+// One large surface of a cell, chosen from a strip.
+(() => {
+  const strip = document.getElementById("cells");
+  if (!strip) return;
+  const cells = [...strip.children];
+  const choose = (cell) => {
+    for (const other of cells) {
+      other.classList.toggle("on", other === cell);
+      other.querySelector(".pick").setAttribute("aria-pressed", String(other === cell));
+    }
+  };
+  strip.classList.add("strip");
+  for (const cell of cells) cell.addEventListener("click", () => choose(cell));
+  choose(cells.find((cell) => "first" in cell.dataset) ?? cells[0]);
+})();
+
 // The table of trials.
 (() => {
   const { read, make, styles } = kit;
@@ -21,7 +37,7 @@
   const table = document.getElementById("trial-table");
   if (!table) return;
   const form = document.getElementById("trial-filter");
-  const PAGE = 25;
+  const PAGE = 10;
   let sorted = null, descending = false, page = 0;
   let rows = [...Array(trials.shown).keys()];
 
@@ -68,13 +84,8 @@
     const all = lines.flatMap(([losses]) => losses);
     const low = Math.min(...all), high = Math.max(...all);
     const x = (i, n) => 46 + (560 * i) / (n - 1), y = (v) => 12 + 118 * (1 - (v - low) / (high - low || 1));
-    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    const add = (tag, attributes, text) => {
-      const element = document.createElementNS(svg.namespaceURI, tag);
-      for (const [name, v] of Object.entries(attributes)) element.setAttribute(name, v);
-      if (text !== undefined) element.textContent = text;
-      svg.append(element);
-    };
+    const svg = kit.draw(null, "svg", {});
+    const add = (tag, attributes, text) => kit.draw(svg, tag, attributes, text);
     svg.setAttribute("viewBox", "0 0 620 160");
     svg.setAttribute("role", "img");
     svg.setAttribute("aria-label", `Training loss of trial ${key} from ${trials.curves[row][0]} to ${trials.curves[row].at(-1)}`);

@@ -36,8 +36,8 @@ FARTHEST = 1e3
 GRID, WINDOW, WINDOW_GRID = 241, math.log(1e3), 61
 """Sizes looked at; then those about the best, within a factor, for the draws."""
 
-STEP = 0.5 * math.log(10.0)
-"""Half the step in ln compute over which exponents are taken: a decade."""
+DECADE = math.log(10.0)
+"""Exponents are taken over the cells' range of ln compute, or this where it is narrower."""
 
 NEAR = 4.0
 """Runs within this factor of a budget's best size tell where its loss is least."""
@@ -83,11 +83,12 @@ Count = Callable[[np.ndarray], np.ndarray]
 class Allocation:
     """The loss-optimal split of a budget; NaN, and a word in `status`, where there is none.
 
-    `params` are of the kind `count`; `exponent` is d ln N_opt / d ln C at this budget and
-    `tokens_exponent` that of D. `intervals`, of 95 %, are of params, tokens, loss, exponent and
-    tokens_exponent; that of the loss is of a new run. `extrapolation` holds params and tokens of
-    the split over the largest of each that was fitted (over the smallest, where they lie below it;
-    1 inside): a split far `outside` them is the model's word alone. `why` says what is missing."""
+    `params` are of the kind `count`; `exponent` is d ln N_opt / d ln C over the cells' range of
+    compute, `tokens_exponent` that of D. `intervals`, of 95 %, are of params, tokens, loss,
+    exponent and tokens_exponent; that of the loss is of a new run. `extrapolation` holds params and
+    tokens of the split over the largest of each that was fitted (over the smallest, where they lie
+    below it; 1 inside): a split far `outside` them is the model's word alone. `why` says what is
+    missing."""
 
     flops: float
     count: str
@@ -138,9 +139,10 @@ def compute_optimal(
     """The best split of each of several budgets (FLOPs).
 
     `given` holds the law's other inputs (experts, top_k, granularity). `flops_per_token` maps the
-    law's N to the training FLOPs of a token: by default the trend of the model's own runs. A budget
-    whose best size the data leave open by more than a factor of 1000, or put beyond a thousand times
-    the cells', has a word and no number. Raises UserError for a budget that is not positive."""
+    law's N to the training FLOPs of a token: by default the trend of the model's own runs. A
+    budget whose best size the data leave open by more than a factor of 1000, or put beyond a
+    thousand times the cells', has a word and no number. Raises UserError for a budget that is not
+    positive."""
     budgets = np.atleast_1d(np.asarray(flops, dtype=float))
     for budget in budgets:
         if not (np.isfinite(budget) and budget > 0):
@@ -194,6 +196,7 @@ class _Along:
     model: LossModel
     given: dict[str, float]
     cost: Count
+    known: dict[tuple[LawPosterior, float], float] = field(default_factory=dict)
 
     def runs(self, flops: float, log_params: np.ndarray) -> dict[str, np.ndarray]:
         """The columns of runs of given ln N at a budget."""
@@ -220,8 +223,12 @@ class _Along:
     def best(self, posterior: LawPosterior, flops: float) -> float:
         """ln N of the least expected loss by a posterior; NaN where it lies at the end of the
         grid."""
-        grid = self.grid(flops)
-        return float(_lowest(grid, posterior.mean(self.inputs(flops, grid))[None])[0])
+        found = self.known.get((posterior, flops))
+        if found is None:
+            grid = self.grid(flops)
+            found = float(_lowest(grid, posterior.mean(self.inputs(flops, grid))[None])[0])
+            self.known[posterior, flops] = found
+        return found
 
 
 def _allocate(
@@ -234,7 +241,11 @@ def _allocate(
 ) -> Allocation:
     model = along.model
     assert model.posterior is not None
-    steps = flops * np.exp([-STEP, 0.0, STEP])
+    low, high = np.log([model.data.flops.min(), model.data.flops.max()])
+    half = 0.5 * max(high - low, DECADE)
+    steps = np.array(
+        [math.exp(0.5 * (low + high) - half), flops, math.exp(0.5 * (low + high) + half)]
+    )
     best = np.array([along.best(model.posterior, float(c)) for c in steps])
     if not np.isfinite(best).all():
         return _nothing(
@@ -287,14 +298,15 @@ def _allocate(
 
 
 def _quantities(along: _Along, steps: np.ndarray, best: np.ndarray) -> dict[str, np.ndarray]:
-    """ln N_opt, ln D_opt at the middle of three budgets and both exponents, from ln N_opt
-    [..., 3]."""
+    """ln N_opt, ln D_opt at the middle of three budgets, and both exponents between the outer two,
+    from ln N_opt [..., 3]."""
+    span = math.log(steps[2] / steps[0])
     log_tokens = np.log(steps) - np.log(along.cost(np.exp(best)))
     return {
         "params": best[..., 1],
         "tokens": log_tokens[..., 1],
-        "exponent": (best[..., 2] - best[..., 0]) / (2 * STEP),
-        "tokens_exponent": (log_tokens[..., 2] - log_tokens[..., 0]) / (2 * STEP),
+        "exponent": (best[..., 2] - best[..., 0]) / span,
+        "tokens_exponent": (log_tokens[..., 2] - log_tokens[..., 0]) / span,
     }
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
 
-from raysweep.errors import UserError
 from raysweep.scaling.compute.allocation import Allocation, compute_optimal
 from raysweep.scaling.compute.efficiency import (
     Efficiency,
@@ -18,17 +17,13 @@ from raysweep.scaling.compute.efficiency import (
 )
 from raysweep.scaling.compute.isoflop import IsoFlop, isoflop, parabola_bias
 from raysweep.scaling.estimate import NOT_DETERMINED
-from raysweep.scaling.loss.data import COLUMNS, held_budgets
-from raysweep.scaling.loss.fit import LossFit
+from raysweep.scaling.loss.data import COLUMNS, LossData, held_budgets
 from raysweep.scaling.loss.model import LossModel
-from raysweep.scaling.loss.selection import NotFitted, choose_loss
+from raysweep.scaling.loss.selection import choose_loss
 
 PATH_BUDGETS, PATH_BEYOND = 7, 10.0
 """How many budgets a split is followed over, and how far beyond the largest."""
-PATH_DRAWS = 300
 ROUTING = ("experts", "top_k", "granularity")
-SERVING_LAWS = ("wang", "yun", "joint_moe")
-"""Laws of experts whose N follows from the dense model that experts are added to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,47 +105,34 @@ def splitting(model: LossModel) -> LossModel:
     return choose_loss(model.data, other) if other else model
 
 
-def best_splits(model: LossModel, flops: Sequence[float], *, seed: int = 0) -> list[Allocation]:
-    """The best split of each budget for the architecture whose cells a model was fitted to.
+def best_splits(
+    model: LossModel, flops: Sequence[float], cells: pd.DataFrame, *, seed: int = 0
+) -> list[Allocation]:
+    """The best split of each budget for the architecture of `cells`, by the model that tells its
+    loss. Where its cells differ in routing, that of the largest counts."""
+    return compute_optimal(splitting(model), flops, given=routing_of(cells), seed=seed)
 
-    Where its cells differ in routing, that of the largest counts."""
-    able = splitting(model)
-    return compute_optimal(able, flops, given=routing_of(able), seed=seed)
 
-
-def split_budget(model: LossModel, n_boot: int, seed: int) -> Split:
-    """The compute-optimal split of the largest cell's budget, and of others along the way."""
+def split_budget(model: LossModel, cells: pd.DataFrame, n_boot: int = 200, seed: int = 0) -> Split:
+    """The compute-optimal split of the largest budget of `cells`, and of others along the way."""
     able = splitting(model)
     nothing = Split("", able.count, math.nan, None, (), None, math.nan, able.status, able.why)
-    if able.law is None or not len(able.data):
+    own = LossData.from_cells(cells)
+    if able.law is None or not len(own):
         return nothing
-    flops, given = able.data.flops, routing_of(able)
+    flops, given = own.flops, routing_of(cells)
     budget = float(flops.max())
-    (optimum,) = compute_optimal(able, budget, given=given, seed=seed)
+    budgets = [budget, *np.geomspace(flops.min(), PATH_BEYOND * budget, PATH_BUDGETS)]
+    optimum, *path = compute_optimal(able, budgets, given=given, seed=seed)
     if not optimum.ok:
-        return Split(
-            able.law.key,
-            able.count,
-            math.nan,
-            None,
-            (),
-            None,
-            math.nan,
-            optimum.status,
-            optimum.why,
+        return replace(
+            nothing, law=able.law.key, status=optimum.status, message=optimum.why, model=able
         )
-    path = compute_optimal(
-        able,
-        np.geomspace(flops.min(), PATH_BEYOND * budget, PATH_BUDGETS),
-        given=given,
-        draws=PATH_DRAWS,
-        seed=seed,
-    )
     parabolas, bias = None, math.nan
     if held_budgets(flops) is not None:
-        inputs, _ = able.data.inputs(able.law)
+        inputs, _ = own.inputs(able.law)
         params, tokens = inputs["params"], inputs["tokens"]
-        parabolas = isoflop(params, tokens, able.data.loss, flops, resamples=n_boot, seed=seed)
+        parabolas = isoflop(params, tokens, own.loss, flops, resamples=n_boot, seed=seed)
         bias = parabola_bias(able, params, tokens, flops).exponent_error
     return Split(
         law=able.law.key,
@@ -166,29 +148,18 @@ def split_budget(model: LossModel, n_boot: int, seed: int) -> Split:
     )
 
 
-def routing_of(model: LossModel) -> dict[str, float]:
+def routing_of(cells: pd.DataFrame) -> dict[str, float]:
     """Experts, top-k and granularity of the largest cell, where they are known."""
-    columns = model.data.columns
-    largest = int(np.argmax(model.data.flops)) if len(model.data) else 0
-    return {
-        name: float(columns[name][largest])
-        for name in ROUTING
-        if len(columns[name]) and math.isfinite(columns[name][largest])
-    }
-
-
-def savings(groups: Mapping[str, Group], models: Mapping[str, LossModel]) -> dict[str, Saving]:
-    """By MoE architecture, what its experts save; empty without both dense and MoE cells."""
-    if ALL not in groups or groups[ALL].kind != "mixed":
+    if not len(cells):
         return {}
-    return {
-        name: _saving(name, group.cells, models[ALL])
-        for name, group in groups.items()
-        if name != ALL and group.kind == "moe"
-    }
+    largest = cells.iloc[int(cells["flops"].to_numpy(float).argmax())]
+    known = {name: float(largest[name]) for name in ROUTING if name in cells}
+    return {name: value for name, value in known.items() if math.isfinite(value)}
 
 
-def _saving(name: str, cells: pd.DataFrame, model: LossModel) -> Saving:
+def saving(name: str, cells: pd.DataFrame, model: LossModel) -> Saving:
+    """What the experts of an MoE architecture save at the size of its largest cell, by a model of
+    the loss that was fitted to dense cells too."""
     known = cells[cells["loss"].notna()]
     able = splitting(model)
     if able.law is None or not len(known):
@@ -220,21 +191,3 @@ def _saving(name: str, cells: pd.DataFrame, model: LossModel) -> Saving:
         status=able.status,
         message="",
     )
-
-
-def usable_experts_law(groups: Mapping[str, Group]) -> LossFit:
-    """The law over all numbers of experts together that best predicts the highest level of compute,
-    or a UserError that says why there is none."""
-    if ALL not in groups:
-        raise UserError(
-            "these results know one number of experts only: serving weighs several, so search a "
-            "dense and a MoE architecture, or MoEs of different sizes"
-        )
-    everything = groups[ALL]
-    best = [key for key in everything.loss_order() if key in SERVING_LAWS]
-    fit = everything.loss_laws.get((*best, SERVING_LAWS[0])[0])
-    if isinstance(fit, LossFit) and fit.ok:
-        return fit
-    assert fit is None or isinstance(fit, LossFit | NotFitted)
-    why = f"{fit.name}: {fit.status}: {fit.message}" if fit else "none was fitted"
-    raise UserError(f"no law of experts can answer: {why}")

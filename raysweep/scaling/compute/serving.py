@@ -9,7 +9,7 @@ another's quality (or its serving cost) at a profit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -17,8 +17,12 @@ import numpy as np
 from scipy.optimize import minimize_scalar, root_scalar
 
 from raysweep.errors import UserError
+from raysweep.scaling.compute.allocation import ranges_of
 from raysweep.scaling.compute.roofline import BYTES, Gpu, Latency, Roofline, ServedModel
+from raysweep.scaling.loss.expression import Inputs
 from raysweep.scaling.loss.fit import LossFit
+from raysweep.scaling.loss.laws import Law
+from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.plain import to_json
 
 Kind = Literal["loss-optimal", "equal quality", "equal cost", "same quality, more compute"]
@@ -112,8 +116,32 @@ def serving_cost(model: ServedModel, serving: Serving) -> ServingCost:
     return best
 
 
+@dataclass(frozen=True)
+class _Curve:
+    """The expected loss by a law of params, tokens and experts, and what it was fitted on."""
+
+    law: Law
+    count: str  # the column that the law takes as N
+    predict: Callable[[Inputs], np.ndarray]
+    ranges: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def of(cls, fit: LossFit | LossModel) -> _Curve:
+        """Raises UserError for a fit that may not be used."""
+        if isinstance(fit, LossFit):
+            if not fit.ok:
+                raise UserError(
+                    f"the fit of law '{fit.name}' is not usable ({fit.status}): {fit.message}"
+                )
+            return cls(fit.law, fit.law.parameter_count, fit.predict, fit.ranges())
+        posterior, law = fit.require().posterior, fit.law
+        assert posterior is not None
+        assert law is not None
+        return cls(law, fit.count, lambda inputs: np.exp(posterior.mean(inputs)), ranges_of(fit))
+
+
 def serving_solutions(
-    fit: LossFit,
+    fit: LossFit | LossModel,
     flops: float,
     serving: Serving,
     experts: Sequence[float] = (2, 4, 8, 16, 32, 64),
@@ -125,13 +153,13 @@ def serving_solutions(
     loss-optimal model of `reference` experts (by default the fewest), or, where the budget cannot
     reach that quality, the least compute that does; and the one of equal serving cost. `fit` is of
     a law that reads params, tokens and experts. Raises UserError for a fit that may not be used."""
-    if not fit.ok:
-        raise UserError(f"the fit of law '{fit.name}' is not usable ({fit.status}): {fit.message}")
-    if not {"params", "tokens"} <= set(fit.law.inputs) or not (
-        {"experts", "sparsity"} & set(fit.law.inputs)
-    ):
+    curve = _Curve.of(fit)
+    read = set(curve.law.inputs)
+    known = {"params", "tokens", "experts", "sparsity", "top_k"}
+    if not {"params", "tokens"} <= read <= known or not {"experts", "sparsity"} & read:
         raise UserError(
-            f"law '{fit.name}' does not read params, tokens and experts: use yun or wang"
+            f"law '{curve.law.key}' does not read params, tokens and experts, as serving needs: it "
+            f"reads {', '.join(curve.law.inputs)}"
         )
     positive = {
         "flops": flops,
@@ -147,7 +175,7 @@ def serving_solutions(
     if not 0 < serving.model.moe_share <= 1:
         raise UserError(f"moe_share {serving.model.moe_share:g} must lie in (0, 1]")
     counts = sorted({float(e) for e in experts} | ({float(reference)} if reference else set()))
-    studies = {e: _Budget(fit, flops, serving, e) for e in counts}
+    studies = {e: _Budget(curve, flops, serving, e) for e in counts}
     target = studies[float(reference) if reference else counts[0]].best
     solutions = []
     for e in counts:
@@ -162,9 +190,8 @@ def serving_solutions(
 class _Budget:
     """One number of experts under one training budget: every model size has its tokens."""
 
-    def __init__(self, fit: LossFit, flops: float, serving: Serving, experts: float) -> None:
-        # Solving needs the estimate alone, not its resamples.
-        self.fit = replace(fit, samples=None)
+    def __init__(self, curve: _Curve, flops: float, serving: Serving, experts: float) -> None:
+        self.curve = curve
         self.flops, self.serving, self.experts = flops, serving, experts
         best = self.optimal_params(flops)
         self.best = self._solution("loss-optimal", best, flops, best, "")
@@ -175,15 +202,16 @@ class _Budget:
     def _law_params(self, params: float) -> float:
         """The law's N of a dense-equivalent size: the count that the law was fitted on."""
         unit = self.model(1.0)
-        count = self.fit.law.parameter_count
+        count = self.curve.count
         if count == "params_dense":
             return params
         return params * (unit.params_total if "total" in count else unit.params_active)
 
     def _losses(self, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """The law's loss [n] of dense-equivalent sizes."""
-        given = {"experts": self.experts, "top_k": self.model(1.0).used}
-        return self.fit.predict(
+        top_k = self.model(1.0).used
+        given = {"experts": self.experts, "top_k": top_k, "sparsity": 1 - top_k / self.experts}
+        return self.curve.predict(
             {**given, "params": self._law_params(1.0) * params, "tokens": tokens}
         )
 
@@ -304,11 +332,10 @@ class _Budget:
         )
 
     def _beyond(self, params: float, tokens: float) -> float:
-        ranges = self.fit.ranges()
         factor = 1.0
         given = {"params": self._law_params(params), "tokens": tokens, "experts": self.experts}
         for name, value in given.items():
-            low, high = ranges.get(name, (value, value))
+            low, high = self.curve.ranges.get(name, (value, value))
             factor = max(factor, low / value, value / high)
         return factor
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy.linalg import solve_triangular
+from scipy.linalg import cho_solve, solve_triangular
 from scipy.optimize import minimize
 
 from raysweep.scaling.loss.expression import (
@@ -44,6 +45,11 @@ ROUNDS, FINE = 3, 6
 
 STEPS = 60
 
+LEAST = 1e-6
+"""sd of ln loss that every loss has: below it a covariance cannot be factored."""
+UNLIKELY = 1e300
+"""Minus the evidence of widths whose covariance cannot be factored."""
+
 
 @dataclass(frozen=True, eq=False)
 class LawPosterior:
@@ -64,7 +70,8 @@ class LawPosterior:
 
     def mean(self, inputs: Inputs) -> np.ndarray:
         """The expected ln loss [m] of runs."""
-        return self._at(inputs)[0]
+        at = evaluate(self._design(inputs), self._mode_uncentred[None], derivatives=False)
+        return at.value[0] + self._kernel(self._logs(inputs), self.logs) @ self._pull
 
     def predict(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         """The expected ln loss [m] of runs and its sd, without the noise of a run."""
@@ -80,7 +87,7 @@ class LawPosterior:
         the mean: coefficients through the law itself, and the departure given them."""
         coefficients = self.coefficient_draws(count, rng, scale)
         new = self._design(inputs)
-        value = evaluate(new, coefficients @ self._uncentring().T, derivatives=False).value
+        value = evaluate(new, coefficients @ self._uncentring.T, derivatives=False).value
         seen = evaluate(self.design, coefficients, derivatives=False).value
         logs = self._logs(inputs)
         weights = solve_triangular(self.root, self._kernel(self.logs, logs), lower=True)  # [n, m]
@@ -103,10 +110,26 @@ class LawPosterior:
 
     def stated(self, theta: np.ndarray) -> np.ndarray:
         """Centred coefficients [..., p] as the law's formula states them."""
-        return self.law.expression.state(theta @ self._uncentring().T)
+        return self.law.expression.state(theta @ self._uncentring.T)
 
+    @cached_property
     def _uncentring(self) -> np.ndarray:
         return np.linalg.inv(self.design.to_centred)
+
+    @cached_property
+    def _mode_uncentred(self) -> np.ndarray:
+        return self._uncentring @ self.theta
+
+    @cached_property
+    def _pull(self) -> np.ndarray:
+        """What the data leave of the law [n], over the covariance of departure and noise."""
+        seen = evaluate(self.design, self.theta[None], derivatives=False).value[0]
+        return cho_solve((self.root, True), self.target - seen)
+
+    @cached_property
+    def _whitened(self) -> np.ndarray:
+        """The Jacobian [n, p] over the root of that covariance."""
+        return solve_triangular(self.root, self.jacobian, lower=True)
 
     def _design(self, inputs: Inputs) -> Design:
         expression = self.law.expression
@@ -120,15 +143,12 @@ class LawPosterior:
 
     def _at(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean [m]; its slopes by the coefficients [m, p]; the whitened kernel [n, m]."""
-        back = self._uncentring()
-        at = evaluate(self._design(inputs), (back @ self.theta)[None])
-        slopes = at.jacobian()[0] @ back
+        at = evaluate(self._design(inputs), self._mode_uncentred[None])
+        slopes = at.jacobian()[0] @ self._uncentring
         kernel = self._kernel(self.logs, self._logs(inputs))
         weights = solve_triangular(self.root, kernel, lower=True)
-        seen = evaluate(self.design, self.theta[None], derivatives=False).value[0]
-        left = solve_triangular(self.root, self.target - seen, lower=True)
-        whitened = solve_triangular(self.root, self.jacobian, lower=True)
-        return at.value[0] + weights.T @ left, slopes - weights.T @ whitened, weights
+        mean = at.value[0] + kernel.T @ self._pull
+        return mean, slopes - weights.T @ self._whitened, weights
 
 
 def correlation(one: np.ndarray, two: np.ndarray) -> np.ndarray:
@@ -202,7 +222,7 @@ class _Problem:
 
     def root(self, widths: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Cholesky factor [n, n] of departure and noise."""
-        diagonal = widths[1] ** 2 / weights + self.known
+        diagonal = widths[1] ** 2 / weights + self.known + LEAST**2
         return np.linalg.cholesky(widths[0] ** 2 * self.correlation + np.diag(diagonal))
 
 
@@ -291,11 +311,11 @@ def _widths(
     def minus_evidence(log_widths: np.ndarray) -> float:
         departure, noise = np.exp(2 * log_widths)
         covariance = law + departure * problem.correlation
-        covariance[np.diag_indices_from(covariance)] += noise / weights + problem.known
+        covariance[np.diag_indices_from(covariance)] += noise / weights + problem.known + LEAST**2
         try:
             root = np.linalg.cholesky(covariance)
         except np.linalg.LinAlgError:
-            return np.inf
+            return UNLIKELY
         scaled = solve_triangular(root, off, lower=True)
         prior = 0.5 * (((log_widths - middle) / spread) ** 2).sum()
         return float(0.5 * scaled @ scaled + np.log(np.diag(root)).sum() + prior)

@@ -442,6 +442,11 @@ class Problem:
             sd[self.layout.offset(np.arange(self.design.offsets))[2]] = 1e-4
         return sd
 
+    def law_weight(self, shared: np.ndarray) -> float:
+        """By how much the t's precision at a law exceeds its scale matrix's inverse."""
+        dimensions = 2 * LINEAR
+        return (self.law_degrees + dimensions) / (self.law_degrees + self.law_distance(shared))
+
     def law_distance(self, shared: np.ndarray) -> float:
         """Squared Mahalanobis distance of the law from the literature's."""
         off = shared[self.layout.linear] - self.law_mean
@@ -515,9 +520,7 @@ class Problem:
         nu, layout = self.settings.student, self.layout
         weight = (nu + 1) / (nu + point.residual**2 / variance) / variance
         prior = np.diag(self.sds(widths) ** -2.0)
-        heavy = (self.law_degrees + 2 * LINEAR) / (
-            self.law_degrees + self.law_distance(point.shared)
-        )
+        heavy = self.law_weight(point.shared)
         prior[np.ix_(layout.linear, layout.linear)] = heavy * self.law_precision
         weighted = point.by_own * weight[:, None]
         head = (point.by_shared * weight[:, None]).T @ point.by_shared + prior

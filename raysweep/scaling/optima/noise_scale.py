@@ -14,8 +14,8 @@ from raysweep.scaling.estimate import Estimate
 
 NEAR_BEST = 0.01
 """The noise scale of a cell is read off its trials within this share of the best loss."""
-ONE_TRIAL = 0.5
-"""sd of ln noise scale where one trial tells it."""
+ONE_TRIAL, MIN_SD = 0.5, 0.01
+"""sd of ln noise scale where one trial tells it, and the least that trials may claim."""
 
 
 def cell_noise_scale(cells: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
@@ -102,12 +102,16 @@ def fit_noise_scale(
     usable = np.isfinite(design).all(axis=1)
     design = design[usable]
     y = np.log(noise["noise_scale_tokens"].to_numpy(float)[known][usable])
-    sd = noise["log_sd"].to_numpy(float)[known][usable]
+    # Repeats that agree to all digits are no measure without error.
+    sd = np.maximum(noise["log_sd"].to_numpy(float)[known][usable], MIN_SD)
     degrees = len(y) - design.shape[1]
-    spread = np.linalg.svd(design - design.mean(0) * (np.arange(design.shape[1]) > 0))[1]
-    if degrees < 1 or spread[-1] < 0.1:
+    if degrees < 1:
         return None
-    scatter = 0.0
+    spread = np.linalg.svd(design - design.mean(0) * (np.arange(design.shape[1]) > 0))[1]
+    if spread[-1] < 0.1:
+        return None
+    scatter, square = 0.0, 0.0
+    theta, normal = np.zeros(design.shape[1]), np.eye(design.shape[1])
     for _ in range(20):
         weight = 1 / (sd**2 + scatter)
         normal = np.linalg.inv(design.T @ (design * weight[:, None]))

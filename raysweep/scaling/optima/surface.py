@@ -86,6 +86,15 @@ class OptimumPosterior:
         half = reach * np.sqrt(self.covariance.diagonal())
         return np.stack([self.mean - half, self.mean + half], -1)
 
+    def largest_batches(self, within: Sequence[float]) -> list[tuple[float, float]]:
+        """For each share of the loss that may be lost: by how much, in logs, the largest batch and
+        the learning rate that is best there lie above the optimum's."""
+        v = np.linspace(0.0, 6.0, 121)
+        u = best_rate(v, self.valley)
+        cost = np.maximum.accumulate(gap(u, v, self.valley))
+        at = np.interp(np.log1p(within), cost, v)
+        return [(float(a), float(b)) for a, b in zip(at, np.interp(at, v, u), strict=True)]
+
     def estimates(self, level: float = 0.95) -> tuple[Estimate, Estimate]:
         """The learning rate and the batch in tokens, with their intervals."""
         (low, high), (least, most) = np.exp(self.interval(level)).tolist()
@@ -200,7 +209,8 @@ class Surface:
             coefficients=self.mode.shared[linear].reshape(2, LINEAR),
             covariance=self.mode.covariance.shared[np.ix_(linear, linear)],
             prior_mean=self.problem.law_mean,
-            prior_covariance=self.problem.law_covariance,
+            prior_covariance=self.problem.law_covariance
+            / self.problem.law_weight(self.mode.shared),
             degrees=np.maximum(self.mode.widths.known[1:], _MIN_DEGREES),
             centre=self.design.centre,
         )
@@ -262,14 +272,8 @@ class Surface:
         """(batch tokens, learning rate): the largest batch whose loss, at its own best learning
         rate, lies within the share `within` (.005 is .5 %) of the loss at the optimum."""
         optimum = self.optimum(cell)
-        v = np.linspace(0.0, 6.0, 601)
-        u = best_rate(v, optimum.valley)
-        inside = gap(u, v, optimum.valley) <= math.log1p(within)
-        last = int(np.flatnonzero(inside)[-1])
-        return (
-            float(np.exp(optimum.mean[1] + v[last])),
-            float(np.exp(optimum.mean[0] + u[last])),
-        )
+        [(v, u)] = optimum.largest_batches([within])
+        return float(np.exp(optimum.mean[1] + v)), float(np.exp(optimum.mean[0] + u))
 
     def unspanned(self, run: RunSize) -> tuple[str, ...]:
         """Names of the directions along which a run lies off the cells though they do not span
@@ -356,7 +360,8 @@ class Surface:
                 left = mode.covariance.own[index] - cross.T @ slope
                 own = rng.standard_normal((count, 3)) @ jittered_cholesky(left).T
                 own += mode.own[index] + moved @ slope
-            optima[:, i] += own[:, 1:]
+            grain = np.sqrt(self._roughness(valley_at(mode.shared, x[i : i + 1], layout)[0]))
+            optima[:, i] += own[:, 1:] + grain * rng.standard_normal((count, 2))
         return optima
 
     def group_offset(self, group: str) -> float:

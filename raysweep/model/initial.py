@@ -1,0 +1,75 @@
+"""Initial weights: a draw for each parameter, the same however it is spread over workers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from raysweep.study.shape import ModelShape
+
+CHUNK = 1 << 20
+"""Numbers of a parameter that one generator draws."""
+
+
+@torch.no_grad()
+def initialise(
+    model: nn.Module, shape: ModelShape, *, init_std: float | None, seed: int, threads: int = 1
+) -> None:
+    """Gaussian weights; gains of one.
+
+    Each chunk of each parameter comes from a generator seeded by the trial's seed, the parameter's
+    name and the chunk's number: a worker that holds a part of a parameter draws that part alone.
+
+    The standard deviation is `init_std`, or 1/sqrt(fan-in) of each matrix. Projections that write
+    to the residual stream are scaled down by 1/sqrt(2 layers) (GPT-2). An untied embedding has
+    standard deviation 1 (its fan-in is one token), a tied one 1/sqrt(d_model), for the head's sake.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        for name, parameter in model.named_parameters():
+            local, start = local_part(parameter)
+            if parameter.ndim == 1:
+                local.fill_(1.0)
+                continue
+            fan_in = shape.d_model if shape.tie_embeddings else 1
+            if name != "embedding":
+                fan_in = parameter.shape[-2]
+            std = init_std if init_std is not None else 1 / math.sqrt(fan_in)
+            if name.endswith((".out", "down")):
+                std /= math.sqrt(2 * shape.layers)
+            _fill(local.view(-1), start, std, f"{seed}/{name}", pool)
+
+
+def local_part(parameter: Tensor) -> tuple[Tensor, int]:
+    """What this worker holds of a parameter, and the flat index of its first number: a parameter is
+    only ever cut along its first dimension, so a part is contiguous."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), 0
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), offset[0] * math.prod(parameter.shape[1:])
+
+
+def _fill(flat: Tensor, start: int, std: float, name: str, pool: ThreadPoolExecutor) -> None:
+    """Numbers `start` on of the parameter of that name, into `flat`."""
+
+    def fill(chunk: int) -> None:
+        first, last = max(start, chunk * CHUNK), min(start + len(flat), (chunk + 1) * CHUNK)
+        part = _draw(name, chunk, last - chunk * CHUNK)[first - chunk * CHUNK :]
+        flat[first - start : last - start] = torch.from_numpy(part).mul_(std).to(flat.device)
+
+    list(pool.map(fill, range(start // CHUNK, -(-(start + len(flat)) // CHUNK))))
+
+
+def _draw(name: str, chunk: int, count: int) -> np.ndarray:
+    """The first `count` numbers of a chunk."""
+    digest = hashlib.sha256(f"{name}/{chunk}".encode()).digest()
+    generator = np.random.Generator(np.random.SFC64(np.frombuffer(digest, dtype="<u4")))
+    return generator.standard_normal(count, dtype=np.float32)
