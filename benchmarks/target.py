@@ -1,11 +1,9 @@
-"""Spending on targets: `python -m benchmarks.target GRIDS [--without KEY] [--seeds S] [--json FILE]`.
+"""Spending on targets: `python -m benchmarks.target GRIDS --without KEY --seeds S --json FILE`.
 
-Only the small cells of recorded grids are searched; the answers for the large ones (targets: a
-quarter of the largest compute and more, an eighth of whose bounds the small ones keep below) are
-judged on their grids. Equal trials a cell against planned spending (`raysweep.search.value`) of the
-same FLOPs, under three priors. Regret is in per cent of the target's lowest smoothed loss, at the
-grid point nearest to the recommendation. Intervals are those of the searches with equal trials and
-of the planned ones, against the optimum of the smoothed grid.
+Of recorded grids the small cells are searched and the large ones, the targets, are asked for:
+equal trials a cell against planned spending (`raysweep.search.value`) of the same FLOPs, under
+three priors. Regret is in per cent of the target's lowest smoothed loss, at the grid point nearest
+to the recommendation. Intervals are those of both searches, against the smoothed grid's optimum.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from raysweep.search.value import next_cell
 _TOP = 4.0  # targets have at least the largest compute over this
 _APART = 2.0  # the small cells, at most the smallest target's over this
 _FIRST = 10  # trials of the smallest cell, where nothing is known, with equal trials
+_FIRST_PLANNED = 6  # and before planning
 _MOST = 24  # trials a cell that planning may give
 
 
@@ -80,7 +79,7 @@ def spend(
         for _ in range(first if i == 0 else trials):
             search.run()
             spent += flops[i]
-    cells, wanted = [g.cell for g in small], [g.cell for g in targets]
+    cells, wanted = [g.cell for g in small], tuple(g.cell for g in targets)
     while budget is not None:
         had = [search.count for search in searches]
         most = [_MOST - count for count in had]
@@ -91,9 +90,6 @@ def spend(
         spent += flops[chosen]
     counts = tuple(search.count for search in searches)
     return judge(history.surface(), targets, spent, counts)
-
-
-_FIRST_PLANNED = 6
 
 
 def judge(

@@ -107,7 +107,7 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
         "Loss against size at fixed budgets, and the best size and tokens of a budget",
         panels,
         tuple(names),
-        height=3.4,
+        height=3.1,
         ratios=(1.4, 1, 1),
     )
 
@@ -218,8 +218,8 @@ def serve(fits: Fits, answers: Sequence[Answer]) -> Served:
     largest = max(s.params_total for s in solutions if s.kind == "loss-optimal")
     if largest < SMALLEST:
         return Served(
-            why=f"models of {short(largest)} parameters, as {scientific(flops)} FLOPs buy, cost "
-            "other things to serve than arithmetic and memory"
+            why=f"{scientific(flops)} FLOPs buy at most {short(largest)} parameters: below "
+            f"{short(SMALLEST)} arithmetic and memory do not tell what serving costs"
         )
     served = Served(flops, tuple(solutions))
     return served if served.shown else Served(why="no model of this budget fits the GPUs")

@@ -35,8 +35,8 @@ ROW_INCHES = 0.27
 
 WHISKER = 0.7
 SEEN = 2.5
-"""An axis goes this many times as far as its outermost estimate to show whiskers; one
-of a list at least so far in logs."""
+"""An axis goes this many times as far as its outermost estimate to show whiskers; one of a list
+twice as far again, and in logs at least by `WHISKER`."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def _limits(one: Panel, which: str, axis: Axis) -> tuple[float, float]:
     low, high = float(every.min()), float(every.max())
     reach = (SEEN - 1) * (high - low) / 2
     if listed:
-        reach = max(reach, WHISKER if axis.log else 0.0)
+        reach = max(2 * (high - low), WHISKER if axis.log else 0.0)
     if len(ends):
         low, high = (
             min(low, float(np.clip(ends.min(), low - reach, low))),

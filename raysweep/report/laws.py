@@ -12,6 +12,8 @@ import pandas as pd
 
 from raysweep.report.answers import Answer
 from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
+from raysweep.scaling.compute.allocation import COUNT_NAMES
+from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.optima.literature import PUBLISHED_LAWS
@@ -411,7 +413,7 @@ def law_rows(fits: Fits) -> list[LawRow]:
                 model.law.formula,
                 tuple((k, e, math.nan) for k, e in model.coefficients.items()),
                 held,
-                f"{model.law.name}, {model.law.source}; N is {model.count.replace('_', ' ')}",
+                f"{model.law.name}, {model.law.source}; N is {COUNT_NAMES[model.count]}",
             )
         )
     for name, relations in fits.relations.items():
@@ -428,6 +430,16 @@ def law_rows(fits: Fits) -> list[LawRow]:
                 )
             )
     return rows
+
+
+def group_rows(fits: Fits) -> list[tuple[str, Sequence[Estimate]]]:
+    """(group, its learning rate, batch and loss over the mean of all) where results are grouped."""
+    return [
+        (", ".join(part for part in (label, group) if part), evidence.surface.group_effect(group))
+        for label, evidence in fits.evidence.items()
+        if evidence.surface is not None
+        for group in evidence.surface.design.groups
+    ]
 
 
 def _rest(row: LawRow) -> tuple[Any, ...]:

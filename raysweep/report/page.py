@@ -17,7 +17,7 @@ from raysweep.errors import UserError
 from raysweep.report import budgets, facts, measured, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
-from raysweep.report.laws import law_figures, law_rows, names_of
+from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
 from raysweep.report.render import csv_text, relative, render, replace_file
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of
 from raysweep.report.trials import trial_table
@@ -137,7 +137,8 @@ def _context(
         "figures": figures,
         "drawings": {name: f.draw().svg for name, f in figures.items()},
         "csv": {name: csv_text(f.to_pandas()) for name, f in figures.items()},
-        "law_rows": law_rows(fits),
+        "law_tables": _law_tables(fits),
+        "groups": group_rows(fits),
         "cell_figures": [(c, c.figure.draw().svg) for c in cells],
         "cells_drawn": drawn_of(fits),
         "gaps": GAPS,
@@ -176,6 +177,13 @@ def _side_by_side(fits: Fits, answers: Sequence[Answer]) -> list[dict[str, Any]]
         found = same[0] if same else fits.recommend(name, first.params, first.tokens)
         rows.append({"name": name, "run": found})
     return rows
+
+
+def _law_tables(fits: Fits) -> list[tuple[str, list[LawRow]]]:
+    """The laws of size, and folded below them those of the loss reached."""
+    rows = law_rows(fits)
+    by_loss = [row for row in rows if row.of.endswith("by loss")]
+    return [("Laws", [r for r in rows if r not in by_loss]), ("As laws of the loss", by_loss)]
 
 
 def _chips(answers: Sequence[Answer]) -> list[tuple[str, ...]]:

@@ -237,7 +237,7 @@ def prior_figure(fits: Fits) -> PlotFigure | None:
         "prior",
         "Exponents of the optimum: published laws, the prior that they make, and the fit",
         tuple(panels),
-        height=0.7 + 0.62 * len(rows),
+        height=0.65 + 0.5 * len(rows),
         key=("small grey: published laws", "square: the prior, 95 %", "diamond: fitted, 95 %"),
     )
 

@@ -27,7 +27,7 @@ _STEPS = np.linspace(-4.0, 4.0, 17)
 
 _HERE = len(_STEPS) // 2
 
-MAX_RUNS = 6
+MAX_RUNS = 12
 """Sizes at which two arms are compared, at most: the largest."""
 
 OTHER_DATA = "other data"

@@ -25,7 +25,7 @@ from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.ledger import Bundle, Ledger
 from raysweep.search.resume import take_up, teach, widen_again, widened
 from raysweep.search.strategies import RESTARTING, make_sampler
-from raysweep.search.value import targets_of, trial_value
+from raysweep.search.value import next_cell, targets_of
 from raysweep.study import Cell, Study, TrialSpec
 
 _log = logging.getLogger("raysweep")
@@ -242,16 +242,31 @@ class Campaign:
         ]
 
     def _grant(self) -> None:
-        """One more trial to the cell where a FLOP teaches most, of those that fit now."""
+        """One more trial to the cell that the plan for the FLOPs left wants next.
+
+        The plan is made over all cells that may have more; one whose trials do not fit now waits
+        while others run."""
         affordable = self._affordable()
         fitting = [s for s in affordable if self.ledger.fits(bundles_of(s.cell))]
         candidates = fitting or ([] if self._open else affordable)
-        if not candidates:
+        limit = self._search.total_flops
+        if not candidates or limit is None:
             return
-        surface, targets = self._ladder.surface(), targets_of(self.study)
-        state = max(
-            candidates, key=lambda s: trial_value(surface, s.cell.size, targets) / s.trial_flops
+        had = [s.concluded + len(s.running) for s in candidates]
+        most = MOST_GRANTED * self._search.trials_per_cell
+        targets = targets_of(self.study)
+        chosen = next_cell(
+            self._ladder.surface(),
+            [s.cell.size for s in candidates],
+            had,
+            [s.trial_flops for s in candidates],
+            [most - count for count in had],
+            limit - self._flops_spent,
+            targets,
         )
+        if chosen is None:
+            return
+        state = candidates[chosen]
         # An earlier run may have gone past the budget already.
         had = len(state.searched) + len(state.running - state.repeats)
         state.granted += 1 + max(0, had - state.budget)

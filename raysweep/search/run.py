@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from raysweep.search.campaign import Campaign, bundles_of
 from raysweep.search.interruption import Interrupted, Interruption
 from raysweep.search.ledger import Ledger
 from raysweep.search.loggers import check_loggers, make_loggers
+from raysweep.search.nodes import fingerprint, look_at_nodes, problems
 from raysweep.search.progress import Progress
 from raysweep.search.runtime import cluster_address, cluster_nodes, dashboard_url, ray_runtime
 from raysweep.study import Cell, Study
@@ -106,6 +108,9 @@ def run(
                 _check_room(campaign)
             else:  # nodes may join at any time, and all that they share is the results URI
                 publish(corpus, results.storage)
+            if address is not None or any(c.resources.gpus_per_worker for c in study.cells):
+                for line in problems(look_at_nodes(), study.cells, fingerprint()):
+                    console.print(f"warning: {line}", highlight=False, soft_wrap=True)
             summary = _run_on_ray(study, corpus, results, campaign, scratch, console, interruption)
         allocator.give_back_freed()  # what Tune held of all trials, before files are read again
         results.compact()
@@ -125,7 +130,7 @@ def _run_on_ray(
     from ray import tune
 
     from raysweep.search.searcher import CampaignSearcher, EarlyStop
-    from raysweep.search.trial import TrialContext, make_trainable
+    from raysweep.search.trial import TrialContext, make_trainable, start_group
     from raysweep.search.watcher import RETRIES, Watcher
     from raysweep.training.ray_train import end_groups
 
@@ -149,7 +154,9 @@ def _run_on_ray(
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
     with interruption.gently(), Progress(campaign, console) as progress:
-        searcher = CampaignSearcher(campaign, cluster_nodes, interruption)
+        searcher = CampaignSearcher(
+            campaign, cluster_nodes, interruption, functools.partial(start_group, context)
+        )
         watcher = Watcher(campaign, corpus.hash, results, progress, interruption, searcher.look)
         tuner = tune.Tuner(
             trainable,
@@ -169,7 +176,7 @@ def _run_on_ray(
         )
         with contextlib.suppress(Interrupted):
             tuner.fit()
-        end_groups(sorted(searcher.groups), wait=True)
+        end_groups(list(searcher.groups.values()), wait=True)
     seconds = time.monotonic() - begun
     watcher.count_available()
     available = watcher.available_seconds

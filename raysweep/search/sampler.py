@@ -164,13 +164,13 @@ def acquisition(
         outcome[:, count + len(tried) :],
         log_loss[finished],
     )
-    # What an outcome there would teach: regress targets on it across the draws.
-    targets = np.concatenate([draws.optima, draws.laws.reshape(_DRAWS, -1)], axis=1)
-    targets = targets - targets.mean(0)
+    # What an outcome there would teach: regress optimum and laws on it across the draws.
+    sought = np.concatenate([draws.optima, draws.laws.reshape(_DRAWS, -1)], axis=1)
+    sought = sought - sought.mean(0)
     outcome = outcome - outcome.mean(0)
     for row in range(count + len(tried), len(points)):
-        targets, outcome = _condition(targets, outcome, outcome[:, row].copy(), noise[row])
-    covariance = targets.T @ outcome[:, :count] / _DRAWS
+        sought, outcome = _condition(sought, outcome, outcome[:, row].copy(), noise[row])
+    covariance = sought.T @ outcome[:, :count] / _DRAWS
     variance = (outcome[:, :count] ** 2).mean(0) + noise[:count] / np.maximum(fresh, 1e-6)
     half = 0.5 * surface.optimum(cell).curvature
     taught = np.einsum("in,ij,jn->n", covariance[:2], half, covariance[:2]) / variance
@@ -207,7 +207,7 @@ def _alike(candidates: np.ndarray, known: np.ndarray, length: np.ndarray) -> np.
 
 
 def _condition(
-    targets: np.ndarray, outcome: np.ndarray, seen: np.ndarray, noise: float
+    sought: np.ndarray, outcome: np.ndarray, seen: np.ndarray, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Take from the draws' spread what a noisy look at `seen` would tell."""
     variance = float(seen @ seen) / len(seen)
@@ -216,6 +216,6 @@ def _condition(
     # Hamill 2002.
     gain = 1.0 / (total * (1.0 + np.sqrt(noise / total))) / len(seen)
     return (
-        targets - np.outer(seen, (seen @ targets) * gain),
+        sought - np.outer(seen, (seen @ sought) * gain),
         outcome - np.outer(seen, (seen @ outcome) * gain),
     )

@@ -16,6 +16,7 @@ from raysweep.search.campaign import Campaign, bundles_of
 from raysweep.search.growth import Growth, PlacementRequest
 from raysweep.search.interruption import INTERRUPTED, Interruption
 from raysweep.search.ledger import Bundle
+from raysweep.study.cells import Resources
 from raysweep.training.ray_train import end_groups
 
 NODES_SECONDS = 5.0
@@ -34,15 +35,17 @@ class CampaignSearcher(Searcher):
         campaign: Campaign,
         nodes: Callable[[], Mapping[str, Bundle]],
         interruption: Interruption,
+        start_group: Callable[[str, Resources, bool], Any],
     ) -> None:
         super().__init__(metric="loss", mode="min")
+        self._start_group = start_group
         self.campaign = campaign
         self._nodes = nodes
         self._interruption = interruption
         self._growth = Growth(PlacementRequest)
         self._looked = -math.inf
-        self.groups: set[str] = set()
-        """All groups of workers that trials were sent to."""
+        self.groups: dict[str, Any] = {}
+        """The groups of workers there are: they end with their handles here."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial; None while nothing fits or all waits on running trials."""
@@ -54,7 +57,7 @@ class CampaignSearcher(Searcher):
         proposal = self.campaign.ask(trial_id)
         ledger = self.campaign.ledger
         if ended := ledger.take_ended():
-            end_groups(ended)
+            end_groups([self.groups.pop(group) for group in ended if group in self.groups])
         if proposal is None:
             return None
         spec = proposal.spec
@@ -65,9 +68,10 @@ class CampaignSearcher(Searcher):
             "seed": spec.seed,
         }
         if (group := ledger.group_of(trial_id)) is not None:
-            self.groups.add(group)
             one_node = ledger.on_one_node(bundles_of(spec.cell))
             config |= {"group": group, "one_node": one_node}
+            if group not in self.groups:
+                self.groups[group] = self._start_group(group, spec.cell.resources, one_node)
         return config
 
     def look(self, trials: Sequence[Trial]) -> None:

@@ -19,7 +19,7 @@ from raysweep.results import Results
 from raysweep.results.filesystem import Storage
 from raysweep.search.early_stopping import REPORT_PERCENT
 from raysweep.search.interruption import INTERRUPTED, StopRequest
-from raysweep.study import Study, TrialSpec
+from raysweep.study import Resources, Study, TrialSpec
 from raysweep.training.record import trial_row, unfinished_row
 
 if TYPE_CHECKING:
@@ -217,15 +217,14 @@ def _train(
     early_stopping = context.study.space.search.early_stopping is not None
     reporter = TuneReporter(spec.cell.tokens, early_stopping, stop)
     if resources.workers > 1:
-        from raysweep.training.ray_train import Job, find_group, train_in_group
+        from raysweep.training.ray_train import Job, train_in_group
 
-        host = find_group(
-            config["group"],
-            resources,
-            strict=config["one_node"],
-            storage_path=_ray_storage(context.results_uri),
+        # Should the driver's host be lost, this process keeps one for its trials.
+        name = config["group"]
+        _hosts[name] = start_group(context, name, resources, config["one_node"])
+        return train_in_group(
+            _hosts[name], Job(spec, corpus, checkpoints, branches, on_branch), reporter
         )
-        return train_in_group(host, Job(spec, corpus, checkpoints, branches, on_branch), reporter)
     from raysweep.training.loop import train  # here, so that the driver never imports torch
 
     return train(
@@ -237,6 +236,18 @@ def _train(
         branches=branches(),
         on_branch=on_branch,
     )
+
+
+_hosts: dict[str, Any] = {}
+"""Handles of the groups that trials of this process have run in."""
+
+
+def start_group(context: TrialContext, name: str, resources: Resources, one_node: bool) -> Any:
+    """The host of a group of workers, started if there is none."""
+    from raysweep.training.ray_train import find_group
+
+    storage_path = _ray_storage(context.results_uri)
+    return find_group(name, resources, strict=one_node, storage_path=storage_path)
 
 
 def _ray_storage(results_uri: str) -> str:

@@ -14,6 +14,8 @@ from raysweep.scaling.optima.surface import Surface
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
 
+_GAIN = 0.1
+"""The share of the expected regret that a plan must save to be preferred to spreading."""
 _REACH = 10.0
 """Without targets: a run this much larger than the largest cell, in parameters and in tokens."""
 
@@ -51,9 +53,9 @@ class Outlook:
     """What trials not yet run would do to the targets' expected regret (relative loss).
 
     A trial near its cell's optimum adds to the posterior's precision what the model's derivatives
-    there say (Laplace's approximation), so the covariance after any number of trials in any cells is
-    known before they run. A target's regret is half the trace of its valley's curvature times the
-    covariance of its optimum, departures from the law included. A cell's own scatter bounds what
+    there say (Laplace's approximation), so the covariance after any number of trials in any cells
+    is known before they run. A target's regret is half the trace of its valley's curvature times
+    the covariance of its optimum, departures from the law included. A cell's own scatter bounds what
     its trials tell of the law: each is worth less than the one before.
 
     Args:
@@ -72,7 +74,9 @@ class Outlook:
         index = {cell.name: i for i, cell in enumerate(surface.cells)}
         self._index = [index[cell.name] for cell in cells]
         self._head, self._cross, self._tail = head, cross, tail
-        self._added = [_information(surface, cell, i) for cell, i in zip(cells, self._index)]
+        self._added = [
+            _information(surface, cell, i) for cell, i in zip(cells, self._index, strict=True)
+        ]
         self._precision = np.linalg.inv(invert(head, cross, tail).shared)
         x, layout = surface.design.matrix(targets), problem.layout
         rows = []
@@ -184,9 +188,10 @@ def next_cell(
 ) -> int | None:
     """The cell to run a trial in, so that the budget lowers the targets' regret most.
 
-    The whole budget is planned anew from what is known now (`Outlook.plan`) against giving every
-    cell alike. First comes the cell that is furthest behind the better plan: trials tell less than
-    the model expects, and the smallest first would be wanted again and again.
+    The whole budget is planned anew from what is known now (`Outlook.plan`). Cells are given trials
+    in turns (`spread`) unless the plan is expected to do better by a tenth: near the best plan the
+    regret is flat, and trials tell less than the model expects. First comes the cell that is
+    furthest behind: the smallest first would be wanted again and again.
 
     Args:
         surface: fitted to the trials so far.
@@ -205,7 +210,7 @@ def next_cell(
     if not any(planned):
         return None
     alike = spread(flops, budget, most)
-    if outlook.regret(alike) < regret:
+    if outlook.regret(alike) * (1 - _GAIN) < regret:
         planned = alike
     behind = [more / max(more + had, 1) for more, had in zip(planned, counts, strict=True)]
     return max(range(len(cells)), key=lambda i: (behind[i], -flops[i]))

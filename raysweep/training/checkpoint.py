@@ -15,16 +15,17 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from raysweep.errors import UserError
-from raysweep.results.filesystem import Storage
-from raysweep.results.store import CHECKPOINTS
 from raysweep.training.optimizer import Parts
 from raysweep.training.parallel import Workers
+
+if TYPE_CHECKING:  # training as such needs no Arrow
+    from raysweep.results.filesystem import Storage
 
 NAME = "checkpoint.pt"
 SLOTS = ("a", "b")
@@ -43,6 +44,7 @@ class Checkpoints:
 
     def __init__(self, storage: Storage, key: str, workers: Workers | None = None) -> None:
         self._storage, self._key, self._workers = storage, key, workers or Workers()
+        self._folder = _folder(key)
         self._writer: threading.Thread | None = None
         self._head: bytes | None = None
         """Of the checkpoint under way, on the first worker: to be put in place once all have
@@ -78,7 +80,7 @@ class Checkpoints:
         if head is None or failed:
             return
         try:
-            self._storage.write(head, CHECKPOINTS, self._key, NAME)
+            self._storage.write(head, *self._folder, NAME)
         except Exception as error:
             _log.warning("trial %s has no new checkpoint: %s", self._key, error)
 
@@ -92,7 +94,7 @@ class Checkpoints:
         """What the first worker saved, but for the parts, if there is a checkpoint that can be
         read."""
         try:
-            data = self._storage.read(CHECKPOINTS, self._key, NAME)
+            data = self._storage.read(*self._folder, NAME)
             state = None if data is None else _unpacked(data)
         except Exception as error:
             self._lost(error)
@@ -128,7 +130,7 @@ class Checkpoints:
         filled = dict.fromkeys(parts, 0)
         for rank in range(state["world_size"]):
             slot = state["slot"]
-            index = self._storage.read(CHECKPOINTS, self._key, f"{slot}-{rank}.json")
+            index = self._storage.read(*self._folder, f"{slot}-{rank}.json")
             step, files = json.loads(index or b"[null, {}]")
             if step != state["step"]:
                 raise ValueError("it was being written")
@@ -139,7 +141,7 @@ class Checkpoints:
                     if name.startswith(prefix)
                 ):
                     continue
-                data = self._storage.read(CHECKPOINTS, self._key, file)
+                data = self._storage.read(*self._folder, file)
                 assert data is not None, file
                 tensors = _unpacked(data)
                 for name, start, length in contents:
@@ -165,9 +167,9 @@ class Checkpoints:
                     file = f"{slot}-{rank}-{number}.pt"
                     index[file] = [(name, start, len(piece)) for name, start, piece in pieces]
                     data = _packed({f"{name}@{start}": piece for name, start, piece in pieces})
-                    self._storage.write(data, CHECKPOINTS, self._key, file)
+                    self._storage.write(data, *self._folder, file)
             text = json.dumps([step, index]).encode()
-            self._storage.write(text, CHECKPOINTS, self._key, f"{slot}-{rank}.json")
+            self._storage.write(text, *self._folder, f"{slot}-{rank}.json")
         except Exception as error:
             self.failed = True
             _log.warning("trial %s has no new checkpoint: %s", self._key, error)
@@ -245,7 +247,13 @@ def forget(storage: Storage, key: str) -> None:
     Call it once the trial's row is written: a process lost before that needs the checkpoint.
     """
     with contextlib.suppress(UserError):  # the storage fails: the study sweeps up in the end
-        storage.delete_folder(CHECKPOINTS, key)
+        storage.delete_folder(*_folder(key))
+
+
+def _folder(key: str) -> tuple[str, str]:
+    from raysweep.results.store import CHECKPOINTS  # which needs Arrow, as a storage does
+
+    return CHECKPOINTS, key
 
 
 class Timer:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from raysweep.data.corpus import Corpus
 from raysweep.errors import UserError
-from raysweep.results.filesystem import Storage
 from raysweep.study.study import TrialSpec
 from raysweep.training import runtime
 from raysweep.training.checkpoint import Checkpoints, Timer, snapshot
@@ -22,6 +21,9 @@ from raysweep.training.outcome import Reporter, Silent, Status, TrialOutcome, Wo
 from raysweep.training.parallel import Workers
 from raysweep.training.summary import sum_up
 from raysweep.training.track import Track
+
+if TYPE_CHECKING:  # training as such needs no Arrow
+    from raysweep.results.filesystem import Storage
 
 LOOK_SECONDS = 5.0
 """A run asks this often whether to stop or to save, however far apart its curve's points are."""

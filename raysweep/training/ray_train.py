@@ -21,8 +21,6 @@ from typing import Any, Literal
 import ray
 from ray import train
 from ray.exceptions import RayError
-from ray.train.torch import TorchTrainer, get_device
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import obtain
@@ -88,6 +86,8 @@ class GroupHost:
         self._thread.start()
 
     def _fit(self, host: Any, resources: Resources, strict: bool, storage_path: str | None) -> None:
+        from ray.train.torch import TorchTrainer  # here, so that drivers need no torch
+
         # Ray looks after its workers every 2 s and starts a watcher a run: too slow for short runs.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -214,30 +214,24 @@ class GroupHost:
 
 
 def find_group(name: str, resources: Resources, *, strict: bool, storage_path: str | None) -> Any:
-    """The host of that name, on this node; it is started if there is none.
+    """The host of that name; it is started if there is none, and lives as long as whoever started
+    it keeps what this returns.
 
     `strict` keeps the workers on one node; `storage_path`, where Ray keeps its notes, must be
     reachable from all nodes.
     """
-    here = ray.get_runtime_context().get_node_id()
     options = {
         "name": name,
-        "namespace": _namespace(),
+        "namespace": f"raysweep-{ray.get_runtime_context().get_job_id()}",
         "get_if_exists": True,
-        "lifetime": "detached",  # it outlives the trial that has started it
         "num_cpus": 0,
         "max_concurrency": 1000,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True),
     }
     return ray.remote(GroupHost).options(**options).remote(resources, strict, storage_path)
 
 
-def end_groups(names: Sequence[str], *, wait: bool = False) -> None:
-    """Give groups back: those with a trial end after it, or with `wait` within seconds."""
-    hosts = []
-    for name in names:
-        with contextlib.suppress(ValueError):  # it never started, or is gone
-            hosts.append(ray.get_actor(name, namespace=_namespace()))
+def end_groups(hosts: Sequence[Any], *, wait: bool = False) -> None:
+    """Give groups without a trial back, or with `wait` all of them and return then."""
     ends = [threading.Thread(target=_end, args=(host,), daemon=True) for host in hosts]
     for end in ends:
         end.start()
@@ -252,10 +246,6 @@ def _end(host: Any) -> None:
         while time.monotonic() < deadline and not ray.get(host.workers_gone.remote()):
             time.sleep(0.1)
         ray.kill(host)
-
-
-def _namespace() -> str:
-    return f"raysweep-{ray.get_runtime_context().get_job_id()}"
 
 
 def train_in_group(host: Any, job: Job, reporter: Reporter) -> TrialOutcome:
@@ -334,7 +324,9 @@ def _serve(config: dict[str, Any]) -> None:
 
 
 def _train(host: Any, number: int, job: Job) -> TrialOutcome:
-    from raysweep.training.loop import train as train_one  # here, so that drivers need no torch
+    from ray.train.torch import get_device
+
+    from raysweep.training.loop import train as train_one
     from raysweep.training.parallel import Workers
 
     spec, corpus = job.spec, job.corpus

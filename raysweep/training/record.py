@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysweep.results.schema import make_row
 from raysweep.study import Cell, TrialSpec
 
 if TYPE_CHECKING:
@@ -85,10 +84,21 @@ def trial_row(
     Args:
         train_tokens: size of the corpus, for the number of epochs.
     """
-    counts = spec.cell.counts
+    from raysweep.results.schema import make_row
+
     return make_row(
-        **spec_columns(spec),
+        **outcome_columns(spec, outcome, train_tokens=train_tokens),
         strategy=strategy,
+        started_at=started_at,
+        seconds_wall=seconds_wall,
+    )
+
+
+def outcome_columns(spec: TrialSpec, outcome: TrialOutcome, *, train_tokens: int) -> dict[str, Any]:
+    """The columns that a trial and its outcome fix, as plain values."""
+    counts = spec.cell.counts
+    return dict(
+        **spec_columns(spec),
         status=outcome.status,
         reason=outcome.reason,
         step=outcome.step,
@@ -107,8 +117,6 @@ def trial_row(
         expert_load_entropy=outcome.expert_load_entropy,
         expert_load_max_over_mean=outcome.expert_load_max_over_mean,
         router_confidence=outcome.router_confidence,
-        started_at=started_at,
-        seconds_wall=seconds_wall,
         seconds_train=outcome.seconds_train,
         tokens_per_second=outcome.tokens_per_second,
         peak_memory_bytes=outcome.peak_memory_bytes,
@@ -131,6 +139,8 @@ def unfinished_row(
     last_report: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The row that the driver writes for a trial that could not: it died, or was stopped."""
+    from raysweep.results.schema import make_row
+
     tokens = last_report.get("tokens")
     return make_row(
         **spec_columns(spec),

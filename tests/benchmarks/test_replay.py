@@ -23,7 +23,7 @@ def planted_grid(params: float, noise: float = 0.0, seed: int = 0) -> RecordedGr
     gap = 0.008 * x.ravel() ** 2 + 0.005 * (point[:, 1] - np.log(64 * SEQUENCE)) ** 2
     loss = 3 * np.exp(gap + noise * rng.standard_normal(len(gap)))
     loss[gap > 0.035] = np.nan
-    cell = RunSize(params, 20 * params, name=f"{params:.0e}")
+    cell = RunSize(name=f"{params:.0e}", params_active_non_embedding=params, tokens=20 * params)
     return RecordedGrid(cell, SEQUENCE, point, loss)
 
 

@@ -293,7 +293,8 @@ def browser() -> str:
 def drive(browser: str, tmp_path: Path) -> Drive:
     """drive(page, script, *flags): open a page from disk, run the body of an async function in it.
 
-    `fragment` is put behind its address. Returns what the script returns. Fails on a console error, and on any attempt to load anything.
+    `fragment` is put behind its address. Returns what the script returns.
+    Fails on a console error, and on any attempt to load anything.
     """
 
     def run(page: Path, script: str, *flags: str, before: str = "", fragment: str = "") -> Any:

@@ -18,6 +18,7 @@ from raysweep.results import importers
 from raysweep.results.store import Results
 from raysweep.scaling.fits import Fits, fit
 from raysweep.scaling.recommend import INSIDE, Recommendation
+from raysweep.text import written
 
 Drive = Callable[..., Any]
 Question = tuple[str, float, float, int, int, str]
@@ -159,6 +160,11 @@ def test_groups_at_one_batch(
     for question, found in zip(asked, shown, strict=True):
         check(fits, question, found)
         assert any("at the batch that was run" in w for w in found["warnings"])
+    surface = next(iter(fits.evidence.values())).surface
+    assert surface is not None
+    loss = surface.group_effect("muon")[2]
+    assert loss.high < 1
+    assert f"×{written(loss.value, 'number')}" in page.read_text()
     # Without a group named, the page opens with the better one, as `recommend` does.
     best = fits.recommend("dense", 1e6, 2e7)
     assert isinstance(best, Recommendation)

@@ -36,7 +36,7 @@ def test_table_of_sides_comes_first(
         assert between(*told.batch_tokens_interval, "batch") in page.text
         assert written(told.loss, "loss") in page.text
         assert written(told.run.compute, "flops") in page.text
-    for ratio in compare_arms(*arms):
+    for ratio in compare_arms(arms[0], arms[1]):
         if ratio.ok:
             style = "number" if ratio.quantity == "loss" else "ratio"
             assert written(ratio.ratio.value, style) in page.text

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from raysweep.report.figure import Axis, Contours, Line, Panel, PlotFigure, Points
 from raysweep.report.render import csv_text, sentence
-from raysweep.report.style import LIGHT, finish, log_ticks, new_figure, settings, spread
+from raysweep.report.style import (
+    LIGHT,
+    ShownFigure,
+    finish,
+    log_ticks,
+    new_figure,
+    settings,
+    spread,
+)
 
 
 def simple(**override: object) -> PlotFigure:
@@ -27,8 +35,9 @@ def simple(**override: object) -> PlotFigure:
 def test_data_are_every_point_with_its_interval() -> None:
     data = simple().to_pandas()
     assert list(data.columns) == ["x_is", "y_is", "what", "name", "x", "y", "low", "high"]
-    dots = data[data["what"] == "dots"].set_index("name")
-    assert dots.loc["b", ["x", "y", "low", "high"]].tolist() == [1e5, 1e-5, 5e-6, 2e-5]
+    dots = data[data["what"] == "dots"]
+    assert dots["name"].tolist() == ["a", "b", "c"]
+    assert dots[["x", "y", "low", "high"]].to_numpy()[1].tolist() == [1e5, 1e-5, 5e-6, 2e-5]
     assert (data["what"] == "law").sum() == 3
 
 
@@ -70,6 +79,7 @@ def test_png_and_matplotlib_draw_the_same() -> None:
     assert axes.get_xscale() == axes.get_yscale() == "log"
     offsets = np.asarray(axes.collections[-1].get_offsets())
     assert offsets[:, 1] == pytest.approx(1 / np.array([1e3, 1e5, 1e7]))
+    assert isinstance(drawn, ShownFigure)
     assert drawn._repr_png_().startswith(b"\x89PNG")
 
 

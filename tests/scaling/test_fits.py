@@ -389,13 +389,15 @@ def test_step_law_grids_end_to_end(shared_data):
     frame = read_steplaw(shared_data / "steplaw_dense.csv")
     fits = fit(frame, without=["step_law"])
     assert set(fits.cells["status"]) == {"interior"}
-    assert next(iter(fits.evidence.values())).surface.status == "converged"
+    surface = next(iter(fits.evidence.values())).surface
+    assert surface is not None
+    assert surface.status == "converged"
     assert fits.held_out is not None
     assert fits.held_out.mean_regret <= 0.0012
     for quantity in ("learning_rate", "batch_tokens", "loss"):
         covered, n = fits.held_out.covered(quantity)
         assert covered >= n - 1
-    laws = next(iter(fits.evidence.values())).surface.laws
+    laws = surface.laws
     # Step Law's own law of these data: N^-0.713 D^0.307 and D^0.571
     assert laws.exponent("batch_tokens", "tokens").covers(0.571)
     assert laws.exponent("learning_rate", "params").covers(-0.713)
@@ -407,10 +409,11 @@ def test_losses_of_larger_runs_are_told_to_a_hundredth_of_a_nat(shared_data):
     size = frame["params_active_non_embedding"]
     fits = fit(frame[size < 4.35e8], without=["step_law"])
     off, covered = [], []
-    for (n, d), rows in frame[size > 4.35e8].groupby(["params_active_non_embedding", "tokens"]):
-        rows = rows[rows["loss"] <= rows["loss"].min() * 1.05]
+    for _, cell in frame[size > 4.35e8].groupby("cell"):
+        rows = cell[cell["loss"] <= cell["loss"].min() * 1.05]
+        n, d = rows[["params_active_non_embedding", "tokens"]].to_numpy(float)[0]
         rate, batch = rows["learning_rate"].to_numpy(), rows["batch_tokens"].to_numpy()
-        told = fits.predict(rate, batch, float(n), float(d))
+        told = fits.predict(rate, batch, n, d)
         loss = rows["loss"].to_numpy()
         off.append(np.abs(told["loss"].to_numpy() - loss))
         covered.append((told["low"].to_numpy() <= loss) & (loss <= told["high"].to_numpy()))

@@ -4,13 +4,13 @@ import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
-from raysweep.scaling.surface import CellFeatures
 
 from raysweep.errors import UserError
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.strategies import STRATEGIES, make_sampler, search_space
+from raysweep.study.shape import RunSize
 
-CELL = CellFeatures("cell", 1e7, 2e8)
+CELL = RunSize(name="cell", params_active_non_embedding=1e7, tokens=2e8)
 RATES, BATCHES = (1e-4, 1e-1), (2, 8)
 SPACE = search_space(RATES, BATCHES)
 

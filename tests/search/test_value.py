@@ -1,22 +1,35 @@
-"""The worth of a trial, on planted surfaces."""
+"""What trials are worth, on planted surfaces, and how a budget is spent."""
 
 import numpy as np
-from raysweep.scaling.surface import CellFeatures, fit_surface
+import pytest
 
-from raysweep.search.value import targets_of, trial_value
+from raysweep.scaling.optima.surface import fit_surface
+from raysweep.search.value import (
+    Outlook,
+    expected_regret_reduction,
+    next_cell,
+    spread,
+    targets_of,
+)
 from raysweep.study import Study
+from raysweep.study.shape import RunSize
 
-CELLS = [CellFeatures(f"c{i}", params=1e7 * 4**i, tokens=2e8 * 4**i) for i in range(4)]
-TARGET = CellFeatures("target", params=7e9, tokens=1.4e11)
+CELLS = [
+    RunSize(params_active_non_embedding=1e7 * 4**i, tokens=2e8 * 4**i, name=f"c{i}")
+    for i in range(4)
+]
+TARGET = RunSize(params_active_non_embedding=7e9, tokens=1.4e11, name="target")
+FLOPS = [cell.compute for cell in CELLS]
 
 
-def surface_with(trials: list[int]):
+def surface_with(trials: list[int], seed: int = 0):
     """A fitted surface with this many trials in each of the four cells, about planted optima."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     index, rates, batches, losses = [], [], [], []
     for i, count in enumerate(trials):
-        best = np.log(1.79 * CELLS[i].params ** -0.713 * CELLS[i].tokens ** 0.307)
-        centre = np.log(0.58 * CELLS[i].tokens ** 0.571)
+        cell = CELLS[i]
+        best = np.log(1.79 * cell.params_active_non_embedding**-0.713 * cell.tokens**0.307)
+        centre = np.log(0.58 * cell.tokens**0.571)
         for _ in range(count):
             u, v = rng.uniform(-1.5, 1.5, 2)
             index.append(i)
@@ -28,14 +41,70 @@ def surface_with(trials: list[int]):
 
 def test_an_unknown_cell_teaches_more_than_a_well_known_one() -> None:
     surface = surface_with([12, 12, 12, 2])
-    values = [trial_value(surface, cell, [TARGET]) for cell in CELLS]
+    values = [expected_regret_reduction(surface, cell, [TARGET]) for cell in CELLS]
     assert values[3] == max(values)
     assert all(v >= 0 for v in values)
 
 
 def test_a_trial_is_worth_less_the_more_there_are() -> None:
     few, many = surface_with([4, 4, 4, 4]), surface_with([40, 40, 40, 40])
-    assert trial_value(many, CELLS[3], [TARGET]) < trial_value(few, CELLS[3], [TARGET])
+    after = expected_regret_reduction(many, CELLS[3], [TARGET])
+    assert after < expected_regret_reduction(few, CELLS[3], [TARGET])
+    one, ten, twenty = (
+        expected_regret_reduction(few, CELLS[0], [TARGET], count) for count in (1, 10, 20)
+    )
+    assert one < ten < twenty
+    assert twenty - ten < 0.5 * (ten - one)
+
+
+def test_the_regret_foreseen_is_the_one_that_a_fit_with_those_trials_has() -> None:
+    before, after = surface_with([5, 5, 5, 5], seed=1), surface_with([5, 5, 25, 25], seed=1)
+    foreseen = Outlook(before, CELLS, [TARGET]).regret([0, 0, 20, 20])
+    now = Outlook(before, CELLS, [TARGET]).regret([0] * 4)
+    found = Outlook(after, CELLS, [TARGET]).regret([0] * 4)
+    assert found < now
+    assert foreseen == pytest.approx(found, rel=0.6)
+    # With nothing added it is the expected gap of the surface's own posterior, noise aside.
+    assert now == pytest.approx(before.optimum(TARGET).expected_gap, rel=0.1)
+
+
+def test_a_plan_keeps_to_the_budget_and_beats_the_cheapest_cells_alone() -> None:
+    surface = surface_with([4, 4, 4, 4])
+    outlook = Outlook(surface, CELLS, [TARGET])
+    budget = 3.0 * sum(FLOPS)
+    counts, regret = outlook.plan(FLOPS, budget, [20] * 4)
+    assert np.dot(counts, FLOPS) <= budget
+    assert max(counts) <= 20
+    assert regret == pytest.approx(outlook.regret(counts))
+    assert regret < outlook.regret([20, 20, 0, 0])
+    assert regret <= 1.02 * outlook.regret(spread(FLOPS, budget, [20] * 4))
+
+
+def test_a_plan_leaves_out_cells_that_tell_nothing_of_the_targets() -> None:
+    surface = surface_with([4, 4, 4, 4])
+    outlook = Outlook(surface, CELLS, [CELLS[3]])
+    near, far = outlook.regret([0, 0, 0, 6]), outlook.regret([6, 0, 0, 0])
+    assert near < far
+
+
+def test_the_next_cell_is_affordable_and_cells_do_not_starve() -> None:
+    surface = surface_with([2, 2, 2, 2])
+    had, budget = [2, 2, 2, 2], 4.0 * sum(FLOPS)
+    while True:
+        most = [12 - h for h in had]
+        chosen = next_cell(surface, CELLS, had, FLOPS, most, budget, [TARGET])
+        if chosen is None:
+            break
+        budget -= FLOPS[chosen]
+        had[chosen] += 1
+    assert budget < min(f for f, h in zip(FLOPS, had, strict=True) if h < 12)
+    assert min(had) > 2
+
+
+def test_spreading_goes_in_turns() -> None:
+    assert spread([1.0, 2.0, 4.0], 11.0, [9, 9, 9]) == [3, 2, 1]
+    assert spread([1.0, 2.0], 100.0, [3, 2]) == [3, 2]
+    assert spread([5.0], 4.0, [3]) == [0]
 
 
 def test_targets_come_from_the_file_or_from_ten_times_the_largest_cell() -> None:
@@ -49,7 +118,7 @@ def test_targets_come_from_the_file_or_from_ten_times_the_largest_cell() -> None
     dense, moe = sorted(targets_of(study), key=lambda t: t.experts)
     assert dense.tokens == 1e7
     assert moe.params_total is not None
-    assert moe.params_total > 2 * moe.params
+    assert moe.params_total_non_embedding > 2 * moe.params_active_non_embedding
     named = {**plain, "targets": [{"architecture": "moe", "params": 1e9, "tokens": 1e11}]}
     (only,) = targets_of(Study.from_dict(named))
-    assert (only.params, only.tokens, only.experts) == (1e9, 1e11, 8)
+    assert (only.params_active_non_embedding, only.tokens, only.experts) == (1e9, 1e11, 8)

@@ -64,7 +64,7 @@ def fitting(spec, text):
     return make
 
 
-def job(trial, corpus, storage: Storage, branches=tuple, on_branch=None):
+def job(trial, corpus, storage: Storage, branches: Any = tuple, on_branch=None):
     from raysweep.training.ray_train import Job
 
     return Job(trial, corpus, storage, branches, on_branch)
@@ -169,7 +169,7 @@ def test_a_group_lives_through_trials_of_every_end(text, fitting, tmp_path):
     assert follows.status == "finished"
 
     # Given back, its resources are free.
-    end_groups(["kept"], wait=True)
+    end_groups([host], wait=True)
     deadline = time.monotonic() + 20
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -197,4 +197,4 @@ def test_an_error_of_its_own_is_tried_three_times(text, fitting, tmp_path):
     threading.Event().wait(0.1)
     good = train_in_group(host, job(trial, text, results), Heard())
     assert good.status == "finished"
-    end_groups(["errs"], wait=True)
+    end_groups([host], wait=True)

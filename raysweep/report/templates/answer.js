@@ -229,7 +229,7 @@ const answers = (() => {
     [low, high] = [Math.min(low, ...near.map((p) => p.y)), Math.max(high, ...near.map((p) => p.y))];
     const margin = 0.08 * (high - low) + 0.004;
     low -= margin; high += margin;
-    const [W, H, L, T] = [470, last ? 172 : 142, 62, 20], bottom = last ? 38 : 8;
+    const [W, H, L, T] = [470, last ? 156 : 126, 62, 18], bottom = last ? 38 : 8;
     const [from, to] = [points[0].flops, points.at(-1).flops];
     const px = (v) => L + ((W - L - 10) * (v - from)) / (to - from), py = (v) => T + (H - T - bottom) * (1 - (v - low) / (high - low));
     const svg = draw(null, "svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${label} against training FLOPs` });
@@ -270,7 +270,7 @@ const answers = (() => {
     const drawn = some.map((q, i) => chart(a, points, q, i === some.length - 1)).filter(Boolean);
     document.getElementById("ask-charts").replaceChildren(...drawn);
     document.getElementById("ask-key").hidden = !drawn.length;
-    say("ratio", `line: the law, 95 %, at ${short(a.tokens / a.params)} tokens a parameter`);
+    say("ratio", `line: the law at ${short(a.tokens / a.params)} tokens a parameter, 95 %`);
   };
 
   // --- the rest ----------------------------------------------------------------------------------

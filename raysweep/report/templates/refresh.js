@@ -25,6 +25,8 @@
       open: folds().map((d) => [d.querySelector("summary")?.textContent, d.open]),
       sort: heading() ? [heading().textContent, heading().getAttribute("aria-sort")] : null,
       page: Number(/\d+/.exec(document.getElementById("trial-page")?.textContent ?? "1")?.[0] ?? 1),
+      tabs: [...document.querySelectorAll(".tabs > input:checked")].map((tab) => tab.id),
+      cell: document.querySelector("#cells .on .what")?.textContent.split(":")[0],
       typing,
     };
   };
@@ -47,6 +49,8 @@
       if (was.sort[1] === "descending") button?.click();
     }
     for (let k = 1; k < was.page; k++) document.getElementById("trial-on")?.click();
+    for (const id of was.tabs) document.getElementById(id)?.click();
+    [...document.querySelectorAll("#cells .cell")].find((c) => c.querySelector(".what").textContent.split(":")[0] === was.cell)?.click();
     const section = was.anchor && document.getElementById(was.anchor.id);
     const y = section ? section.getBoundingClientRect().top + scrollY + was.anchor.offset : was.y;
     scrollTo({ top: y, behavior: "instant" });

@@ -21,6 +21,7 @@ from raysweep.scaling.optima.model import (
     Settings,
     VarianceComponents,
     level_terms,
+    shape_bias,
 )
 
 _ITERATIONS = 60
@@ -29,6 +30,7 @@ _SETTLED = 0.05  # posterior sds that the last step may still move
 _LEARNED = 0.02  # relative change of learned widths that it may still make
 _LAW_STEP, _LEVEL_STEP = 1.5, 0.7  # longest steps of laws and valley, and of the level
 _START_SDS = 1.2  # how far along its widest axis the prior's intercept starts
+_BIAS_CURVATURE = 2.0
 _CLOSE = 8.0  # nats of evidence below the best from which a start is not followed further
 
 
@@ -86,13 +88,16 @@ def _climb(
     """Damped Gauss-Newton from a start, the widths re-estimated at each step."""
     point = problem.at(shared, own)
     gaps, damping, converged = problem.noise_gap(point), 1e-2, False
+    bias = np.zeros(problem.layout.size)
     for _ in range(iterations):
         # The noise follows the gap: half a step at a time, or mode and noise can chase each other.
         gaps = 0.5 * (gaps + problem.noise_gap(point))
         variance = problem.variance(widths, gaps)
-        blocks, gradient = problem.normal_equations(point, widths, variance)
+        blocks, (shared_pull, own_pull) = problem.normal_equations(point, widths, variance)
+        bias = 0.5 * (bias + shape_bias(problem, point, variance, blocks[2]))
         before, start = widths, point
-        point, damping = _step(problem, point, widths, variance, blocks, gradient, damping)
+        gradient = shared_pull - bias, own_pull
+        point, damping = _step(problem, point, widths, variance, blocks, gradient, bias, damping)
         covariance = invert(*blocks)
         widths = _learn(problem, widths, point, covariance)
         spread = np.sqrt(covariance.shared.diagonal()), np.sqrt(_diagonals(covariance.own))
@@ -123,11 +128,16 @@ def _step(
     variance: np.ndarray,
     blocks: tuple[np.ndarray, np.ndarray, np.ndarray],
     gradient: tuple[np.ndarray, np.ndarray],
+    bias: np.ndarray,
     damping: float,
 ) -> tuple[Point, float]:
-    """The next point, damped until it is no worse, and the damping to begin with there."""
+    """The next point, damped until it is no worse, and the damping to begin with there.
+
+    `bias` [S] is the slope of what `Problem.cost` lacks (`shape_bias`)."""
     head, cross, tail = blocks
     layout = problem.layout
+    # A cell's ln determinant saturates: at most so much does the bias change with a ln weight.
+    head = head + np.diag(_BIAS_CURVATURE * np.maximum(bias, 0.0))
     level = layout.level.start + np.arange(LEVEL_LAW)
     now = problem.cost(point, widths, variance)
     for _ in range(8):
@@ -139,7 +149,7 @@ def _step(
             np.abs(shared[level]).max() / _LEVEL_STEP,
         )
         tried = problem.at(point.shared + shared / size, point.own + own / size)
-        if problem.cost(tried, widths, variance) <= now:
+        if problem.cost(tried, widths, variance) + bias @ (shared / size) <= now:
             return tried, max(damping / 10, 1e-8)
         damping *= 10
     return point, damping

@@ -18,7 +18,13 @@ import numpy as np
 
 from raysweep.scaling.optima.arrow import Grouping
 from raysweep.scaling.optima.literature import BATCH_SLOPE, COLUMNS, OptimumPrior
-from raysweep.scaling.optima.valley import PARAMETERS, TERMS, gap_derivatives
+from raysweep.scaling.optima.valley import (
+    DIRECTIONS,
+    PARAMETERS,
+    TERMS,
+    gap_derivatives,
+    slope_derivatives,
+)
 from raysweep.study.shape import RunSize
 
 LINEAR = len(COLUMNS)
@@ -36,8 +42,8 @@ class Settings:
     A width called guess is learned from the data; its weight is how many effects it counts for.
     """
 
-    log_weight: float = 1.5  # of each ln weight of the valley's terms, about log_weight_mean
-    log_weight_mean: float = math.log(0.003)
+    log_weight: float = 1.5  # of each ln weight of the valley's terms
+    log_curvature_mean: float = math.log(0.004)  # of a term's part in the valley's curvature
     log_rate: float = 0.3  # of the ln rates that stretch the valley's axes
     scale_slope: float = 0.15  # of the valley's ln depth per nat of parameters or tokens
     term_slope_guess: float = 0.03  # of each term's own ln weight, the same
@@ -48,7 +54,7 @@ class Settings:
     level_bend_weight: float = 4.0
     shift_guess: float = 0.1  # a cell's own effect on its optimum, in ln lr and ln batch
     shift_weight: float = 2.0
-    level_guess: float = 0.01  # a cell's own effect on its ln loss
+    level_guess: float = 0.006  # a cell's own effect on its ln loss
     level_weight: float = 6.0
     routing_guess: tuple[float, float, float] = (0.01, 0.15, 0.15)  # level, ln lr, ln batch
     group_guess: tuple[float, float, float] = (0.02, 0.6, 0.3)
@@ -358,7 +364,9 @@ class Problem:
         self.mean, self.sd = np.zeros(layout.size), np.ones(layout.size)
         self.mean[layout.linear] = mean
         terms = layout.valley.start + np.arange(TERMS)
-        self.mean[terms], self.sd[terms] = settings.log_weight_mean, settings.log_weight
+        # Each term is expected to add as much to the curvature: steep ones weigh less.
+        self.mean[terms] = settings.log_curvature_mean - np.log((DIRECTIONS**2).sum(1))
+        self.sd[terms] = settings.log_weight
         self.sd[layout.valley.start + TERMS : layout.valley.stop] = settings.log_rate
         self.sd[layout.scale] = settings.scale_slope
         # Far below the sizes that the law was measured at, its terms say less and less.
@@ -527,6 +535,35 @@ class Problem:
         shared = pull - prior @ (point.shared - self.mean)
         own = self.trials_of.sum(weighted * point.residual[:, None]) - point.own / widths.own**2
         return (head, cross, tail), (shared, own)
+
+
+def shape_bias(
+    problem: Problem, point: Point, variance: np.ndarray, tail: np.ndarray
+) -> np.ndarray:
+    """[S], the gradient of half the ln determinant of the precision `tail` [cells, 3, 3] of the
+    cells' own effects, in the valley's shape.
+
+    Added to that of `Problem.cost`, it puts the shape where the cells' effects are integrated out.
+    At the joint mode every cell's optimum bends towards its trials, and with many cells of few
+    trials the valley comes out too steep: Neyman and Scott, Econometrica 16, 1948. Weights and
+    noise are held; trials that are only known to be far count for nothing here.
+    """
+    layout, observed, nu = problem.layout, problem.observed, problem.settings.student
+    near = problem.near
+    cell, x, by_own = observed.cell[near], problem.rows[near], point.by_own[near]
+    residual, variance = point.residual[near], variance[near]
+    weight = (nu + 1) / (nu + residual**2 / variance) / variance
+    pull = np.einsum("nij,nj->ni", np.linalg.inv(tail)[cell], by_own)[:, 1:]
+    centre = x @ np.stack([point.shared[law] for law in layout.law], -1) + point.own[cell, 1:]
+    u, v = (observed.point[near] - centre).T
+    change = slope_derivatives(u, v, valley_at(point.shared, x, layout))
+    each = -weight[:, None] * np.einsum("na,nap->np", pull, change)
+    terms = each[:, :TERMS]
+    bias = np.zeros(layout.size)
+    bias[layout.valley] = each.sum(0)
+    bias[layout.scale] = terms.sum(1) @ x[:, 1:3]
+    bias[layout.slopes] = (x[:, 1:3].T @ terms).ravel()
+    return bias
 
 
 def _tempered(log_share: float, sd: float) -> tuple[float, float]:

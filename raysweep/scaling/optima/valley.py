@@ -53,6 +53,22 @@ def gap_derivatives(
     return by_weight.sum(-1), by_stretched * rates, by_valley
 
 
+def slope_derivatives(u: np.ndarray, v: np.ndarray, valley: np.ndarray) -> np.ndarray:
+    """[n, 2, PARAMETERS]: how the gap's gradient in (u, v) changes with the valley's parameters.
+
+    `valley` is [n, PARAMETERS], each point's own."""
+    rates, weights = np.exp(valley[:, TERMS:]), np.exp(valley[:, :TERMS])
+    raw = np.stack([u, v], -1)
+    point = np.clip(raw * rates, -_EDGE, _EDGE)
+    t = np.clip(point @ DIRECTIONS.T, _LOWEST, _HIGHEST)
+    stretched = DIRECTIONS.T * rates[:, :, None]  # [n, 2, TERMS]
+    by_weight = stretched * ((np.exp(t) - 1) * weights)[:, None]
+    hessian = np.einsum("nak,nk,nbk->nab", stretched, weights * np.exp(t), stretched)
+    by_rate = hessian * raw[:, None]
+    by_rate[:, range(2), range(2)] += by_weight.sum(2)
+    return np.concatenate([by_weight, by_rate], axis=2)
+
+
 def curvature(valley: np.ndarray) -> np.ndarray:
     """The 2 x 2 Hessian of the gap at the optimum, in (ln learning rate, ln batch)."""
     stretched = DIRECTIONS * np.exp(valley[TERMS:])
