@@ -251,37 +251,47 @@ class Results(InNotebooks):
 
 def _nothing_at(storage: Storage) -> str:
     """What to say of a place without results: what stands there, or what is near."""
+    if not storage.is_local:
+        what = "holds no raysweep results" if storage.exists() else "does not exist"
+        return f"{storage.uri} {what}: check the path, or make it with 'raysweep run'"
     path = Path(storage.uri)
-    if storage.is_local and path.is_file():
+    shown = _as_typed(path)
+    if path.is_file():
         if path.suffix in (".yaml", ".yml"):
             return (
-                f"{path} is a search-space file, no results folder: 'raysweep run {path}' makes "
+                f"{shown} is a search-space file, no results folder: 'raysweep run {shown}' makes "
                 f"its results, in results/{path.stem} unless told"
             )
         if path.suffix in (".csv", ".parquet"):
-            return f"{path} is a file: 'raysweep import csv {path} --results FOLDER' reads it first"
-        return f"{path} is a file: name a results folder"
-    if storage.exists():
-        inside = [p for p in sorted(path.iterdir()) if (p / MARKER).exists()]
-        hint = f": did you mean {inside[0]}?" if inside else ": check the path, or "
-        hint += "" if inside else "make it with 'raysweep run'"
-        return f"{storage.uri} holds no raysweep results{hint}"
-    near = _near(path) if storage.is_local else None
-    hint = f"did you mean {near}?" if near else "check the path, or make it with 'raysweep run'"
-    return f"{storage.uri} does not exist: {hint}"
-
-
-def _near(path: Path) -> Path | None:
-    """The results folder beside a path, or among the default ones, whose name is nearest."""
-    for folder in (path.parent, Path("results")):
-        try:
-            found = [p.name for p in folder.iterdir() if (p / MARKER).exists()]
-        except OSError:
-            continue
+            return f"{shown} is a file: 'raysweep import csv {shown} --results FOLDER' reads it"
+        return f"{shown} is a file: name a results folder"
+    found = _results_in(path) if path.exists() else {}
+    names = list(found)
+    if not path.exists():
+        for folder in (path.parent, Path("results")):
+            found |= _results_in(folder)
         names = difflib.get_close_matches(path.name, found, n=1)
-        if names:
-            return folder / names[0]
-    return None
+    hint = "check the path, or make it with 'raysweep run'"
+    if names:
+        hint = f"did you mean {_as_typed(found[names[0]])}?"
+    what = "holds no raysweep results" if path.exists() else "does not exist"
+    return f"{shown} {what}: {hint}"
+
+
+def _results_in(folder: Path) -> dict[str, Path]:
+    """Results folders right in a folder, or in a folder `results` of those in it, by name."""
+    try:
+        inside = sorted(p for p in folder.iterdir() if p.is_dir())
+    except OSError:
+        return {}
+    found = {p.name: p / "results" for p in inside if (p / "results" / MARKER).exists()}
+    return found | {p.name: p for p in inside if (p / MARKER).exists()}
+
+
+def _as_typed(path: Path) -> Path:
+    """A path from here where it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) and path != here else path
 
 
 def _row_file(trial_key: str, study: str) -> str:
