@@ -37,7 +37,12 @@ def summary(fits: Fits, everything: bool = False) -> str:
     counted = fits.n_rows - sum(fits.left_out.values())
     n = len(fits.cells)
     lines = [f"{n} cell{'s' * (n != 1)}; {counted} of {fits.n_rows} rows count"]
-    lines += [f"  {n} left out: {why}" for why, n in fits.left_out.items()]
+    # What a message says of these is not said twice.
+    lines += [
+        f"  {n} left out: {why}"
+        for why, n in fits.left_out.items()
+        if not why.startswith("diverged: ")
+    ]
     lines += [f"  warning: {message}" for message in fits.messages]
     for label in fits.evidence:
         lines += _laws(fits, label)
