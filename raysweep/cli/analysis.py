@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -167,7 +168,7 @@ def split_command(
     from raysweep.scaling.compute.allocation import allocations_text
     from raysweep.scaling.plain import to_json
 
-    found = fit_results(results, None, without, literature).split(listed([flops]))
+    found = fit_results(results, None, without, literature).split(_numbers(flops, "--flops"))
     if as_json:
         told = {name: [a.to_dict() for a in rows] for name, rows in found.items()}
         typer.echo(json.dumps(to_json(told), indent=1))
@@ -262,7 +263,8 @@ def report_command(
     fits = fit_results(results, group, without, literature)
     page = write_report(results, output, fits=fits, png=png, asked=runs)
     typer.echo(str(page))
-    typer.echo(page.resolve().as_uri(), err=True)
+    if sys.stderr.isatty():
+        typer.echo(page.resolve().as_uri(), err=True)
 
 
 def _run_asked(text: str) -> tuple[str, str]:

@@ -212,16 +212,19 @@ class Fits(InNotebooks):
         noise = 1.96 * evidence.surface.mode.widths.growth * gap  # of one run, beside the optimum's
         base = np.log(np.array([found.loss, *found.loss_interval]))
         own = base[0] - base[1], base[2] - base[0]
-        return pd.DataFrame(
-            {
-                "learning_rate": rate,
-                "batch_tokens": batch,
-                "loss": np.exp(base[0] + gap),
-                "low": np.exp(base[0] + gap - np.sqrt(own[0] ** 2 + (gap - least) ** 2 + noise**2)),
-                "high": np.exp(base[0] + gap + np.sqrt(own[1] ** 2 + (most - gap) ** 2 + noise**2)),
-                "cost": np.expm1(gap),
-            }
-        )
+        down = np.sqrt(own[0] ** 2 + (gap - least) ** 2 + noise**2)
+        up = np.sqrt(own[1] ** 2 + (most - gap) ** 2 + noise**2)
+        with np.errstate(over="ignore"):  # far off the optimum the loss has no upper end
+            return pd.DataFrame(
+                {
+                    "learning_rate": rate,
+                    "batch_tokens": batch,
+                    "loss": np.exp(base[0] + gap),
+                    "low": np.exp(base[0] + gap - down),
+                    "high": np.exp(base[0] + gap + up),
+                    "cost": np.expm1(gap),
+                }
+            )
 
     def split(self, flops: float | str | Sequence[float | str]) -> dict[str, list[Allocation]]:
         """By architecture, the compute-optimal N and D of each training budget.

@@ -35,7 +35,8 @@ def summary(fits: Fits, everything: bool = False) -> str:
     """The laws of the optimum and of the loss, and how they did on what was held out; the cells,
     the comparison of architectures, the prior and the checks with `everything`."""
     counted = fits.n_rows - sum(fits.left_out.values())
-    lines = [f"{len(fits.cells)} cells; {counted} of {fits.n_rows} rows count"]
+    n = len(fits.cells)
+    lines = [f"{n} cell{'s' * (n != 1)}; {counted} of {fits.n_rows} rows count"]
     lines += [f"  {n} left out: {why}" for why, n in fits.left_out.items()]
     lines += [f"  warning: {message}" for message in fits.messages]
     for label in fits.evidence:

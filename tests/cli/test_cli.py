@@ -13,6 +13,8 @@ from raysweep.cli import app, main
 
 REPO = Path(__file__).resolve().parents[2]
 SMOKE = str(REPO / "search_spaces/smoke.yaml")
+LAPTOP = str(REPO / "reports/examples/laptop/results")
+RUN = ["--params", "1M", "--tokens", "20M"]
 
 
 def raysweep(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -104,6 +106,16 @@ def test_plan_prints_every_cell_and_the_same_as_json() -> None:
         (["plan", SMOKE, "--set", "scales=[]"], "scales"),
         (["plan", SMOKE, "--set", "search.learning_rate.low=5"], "must be below high"),
         (["fit", "no-results"], "does not exist"),
+        (["fit", SMOKE], "is a search-space file, no results folder"),
+        (["fit", "reports/examples/laptop/result"], "did you mean"),
+        (["plan", SMOKE, "--set", "n_trials=3"], "--set search.trials_per_cell=3"),
+        (["plan", SMOKE, "--set", "lr=0.1"], "did you mean 'learning_rate' in search"),
+        (["plan", SMOKE, "--set", "literature=[steplaw]"], "did you mean 'step_law'?"),
+        (["fit", LAPTOP, "--without", "kaplen"], "did you mean kaplan?"),
+        (["fit", LAPTOP, "--group", "optimiser"], "near: optimizer"),
+        (["recommend", LAPTOP, *RUN, "--of", "muon"], "no group 'muon' in the results"),
+        (["recommend", LAPTOP, *RUN, "--within", "200%"], "within must be a share"),
+        (["report", LAPTOP, "--for", "7B"], "write it as PARAMS@TOKENS"),
         (["report", "tests", "-o", "x"], "holds no raysweep results"),
         (["recommend", "no-results", "--params", "1e9", "--tokens", "1e9"], "does not exist"),
         (
@@ -182,7 +194,11 @@ def test_a_number_missing_in_one_imported_row_hides_no_other(tmp_path: Path) -> 
     columns = "learning_rate=lr,batch_tokens=bs,params_active_non_embedding=N,loss=val"
     done = here("import", "csv", str(table), "--results", uri, "--map", columns)
     assert "1 kept out of fits: tokens is missing" in done.stdout
-    for command in (["fit", uri], ["status", uri], ["report", uri, "-o", str(tmp_path / "page")]):
+    for command in (
+        ["fit", uri, "--all"],
+        ["status", uri],
+        ["report", uri, "-o", str(tmp_path / "page")],
+    ):
         done = here(*command)
         assert not done.stderr
         if command[0] != "report":

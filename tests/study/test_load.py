@@ -1,12 +1,15 @@
 """Search-space files: what loads, and what each mistake says."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from raysweep.errors import UserError
+from raysweep.scaling.optima.literature import PUBLISHED_LAWS
 from raysweep.study import Study
 from raysweep.study.load import load_search_space
+from raysweep.study.schema import LawKey
 
 MINIMAL = """\
 study: tiny
@@ -98,12 +101,38 @@ def test_missing_file_names_a_near_one(write, tmp_path: Path) -> None:
         ("search.trial_per_cell=2", "did you mean 'trials_per_cell'?"),
         ("architectures.moe.expert=3", "did you mean 'experts'?"),
         ("data.tokenizer.train_vocab=300", "did you mean 'train_vocab_size'?"),
+        ("trials_per_cell=8", "--set trials_per_cell=8: unknown key 'trials_per_cell': did you "),
+        ("trials_per_cell=8", "'trials_per_cell' in search? --set search.trials_per_cell=8"),
+        ("serach.trials_per_cell=3", "did you mean 'search'? --set search.trials_per_cell=3"),
+        ("lr=1e-3", "'learning_rate' in search, which holds low, high,"),
+        ("bs=4", "'batch_sequences' in search"),
+        ("search.batch_size=4", "did you mean 'batch_sequences', which holds low"),
+        ("wd=0.1", "--set recipe.weight_decay=0.1"),
+        ("n_trials=4", "--set search.trials_per_cell=4"),
+        ("scales.0.n_layers=3", "did you mean 'layers'?"),
+        ("foo.bar=2", "--set foo.bar=2: unknown key 'foo': known here: study,"),
+        ("search.learning_rate.low=5", "--set search.learning_rate.low=5: search.learning_rate: "),
+        ("recipe.schedule=cosin", "(got 'cosin'): did you mean 'cosine'?"),
+        ("without=[kaplen]", "did you mean 'kaplan'?"),
+        ("literature=[steplaw]", "did you mean 'step_law'?"),
     ],
 )
 def test_bad_overrides(write, override, expected) -> None:
     with pytest.raises(UserError) as caught:
         load_search_space(write(MINIMAL), [override])
     assert expected in str(caught.value)
+
+
+def test_files_may_name_every_published_law(write) -> None:
+    assert get_args(LawKey) == tuple(PUBLISHED_LAWS)
+    space = load_search_space(write(MINIMAL + "literature: [step_law, deepseek]\n"))
+    assert space.literature == ("step_law", "deepseek")
+
+
+def test_overrides_may_be_values(write) -> None:
+    study = Study.load(write(MINIMAL), set={"search.trials_per_cell": 9, "scales.0.layers": 3})
+    assert study.space.search.trials_per_cell == 9
+    assert study.cells[0].shape.layers == 3
 
 
 def test_early_stopping_of_trials_on_several_workers_is_refused(write) -> None:
