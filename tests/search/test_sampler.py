@@ -8,7 +8,6 @@ import optuna
 import pytest
 import ray.cloudpickle as cloudpickle
 from optuna.trial import TrialState, create_trial
-from raysweep.scaling.surface import CellFeatures
 
 from benchmarks.planted import SHAPES, held, plant, recommended_gaps, search
 from raysweep.errors import UserError

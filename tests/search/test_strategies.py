@@ -4,7 +4,6 @@ import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
-from raysweep.scaling.surface import CellFeatures
 
 from raysweep.errors import UserError
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
