@@ -8,10 +8,10 @@ import optuna
 import pytest
 import ray.cloudpickle as cloudpickle
 from optuna.trial import TrialState, create_trial
+from raysweep.scaling.surface import CellFeatures
 
 from benchmarks.planted import SHAPES, covered, plant, recommended_gaps, search
 from raysweep.errors import UserError
-from raysweep.scaling.surface import CellFeatures
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.strategies import make_sampler, search_space
 

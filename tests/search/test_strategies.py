@@ -4,9 +4,9 @@ import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
+from raysweep.scaling.surface import CellFeatures
 
 from raysweep.errors import UserError
-from raysweep.scaling.surface import CellFeatures
 from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, Ladder
 from raysweep.search.strategies import STRATEGIES, make_sampler, search_space
 

@@ -1,8 +1,8 @@
 """The worth of a trial, on planted surfaces."""
 
 import numpy as np
-
 from raysweep.scaling.surface import CellFeatures, fit_surface
+
 from raysweep.search.value import targets_of, trial_value
 from raysweep.study import Study
 
