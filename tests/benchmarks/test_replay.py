@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from raysweep.scaling.surface import CellFeatures
 
 from benchmarks.recorded import RecordedGrid, read_grids, smooth_log_loss
 from benchmarks.replay import MEASURES, main, regress, replay, summarise
