@@ -111,7 +111,7 @@ def test_one_size_names_what_the_cells_do_not_span(
     make_rows: Callable, make_results: Callable, tmp_path: Path, drive: Drive
 ) -> None:
     results = make_results(make_rows(("dense",), scales=1, horizons=3))
-    fits = fit(results.frame())
+    fits = fit(results.to_pandas())
     page = report(results, tmp_path / "out", fits=fits)
     asked: list[Question] = [("dense", 2e7, 4e6, 1, 1, ""), *questions(fits, 5)]
     shown = ask_page(drive, page, asked)
@@ -127,7 +127,7 @@ def test_one_size_names_what_the_cells_do_not_span(
 def test_an_import_of_losses_alone(shared_data: Path, tmp_path: Path, drive: Drive) -> None:
     results = Results.open(tmp_path / "results", create=True)
     results.write_many(importers.read_isoflop(shared_data / "isoflop_llama3.csv"))
-    fits = fit(results.frame())
+    fits = fit(results.to_pandas())
     page = report(results, tmp_path / "out", fits=fits)
     asked = questions(fits, 6)
     for question, found in zip(asked, ask_page(drive, page, asked), strict=True):
@@ -148,7 +148,7 @@ def test_groups_at_one_batch(
         if row["loss"] is not None and faster:
             row["loss"] *= 0.98
     results = make_results(rows)
-    fits = fit(results.frame(), group="optimizer")
+    fits = fit(results.to_pandas(), group="optimizer")
     assert fits.groups("dense") == ["adamw", "muon"]
     page = report(results, tmp_path / "out", fits=fits)
     asked = [
@@ -198,7 +198,7 @@ def test_many_families_share_the_nodes(
     for k, row in enumerate(rows):
         row["recipe"] = json.dumps({"optimizer": f"o{k % 12}"})
     results = make_results(rows)
-    fits = fit(results.frame(), group="optimizer")
+    fits = fit(results.to_pandas(), group="optimizer")
     grid = answer_grid(fits, ask(fits, []))
     assert grid is not None
     assert len(grid["entries"]) == 12
