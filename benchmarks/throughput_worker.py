@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raysweep.model import fused
 from raysweep.study import Study, TrialSpec
 from raysweep.training.loop import train
 
@@ -86,6 +87,8 @@ def make_spec(case: dict[str, Any]) -> TrialSpec:
 
 def ours(case: dict[str, Any]) -> float:
     spec = make_spec(case)
+    if case.get("plain"):  # without the hand-written blocks
+        fused.usable = lambda x: False
     clock = Clock(not case.get("gpus") and not case.get("wall"))
     corpus: Any = RandomCorpus(case["vocab_size"])
     outcome = train(spec, corpus, reporter=clock, threads=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import raysweep
-from raysweep.report.notebook import _VIEWS
+from raysweep.report.notebook import VIEWS
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -77,4 +77,4 @@ def test_no_import_hides_from_the_linter() -> None:
 def test_notebooks_are_told_of_everything_public(name: str) -> None:
     kind = getattr(raysweep, name)
     assert callable(kind._repr_html_)
-    assert kind.__name__ in _VIEWS
+    assert kind.__name__ in VIEWS

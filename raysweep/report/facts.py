@@ -31,7 +31,6 @@ def studies(frame: pd.DataFrame, spaces: Mapping[str, str]) -> list[dict[str, An
 def totals(frame: pd.DataFrame) -> dict[str, float]:
     """Numbers of trials by what became of them, and what they cost."""
     status = frame["status"].astype(str)
-    counted = (status == FINISHED) & frame["excluded"].isna()
     workers = pd.to_numeric(frame["world_size"], errors="coerce").fillna(1)
     seconds = pd.to_numeric(frame["seconds_train"], errors="coerce")
     # A WSD branch was lent the tokens that the row of a longer horizon counts.
@@ -40,13 +39,10 @@ def totals(frame: pd.DataFrame) -> dict[str, float]:
     flops = pd.to_numeric(frame["flops"], errors="coerce") * (trained / seen).fillna(1.0)
     return {
         "rows": len(frame),
-        "finished": int((status == FINISHED).sum()),
-        "counted": int(counted.sum()),
         "failed": int((status != FINISHED).sum()),
-        "excluded": int(((status == FINISHED) & ~counted).sum()),
+        "excluded": int(((status == FINISHED) & frame["excluded"].notna()).sum()),
         "worker_hours": float((seconds * workers).sum() / 3600),
         "flops": float(flops.sum()),
-        "tokens": float(trained.sum()),
     }
 
 

@@ -49,8 +49,8 @@ _LOOK = """
 def html_of(thing: object) -> str:
     """Small HTML that shows an object."""
     for kind in type(thing).__mro__:
-        if kind.__name__ in _VIEWS:
-            return _VIEWS[kind.__name__](thing)
+        if kind.__name__ in VIEWS:
+            return VIEWS[kind.__name__](thing)
     raise TypeError(f"nothing tells how {type(thing).__name__} looks in a notebook")
 
 
@@ -269,7 +269,7 @@ def _comparison(comparison: Any) -> str:
     return _framed(*parts)
 
 
-_VIEWS: dict[str, Callable[[Any], str]] = {
+VIEWS: dict[str, Callable[[Any], str]] = {
     "Fits": _fits,
     "Recommendation": _recommendation,
     "Results": _results,

@@ -130,6 +130,7 @@ def _figure(
         width=8.6 if len(panels) > 1 else 5.0,
         height=3.1,
         ratios=(1.35, 1, 1)[: len(panels)],
+        fixed=True,
     )
 
 

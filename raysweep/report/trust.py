@@ -18,7 +18,7 @@ from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.optima.literature import PUBLISHED_LAWS
 from raysweep.scaling.optima.readings import READINGS
 from raysweep.scaling.optima.surface import EXPONENTS, TARGETS, Surface
-from raysweep.text import estimated, short, written
+from raysweep.text import estimated, written
 
 WORDS = {"learning_rate": "learning rate", "batch_tokens": "batch", "loss": "loss"}
 STYLES = {"learning_rate": "rate", "batch_tokens": "batch", "loss": "loss"}
@@ -330,8 +330,3 @@ def literature_rows(fits: Fits) -> list[dict[str, Any]]:
     return [
         {**law.to_dict(), "used": key in fits.prior.laws} for key, law in PUBLISHED_LAWS.items()
     ]
-
-
-def left_out(fits: Fits) -> list[tuple[str, str]]:
-    """(why, how many) of rows that no fit sees."""
-    return [(why, short(n)) for why, n in fits.left_out.items()]

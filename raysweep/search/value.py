@@ -55,8 +55,8 @@ class Outlook:
     A trial near its cell's optimum adds to the posterior's precision what the model's derivatives
     there say (Laplace's approximation), so the covariance after any number of trials in any cells
     is known before they run. A target's regret is half the trace of its valley's curvature times
-    the covariance of its optimum, departures from the law included. A cell's own scatter bounds what
-    its trials tell of the law: each is worth less than the one before.
+    the covariance of its optimum, departures from the law included. A cell's own scatter bounds
+    what its trials tell of the law: each is worth less than the one before.
 
     Args:
         surface: fitted to the trials so far, `cells` among its own.
@@ -188,10 +188,10 @@ def next_cell(
 ) -> int | None:
     """The cell to run a trial in, so that the budget lowers the targets' regret most.
 
-    The whole budget is planned anew from what is known now (`Outlook.plan`). Cells are given trials
-    in turns (`spread`) unless the plan is expected to do better by a tenth: near the best plan the
-    regret is flat, and trials tell less than the model expects. First comes the cell that is
-    furthest behind: the smallest first would be wanted again and again.
+    The whole budget is planned anew from what is known now (`Outlook.plan`); first comes the cell
+    furthest behind its plan. But near the best plan the regret is flat, and trials tell less than
+    the model expects: unless the plan is expected to do better by a tenth than to spread the budget
+    (`spread`), the cell of fewest trials comes first.
 
     Args:
         surface: fitted to the trials so far.
@@ -209,23 +209,26 @@ def next_cell(
     planned, regret = outlook.plan(flops, budget, most)
     if not any(planned):
         return None
-    alike = spread(flops, budget, most)
+    alike = spread(counts, flops, budget, most)
     if outlook.regret(alike) * (1 - _GAIN) < regret:
-        planned = alike
+        wanted = [i for i, more in enumerate(alike) if more]
+        return min(wanted, key=lambda i: (counts[i], flops[i]))
     behind = [more / max(more + had, 1) for more, had in zip(planned, counts, strict=True)]
     return max(range(len(cells)), key=lambda i: (behind[i], -flops[i]))
 
 
-def spread(flops: Sequence[float], budget: float, most: Sequence[int]) -> list[int]:
-    """Trials of each cell when a budget is spent in turns, small cells first."""
-    counts = [0] * len(flops)
-    order = sorted(range(len(flops)), key=lambda i: flops[i])
+def spread(
+    counts: Sequence[int], flops: Sequence[float], budget: float, most: Sequence[int]
+) -> list[int]:
+    """Trials that each cell gets when those of fewest go first, small ones before large.
+
+    `counts` have been had; `most` are how many more each may have.
+    """
+    more = [0] * len(flops)
     while True:
-        granted = False
-        for i in order:
-            if counts[i] < most[i] and flops[i] <= budget:
-                counts[i] += 1
-                budget -= flops[i]
-                granted = True
-        if not granted:
-            return counts
+        able = [i for i in range(len(flops)) if more[i] < most[i] and flops[i] <= budget]
+        if not able:
+            return more
+        chosen = min(able, key=lambda i: (counts[i] + more[i], flops[i]))
+        more[chosen] += 1
+        budget -= flops[chosen]

@@ -98,7 +98,8 @@ class Recipe(Section):
     beta2_reference_tokens: Positive = 524288.0
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
-    """Decoupled: each step shrinks matrices by learning_rate * weight_decay. Not on norm gains."""
+    """Decoupled: each step shrinks matrices by learning_rate * weight_decay. Not on embedding,
+    routers and norm gains."""
     clip_norm: Positive | None = 1.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_fraction: Fraction = 0.05
@@ -119,7 +120,8 @@ class Recipe(Section):
     """Standard deviation of initial weights; default: 1/sqrt(fan-in), residual outputs scaled
     down by 1/sqrt(2 layers)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` is bfloat16 autocast on GPUs and float32 on CPUs."""
+    """Of activations and products; weights are kept in float32. `auto` is bfloat16 on GPUs that
+    have it, and float32 on others and on CPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
     """`auto` compiles on GPUs only."""
     noise_scale: bool = True

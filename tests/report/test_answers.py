@@ -191,17 +191,22 @@ def test_outside_the_grid_is_said(ladder: tuple[Fits, Path], drive: Drive) -> No
     assert said[1:] == ["", ""]
 
 
-def test_many_families_share_the_nodes(make_rows: Callable, make_results: Callable) -> None:
+def test_many_families_share_the_nodes(
+    make_rows: Callable, make_results: Callable, tmp_path: Path
+) -> None:
     rows = make_rows(("dense",), scales=2, trials=24)
     for k, row in enumerate(rows):
         row["recipe"] = json.dumps({"optimizer": f"o{k % 12}"})
-    fits = fit(make_results(rows).to_pandas(), group="optimizer")
+    results = make_results(rows)
+    fits = fit(results.to_pandas(), group="optimizer")
     grid = answer_grid(fits, ask(fits, []))
     assert grid is not None
     assert len(grid["entries"]) == 12
     nodes = [math.prod(len(a) for a in e["grid"]["axes"]) for e in grid["entries"]]
     assert sum(nodes) <= 4000
-    assert len(json.dumps(grid)) < 1_500_000
+    page = report(results, tmp_path / "out", fits=fits)
+    assert page.stat().st_size < 3_000_000
+    assert all(f">o{k}<" in page.read_text() for k in range(12))
 
 
 def test_asked_is_of_every_architecture_and_comes_first(ladder: tuple[Fits, Path]) -> None:

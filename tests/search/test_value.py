@@ -77,7 +77,7 @@ def test_a_plan_keeps_to_the_budget_and_beats_the_cheapest_cells_alone() -> None
     assert max(counts) <= 20
     assert regret == pytest.approx(outlook.regret(counts))
     assert regret < outlook.regret([20, 20, 0, 0])
-    assert regret <= 1.02 * outlook.regret(spread(FLOPS, budget, [20] * 4))
+    assert regret <= 1.02 * outlook.regret(spread([4] * 4, FLOPS, budget, [20] * 4))
 
 
 def test_a_plan_leaves_out_cells_that_tell_nothing_of_the_targets() -> None:
@@ -101,10 +101,11 @@ def test_the_next_cell_is_affordable_and_cells_do_not_starve() -> None:
     assert min(had) > 2
 
 
-def test_spreading_goes_in_turns() -> None:
-    assert spread([1.0, 2.0, 4.0], 11.0, [9, 9, 9]) == [3, 2, 1]
-    assert spread([1.0, 2.0], 100.0, [3, 2]) == [3, 2]
-    assert spread([5.0], 4.0, [3]) == [0]
+def test_spreading_evens_out_the_cells() -> None:
+    assert spread([0, 0, 0], [1.0, 2.0, 4.0], 11.0, [9, 9, 9]) == [3, 2, 1]
+    assert spread([6, 2, 2], [1.0, 2.0, 4.0], 13.0, [9, 9, 9]) == [1, 2, 2]
+    assert spread([0, 0], [1.0, 2.0], 100.0, [3, 2]) == [3, 2]
+    assert spread([0], [5.0], 4.0, [3]) == [0]
 
 
 def test_targets_come_from_the_file_or_from_ten_times_the_largest_cell() -> None:

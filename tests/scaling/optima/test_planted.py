@@ -23,9 +23,7 @@ def planted_cells(seed: int, cells: int = 30, trials: int = 3) -> tuple[Surface,
     """Many cells of few trials about a parabola, and its curvature in ln batch."""
     rng = np.random.default_rng(seed)
     sizes = [
-        RunSize(
-            params_active_non_embedding=3e7 * 1.1**i, tokens=6e8 * 1.1 ** (i % 7), name=f"c{i}"
-        )
+        RunSize(params_active_non_embedding=3e7 * 1.1**i, tokens=6e8 * 1.1 ** (i % 7), name=f"c{i}")
         for i in range(cells)
     ]
     index = np.repeat(np.arange(cells), trials)
