@@ -124,8 +124,8 @@ def plant_wide(seed: int) -> PlantedStudy:
     rng = np.random.default_rng([seed, 45])
     cells = _grid_of_cells(np.geomspace(4.8e7, 9.8e8, 5), np.geomspace(6e9, 3e11, 9))
     law = PUBLISHED_LAWS["openeurollm"]
-    said = [(law.learning_rate(c), law.batch_tokens(c)) for c in cells]
-    by_law = np.log(np.array(said, dtype=float))
+    answers = [(law.learning_rate(c), law.batch_tokens(c)) for c in cells]
+    by_law = np.log(np.array(answers, dtype=float))
     optima = by_law + rng.normal(0, 0.08, by_law.shape)
     n, d = (_logs(cells) - np.log([2e8, 2e10])).T
     # A floor, and 1 to 2 % of departure that no plane in ln N and ln D and no sum of terms follows.
@@ -313,12 +313,11 @@ def measure_groups(seeds: int, trials: int = 3) -> dict[str, object]:
             own = [i for i, cell in enumerate(surface.cells) if cell.group == group]
             seen = surface.observed
             rows_of = np.isin(seen.cell, own)
-            rate, batch = np.exp(seen.point[rows_of].T)
             part = fit_surface(
                 [surface.cells[i] for i in own],
                 np.searchsorted(own, seen.cell[rows_of]),
-                rate,
-                batch,
+                np.exp(seen.point[rows_of, 0]),
+                np.exp(seen.point[rows_of, 1]),
                 np.where(seen.diverged, np.nan, np.exp(seen.log_loss))[rows_of],
                 batch_searched=True,
             )

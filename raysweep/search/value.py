@@ -53,10 +53,10 @@ class Outlook:
     """What trials not yet run would do to the targets' expected regret (relative loss).
 
     A trial near its cell's optimum adds to the posterior's precision what the model's derivatives
-    there say (Laplace's approximation), so the covariance after any number of trials in any cells
-    is known before they run. A target's regret is half the trace of its valley's curvature times
-    the covariance of its optimum, departures from the law included. A cell's own scatter bounds
-    what its trials tell of the law: each is worth less than the one before.
+    there say (Laplace's approximation), so the covariance after any trials in any cells is known
+    before they run. A target's regret is half the trace of its valley's curvature times the
+    covariance of its optimum, departures from the law included. A cell's own scatter bounds what
+    its trials tell of the law: each is worth less than the one before.
 
     Args:
         surface: fitted to the trials so far, `cells` among its own.
