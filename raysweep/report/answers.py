@@ -22,11 +22,10 @@ from raysweep.scaling.recommend import (
     NOT_DETERMINED,
     Recommendation,
     answer,
-    reach,
 )
 from raysweep.scaling.runs import AXES, SAME, RunMaker
 from raysweep.study.shape import RunSize
-from raysweep.text import read_size
+from raysweep.text import read_size, short
 
 Asked = Sequence[tuple[float | str, float | str]]
 
@@ -62,7 +61,12 @@ class Answer:
     @property
     def outside(self) -> str:
         """How far the run lies outside the cells, in words; empty inside."""
-        return reach(self.run.extrapolation).replace("x in", "\N{MULTIPLICATION SIGN} in")
+        said = []
+        for words, size in (("beyond", lambda f: f), ("below", lambda f: 1 / f)):
+            factors = {axis: size(f) for axis, f in self.run.extrapolation.items()}
+            own = [f"{short(f)}\N{MULTIPLICATION SIGN} in {a}" for a, f in factors.items() if f > 1]
+            said += [f"{words} the cells by {', '.join(own)}"] if own else []
+        return "; ".join(said)
 
     @property
     def verdict(self) -> str:

@@ -181,7 +181,8 @@ def _recommendation(found: Recommendation) -> str:
         _heading(f"{found.architecture}: {model}, {short(found.tokens)} tokens"),
         _table(("", "", "95 %"), rows, 0),
         _said(sentence(": ".join(part for part in (answer.verdict, answer.outside) if part))),
-        *(_said(sentence(warning)) for warning in found.warnings),
+        # The line above says how far it extrapolates.
+        *(_said(sentence(w)) for w in found.warnings if not w.startswith("a long extrapolation")),
         _table(("published laws", "learning rate", "batch"), published, 2) if published else "",
     )
 

@@ -68,6 +68,7 @@ def test_recommendation(fits: Fits) -> None:
     assert "1B active non-embedding parameters, 8 experts, top-2, 20B tokens" in html
     assert f"{answer.loss:.4f}" in html
     assert "Step Law" in html
+    assert html.count("beyond the cells by") == 1
 
 
 def test_results_and_study(
