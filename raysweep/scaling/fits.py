@@ -18,10 +18,8 @@ from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
 from raysweep.scaling.compute.allocation import Allocation
 from raysweep.scaling.compute.budgets import (
-    Saving,
     Split,
     best_splits,
-    saving,
     split_budget,
 )
 from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
@@ -247,20 +245,6 @@ class Fits(InNotebooks):
             for name in self.architectures
         }
 
-    @cached_property
-    def efficiency(self) -> dict[str, Saving]:
-        """By MoE architecture whose loss a law tells together with dense cells, what it saves."""
-        found = {}
-        for evidence in self.evidence.values():
-            kinds = {name: self.kind(name) for name in evidence.architectures}
-            if "dense" in kinds.values() and evidence.shared_loss.ok:
-                found |= {
-                    name: saving(name, self.cells_of(name), evidence.shared_loss)
-                    for name, kind in kinds.items()
-                    if kind == "moe"
-                }
-        return found
-
     def serve(
         self,
         flops: float,
@@ -387,7 +371,6 @@ class Fits(InNotebooks):
             "relations": self.relations,
             "comparison": self.comparison,
             "allocation": self.allocation,
-            "efficiency": self.efficiency,
             "noise_scale": self.noise_scale,
             "noise_laws": self.noise_laws,
             "expert_load": self.expert_load,

@@ -125,6 +125,15 @@ def test_the_comparison_finds_the_planted_ratios(both):
     assert ratios["learning_rate", "N and D"].high / ratios["learning_rate", "N and D"].low < 1.5
     assert ratios["loss", "N and D"].value < 1
     assert ratios["flops", "loss"].value < 0.9
+    # Tokens that MoE needs for the dense loss at equal N, by the planted law.
+    cells = both.cells_of("dense")[["params_active_non_embedding", "tokens"]].to_numpy(float)
+    saved = [480 / n**0.35 * (1 - 8**-0.175) for n, _ in cells]
+    needed = [
+        (d**-0.37 + gain / 2000) ** (-1 / 0.37) / d
+        for (_, d), gain in zip(cells, saved, strict=True)
+    ]
+    planted_mean = float(np.exp(np.mean(np.log(needed))))
+    assert ratios["tokens", "loss"].value == pytest.approx(planted_mean, rel=0.15)
     # In the cells themselves, exactly.
     pairs = both.evidence[""].pairs("dense", "moe")
     assert len(pairs) == 8

@@ -1,4 +1,4 @@
-"""What the model of the loss says of budgets: how to split one, and what experts save."""
+"""What the model of the loss says of budgets: how to split one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ import numpy as np
 import pandas as pd
 
 from raysweep.scaling.compute.allocation import Allocation, compute_optimal
-from raysweep.scaling.compute.efficiency import (
-    Efficiency,
-    compute_for_equal_loss,
-    tokens_for_equal_loss,
-)
 from raysweep.scaling.compute.isoflop import IsoFlop, isoflop, parabola_bias
-from raysweep.scaling.estimate import NOT_DETERMINED
-from raysweep.scaling.loss.data import COLUMNS, LossData, held_budgets
+from raysweep.scaling.loss.data import LossData, held_budgets
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import choose_loss
 
@@ -67,33 +61,6 @@ class Split:
             "status": self.status,
             "message": self.message,
         }
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What an MoE architecture saves over a dense model, at the sizes of its largest cell.
-
-    `tokens_for_equal_loss` compares at equal active parameters, `compute_for_equal_loss` (the
-    efficiency leverage) with each budget split optimally; both are dense over MoE.
-    """
-
-    architecture: str
-    law: str | None
-    params: float
-    tokens: float
-    flops: float
-    tokens_for_equal_loss: Efficiency | None
-    compute_for_equal_loss: Efficiency | None
-    status: str
-    message: str
-
-    @property
-    def ok(self) -> bool:
-        return self.tokens_for_equal_loss is not None
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, NaN kept."""
-        return asdict(self)
 
 
 def splitting(model: LossModel) -> LossModel:
@@ -155,39 +122,3 @@ def routing_of(cells: pd.DataFrame) -> dict[str, float]:
     largest = cells.iloc[int(cells["flops"].to_numpy(float).argmax())]
     known = {name: float(largest[name]) for name in ROUTING if name in cells}
     return {name: value for name, value in known.items() if math.isfinite(value)}
-
-
-def saving(name: str, cells: pd.DataFrame, model: LossModel) -> Saving:
-    """What the experts of an MoE architecture save at the size of its largest cell, by a model of
-    the loss that was fitted to dense cells too."""
-    known = cells[cells["loss"].notna()]
-    able = splitting(model)
-    if able.law is None or not len(known):
-        why = able.why or "no loss"
-        nan = math.nan
-        return Saving(name, None, nan, nan, nan, None, None, NOT_DETERMINED, why)
-    largest = known.iloc[-1]
-    run = {
-        c: np.array([float(largest[c])]) for c in COLUMNS if c in largest and c != "batch_tokens"
-    }
-    dense = {**run, **{c: np.ones(1) for c in ("experts", "top_k", "granularity")}}
-    active = run["params_active_non_embedding"]
-    dense |= {"params_total_non_embedding": active, "params_dense": active}
-    if "params_active" in run:
-        dense["params_total"] = run["params_active"]
-    own, other = (
-        {c: float(d[c][0]) for c in ("experts", "top_k", "granularity") if c in d}
-        for d in (run, dense)
-    )
-    flops = float(largest["flops"])
-    return Saving(
-        architecture=name,
-        law=able.law.key,
-        params=float(active[0]),
-        tokens=float(largest["tokens"]),
-        flops=flops,
-        tokens_for_equal_loss=tokens_for_equal_loss(able, run, dense),
-        compute_for_equal_loss=compute_for_equal_loss(able, flops, own, other),
-        status=able.status,
-        message="",
-    )

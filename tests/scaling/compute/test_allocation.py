@@ -17,18 +17,12 @@ from raysweep.scaling.compute.allocation import (
     read_minimum,
 )
 from raysweep.scaling.compute.budgets import splitting
-from raysweep.scaling.compute.efficiency import (
-    compute_for_equal_loss,
-    loss_ratio,
-    tokens_for_equal_loss,
-)
 from raysweep.scaling.compute.isoflop import ParabolaBias, isoflop, parabola_bias
 from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import choose_loss
 from raysweep.scaling.plain import to_json
-from raysweep.study.shape import RunSize
 
 CHINCHILLA = LOSS_LAWS["chinchilla"]
 TRUTH = dict(CHINCHILLA.published)
@@ -176,43 +170,6 @@ def test_experts_have_their_own_split(wang: LossModel) -> None:
     )
     assert sparse.loss < dense.loss
     assert sparse.params < dense.params  # more experts, more tokens a parameter
-
-
-def test_tokens_for_equal_loss_are_wangs_arithmetic(wang: LossModel) -> None:
-    """A/(N^a 8^g) + B/D^b = A/N^a + B/D'^b has a closed answer."""
-    n, d = 1e9, 2e10
-    gain = WANG["A"] / n ** WANG["a"] * (1 - 8 ** -WANG["g"])
-    needed = (d ** -WANG["b"] - gain / WANG["B"]) ** (-1 / WANG["b"]) / d
-    moe, dense = [RunSize(n, d, experts=8, top_k=2)], [RunSize(n, d)]
-    found = tokens_for_equal_loss(wang, moe, dense)
-    assert found.ratio == pytest.approx(needed, rel=0.05)
-    assert found.interval is not None
-    assert found.interval[0] < needed < found.interval[1]
-    assert found.saved == pytest.approx(1 - 1 / found.ratio)
-    assert tokens_for_equal_loss(wang, dense, dense).ratio == pytest.approx(1.0, rel=1e-6)
-    ratio = loss_ratio(wang, moe, dense)
-    both = LOSS_LAWS["wang"].predict(WANG, {"params": n, "tokens": d, "experts": np.array([8, 1])})
-    assert ratio.covers(both[0] / both[1])
-    assert ratio.high - ratio.low < 0.02
-    assert ratio.high < 1
-
-
-def test_a_loss_the_reference_cannot_reach_is_said_to_be_so(wang: LossModel) -> None:
-    small = tokens_for_equal_loss(wang, [RunSize(3e7, 1e13, experts=8)], [RunSize(3e7, 1e13)])
-    assert np.isinf(small.ratio)
-    assert small.saved == 1.0
-    assert small.unreachable > 0.9
-    assert "never reaches" in small.message
-
-
-def test_compute_for_equal_loss_meets_the_loss(wang: LossModel) -> None:
-    found = compute_for_equal_loss(wang, 1e20, {"experts": 8.0}, {"experts": 1.0})
-    (moe,) = compute_optimal(wang, 1e20, given={"experts": 8.0}, draws=0)
-    (dense,) = compute_optimal(wang, found.ratio * 1e20, given={"experts": 1.0}, draws=0)
-    assert dense.loss == pytest.approx(moe.loss, rel=1e-3)
-    assert found.ratio > 1
-    assert found.interval is not None
-    assert found.interval[0] < found.ratio < found.interval[1]
 
 
 def test_a_budgets_best_size_is_read_near_its_best_run() -> None:

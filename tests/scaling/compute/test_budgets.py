@@ -1,6 +1,5 @@
 """What fits say of budgets: planted exponents, planted savings of experts, and their absence."""
 
-import json
 import math
 
 import numpy as np
@@ -30,20 +29,6 @@ def test_every_architecture_tells_its_planted_split(both) -> None:
         assert split.parabolas is None  # no budget is held
 
 
-def test_experts_save_what_is_planted(both) -> None:
-    saving = both.efficiency["moe"]
-    assert saving.law == "wang"
-    # The dense model needs D' with 2000/D'^0.37 = 2000/D^0.37 - 480/N^0.35 (1 - 8^-0.175)
-    gain = 480 / saving.params**0.35 * (1 - 8**-0.175)
-    needed = (saving.tokens**-0.37 - gain / 2000) ** (-1 / 0.37) / saving.tokens
-    found = saving.tokens_for_equal_loss
-    assert found.ratio == pytest.approx(needed, rel=0.05)
-    assert found.interval[0] < found.ratio < found.interval[1]
-    assert saving.compute_for_equal_loss.ratio > 1
-    plain = json.dumps(both.to_dict(), allow_nan=False)
-    assert "tokens_for_equal_loss" in plain
-
-
 def test_serving_is_answered_from_the_law_of_experts(both) -> None:
     solutions = both.serve(1e20, Serving(find_gpu("H100"), 3.0), (2, 8))
     kinds = {(s.kind, s.experts) for s in solutions}
@@ -53,16 +38,12 @@ def test_serving_is_answered_from_the_law_of_experts(both) -> None:
 
 def test_without_experts_or_law_there_is_a_reason_and_no_number(planted_study) -> None:
     dense = fit(planted_study(scales=(1e7,), per_cell=12))
-    assert dense.efficiency == {}
     split = dense.allocation["dense"]
     assert not split.ok
     assert split.message
     assert math.isnan(split.flops)
     with pytest.raises(UserError, match="one number of experts only"):
         dense.serve(1e20, Serving(find_gpu("H100"), 3.0))
-    few = fit(planted_study(kinds=("dense", "moe"), scales=(1e7,), per_cell=12))
-    saving = few.efficiency.get("moe")
-    assert saving is None or saving.tokens_for_equal_loss is not None
 
 
 def test_parabolas_need_budgets_and_tell_their_bias(shared_data) -> None:
