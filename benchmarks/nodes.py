@@ -212,7 +212,7 @@ class Driver:
 
     def checkpoints(self) -> list[Path]:
         """Of trials that are running, or were."""
-        return sorted((self.results / "checkpoints").glob("*/[!.]*"))
+        return sorted((self.results / "checkpoints").glob("*/checkpoint.pt"))
 
     def wait(self, seconds: float = 300.0) -> int:
         """Its exit code."""

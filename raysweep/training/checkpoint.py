@@ -182,8 +182,8 @@ class Checkpoints:
 
 def _places(state: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Where parts belong in a state: in it, and in that of the run that a branch has left."""
-    trunk = state.get("trunk")
-    return [("", state)] + ([("trunk/", trunk)] if trunk is not None else [])
+    stable_run = state.get("stable_run")
+    return [("", state)] + ([("stable_run/", stable_run)] if stable_run is not None else [])
 
 
 def _take_parts(state: dict[str, Any]) -> Parts:

@@ -14,7 +14,7 @@ from raysweep.training import memory, optimizer, runtime
 from raysweep.training.evaluate import Evaluation, evaluate
 from raysweep.training.outcome import WorkerOutOfMemory
 from raysweep.training.parallel import Workers
-from raysweep.training.step import BatchGradient, GradientMaker
+from raysweep.training.step import BatchGradient, GradientAccumulator
 
 
 class Learner:
@@ -35,7 +35,7 @@ class Learner:
         spec, device, workers = self.spec, self.device, self.workers
         self._make_model()
         self.optimizer = optimizer.build_optimizer(self.parameters, spec.recipe, spec.batch_tokens)
-        self.gradient = GradientMaker(
+        self.gradient = GradientAccumulator(
             model=self.model,
             parameters=self.parameters,
             tokens=self.corpus.train,

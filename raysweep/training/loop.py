@@ -14,13 +14,13 @@ from raysweep.errors import UserError
 from raysweep.study.study import TrialSpec
 from raysweep.training import runtime
 from raysweep.training.checkpoint import Checkpoints, Timer, snapshot
-from raysweep.training.course import Course, Pace
 from raysweep.training.evaluate import check_validation
+from raysweep.training.horizon_metrics import HorizonMetrics
 from raysweep.training.learner import Learner
 from raysweep.training.outcome import Reporter, Silent, Status, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.parallel import Workers
-from raysweep.training.summary import sum_up
-from raysweep.training.track import Track
+from raysweep.training.run_state import Pace, RunState
+from raysweep.training.summary import make_outcome
 
 if TYPE_CHECKING:  # training as such needs no Arrow
     from raysweep.results.filesystem import Storage
@@ -101,7 +101,7 @@ class _Run:
         if storage is not None and spec.recipe.checkpoint_seconds:
             self.checkpoints = Checkpoints(storage, spec.key, workers)
         self.learner = Learner(spec, corpus, device, workers)
-        self.course = Course(spec, branches)
+        self.state = RunState(spec, branches)
 
     def to_the_end(self) -> TrialOutcome:
         """Train, evaluate and sum up."""
@@ -110,12 +110,12 @@ class _Run:
             outcome = self._within_memory(self._stretch)
             if outcome is None:
                 self._fork()
-            elif self.course.trunk is not None and outcome.status != "stopped":
-                self._tell(self.course.track, outcome)
-                outcome = self._within_memory(self._back_to_trunk)
+            elif self.state.stable_run is not None and outcome.status != "stopped":
+                self._tell(self.state.metrics, outcome)
+                outcome = self._within_memory(self._back_to_stable_run)
         if outcome.status in ("diverged", "out_of_memory"):
-            for track in self.course.waiting:
-                self._lose(track, outcome.status, outcome.reason)
+            for metrics in self.state.waiting:
+                self._lose(metrics, outcome.status, outcome.reason)
         return outcome
 
     def close(self) -> None:
@@ -133,8 +133,8 @@ class _Run:
                 raise
             if self.workers.world_size > 1:
                 raise WorkerOutOfMemory(self._mend()) from error
-        reason = f"no memory beside that for the gradient, after {self.course.step} steps"
-        return sum_up(self.course, self.learner, self.course.track, "out_of_memory", reason)
+        reason = f"no memory beside that for the gradient, after {self.state.step} steps"
+        return make_outcome(self.state, self.learner, self.state.metrics, "out_of_memory", reason)
 
     def _mend(self) -> str:
         """What to tell the user where several workers are out of memory."""
@@ -156,13 +156,13 @@ class _Run:
             saved = self.checkpoints.load_on_all(parts)
         if saved is None:
             return
-        wanted = {track.spec.key for track in self.course.tracks}
+        wanted = {metrics.spec.key for metrics in self.state.horizons}
         # Of a branch whose row stands, only the run that it left is of use.
-        self._load(saved if saved["track"] in wanted else saved["trunk"])
+        self._load(saved if saved["metrics"] in wanted else saved["stable_run"])
 
     def _stretch(self) -> TrialOutcome | None:
         """Train and evaluate; None where a branch begins before."""
-        course, learner = self.course, self.learner
+        state, learner = self.state, self.learner
         ended = self._steps()
         if ended is None:
             return None
@@ -171,68 +171,68 @@ class _Run:
         if status == "finished":
             started = time.perf_counter()
             evaluation = learner.evaluate()
-            course.seconds += time.perf_counter() - started
+            state.seconds += time.perf_counter() - started
             if not math.isfinite(evaluation.loss):
                 status, reason, evaluation = "diverged", "non-finite validation loss", None
-        return sum_up(course, learner, course.track, status, reason, evaluation)
+        return make_outcome(state, learner, state.metrics, status, reason, evaluation)
 
     def _fork(self) -> None:
         """Leave the run for the branch whose decay begins here."""
-        branch = self.course.waiting.pop(0)
+        branch = self.state.waiting.pop(0)
         if branch.diverged:
             self._lose(branch, "diverged", branch.diverged)
         else:
-            self.course.enter(branch, trunk=snapshot(self._saved()))
+            self.state.enter(branch, stable_run=snapshot(self._saved()))
 
-    def _back_to_trunk(self) -> None:
-        assert self.course.trunk is not None
-        self._load(self.course.trunk)
+    def _back_to_stable_run(self) -> None:
+        assert self.state.stable_run is not None
+        self._load(self.state.stable_run)
 
-    def _lose(self, branch: Track, status: Status, reason: str | None) -> None:
+    def _lose(self, branch: HorizonMetrics, status: Status, reason: str | None) -> None:
         """Give up a branch that has not begun."""
-        self._tell(branch, sum_up(self.course, self.learner, branch, status, reason))
+        self._tell(branch, make_outcome(self.state, self.learner, branch, status, reason))
 
-    def _tell(self, branch: Track, outcome: TrialOutcome) -> None:
+    def _tell(self, branch: HorizonMetrics, outcome: TrialOutcome) -> None:
         if self.on_branch is not None and self.workers.rank == 0:
             self.on_branch(branch.spec, outcome)
 
     def _steps(self) -> tuple[Status, str | None] | None:
         """Train to the horizon, or to what ends the run before: how and why; None where a branch
         begins."""
-        course, track, branch = self.course, self.course.track, self.course.next_branch
-        started, before, timed = time.perf_counter(), course.seconds, course.pace
+        state, metrics, branch = self.state, self.state.metrics, self.state.next_branch
+        started, before, timed = time.perf_counter(), state.seconds, state.pace
         due = Timer(self.spec.recipe.checkpoint_seconds)
-        first, look = course.step, course.step + 1
-        end = track.steps if branch is None else min(track.steps, branch.leaves_at)
+        first, look = state.step, state.step + 1
+        end = metrics.steps if branch is None else min(metrics.steps, branch.leaves_at)
         self.learner.model.train()
-        while course.step < end:
-            rate = track.rate(course.step)
-            course.add(self.learner.learn(course.step, rate, want_trace=course.wants_trace()), rate)
-            if course.step == first + 1 and self.learner.compiled:
+        while state.step < end:
+            rate = metrics.rate(state.step)
+            state.add(self.learner.learn(state.step, rate, want_trace=state.wants_trace()), rate)
+            if state.step == first + 1 and self.learner.compiled:
                 # Compilation is no part of the speed. (The first step alone may compile.)
                 runtime.wait_for(self.device)
                 timed = Pace(timed.steps - 1, timed.seconds - (time.perf_counter() - started))
-            point = course.step % track.monitor.every == 0 or course.step == end
-            if not point and course.step < look:
+            point = state.step % metrics.monitor.every == 0 or state.step == end
+            if not point and state.step < look:
                 continue
-            ended = course.read() if point else None
+            ended = state.read() if point else None
             seconds = time.perf_counter() - started
-            course.seconds = before + seconds
-            course.pace = Pace(timed.steps + course.step - first, timed.seconds + seconds)
+            state.seconds = before + seconds
+            state.pace = Pace(timed.steps + state.step - first, timed.seconds + seconds)
             if ended:
                 return ended
             if point:
-                tokens = course.step * self.spec.batch_tokens
-                self.reporter.report(course.step, tokens, track.monitor.smooth)
-            pause = max(1, int(LOOK_SECONDS / (seconds / (course.step - first))))
-            stop, save, pause = self._decide(due, min(pause, track.monitor.every))
-            look = course.step + pause
-            stop = stop and course.step < track.steps
+                tokens = state.step * self.spec.batch_tokens
+                self.reporter.report(state.step, tokens, metrics.monitor.smooth)
+            pause = max(1, int(LOOK_SECONDS / (seconds / (state.step - first))))
+            stop, save, pause = self._decide(due, min(pause, metrics.monitor.every))
+            look = state.step + pause
+            stop = stop and state.step < metrics.steps
             if (stop or save) and self.checkpoints:
                 self.checkpoints.save(self._saved())
             if stop:
                 self._finish_checkpoint()
-                return "stopped", f"stopped after {course.step} of {track.steps} steps"
+                return "stopped", f"stopped after {state.step} of {metrics.steps} steps"
         return ("finished", None) if branch is None else None
 
     def _decide(self, due: Timer, pause: int) -> tuple[bool, bool, int]:
@@ -267,9 +267,9 @@ class _Run:
 
     def _saved(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {**self.course.state(), **self.learner.state()}
+        return {**self.state.state(), **self.learner.state()}
 
     def _load(self, saved: dict[str, Any]) -> None:
         """Take up what `_saved` gave."""
-        self.course.load(saved, self.device)
+        self.state.load(saved, self.device)
         self.learner.load(saved, saved["step"])

@@ -30,7 +30,7 @@ class BatchGradient:
 
 
 @dataclass
-class GradientMaker:
+class GradientAccumulator:
     """Turns steps into gradients. `micro` shrinks when memory runs out, never the batch."""
 
     model: Decoder

@@ -1,37 +1,37 @@
-"""The outcome of a run, or of a branch of it, from its course and its evaluation."""
+"""The outcome of a run, or of a branch of it, from its state and its evaluation."""
 
 from __future__ import annotations
 
 import math
 
 from raysweep.training import runtime
-from raysweep.training.course import Course, Pace
 from raysweep.training.evaluate import Evaluation
+from raysweep.training.horizon_metrics import HorizonMetrics
 from raysweep.training.learner import Learner
 from raysweep.training.outcome import Status, TrialOutcome
-from raysweep.training.track import Track
+from raysweep.training.run_state import Pace, RunState
 
 
-def sum_up(
-    course: Course,
+def make_outcome(
+    state: RunState,
     learner: Learner,
-    track: Track,
+    metrics: HorizonMetrics,
     status: Status,
     reason: str | None,
     evaluation: Evaluation | None = None,
 ) -> TrialOutcome:
-    """The outcome of a track: the current one, or one that waited for it and is lost with the run.
+    """The outcome at a horizon: the current one, or one that waited and is lost with the run.
 
     All workers must call this.
     """
-    spec, workers, device, micro = track.spec, learner.workers, learner.device, learner.micro
-    current = track is course.track
+    spec, workers, device, micro = metrics.spec, learner.workers, learner.device, learner.micro
+    current = metrics is state.metrics
     # One that diverged was told of no steps after, though the run may have made some.
-    step = track.monitor.step if track.diverged else course.step
-    trained = (step - course.begun) * spec.batch_tokens if current else 0
+    step = metrics.monitor.step if metrics.diverged else state.step
+    trained = (step - state.begun) * spec.batch_tokens if current else 0
     local_sequences = spec.batch_sequences // workers.world_size
-    pace = course.pace if current else Pace()
-    noise_sequences = track.noise.sequences
+    pace = state.pace if current else Pace()
+    noise_sequences = metrics.noise.sequences
     return TrialOutcome(
         status=status,
         reason=reason,
@@ -41,21 +41,21 @@ def sum_up(
         loss=evaluation and evaluation.loss,
         loss_se=evaluation and evaluation.loss_se,
         bits_per_byte=evaluation and _bits_per_byte(evaluation, learner.corpus.bytes_per_token),
-        train_loss=track.monitor.final_loss,
-        seconds_train=course.seconds if current else 0.0,
+        train_loss=metrics.monitor.final_loss,
+        seconds_train=state.seconds if current else 0.0,
         tokens_per_second=pace.steps * spec.batch_tokens / pace.seconds if pace.steps else 0.0,
         peak_memory_bytes=workers.largest(runtime.peak_memory(device), device),
         micro_batch_sequences=micro,
         accumulation=micro and -(-local_sequences // micro),
         world_size=workers.world_size,
         noise_scale_tokens=noise_sequences and noise_sequences * spec.cell.shape.sequence_length,
-        noise_grad_sq=track.noise.grad_sq,
-        noise_trace=track.noise.trace,
+        noise_grad_sq=metrics.noise.grad_sq,
+        noise_trace=metrics.noise.trace,
         expert_load_entropy=evaluation and evaluation.load_entropy,
         expert_load_max_over_mean=evaluation and evaluation.load_max_over_mean,
         router_confidence=evaluation and evaluation.confidence,
         device=runtime.device_name(device),
-        curve=track.monitor.curve,
+        curve=metrics.monitor.curve,
     )
 
 

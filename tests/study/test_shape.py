@@ -3,6 +3,7 @@
 import pytest
 
 from raysweep.errors import UserError
+from raysweep.study import Study
 from raysweep.study.shape import ModelShape, count, derive_width_depth
 
 SHAPE = ModelShape(
@@ -82,3 +83,84 @@ def test_derived_shapes_come_close_to_their_target(params: float) -> None:
 def test_impossible_shapes(change: dict, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         ModelShape(**{**SHAPE.__dict__, **change})
+
+
+def space(**changes) -> dict:
+    given = {
+        "study": "s",
+        "architectures": {"moe": {"experts": 8, "top_k": 2}},
+        "model": {"sequence_length": 16},
+        "scales": [{"d_model": 32, "layers": 1, "heads": 2}],
+        "horizons": [{"tokens": 1e5}],
+    }
+    return {**given, **changes}
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 8, 12])
+def test_experts_are_as_wide_as_their_kernel_takes(multiple: int) -> None:
+    model = {"sequence_length": 16, "ffn_multiple": multiple}
+    (cell,) = Study.from_dict(space(model=model)).cells
+    assert cell.shape.expert_ff % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("d_model", "changes", "mend"),
+    [
+        (30, {}, "multiple of 4 .*: use 32"),
+        (100, {}, None),
+        (100, {"resources": {"gpus_per_worker": 1}}, "multiple of 8 .*: use 96"),
+        (100, {"recipe": {"precision": "bfloat16"}}, "multiple of 8"),
+        (100, {"architectures": {"dense": {}}, "resources": {"gpus_per_worker": 1}}, None),
+    ],
+)
+def test_shapes_that_the_experts_kernel_refuses(d_model: int, changes: dict, mend: str) -> None:
+    scales = [{"d_model": d_model, "layers": 1, "heads": 5}]
+    if mend is None:
+        assert Study.from_dict(space(scales=scales, **changes)).cells
+    else:
+        with pytest.raises(UserError, match=f"d_model {d_model} .*{mend}"):
+            Study.from_dict(space(scales=scales, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [
+        ({"resources": {"gpus_per_worker": 8}}, "set workers: 8 and gpus_per_worker: 1"),
+        (
+            {
+                "resources": {"workers": 8, "strategy": "fsdp"},
+                "data": {"validation_sequences": 4},
+            },
+            "validation_sequences 4 is less than 8 workers",
+        ),
+        (
+            {
+                "resources": {"workers": 8},
+                "search": {"batch_sequences": {"low": 1, "high": 4, "hard_high": 4}},
+            },
+            "hard_high 4 is less than 8 workers",
+        ),
+    ],
+)
+def test_workers_that_would_have_nothing_to_do(changes: dict, mend: str) -> None:
+    with pytest.raises(ValueError, match=mend):
+        Study.from_dict(space(**changes))
+
+
+def test_a_trials_key_is_of_what_its_result_depends_on() -> None:
+    def key(**changes) -> str:
+        study = Study.from_dict(space(**changes))
+        return study.trial(study.cells[0], "data", 1e-3, 8, 0).key
+
+    plain = key()
+    for same in (
+        {"resources": {"workers": 2, "strategy": "hsdp"}},
+        {"search": {"batch_sequences": {"low": 2}}},
+        {"recipe": {"compile": "on", "noise_scale": False}},
+    ):
+        assert key(**same) == plain
+    routed = {"experts": 8, "top_k": 2}
+    others = [key(architectures={"moe": routed | changed}) for changed in (
+        {"scores": "sigmoid"}, {"balance": "bias"}, {"balance": "bias", "scores": "sigmoid"}
+    )]  # fmt: skip
+    assert len({plain, *others}) == 4

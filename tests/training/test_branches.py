@@ -10,9 +10,9 @@ from raysweep.errors import UserError
 from raysweep.model import Decoder
 from raysweep.results.filesystem import Storage
 from raysweep.training.checkpoint import Checkpoints
+from raysweep.training.horizon_metrics import HorizonMetrics
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent, TrialOutcome
-from raysweep.training.track import Track
 
 LENGTHS = (40, 64, 120)
 RECIPE = {"schedule": "wsd", "warmup_tokens": 16 * 8 * 5, "branches": True, "noise_scale": False}
@@ -134,12 +134,12 @@ def test_a_branch_whose_row_stands_is_left_for_the_run(corpus, spec, whole, tmp_
 
 
 def test_what_ends_the_shared_phase_ends_all_horizons(corpus, spec, monkeypatch):
-    sound = Track.rate
+    sound = HorizonMetrics.rate
 
     def faulty(self, step):
         return sound(self, step) * (1e5 if step >= 45 else 1)
 
-    monkeypatch.setattr(Track, "rate", faulty)
+    monkeypatch.setattr(HorizonMetrics, "rate", faulty)
     found = branched(spec, corpus, recipe={"clip_norm": None})
     assert {n: o.status for n, o in found.items()} == {
         40: "finished", 64: "diverged", 120: "diverged"

@@ -10,7 +10,7 @@ from raysweep.training.loop import train
 from raysweep.training.noise_scale import NoiseScale, trace_of_pair, trace_of_workers
 from raysweep.training.optimizer import FlatParameters
 from raysweep.training.parallel import Workers
-from raysweep.training.step import GradientMaker
+from raysweep.training.step import GradientAccumulator
 
 BATCH, STEPS = 8, 300
 
@@ -21,7 +21,7 @@ def measured(corpus, spec):
     cell = spec(scale={"layers": 1}).cell
     model = build(cell.shape, cell.settings, rope_base=1e4, seed=0)
     parameters = FlatParameters(model)
-    maker = GradientMaker(
+    maker = GradientAccumulator(
         model=model,
         parameters=parameters,
         tokens=corpus.train,

@@ -13,10 +13,10 @@ import torch
 from raysweep.data.batches import validation_batches
 from raysweep.model import Decoder
 from raysweep.training import loop
+from raysweep.training.horizon_metrics import HorizonMetrics
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
 from raysweep.training.parallel import Workers
-from raysweep.training.track import Track
 
 SCRIPT = Path(__file__).with_name("short_of_memory.py")
 
@@ -136,12 +136,12 @@ def test_standard_error_is_that_of_a_bootstrap(corpus, spec):
 @pytest.mark.parametrize("fault_at", [37, 300])
 def test_divergence_is_seen_within_a_hundredth_of_the_run(corpus, spec, monkeypatch, fault_at):
     trial = spec(tokens=16 * 8 * 400, recipe={"clip_norm": None})
-    sound = Track.rate
+    sound = HorizonMetrics.rate
 
     def faulty(self, step):
         return sound(self, step) * (1e5 if step >= fault_at else 1)
 
-    monkeypatch.setattr(Track, "rate", faulty)
+    monkeypatch.setattr(HorizonMetrics, "rate", faulty)
     outcome = train(trial, corpus)
     assert outcome.status == "diverged"
     assert fault_at < outcome.step <= fault_at + 1 + trial.steps // 100

@@ -1,7 +1,8 @@
 """What is measured of a run, as a run of one horizon.
 
 A WSD run may serve several horizons: until the decay of a shorter one would begin, its steps are
-those of the longer. Each horizon then has its own track, and all are told of the steps they share.
+those of the longer. Each horizon then has metrics of its own, and all are told of the steps that
+they share.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from raysweep.training.monitor import Monitor
 from raysweep.training.noise_scale import NoiseScale
 
 
-class Track:
+class HorizonMetrics:
     """One horizon's learning rates, curve, smoothed losses and noise scale."""
 
     def __init__(self, spec: TrialSpec) -> None:

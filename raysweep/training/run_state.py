@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from raysweep.study.study import TrialSpec
+from raysweep.training.horizon_metrics import HorizonMetrics
 from raysweep.training.outcome import Status
 from raysweep.training.step import BatchGradient
-from raysweep.training.track import Track
 
 
 class Pace(NamedTuple):
@@ -22,21 +22,21 @@ class Pace(NamedTuple):
     seconds: float = 0.0
 
 
-class Course:
+class RunState:
     """A run to the longest horizon, or in a branch of it to a shorter one."""
 
     def __init__(self, spec: TrialSpec, branches: Sequence[TrialSpec]) -> None:
         self.spec = spec
         self.step = 0
         self.seconds = 0.0
-        """Spent on the current track, over all attempts."""
+        """Spent on the current horizon, over all attempts."""
         self.pace = Pace()
         """Of these, what says how fast steps are."""
-        self.track = Track(spec)
+        self.metrics = HorizonMetrics(spec)
         """That of the run, or of the branch that it is in."""
-        self.waiting = sorted(map(Track, branches), key=lambda t: t.leaves_at)
+        self.waiting = sorted(map(HorizonMetrics, branches), key=lambda t: t.leaves_at)
         """Branches that have not begun."""
-        self.trunk: dict[str, Any] | None = None
+        self.stable_run: dict[str, Any] | None = None
         """In a branch: the state, with the model's, of the run that it left."""
         # Of the steps since the device was last waited for:
         self._pending: list[Tensor] = []
@@ -44,28 +44,28 @@ class Course:
         self._traces: dict[int, Tensor] = {}
 
     @property
-    def tracks(self) -> list[Track]:
+    def horizons(self) -> list[HorizonMetrics]:
         """Those that the next step belongs to, the current one first."""
-        return [self.track] if self.trunk is not None else [self.track, *self.waiting]
+        return [self.metrics] if self.stable_run is not None else [self.metrics, *self.waiting]
 
     @property
-    def next_branch(self) -> Track | None:
+    def next_branch(self) -> HorizonMetrics | None:
         """The branch that leaves next; a branch has none."""
-        return self.waiting[0] if self.waiting and self.trunk is None else None
+        return self.waiting[0] if self.waiting and self.stable_run is None else None
 
     @property
     def begun(self) -> int:
-        """The first step of the current track's own: those before a branch are lent by the run."""
-        return self.trunk["step"] if self.trunk is not None else 0
+        """The first step of the current horizon's own: a run lends its branch those before."""
+        return self.stable_run["step"] if self.stable_run is not None else 0
 
-    def enter(self, branch: Track, trunk: dict[str, Any]) -> None:
-        """Go on in a branch; `trunk` is what the run later goes on from."""
-        self.track, self.trunk, self.seconds, self.pace = branch, trunk, 0.0, Pace()
+    def enter(self, branch: HorizonMetrics, stable_run: dict[str, Any]) -> None:
+        """Go on in a branch; `stable_run` is what the run later goes on from."""
+        self.metrics, self.stable_run, self.seconds, self.pace = branch, stable_run, 0.0, Pace()
 
     def wants_trace(self) -> bool:
-        """Whether tr S is to be estimated at the next step, for any track."""
+        """Whether tr S is to be estimated at the next step, for any horizon."""
         return self.spec.recipe.noise_scale and any(
-            track.noise.wants_pair(self.step) for track in self.tracks
+            metrics.noise.wants_pair(self.step) for metrics in self.horizons
         )
 
     def add(self, batch: BatchGradient, rate: float) -> None:
@@ -77,7 +77,7 @@ class Course:
         self.step += 1
 
     def read(self) -> tuple[Status, str] | None:
-        """Wait for the device and tell the tracks of the steps since the last time; what ended
+        """Wait for the device and tell the horizons of the steps since the last time; what ended
         the run and why, if something did."""
         rows = torch.stack(self._pending).tolist()
         losses, grad_sqs, failed = zip(*rows, strict=True)
@@ -89,12 +89,12 @@ class Course:
             for step, trace in self._traces.items()
             if not math.isnan(value := trace.item())
         }
-        for track in self.tracks:
-            track.add(first, losses, grad_sqs, traces, self._rates)
+        for metrics in self.horizons:
+            metrics.add(first, losses, grad_sqs, traces, self._rates)
         self._pending.clear()
         self._rates.clear()
         self._traces.clear()
-        return ("diverged", self.track.diverged) if self.track.diverged else None
+        return ("diverged", self.metrics.diverged) if self.metrics.diverged else None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -102,27 +102,31 @@ class Course:
             "step": self.step,
             "seconds": self.seconds,
             "pace": tuple(self.pace),
-            "track": self.track.spec.key,
-            "tracks": {t.spec.key: t.state() for t in self.tracks},
+            "metrics": self.metrics.spec.key,
+            "horizons": {t.spec.key: t.state() for t in self.horizons},
             "pending": self._pending,
             "rates": self._rates,
             "traces": self._traces,
-            "trunk": self.trunk,
+            "stable_run": self.stable_run,
         }
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Take up what `state` gave, on the run or in a branch of it."""
-        self.step, self.seconds, self.trunk = state["step"], state["seconds"], state["trunk"]
+        self.step, self.seconds, self.stable_run = (
+            state["step"],
+            state["seconds"],
+            state["stable_run"],
+        )
         self.pace = Pace(*state["pace"])
-        on_run = state if self.trunk is None else self.trunk
-        tracks = {t.spec.key: t for t in (Track(self.spec), self.track, *self.waiting)}
-        known = {**on_run["tracks"], **state["tracks"]}
-        for key, track in tracks.items():
+        on_run = state if self.stable_run is None else self.stable_run
+        horizons = {t.spec.key: t for t in (HorizonMetrics(self.spec), self.metrics, *self.waiting)}
+        known = {**on_run["horizons"], **state["horizons"]}
+        for key, metrics in horizons.items():
             if key in known:
-                track.load(known[key])
-        self.track = tracks[state["track"]]
+                metrics.load(known[key])
+        self.metrics = horizons[state["metrics"]]
         self.waiting = [
-            t for t in self.waiting if t is not self.track and t.spec.key in on_run["tracks"]
+            t for t in self.waiting if t is not self.metrics and t.spec.key in on_run["horizons"]
         ]
         self._pending = [numbers.to(device) for numbers in state["pending"]]
         self._rates = list(state["rates"])
