@@ -145,7 +145,7 @@ def _cell(value: float, interval: tuple[float, float], style: str) -> str:
 
 
 def compare(
-    *sources: Source,
+    *sources: Source | Sequence[Source],
     architectures: Iterable[str] = (),
     group: str | Sequence[str] = (),
     params: float | str | None = None,
@@ -156,7 +156,8 @@ def compare(
     """Compare architectures, groups, studies or folders, as many as there are.
 
     Args:
-        sources: results folders or URIs, opened or not, or fits; `FOLDER#STUDY` is one study.
+        sources: results folders or URIs, opened or not, or fits, or a list of them;
+            `FOLDER#STUDY` is one study.
         architectures: names of those to compare only.
         group: columns whose values are sides too.
         params, tokens: the size at which the sides' recommendations stand side by side; by default
@@ -166,8 +167,11 @@ def compare(
     Raises:
         UserError: fewer than two sides, or one that is not there.
     """
+    listed: list[Source] = []
+    for each in sources:
+        listed += list(each) if isinstance(each, list | tuple) else [each]  # type: ignore[list-item]
     arms = arms_of(
-        *sources, architectures=architectures, group=group, without=without, literature=literature
+        *listed, architectures=architectures, group=group, without=without, literature=literature
     )
     if (params is None) != (tokens is None):
         raise UserError("a size to compare at is both: params and tokens")
