@@ -522,7 +522,10 @@ def _laws_to_trust(
     said = []
     for name, text in results.search_spaces().items():
         if name in own:
-            space, _ = parse_yaml(text, name)
+            try:
+                space, _ = parse_yaml(text, name)
+            except UserError:  # a search space that cannot be read is no reason to go without fits
+                continue
             keys = space if isinstance(space, dict) else {}
             trusted = keys.get("literature")
             said.append(

@@ -21,7 +21,8 @@ def planted_grid(params: float, noise: float = 0.0, seed: int = 0) -> RecordedGr
     x, y = np.meshgrid(np.arange(-6, 6) * 0.35, np.log(SEQUENCE * 2.0 ** np.arange(3, 10)))
     point = np.column_stack([x.ravel() + rate, y.ravel()])
     gap = 0.008 * x.ravel() ** 2 + 0.005 * (point[:, 1] - np.log(64 * SEQUENCE)) ** 2
-    loss = 3 * np.exp(gap + noise * rng.standard_normal(len(gap)))
+    level = 1.7 + 300 / params**0.34 + 400 / (20 * params) ** 0.28
+    loss = level * np.exp(gap + noise * rng.standard_normal(len(gap)))
     loss[gap > 0.035] = np.nan
     cell = RunSize(name=f"{params:.0e}", params_active_non_embedding=params, tokens=20 * params)
     return RecordedGrid(cell, SEQUENCE, point, loss)
@@ -63,7 +64,10 @@ def test_the_ladder_finds_planted_optima_where_others_have_not():
     ladder = summarise([replay(GRIDS, "ladder", 3, seed) for seed in range(2)])
     chance = summarise([replay(GRIDS, "random", 3, seed) for seed in range(2)])
     assert ladder["recommended_denoised"]["mean"] < 0.1
-    assert ladder["found"]["mean"] < 0.3 * chance["found"]["mean"]
+    # The answer is the model's; the trials also serve the law, not their cell alone.
+    answers = ladder["recommended_denoised"]["mean"], chance["recommended_denoised"]["mean"]
+    assert answers[0] < 0.2 * answers[1]
+    assert ladder["found"]["mean"] < 0.5 * chance["found"]["mean"]
 
 
 def test_a_strategy_sees_only_what_it_asked_for():

@@ -66,7 +66,6 @@ def test_studies_in_one_folder_that_run_the_same_trial_have_a_row_each(tmp_path:
     assert len(list((tmp_path / "results" / "trials").iterdir())) == 2
 
 
-@pytest.mark.usefixtures("_ray")
 @pytest.mark.parametrize("early", [True, False])
 def test_what_a_user_must_mend_is_a_row_at_once(tmp_path: Path, early: bool) -> None:
     """A trial that would fail so again ends with its reason, before it trains."""

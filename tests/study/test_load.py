@@ -135,16 +135,6 @@ def test_overrides_may_be_values(write) -> None:
     assert study.cells[0].shape.layers == 3
 
 
-def test_early_stopping_of_trials_on_several_workers_is_refused(write) -> None:
-    stop, two = "search.early_stopping={method: asha}", "{workers: 2}"
-    assert load_search_space(write(MINIMAL), [stop]).search.early_stopping
-    alone = [stop, f"resources={two}", "scales.0.resources={workers: 1}"]
-    assert load_search_space(write(MINIMAL), alone).resources.workers == 2
-    for several in (f"resources={two}", f"scales.0.resources={two}"):
-        with pytest.raises(UserError, match=r"for trials on one worker, and scale 0 has 2: drop"):
-            load_search_space(write(MINIMAL), [stop, several])
-
-
 def test_overrides_reach_into_lists_and_new_sections(write) -> None:
     space = load_search_space(
         write(MINIMAL), ["scales.0.layers=3", "recipe.schedule=wsd", "search.trials_per_cell=9"]
