@@ -102,8 +102,9 @@ def test_on_the_public_dense_sweep_four_trials_a_cell_reach_the_optimum(shared_d
     assert len(grids) == 15
     assert [g.cell.compute for g in grids] == sorted(g.cell.compute for g in grids)
     table = summarise([replay(grids, "ladder", 4, seed) for seed in range(3)])
-    assert table["found"]["p90"] <= 0.10
-    assert table["recommended"]["mean"] <= 0.06
+    assert table["found"]["mean"] <= 0.05
+    # Against a smooth fit of the grid: the best recorded run of a cell is a lucky one.
+    assert table["recommended_denoised"]["mean"] <= 0.03
     assert table["recommended_denoised"]["p90"] <= 0.10
     assert table["laws"]["mean"] <= 0.096
 
