@@ -107,7 +107,7 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
         "Loss against size at fixed budgets, and the best size and tokens of a budget",
         panels,
         tuple(names),
-        height=3.1,
+        height=2.8,
         ratios=(1.4, 1, 1),
     )
 

@@ -99,7 +99,7 @@ def law_figures(fits: Fits, answers: Sequence[Answer]) -> list[PlotFigure]:
                 f"{word[:1].upper()}{word[1:]} of each cell against its size, with the fitted law",
                 tuple(panels),
                 drawn,
-                height=3.0 if len(panels) > 2 else 3.4,
+                height=2.7 if len(panels) > 2 else 3.0,
             )
         )
     return figures

@@ -128,7 +128,7 @@ def _figure(
         f"Loss of the trials of {trials.name} over learning rate and batch",
         tuple(panels),
         width=8.6 if len(panels) > 1 else 5.0,
-        height=3.1,
+        height=2.8,
         ratios=(1.35, 1, 1)[: len(panels)],
         fixed=True,
     )
