@@ -217,7 +217,7 @@ def test_table_sorts_filters_and_pages(ladder: Ladder, drive: Drive) -> None:
     assert set(seen["diverged"][0]) == {"diverged"}
     assert seen["diverged"][1] == "8 of 72 trials"
     assert set(seen["found"]) == {"moe-3-0"}
-    assert len(seen["first"]) == 10
+    assert len(seen["first"]) == 8
     assert not set(seen["first"]) & set(seen["second"])
 
 

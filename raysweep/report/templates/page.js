@@ -37,7 +37,7 @@
   const table = document.getElementById("trial-table");
   if (!table) return;
   const form = document.getElementById("trial-filter");
-  const PAGE = 6;
+  const PAGE = 8;
   let sorted = null, descending = false, page = 0;
   let rows = [...Array(trials.shown).keys()];
 
