@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 
-from raysweep.search.ladder import TrialHistory
+from raysweep.search.history import TrialHistory
 from raysweep.search.strategies import make_sampler, search_space
 from raysweep.study.shape import RunSize
 

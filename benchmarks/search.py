@@ -9,7 +9,7 @@ import optuna
 from optuna.trial import TrialState
 
 from benchmarks.recorded import RecordedGrid
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.strategies import make_sampler, search_space
 from raysweep.study.shape import RunSize
 

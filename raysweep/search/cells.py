@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.results.schema import FINISHED
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH
 from raysweep.search.strategies import search_space
 from raysweep.study import Cell, Search
 
@@ -143,12 +143,12 @@ class CellState:
 
     @property
     def widened(self) -> dict[str, Any] | None:
-        """How far the range was widened, for `widen_again`; None where it was not."""
+        """How far the range was widened, for `restore_bounds`; None where it was not."""
         if self.bounds == self._range():
             return None
         return asdict(self.bounds) | {"extensions": self.extensions}
 
-    def widen_again(self, kept: Mapping[str, Any]) -> None:
+    def restore_bounds(self, kept: Mapping[str, Any]) -> None:
         """Search the range again that an earlier run had widened."""
         rate, batch = kept["learning_rate"], kept["log2_batch"]
         self.bounds = Bounds((float(rate[0]), float(rate[1])), (int(batch[0]), int(batch[1])))

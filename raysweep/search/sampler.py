@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
 from raysweep.scaling.optima.surface import Surface
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.study.shape import RunSize
 
 _DRAWS = 128
@@ -164,7 +164,7 @@ def acquisition(
         outcome[:, count + len(tried) :],
         log_loss[finished],
     )
-    # What an outcome there would teach: regress optimum and laws on it across the draws.
+    # What an outcome there would add_imported_trials: regress optimum and laws on it across the draws.
     sought = np.concatenate([draws.optima, draws.laws.reshape(_DRAWS, -1)], axis=1)
     sought = sought - sought.mean(0)
     outcome = outcome - outcome.mean(0)

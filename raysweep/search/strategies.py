@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from raysweep.errors import UserError
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.sampler import LadderSampler, RelativeSampler
 from raysweep.study.shape import RunSize
 

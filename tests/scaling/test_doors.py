@@ -18,7 +18,7 @@ from raysweep.cli import app
 from raysweep.results import Results
 from raysweep.scaling.compare import MAX_RUNS, compare_arms, needed, shared_sizes
 from raysweep.scaling.fits import Fits
-from raysweep.search.ladder import TrialHistory
+from raysweep.search.history import TrialHistory
 from raysweep.search.value import targets_of
 from raysweep.study import Study
 from raysweep.study.shape import RunSize

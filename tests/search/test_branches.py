@@ -1,4 +1,4 @@
-"""A campaign of WSD branches: one proposal gives a row in every horizon's cell of its scale."""
+"""A scheduler of WSD branches: one proposal gives a row in every horizon's cell of its scale."""
 
 import math
 from pathlib import Path
@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from raysweep.results.schema import COLUMNS
-from raysweep.search.campaign import Campaign
-from raysweep.search.ledger import Ledger
+from raysweep.search.scheduler import StudyScheduler
+from raysweep.search.resources import ResourcePool
 from raysweep.study import Study
 from raysweep.study.plan import make_plan
 
@@ -55,11 +55,11 @@ def row(study, cell, spec, status="finished") -> dict[str, object]:
     }
 
 
-def simulate(study, campaign, *, stop_after=math.inf) -> list[dict[str, object]]:
+def simulate(study, scheduler, *, stop_after=math.inf) -> list[dict[str, object]]:
     """One trial after another; the last one before a stop leaves its branches' rows only."""
     rows, number = [], 0
-    while not campaign.done:
-        proposal = campaign.ask(f"t{number}")
+    while not scheduler.done:
+        proposal = scheduler.ask(f"t{number}")
         assert proposal is not None
         number += 1
         spec, branches = proposal.spec, study.branches(proposal.spec.cell)
@@ -68,13 +68,13 @@ def simulate(study, campaign, *, stop_after=math.inf) -> list[dict[str, object]]
             break
         rows.append(row(study, spec.cell, spec))
         told = [(c.name, "finished", loss(c, spec)) for c in branches]
-        campaign.tell(proposal.id, "finished", loss(spec.cell, spec), told)
+        scheduler.tell(proposal.id, "finished", loss(spec.cell, spec), told)
     return rows
 
 
-def campaign_of(study, rows=None) -> Campaign:
+def campaign_of(study, rows=None) -> StudyScheduler:
     frame = None if rows is None else pd.DataFrame(rows, columns=list(COLUMNS))
-    return Campaign(study, "data", Ledger({"n": {"CPU": 1.0}}), rows=frame)
+    return StudyScheduler(study, "data", ResourcePool({"n": {"CPU": 1.0}}), rows=frame)
 
 
 @pytest.mark.parametrize("strategy", ["ladder", "tpe", "qmc"])
@@ -97,10 +97,10 @@ def test_every_cell_gets_its_rows_from_trials_of_the_longest(strategy) -> None:
 
 def test_rows_of_branches_teach_their_cells() -> None:
     study = make_study(extend_edges=False)
-    campaign = campaign_of(study)
-    simulate(study, campaign, stop_after=5)
+    scheduler = campaign_of(study)
+    simulate(study, scheduler, stop_after=5)
     groups: dict[tuple[str, str], set[int]] = {}
-    for state in campaign.states.values():
+    for state in scheduler.states.values():
         group = state.cell.architecture, state.cell.scale
         groups.setdefault(group, set()).add(state.finished)
     assert sorted(map(sorted, groups.values())) == [[0], [0], [0], [4]]
@@ -111,16 +111,16 @@ def test_an_interrupted_trial_goes_on_first_and_repeats_no_rows() -> None:
     study = make_study(extend_edges=False)
     before = simulate(study, campaign_of(study), stop_after=3)
     left = before[-1]
-    campaign = campaign_of(study, before)
-    proposal = campaign.ask("again")
+    scheduler = campaign_of(study, before)
+    proposal = scheduler.ask("again")
     assert proposal is not None
     spec = proposal.spec
     assert spec.cell == study.trunk(spec.cell)
     assert (spec.learning_rate, spec.batch_sequences, spec.seed) == (
         left["learning_rate"], left["batch_sequences"], left["seed"]
     )  # fmt: skip
-    campaign.tell("again", "finished", loss(spec.cell, spec))
-    rest = simulate(study, campaign)
+    scheduler.tell("again", "finished", loss(spec.cell, spec))
+    rest = simulate(study, scheduler)
     frame = pd.DataFrame([*before, row(study, spec.cell, spec), *rest])
     assert frame["trial_key"].is_unique
     assert frame["cell"].value_counts().to_dict() == {c.name: 4 for c in study.cells}
@@ -145,9 +145,9 @@ def test_a_budget_of_flops_counts_the_shared_phase_once() -> None:
 
 def test_ranges_of_a_scale_widen_together() -> None:
     study = make_study(learning_rate={"low": 1e-4, "high": 1e-3})
-    campaign = campaign_of(study)
-    rows = simulate(study, campaign)
-    trunk = campaign.states[study.trunk(study.cells[0]).name]
+    scheduler = campaign_of(study)
+    rows = simulate(study, scheduler)
+    trunk = scheduler.states[study.trunk(study.cells[0]).name]
     assert trunk.extensions > 0
     assert all(b.bounds == trunk.bounds for b in trunk.branches)
     assert len(rows) % 3 == 0

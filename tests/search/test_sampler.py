@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 
 from benchmarks.planted import SHAPES, held, plant, recommended_gaps, search
 from raysweep.errors import UserError
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.strategies import make_sampler, search_space
 from raysweep.study.shape import RunSize
 

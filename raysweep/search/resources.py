@@ -11,7 +11,7 @@ _SLACK = 1e-9
 _Booking = list[tuple[str, Bundle]]
 
 
-class Ledger:
+class ResourcePool:
     """Books what each trial takes from which node. Nodes are known by id, with their totals.
 
     A trial of several bundles runs in a group of workers, which keeps its resources when the trial

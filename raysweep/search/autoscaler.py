@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
-from raysweep.search.ledger import Bundle
+from raysweep.search.resources import Bundle
 
 Kind = tuple[tuple[tuple[str, float], ...], ...]
 """Bundles of a trial, in a form that can be a key."""
@@ -33,7 +33,7 @@ class Request(Protocol):
     def withdraw(self) -> None: ...
 
 
-class Growth:
+class AutoscalerRequests:
     """Keeps requests for more room up to date.
 
     Args:

@@ -13,14 +13,14 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
 from raysweep.search.cells import CellState
-from raysweep.search.ladder import TrialHistory
+from raysweep.search.history import TrialHistory
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
 
 _log = logging.getLogger("raysweep")
 
 
-def take_up(
+def restore_trials(
     rows: pd.DataFrame, study: Study, data_hash: str, states: Mapping[str, CellState]
 ) -> float:
     """Rebuild the trials of earlier runs of this study in its cells; crashed ones are run again.
@@ -65,7 +65,7 @@ def widened(study: Study, states: Mapping[str, CellState]) -> dict[str, Any]:
     return _given(study) | {"cells": {name: each for name, each in found.items() if each}}
 
 
-def widen_again(study: Study, kept: Mapping[str, Any], states: Mapping[str, CellState]) -> None:
+def restore_bounds(study: Study, kept: Mapping[str, Any], states: Mapping[str, CellState]) -> None:
     """Search the ranges again that earlier runs widened, unless the search space gives others now
     or wants none widened."""
     given = _given(study)
@@ -73,7 +73,7 @@ def widen_again(study: Study, kept: Mapping[str, Any], states: Mapping[str, Cell
         return
     try:
         for name in states.keys() & kept["cells"].keys():
-            states[name].widen_again(kept["cells"][name])
+            states[name].restore_bounds(kept["cells"][name])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         _log.warning("the ranges that %s had widened are unreadable: found anew", study.name)
 
@@ -83,7 +83,7 @@ def _given(study: Study) -> dict[str, Any]:
     return {"learning_rate": [rate.low, rate.high], "batch_sequences": [batch.low, batch.high]}
 
 
-def teach(ladder: TrialHistory, rows: pd.DataFrame) -> None:
+def add_imported_trials(ladder: TrialHistory, rows: pd.DataFrame) -> None:
     """Let the ladder learn from other rows, with the schema's columns: imported sweeps, say."""
     usable = rows[rows["learning_rate"].notna() & rows["batch_tokens"].notna()]
     usable = usable[usable["status"].isin([FINISHED, "diverged"]) & usable["excluded"].isna()]
