@@ -43,7 +43,7 @@ NEAR = 4.0
 """Runs within this factor of a budget's best size tell where its loss is least."""
 
 DRAWS = 600
-FEWEST_LEVELS = 4
+MIN_LEVELS = 4
 """A jackknife over fewer levels says little."""
 
 
@@ -343,7 +343,7 @@ def _left_out(model: LossModel) -> list[LawPosterior]:
     """The law fitted without each level of compute in turn."""
     assert model.law is not None
     level = model.data.levels()
-    if level.max() + 1 < FEWEST_LEVELS:
+    if level.max() + 1 < MIN_LEVELS:
         return []
     return [fit_data(model.law, model.data.select(level != k)) for k in range(level.max() + 1)]
 
