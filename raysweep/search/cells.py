@@ -206,7 +206,7 @@ class CellState:
         return moved
 
     def _largest_log2_batch(self) -> int:
-        sequences = self.least_tokens / MIN_STEPS / self.cell.shape.sequence_length
+        sequences = self.least_tokens / MIN_STEPS / self.cell.sequence_length
         return max(self._smallest_log2_batch(), int(math.log2(max(1.0, sequences))))
 
     def _smallest_log2_batch(self) -> int:

@@ -180,7 +180,7 @@ def _cells_row(state: CellState) -> list[str]:
         str(len(state.running) or ""),
         written(best.value, "loss") if best else "",
         written(rate, "rate") if best else "",
-        short(2**log2 * state.cell.shape.sequence_length) if best else "",
+        short(2**log2 * state.cell.sequence_length) if best else "",
     ]
 
 

@@ -309,7 +309,7 @@ class StudyScheduler:
 
     def _attach_sampler(self, state: CellState) -> None:
         features = state.cell.size
-        length = state.cell.shape.sequence_length
+        length = state.cell.sequence_length
         self._history.register(features, state.study, sequence_length=length)
         seed = self.study.space.seed
         if self._search.strategy in RESTARTING:
@@ -359,7 +359,7 @@ class StudyScheduler:
             return
         if state.stable_run or state.wanted or state.running or state.finished < 3:
             return
-        length = state.cell.shape.sequence_length
+        length = state.cell.sequence_length
         low, high = state.bounds.log2_batch
         surface, tokens = self._history.surface(), (2.0**low * length, 2.0**high * length)
         found = (

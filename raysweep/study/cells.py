@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from raysweep.study.fields import (
     MAX_LAYERS,
@@ -42,6 +42,8 @@ class Architecture(Section):
     """Weight of the load-balance loss (Switch Transformer's), when `balance: loss`."""
     router_z_loss: NonNegative = 0.001
     """Weight of the router z-loss (ST-MoE)."""
+    settings: dict[str, JsonValue] = {}
+    """For your own training code: what it is to know of this architecture."""
 
     @property
     def kind(self) -> Literal["dense", "moe"]:
@@ -89,11 +91,13 @@ class Resources(Section):
 
 
 class ScaleEntry(Section):
-    """One rung: an explicit shape (d_model, layers, heads) or a `params` target."""
+    """One rung: an explicit shape (d_model, layers, heads) or a `params` target; of your own
+    training code its `settings` and counts."""
 
     name: Name | None = None
     params: Params | None = None
-    """Dense non-embedding parameters aimed at: the shape is derived, its true count reported."""
+    """Dense non-embedding parameters aimed at: the shape is derived, its true count reported. Of
+    your own models, their non-embedding parameters."""
     d_model: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] | None = None
     heads: Annotated[int, Field(ge=1, le=100_000)] | None = None
@@ -104,10 +108,41 @@ class ScaleEntry(Section):
     """Architectures built at this scale; default: all."""
     resources: Resources | None = None
     """Resources of this scale's trials; default: the file's `resources`."""
+    settings: dict[str, JsonValue] | None = None
+    """For your own training code: what makes this scale, in its own words."""
+    params_active: Params | None = None
+    """Of your own models: non-embedding parameters that a token passes, for experts."""
+    params_total: Params | None = None
+    """Of your own models: all non-embedding parameters, for experts."""
+    params_dense: Params | None = None
+    """Of your own models: non-embedding parameters of the dense model that this one is compared
+    with; default: the active ones. `tokens_per_param` counts these."""
+    params_embedding: Params | None = None
+    """Of your own models: parameters of input embedding and output head together."""
+    flops_per_token: Positive | None = None
+    """Of your own models: FLOPs a token, forward and backward."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it says what only a user's own models need."""
+        return any(
+            value is not None
+            for value in (
+                *(self.settings, self.params_active, self.params_total, self.params_dense),
+                *(self.params_embedding, self.flops_per_token),
+            )
+        )
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         shape = (self.d_model, self.layers, self.heads)
+        if self.is_own:
+            if any(v is not None for v in (*shape, self.kv_heads, self.d_ff)):
+                raise ValueError(
+                    "d_model, layers, heads and d_ff are of raysweep's models: of your own, give "
+                    "them under settings"
+                )
+            return self
         if self.params is not None and any(v is not None for v in (*shape, self.d_ff)):
             raise ValueError("give either params or a shape (d_model, layers, heads), not both")
         if self.params is None and any(v is None for v in shape):

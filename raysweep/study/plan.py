@@ -33,10 +33,11 @@ class PlannedCell:
 
     name: str
     shape: str
-    params_total: int
-    params_active: int
-    params_total_non_embedding: int
-    params_active_non_embedding: int
+    params_total: float | None
+    """With embeddings; None where that is not known."""
+    params_active: float | None
+    params_total_non_embedding: float
+    params_active_non_embedding: float
     params_target: float | None
     """What the file asked for, where it gave a target."""
     tokens: int
@@ -78,6 +79,8 @@ class Plan:
     study: str
     description: str
     cells: tuple[PlannedCell, ...]
+    own: bool = False
+    """Whether the user's own code trains: then 6 N D stands beside the FLOPs."""
     seconds: tuple[float, ...] = ()
     """Of all trials of each cell together, on one worker (or one group of workers)."""
     calibration: Calibration | None = None
@@ -140,7 +143,8 @@ class Plan:
 
 def make_plan(study: Study) -> Plan:
     """The plan of a study: trials as budgeted, without extensions of a range."""
-    return Plan(study.name, study.space.description, tuple(_planned(study, c) for c in study.cells))
+    cells = tuple(_planned(study, c) for c in study.cells)
+    return Plan(study.name, study.space.description, cells, own=study.space.training is not None)
 
 
 def with_times(plan: Plan, study: Study, calibration: Calibration) -> Plan:
@@ -156,8 +160,8 @@ def with_times(plan: Plan, study: Study, calibration: Calibration) -> Plan:
     for cell, planned in zip(study.cells, plan.cells, strict=True):
         pace = _pace_at(calibration.paces, cell)
         trained = planned.flops_per_trial / cell.counts.flops_per_token
-        steps = trained * share / cell.shape.sequence_length
-        validation = study.space.data.validation_sequences * cell.shape.sequence_length
+        steps = trained * share / cell.sequence_length
+        validation = study.space.data.validation_sequences * cell.sequence_length
         tokens = trained + EVALUATION * validation
         trial = pace.seconds_fixed + TRIAL_SECONDS + steps * pace.seconds_per_step
         trial += tokens * pace.seconds_per_token
@@ -208,8 +212,8 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
     return PlannedCell(
         name=cell.name,
         shape=_shape_words(cell),
-        params_total=counts.params_total,
-        params_active=counts.params_active,
+        params_total=_known(counts.params_total),
+        params_active=_known(counts.params_active),
         params_total_non_embedding=counts.params_total_non_embedding,
         params_active_non_embedding=counts.params_active_non_embedding,
         params_target=targets[0] if targets else None,
@@ -222,11 +226,17 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
     )
 
 
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 def _is_scale(entry: Any, cell: Cell) -> bool:
     return cell.scale == (entry.name or short(entry.params))
 
 
 def _shape_words(cell: Cell) -> str:
+    if cell.own is not None:
+        return cell.own.words
     shape = cell.shape
     words = f"d{shape.d_model} L{shape.layers} h{shape.heads} ff{shape.d_ff}"
     if shape.is_moe:
@@ -245,7 +255,8 @@ def render_plan(plan: Plan, console: Console | None = None) -> None:
     table.add_column("cell", no_wrap=True)
     if with_shape:
         table.add_column("shape", no_wrap=True)
-    titles = ["active", "total", "tokens", "trials", "FLOPs/trial", "GPU-hours"]
+    titles = ["active", "total", "tokens", "trials", "FLOPs/trial"]
+    titles += ["6ND", "GPU-hours"] if plan.own else ["GPU-hours"]
     for title in [*titles, *(["here"] if plan.seconds else [])]:
         table.add_column(title, justify="right", no_wrap=True)
     for k, cell in enumerate(plan.cells):
@@ -257,6 +268,7 @@ def render_plan(plan: Plan, console: Console | None = None) -> None:
             short(cell.tokens),
             str(cell.trials),
             scientific(cell.flops_per_trial),
+            *([scientific(cell.flops_6nd_per_trial)] if plan.own else []),
             short(cell.gpu_hours, 2),
             *([duration(plan.seconds[k])] if plan.seconds else []),
         )

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
 from raysweep.study.fields import Count, Name, Positive, Section, Size, TokenIds
+from raysweep.study.own import Training
 from raysweep.study.trials import Recipe, Search
 
 
@@ -106,6 +107,8 @@ class SearchSpace(Section):
     horizons: Annotated[tuple[Horizon, ...], Field(min_length=1)]
     model: ModelSettings = ModelSettings()
     search: Search = Search()
+    training: Training | None = None
+    """Your own training code; default: raysweep's models, trained by `recipe` on `data`."""
     recipe: Recipe = Recipe()
     data: Data = Data()
     resources: Resources = Resources()
@@ -122,6 +125,40 @@ class SearchSpace(Section):
     def _branches_run_to_their_end(self) -> Self:
         if self.recipe.branches and self.search.early_stopping is not None:
             raise ValueError("recipe.branches and search.early_stopping exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _ours_or_own(self) -> Self:
+        """What belongs to raysweep's models, and what to a user's training."""
+        if self.training is None:
+            for index, entry in enumerate(self.scales):
+                if entry.is_own:
+                    raise ValueError(
+                        f"scale {index} has settings or counts of your own models: say who trains "
+                        "them, training: {function: module:function}"
+                    )
+            return self
+        for index, entry in enumerate(self.scales):
+            if entry.d_model is not None:
+                raise ValueError(
+                    f"scale {index}: with training, d_model and the like are yours to read: give "
+                    "them under settings"
+                )
+            if entry.name is None and entry.params is None:
+                raise ValueError(f"scale {index} needs a name")
+        length = self.model.sequence_length
+        ours = {
+            "recipe": self.recipe != Recipe(),
+            "data": self.data != Data(),
+            "model": self.model != ModelSettings(sequence_length=length),
+        }
+        for section, given in ours.items():
+            if given:
+                kept = ", but for sequence_length" if section == "model" else ""
+                raise ValueError(
+                    f"{section} is of raysweep's own models{kept}: with training, give it under "
+                    "training.settings"
+                )
         return self
 
     @model_validator(mode="after")

@@ -86,12 +86,12 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameter counts, and training FLOPs per token (forward and backward)."""
+    """Parameter counts, and training FLOPs per token (forward and backward). NaN is not known."""
 
-    params_total: int
-    params_active: int
-    params_total_non_embedding: int
-    params_active_non_embedding: int
+    params_total: float
+    params_active: float
+    params_total_non_embedding: float
+    params_active_non_embedding: float
     flops_per_token: float
 
     def flops_6nd(self, tokens: float) -> float:

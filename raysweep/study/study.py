@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.study.cells import Architecture, ModelSettings, Resources, ScaleEntry
 from raysweep.study.fields import MAX_LAYERS, MAX_TOKEN_IDS
 from raysweep.study.load import load_search_space
+from raysweep.study.own import OwnModel, Training, fill_in, own_models
 from raysweep.study.schema import Data, SearchSpace
 from raysweep.study.shape import (
     Counts,
@@ -46,19 +47,41 @@ class Cell:
     architecture: str
     settings: Architecture
     scale: str
-    shape: ModelShape
+    model: ModelShape | OwnModel
     tokens: int
     """The horizon D."""
     resources: Resources
 
     @property
-    def counts(self) -> Counts:
-        return count(self.shape)
+    def shape(self) -> ModelShape:
+        """Of a cell of raysweep's models."""
+        assert isinstance(self.model, ModelShape), self.name
+        return self.model
 
     @property
-    def params_dense(self) -> int:
+    def own(self) -> OwnModel | None:
+        """The model, where the user's own code trains it."""
+        return self.model if isinstance(self.model, OwnModel) else None
+
+    @property
+    def sequence_length(self) -> int:
+        return self.model.sequence_length
+
+    @property
+    def counts(self) -> Counts:
+        return self.model.counts if isinstance(self.model, OwnModel) else count(self.model)
+
+    @property
+    def params_dense(self) -> float:
         """Non-embedding parameters of the dense twin: the N that dense and MoE share."""
-        return count(self.shape.dense_twin()).params_active_non_embedding
+        if isinstance(self.model, OwnModel):
+            return self.model.params_dense
+        return count(self.model.dense_twin()).params_active_non_embedding
+
+    @property
+    def in_group(self) -> bool:
+        """Whether its trials run on several workers that Ray Train keeps together."""
+        return self.resources.workers > 1 and not (self.own and self.own.one_process)
 
     @property
     def flops(self) -> float:
@@ -72,13 +95,13 @@ class Cell:
         return RunSize(
             params_active_non_embedding=counts.params_active_non_embedding,
             tokens=self.tokens,
-            experts=self.shape.experts,
-            top_k=self.shape.top_k,
+            experts=self.model.experts,
+            top_k=self.model.top_k,
             params_total_non_embedding=counts.params_total_non_embedding,
             params_active=counts.params_active,
             params_total=counts.params_total,
             params_dense=self.params_dense,
-            head_params=self.shape.d_model * self.shape.vocab_size,
+            head_params=math.nan if self.own else self.shape.d_model * self.shape.vocab_size,
             flops=self.flops,
             name=self.name,
         )
@@ -93,17 +116,20 @@ class TrialSpec:
     recipe: Recipe
     model: ModelSettings
     data_hash: str
-    validation_sequences: int
+    validation_sequences: int | None
+    """None where the user's own code measures the loss."""
     learning_rate: float
     batch_sequences: int
     seed: int
     least_batch_sequences: int | None = None
     """The smallest batch searched in the cell, for its trials to share one micro-batch, and so one
     compiled graph."""
+    training: Training | None = None
+    """The user's own code, if that trains it."""
 
     @property
     def batch_tokens(self) -> int:
-        return self.batch_sequences * self.cell.shape.sequence_length
+        return self.batch_sequences * self.cell.sequence_length
 
     @property
     def steps(self) -> int:
@@ -112,7 +138,58 @@ class TrialSpec:
 
     @property
     def key(self) -> str:
-        """A hash of what determines the result: the study's name and the resources do not."""
+        """A hash of what determines the result: the study's name and the resources do not. Of
+        a user's own code, its name and settings stand for it."""
+        parts = self._determined() if self.training is None else self._own_determined()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+    def recipe_values(self) -> dict[str, Any]:
+        """How the model is trained, as plain values: what a row keeps as its recipe."""
+        if self.training is None:
+            return self.recipe.model_dump()
+        return {"training": self.training.name, **self.training.settings}
+
+    def values(self) -> dict[str, Any]:
+        """What a user's command or another scheduler is told of the trial, by name."""
+        cell = self.cell
+        return {
+            **(cell.own.settings if cell.own else {}),
+            "learning_rate": self.learning_rate,
+            "batch_tokens": self.batch_tokens,
+            "batch_sequences": self.batch_sequences,
+            "sequence_length": cell.sequence_length,
+            "tokens": cell.tokens,
+            "steps": self.steps,
+            "seed": self.seed,
+            "cell": cell.name,
+            "scale": cell.scale,
+            "architecture": cell.architecture,
+            "workers": cell.resources.workers,
+            "gpus": int(cell.resources.gpus_per_worker * cell.resources.workers),
+        }
+
+    def _point(self) -> dict[str, Any]:
+        return {
+            "tokens": self.cell.tokens,
+            "data": self.data_hash,
+            "learning_rate": f"{self.learning_rate:.9e}",
+            "batch_sequences": self.batch_sequences,
+            "seed": self.seed,
+        }
+
+    def _own_determined(self) -> dict[str, Any]:
+        assert self.training is not None
+        assert self.cell.own is not None
+        own = {
+            "training": self.training.name,
+            "architecture": self.cell.architecture,
+            "scale": self.cell.scale,
+            "settings": dict(self.cell.own.settings),
+            "sequence_length": self.cell.sequence_length,
+        }
+        return self._point() | own
+
+    def _determined(self) -> dict[str, Any]:
         recipe = self.recipe.model_dump(
             exclude={"branches", "checkpoint_seconds", "compile", "noise_scale"}
         )
@@ -125,19 +202,14 @@ class TrialSpec:
             settings["bias_motion"] = "by tokens"
         if recipe["weight_decay"]:
             recipe["weight_decay_on"] = "all matrices but embedding and routers"
-        parts = {
+        return {
+            **self._point(),
             "shape": asdict(self.cell.shape),
             "rope_base": self.model.rope_base,
-            "tokens": self.cell.tokens,
             "routing": settings if self.cell.shape.is_moe else None,
             "recipe": recipe,
-            "data": self.data_hash,
             "validation_sequences": self.validation_sequences,
-            "learning_rate": f"{self.learning_rate:.9e}",
-            "batch_sequences": self.batch_sequences,
-            "seed": self.seed,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 class Study(InNotebooks):
@@ -147,7 +219,10 @@ class Study(InNotebooks):
         self.space = space
         self.folder = folder
         """Where the file lies: relative data paths start here."""
-        self.cells: tuple[Cell, ...] = _expand(space, vocabulary_size(space.data, folder))
+        self.cells: tuple[Cell, ...] = _expand(space, folder)
+        if space.training is not None and space.training.command is not None:
+            for cell in self.cells:
+                _check_command(self, cell, space.training)
 
     @classmethod
     def load(cls, path: str | Path, set: Mapping[str, object] | Sequence[str] = ()) -> Study:
@@ -210,6 +285,37 @@ class Study(InNotebooks):
         place = cell.architecture, cell.scale
         return [c for c in self.cells if (c.architecture, c.scale) == place]
 
+    @property
+    def own_data(self) -> str:
+        """The name of the data of a user's own training."""
+        training = self.space.training
+        return (training and training.data) or self.name
+
+    def resolved(self) -> SearchSpace:
+        """The search space with every count written out that a size function gave: it can be read
+        where the user's code is not."""
+        training = self.space.training
+        if training is None or training.size is None:
+            return self.space
+        scales = {}
+        for cell in self.cells:
+            assert cell.own is not None
+            counts = cell.own.counts
+            entry = next(e for e in self.space.scales if cell.scale == _own_name(e))
+            scales[cell.architecture, cell.scale] = ScaleEntry(
+                name=cell.scale,
+                architectures=(cell.architecture,),
+                resources=entry.resources,
+                settings=entry.settings or {},
+                params_active=counts.params_active_non_embedding,
+                params_total=counts.params_total_non_embedding,
+                params_dense=cell.params_dense,
+                params_embedding=cell.own.params_embedding,
+                flops_per_token=counts.flops_per_token,
+            )
+        given = training.model_copy(update={"size": None})
+        return self.space.model_copy(update={"scales": tuple(scales.values()), "training": given})
+
     def trial(
         self, cell: Cell, data_hash: str, learning_rate: float, batch_sequences: int, seed: int
     ) -> TrialSpec:
@@ -220,11 +326,12 @@ class Study(InNotebooks):
             recipe=self.space.recipe,
             model=self.space.model,
             data_hash=data_hash,
-            validation_sequences=self.space.data.validation_sequences,
+            validation_sequences=None if cell.own else self.space.data.validation_sequences,
             learning_rate=float(learning_rate),
             batch_sequences=int(batch_sequences),
             seed=int(seed),
             least_batch_sequences=self.space.search.batch_sequences.low,
+            training=self.space.training,
         )
 
 
@@ -320,30 +427,57 @@ def _check_workers(space: SearchSpace, resources: Resources) -> None:
             )
 
 
-def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
+def _check_command(study: Study, cell: Cell, training: Training) -> None:
+    """Raises UserError where the command names what there is not."""
+    low = study.space.search.batch_sequences.low
+    spec = study.trial(cell, "", study.space.search.learning_rate.low, low, 0)
+    files = [f.file for f in (training.result, training.progress) if f is not None]
+    try:
+        fill_in([*(training.command or ()), *files], spec.values() | {"folder": ""})
+    except UserError as error:
+        raise UserError(f"training.command in cell {cell.name}: {error}") from None
+
+
+def _own_name(entry: ScaleEntry) -> str:
+    return entry.name or short(entry.params or math.nan)
+
+
+def _expand(space: SearchSpace, folder: Path) -> tuple[Cell, ...]:
     cells: dict[str, Cell] = {}
+    own: dict[tuple[int, str], OwnModel] = {}
+    vocab_size = 0
+    if space.training is None:
+        vocab_size = vocabulary_size(space.data, folder)
     shapes = sum(len(e.architectures or space.architectures) for e in space.scales)
     if shapes * len(space.horizons) > MAX_CELLS:
         raise UserError(
             f"the study would have {shapes * len(space.horizons)} cells, over {MAX_CELLS}: drop "
             "scales, architectures or horizons"
         )
+    if space.training is not None:
+        length = space.model.sequence_length
+        own = own_models(space.training, space.scales, space.architectures, length, folder)
     for index, entry in enumerate(space.scales):
         for name, architecture in space.architectures.items():
             if entry.architectures is not None and name not in entry.architectures:
                 continue
-            try:
-                shape = build_shape(entry, architecture, space.model, vocab_size)
-                resources = entry.resources or space.resources
-                if resources.gpus_per_worker or space.recipe.precision == "bfloat16":
-                    shape.check_alignment(bytes_each=2)
-                _check_workers(space, resources)
-            except UserError as error:
-                raise UserError(f"scales.{index} as {name}: {error}") from None
-            params = count(shape.dense_twin()).params_active_non_embedding
-            scale = entry.name or (
-                short(entry.params) if entry.params else f"d{shape.d_model}x{shape.layers}"
-            )
+            resources = entry.resources or space.resources
+            model: ModelShape | OwnModel
+            if (index, name) in own:
+                model = own[index, name]
+                params, scale = model.params_dense, _own_name(entry)
+            else:
+                try:
+                    model = build_shape(entry, architecture, space.model, vocab_size)
+                    if resources.gpus_per_worker or space.recipe.precision == "bfloat16":
+                        model.check_alignment(bytes_each=2)
+                    _check_workers(space, resources)
+                except UserError as error:
+                    raise UserError(f"scales.{index} as {name}: {error}") from None
+                params = count(model.dense_twin()).params_active_non_embedding
+                scale = entry.name or (
+                    short(entry.params) if entry.params else f"d{model.d_model}x{model.layers}"
+                )
             for horizon in space.horizons:
                 if horizon.tokens_per_param is not None:
                     tokens, label = (
@@ -353,17 +487,17 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
                 else:
                     assert horizon.tokens is not None
                     tokens, label = horizon.tokens, f"{short(horizon.tokens)}tok"
-                if not shape.sequence_length <= tokens < 1e18:
+                if not model.sequence_length <= tokens < 1e18:
                     raise UserError(
                         f"scales.{index}: a horizon of {short(tokens)} tokens is out of range "
-                        f"({shape.sequence_length} to 1e18): change horizons"
+                        f"({model.sequence_length} to 1e18): change horizons"
                     )
                 cell = Cell(
                     name=f"{name}-{scale}-{label}",
                     architecture=name,
                     settings=architecture,
                     scale=scale,
-                    shape=shape,
+                    model=model,
                     tokens=round(tokens),
                     resources=resources,
                 )
