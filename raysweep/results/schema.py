@@ -37,7 +37,7 @@ COLUMNS: dict[str, Column] = {
     "architecture": Column(_text, "name of the architecture in the search space", True),
     "architecture_kind": Column(_text, "dense or moe", True),
     "scale": Column(_text, "name of the rung", True),
-    "source": Column(_text, "raysweep, or import:FORMAT", True),
+    "source": Column(_text, "raysweep, own (a user's training code), or import:FORMAT", True),
     # Shape.
     "d_model": Column(_int, "width"),
     "layers": Column(_int, "depth"),
@@ -87,6 +87,7 @@ COLUMNS: dict[str, Column] = {
     "expert_load_entropy": Column(_float, "entropy of expert load over its maximum, 0 to 1"),
     "expert_load_max_over_mean": Column(_float, "load of the busiest expert over the mean"),
     "router_confidence": Column(_float, "mean probability given to the chosen experts"),
+    "metrics": Column(_text, "what a user's own training gave besides, as JSON"),
     # Cost.
     "started_at": Column(_time, "start of the trial, UTC"),
     "seconds_wall": Column(_float, "from start to row"),

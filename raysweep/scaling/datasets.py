@@ -76,7 +76,7 @@ def said_of(sets: pd.Series, architectures: pd.Series) -> str:
 
 
 def other_data(
-    rows: pd.DataFrame, data_hash: str, validation_sequences: int, sequence_length: int
+    rows: pd.DataFrame, data_hash: str, validation_sequences: int | None, sequence_length: int
 ) -> str:
     """One sentence where rows of a folder are of other data than a study's; else empty."""
     own = (

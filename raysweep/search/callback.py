@@ -126,7 +126,8 @@ class StudyCallback(tune.Callback):
         self._starts[trial.trial_id] = time.monotonic(), datetime.now(UTC)
         self._hung.pop(trial.trial_id, None)
         cell = self._study.cell(trial.config["cell"])
-        if cell.resources.workers == 1:
+        # A user's own code need not report at all: `training.timeout` is for that.
+        if not cell.in_group and cell.own is None:
             self._hangs.started(trial.trial_id, cell.name)
 
     def on_trial_result(
@@ -138,6 +139,9 @@ class StudyCallback(tune.Callback):
         **info: Any,
     ) -> None:
         """A sign of life, or the last words of a trial that failed."""
+        cell = self._study.cell(trial.config["cell"])
+        if cell.own is not None and not cell.in_group and trial.trial_id not in self._reports:
+            self._hangs.started(trial.trial_id, cell.name)
         self._hangs.heard(trial.trial_id)
         if FAILED in result:
             self._failed.add(trial.trial_id)

@@ -50,7 +50,7 @@ def bytes_needed(cell: Cell) -> float:
 
 def problems(reports: Iterable[NodeReport], cells: Sequence[Cell], own: str) -> list[str]:
     """A line for each node that cannot do its part. `own` is the driver's fingerprint."""
-    on_gpus = [cell for cell in cells if cell.resources.gpus_per_worker]
+    on_gpus = [c for c in cells if c.resources.gpus_per_worker and c.own is None]
     largest = max(on_gpus, key=bytes_needed, default=None)
     lines = []
     for node in reports:

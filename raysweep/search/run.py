@@ -72,30 +72,38 @@ def run(
     check_loggers(study, results)
     interruption = Interruption()
     with interruption.listening(), study_lock(results.storage):
-        corpus = prepare(
-            study.space.data,
-            study.folder,
-            sequence_length=study.space.model.sequence_length,
-            progress=lambda text: console.print(text, highlight=False),
-        )
+        corpus = None
+        if study.space.training is None:
+            corpus = prepare(
+                study.space.data,
+                study.folder,
+                sequence_length=study.space.model.sequence_length,
+                progress=lambda text: console.print(text, highlight=False),
+            )
+        elif study.space.training.external:
+            raise UserError(
+                f"study {study.name} is trained elsewhere (training.external): 'raysweep ask' "
+                "hands out its trials; to train here name a training.function or command"
+            )
+        data_hash = study.own_data if corpus is None else corpus.hash
         results.save_search_space(study.name, _as_yaml(study))
         results.compact()
         everything = results.to_pandas()
         own = everything["study"] == study.name
         scheduler = StudyScheduler(
             study,
-            corpus.hash,
+            data_hash,
             ResourcePool({}),
             rows=everything[own],
             imported=everything[~own],
             ranges=results.ranges(study.name),
         )
         space = study.space
-        slice_size = space.data.validation_sequences, space.model.sequence_length
-        others = other_data(everything[~own], corpus.hash, *slice_size)
+        measured_on = None if corpus is None else space.data.validation_sequences
+        others = other_data(everything[~own], data_hash, measured_on, space.model.sequence_length)
         if others:
             console.print(f"{results.uri}: {others}", highlight=False, soft_wrap=True)
-        warning = corpus.repeat_warning(max(c.tokens for c in study.cells))
+        warning = corpus and corpus.repeat_warning(max(c.tokens for c in study.cells))
         if warning:
             console.print(f"warning: {warning}", highlight=False)
         if scheduler.done:
@@ -106,7 +114,7 @@ def run(
             scheduler.pool.update(cluster_nodes())
             if address is None:
                 _check_room(scheduler)
-            else:  # nodes may join at any time, and all that they share is the results URI
+            elif corpus is not None:  # nodes may join at any time, and share the results URI only
                 upload(corpus, results.storage)
             if address is not None or any(c.resources.gpus_per_worker for c in study.cells):
                 for line in problems(look_at_nodes(), study.cells, fingerprint()):
@@ -120,7 +128,7 @@ def run(
 
 def _run_on_ray(
     study: Study,
-    corpus: Corpus,
+    corpus: Corpus | None,
     results: Results,
     scheduler: StudyScheduler,
     scratch: Path,
@@ -158,7 +166,7 @@ def _run_on_ray(
             scheduler, cluster_nodes, interruption, functools.partial(start_group, context)
         )
         callback = StudyCallback(
-            scheduler, corpus.hash, results, progress, interruption, searcher.look
+            scheduler, context.data_hash, results, progress, interruption, searcher.look
         )
         tuner = tune.Tuner(
             trainable,
@@ -236,4 +244,4 @@ def _placement(cell: Cell) -> Any:
 def _as_yaml(study: Study) -> str:
     import yaml
 
-    return yaml.safe_dump(study.space.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(study.resolved().model_dump(mode="json"), sort_keys=False)

@@ -47,12 +47,15 @@ class Proposal:
 
 
 def bundles_of(cell: Cell) -> list[Bundle]:
-    """What a trial of this cell occupies: a bundle a worker."""
+    """What a trial of this cell occupies: a bundle a worker, or one for all where one process
+    starts them."""
     resources = cell.resources
-    bundle = {"CPU": resources.cpus_per_worker}
+    bundles = resources.workers if cell.in_group else 1
+    each = resources.workers / bundles
+    bundle = {"CPU": each * resources.cpus_per_worker}
     if resources.gpus_per_worker:
-        bundle["GPU"] = resources.gpus_per_worker
-    return [bundle] * resources.workers
+        bundle["GPU"] = each * resources.gpus_per_worker
+    return [bundle] * bundles
 
 
 class StudyScheduler:

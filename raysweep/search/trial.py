@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,10 @@ from raysweep.results.filesystem import Storage
 from raysweep.search.early_stopping import REPORT_PERCENT
 from raysweep.search.interruption import INTERRUPTED, StopRequest
 from raysweep.study import Resources, Study, TrialSpec
+from raysweep.training.command import train_by_command
+from raysweep.training.own import TIMEOUT, train_by_function
 from raysweep.training.record import trial_row, unfinished_row
+from raysweep.training.trial_folder import TrialFolder
 
 if TYPE_CHECKING:
     from raysweep.training.outcome import TrialOutcome
@@ -38,8 +43,14 @@ class TrialContext:
     """What every trial of a study needs; shipped to each actor once."""
 
     study: Study
-    corpus: Corpus
+    corpus: Corpus | None
+    """None where the user's own code trains."""
     results_uri: str
+    begun: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def data_hash(self) -> str:
+        return self.study.own_data if self.corpus is None else self.corpus.hash
 
 
 class TuneReporter:
@@ -111,28 +122,42 @@ def run_trial(
     """
     started_at, begun = datetime.now(UTC), time.monotonic()
     study, results = context.study, Results.open(context.results_uri)
-    corpus = fetch(context.corpus, results.storage)
-    cell = study.cell(config["cell"])
+    corpus = context.corpus and fetch(context.corpus, results.storage)
     spec = study.trial(
-        cell, corpus.hash, config["learning_rate"], config["batch_sequences"], config["seed"]
+        study.cell(config["cell"]),
+        context.data_hash,
+        config["learning_rate"],
+        config["batch_sequences"],
+        config["seed"],
     )
     standing = results.find(spec.key, spec.study)  # written before the actor died, say
-    if standing is not None and _stands(standing):
+    if standing is not None and (_stands(standing) or _timed_out(standing, context.begun)):
         return standing
     write = RowWriter(
-        context.results_uri, study.space.search.strategy, corpus.train_tokens, started_at, begun
+        context.results_uri,
+        study.space.search.strategy,
+        corpus and corpus.train_tokens,
+        started_at,
+        begun,
     )
-    missing = functools.partial(_missing, context.results_uri, branch_specs(study, spec))
     try:
-        outcome = _train(context, config, spec, corpus, results.storage, missing, write, stop)
+        if corpus is None:
+            outcome = _train_own(context, config, spec, results.storage, write, stop)
+        else:
+            missing = functools.partial(_missing, context.results_uri, branch_specs(study, spec))
+            outcome = _train(context, config, spec, corpus, results.storage, missing, write, stop)
     except UserError as error:  # it would end so again: no retry, but a row
         return write.refused(spec, error)
     if outcome.status == "stopped":
         return {"status": INTERRUPTED, "loss": None, "seconds_train": outcome.seconds_train}
     row = write(spec, outcome)
-    from raysweep.training.checkpoint import forget  # here, so that the driver never imports torch
+    if spec.training is None:
+        from raysweep.training.checkpoint import forget  # here: drivers never import torch
 
-    forget(results.storage, spec.key)
+        forget(results.storage, spec.key)
+    elif not spec.training.keep_folders:
+        with contextlib.suppress(UserError):  # the study sweeps up in the end
+            TrialFolder(results.storage, spec.key).forget()
     return row
 
 
@@ -142,7 +167,7 @@ class RowWriter:
 
     results_uri: str
     strategy: str
-    train_tokens: int
+    train_tokens: int | None
     started_at: datetime
     begun: float
     """By this machine's monotonic clock."""
@@ -189,7 +214,7 @@ def branch_rows(context: TrialContext, config: dict[str, Any]) -> list[dict[str,
     """The rows that stand of a trial's branches."""
     study, results = context.study, Results.open(context.results_uri)
     point = config["learning_rate"], config["batch_sequences"], config["seed"]
-    spec = study.trial(study.cell(config["cell"]), context.corpus.hash, *point)
+    spec = study.trial(study.cell(config["cell"]), context.data_hash, *point)
     rows = [results.find(branch.key, branch.study) for branch in branch_specs(study, spec)]
     return [row for row in rows if row is not None and _stands(row)]
 
@@ -203,6 +228,12 @@ def _stands(row: dict[str, Any] | None) -> bool:
     return row is not None and row["status"] != "crashed"
 
 
+def _timed_out(row: dict[str, Any], since: datetime) -> bool:
+    """Whether a row is of this run, and tells of a trial whose process ended itself as it hung."""
+    late = str(row["reason"]).startswith(TIMEOUT)
+    return row["status"] == "crashed" and late and row["started_at"] >= since
+
+
 def _train(
     context: TrialContext,
     config: dict[str, Any],
@@ -213,18 +244,12 @@ def _train(
     on_branch: RowWriter,
     stop: StopRequest | None,
 ) -> TrialOutcome:
-    resources = spec.cell.resources
-    early_stopping = context.study.space.search.early_stopping is not None
-    reporter = TuneReporter(spec.cell.tokens, early_stopping, stop)
-    if resources.workers > 1:
+    resources, reporter = spec.cell.resources, _reporter(context, spec, stop)
+    if spec.cell.in_group:
         from raysweep.training.ray_train import Job, train_in_group
 
-        # Should the driver's host be lost, this process keeps one for its trials.
-        name = config["group"]
-        _hosts[name] = start_group(context, name, resources, config["one_node"])
-        return train_in_group(
-            _hosts[name], Job(spec, corpus, checkpoints, branches, on_branch), reporter
-        )
+        job = Job(spec, corpus, checkpoints, branches, on_branch)
+        return train_in_group(_host(context, config, resources), job, reporter)
     from raysweep.training.loop import train  # here, so that the driver never imports torch
 
     return train(
@@ -236,6 +261,44 @@ def _train(
         branches=branches(),
         on_branch=on_branch,
     )
+
+
+def _train_own(
+    context: TrialContext,
+    config: dict[str, Any],
+    spec: TrialSpec,
+    storage: Storage,
+    write: RowWriter,
+    stop: StopRequest | None,
+) -> TrialOutcome:
+    """Train by the user's function or command."""
+    reporter, folder = _reporter(context, spec, stop), context.study.folder
+    assert spec.training is not None
+    if spec.training.command is not None:
+        return train_by_command(spec, folder, storage, reporter)
+    if spec.cell.in_group:
+        from raysweep.training.ray_train import Job, train_in_group
+
+        job = Job(spec, None, storage, tuple, None, str(folder))
+        return train_in_group(_host(context, config, spec.cell.resources), job, reporter)
+
+    def end(reason: str) -> None:
+        write.refused(spec, UserError(reason))
+        os._exit(1)  # Tune starts the trial anew, which finds this row
+
+    return train_by_function(spec, folder, storage, reporter, on_timeout=end)
+
+
+def _reporter(context: TrialContext, spec: TrialSpec, stop: StopRequest | None) -> TuneReporter:
+    early_stopping = context.study.space.search.early_stopping is not None
+    return TuneReporter(spec.cell.tokens, early_stopping, stop)
+
+
+def _host(context: TrialContext, config: dict[str, Any], resources: Resources) -> Any:
+    """The host of a trial's group. Should the driver's be lost, this process keeps one."""
+    name = config["group"]
+    _hosts[name] = start_group(context, name, resources, config["one_node"])
+    return _hosts[name]
 
 
 _hosts: dict[str, Any] = {}

@@ -42,7 +42,7 @@ class Architecture(Section):
     """Weight of the load-balance loss (Switch Transformer's), when `balance: loss`."""
     router_z_loss: NonNegative = 0.001
     """Weight of the router z-loss (ST-MoE)."""
-    settings: dict[str, JsonValue] = {}
+    settings: dict[str, JsonValue] = Field(default={})
     """For your own training code: what it is to know of this architecture."""
 
     @property

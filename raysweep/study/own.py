@@ -90,7 +90,7 @@ class Training(Section):
     """A function that is given a scale's settings and returns its counts, a mapping of the keys
     that a scale may have (`params`, `flops_per_token`, ...), or the model itself, a
     torch.nn.Module best built on the meta device, whose parameters and FLOPs are counted."""
-    settings: Settings = {}
+    settings: Settings = Field(default={})
     """Settings that all scales share, such as the optimizer: part of the recipe of each row."""
     timeout: Positive | None = None
     """Seconds after which a trial is ended, and counts as crashed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from raysweep.errors import UserError
@@ -90,3 +90,5 @@ class TrialOutcome:
     """Mean probability that the router gave to the chosen experts together."""
     device: str
     curve: Curve
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What a user's own training gave besides, by its own names."""

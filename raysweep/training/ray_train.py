@@ -29,6 +29,7 @@ from raysweep.results.filesystem import Storage
 from raysweep.study.cells import Resources
 from raysweep.study.study import TrialSpec
 from raysweep.training.outcome import Reporter, TrialOutcome, WorkerOutOfMemory
+from raysweep.training.own import LOST_PEER, GroupEnded, train_by_function
 
 FAILURES = 2
 """How often a trial is begun again after an error of its own."""
@@ -40,20 +41,20 @@ POLL_SECONDS = 5.0
 """Workers and listeners ask again after so long without an answer."""
 CLOSE_SECONDS = 5.0
 
-_OF_A_LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo", "Gloo")
-"""What errors of a worker say that lost another one."""
-
 
 @dataclass(frozen=True)
 class Job:
     """A trial for a group. All of it must pickle."""
 
     spec: TrialSpec
-    corpus: Corpus
+    corpus: Corpus | None
+    """None where the user's own function trains."""
     checkpoints: Storage | None
     branches: Callable[[], Sequence[TrialSpec]]
     """At each start, which branches are wanted still."""
     on_branch: Callable[[TrialSpec, TrialOutcome], object] | None
+    folder: str = ""
+    """Where the user's function is looked for."""
 
 
 EventKind = Literal["progress", "outcome", "refused", "out_of_memory", "crashed"]
@@ -143,7 +144,7 @@ class GroupHost:
         the trial is begun again, as often as it may."""
         entry = self._entries[number]
         if kind == "error":
-            if not any(text in payload for text in _OF_A_LOST_PEER):
+            if not any(text in payload for text in LOST_PEER):
                 del entry.errors[entry.starts - 1 :]  # of one start one error counts
                 entry.errors.append(payload)
                 if len(entry.errors) > FAILURES:
@@ -312,6 +313,9 @@ def _serve(config: dict[str, Any]) -> None:
         number, job = given
         try:
             outcome = _train(host, number, job)
+        except GroupEnded as ended:
+            ray.get(host.post.remote(number, "outcome", ended.outcome))
+            raise
         except Exception as error:
             kind = "error"
             if isinstance(error, UserError):
@@ -331,6 +335,8 @@ def _train(host: Any, number: int, job: Job) -> TrialOutcome:
 
     spec, corpus = job.spec, job.corpus
     resources = spec.cell.resources
+    if corpus is None:
+        return _train_own(host, number, job)
     if isinstance(corpus, Corpus) and job.checkpoints is not None:
         corpus = fetch(corpus, job.checkpoints)  # this worker's node may not have it yet
     return train_one(
@@ -343,4 +349,25 @@ def _train(host: Any, number: int, job: Job) -> TrialOutcome:
         workers=Workers.of_process_group(resources.strategy),
         branches=job.branches(),
         on_branch=job.on_branch,
+    )
+
+
+def _train_own(host: Any, number: int, job: Job) -> TrialOutcome:
+    """Train by the user's function on this worker, one of several."""
+    spec, context = job.spec, train.get_context()
+    assert job.checkpoints is not None
+
+    def end(reason: str) -> None:
+        ray.get(host.post.remote(number, "refused", reason))
+        os._exit(1)  # and with it the group, whose other workers wait
+
+    return train_by_function(
+        spec,
+        job.folder,
+        job.checkpoints,
+        WorkerReporter(host, number, spec.steps * spec.batch_tokens),
+        on_timeout=end,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysweep.study import Cell, TrialSpec
+from raysweep.study.shape import ModelShape
 
 if TYPE_CHECKING:
     from raysweep.training.outcome import TrialOutcome
@@ -22,31 +24,33 @@ if TYPE_CHECKING:
 
 def cell_columns(cell: Cell) -> dict[str, Any]:
     """The columns that a cell fixes: shape, counts and horizon."""
-    shape, counts = cell.shape, cell.counts
+    counts = {name: None if math.isnan(n) else n for name, n in vars(cell.counts).items()}
     return {
         "cell": cell.name,
         "architecture": cell.architecture,
         "architecture_kind": cell.settings.kind,
         "scale": cell.scale,
+        "sequence_length": cell.sequence_length,
+        "experts": cell.model.experts,
+        "top_k": cell.model.top_k,
+        **(_shape_columns(cell.shape) if cell.own is None else {}),
+        **counts,
+        "params_dense": cell.params_dense,
+        "tokens": cell.tokens,
+    }
+
+
+def _shape_columns(shape: ModelShape) -> dict[str, Any]:
+    return {
         "d_model": shape.d_model,
         "layers": shape.layers,
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
         "d_ff": shape.d_ff,
         "vocab_size": shape.vocab_size,
-        "sequence_length": shape.sequence_length,
-        "experts": shape.experts,
-        "top_k": shape.top_k,
         "shared_experts": shape.shared_experts,
         "expert_ff": shape.expert_ff,
         "moe_layers": len(shape.moe_layers),
-        "params_total": counts.params_total,
-        "params_active": counts.params_active,
-        "params_total_non_embedding": counts.params_total_non_embedding,
-        "params_active_non_embedding": counts.params_active_non_embedding,
-        "params_dense": cell.params_dense,
-        "flops_per_token": counts.flops_per_token,
-        "tokens": cell.tokens,
     }
 
 
@@ -56,13 +60,13 @@ def spec_columns(spec: TrialSpec) -> dict[str, Any]:
         **cell_columns(spec.cell),
         "trial_key": spec.key,
         "study": spec.study,
-        "source": "raysweep",
+        "source": "raysweep" if spec.training is None else "own",
         "learning_rate": spec.learning_rate,
         "batch_sequences": spec.batch_sequences,
         "batch_tokens": spec.batch_tokens,
         "seed": spec.seed,
         "steps": spec.steps,
-        "recipe": json.dumps(spec.recipe.model_dump(), sort_keys=True),
+        "recipe": json.dumps(spec.recipe_values(), sort_keys=True),
         "data_hash": spec.data_hash,
         "validation_sequences": spec.validation_sequences,
         "git_revision": git_revision(),
@@ -75,14 +79,14 @@ def trial_row(
     outcome: TrialOutcome,
     *,
     strategy: str,
-    train_tokens: int,
+    train_tokens: int | None,
     started_at: datetime,
     seconds_wall: float,
 ) -> dict[str, Any]:
     """The row of a trial that ran to an end of its own, good or bad.
 
     Args:
-        train_tokens: size of the corpus, for the number of epochs.
+        train_tokens: size of the corpus, for the number of epochs; None where it is not known.
     """
     from raysweep.results.schema import make_row
 
@@ -94,7 +98,9 @@ def trial_row(
     )
 
 
-def outcome_columns(spec: TrialSpec, outcome: TrialOutcome, *, train_tokens: int) -> dict[str, Any]:
+def outcome_columns(
+    spec: TrialSpec, outcome: TrialOutcome, *, train_tokens: int | None
+) -> dict[str, Any]:
     """The columns that a trial and its outcome fix, as plain values."""
     counts = spec.cell.counts
     return dict(
@@ -104,7 +110,7 @@ def outcome_columns(spec: TrialSpec, outcome: TrialOutcome, *, train_tokens: int
         step=outcome.step,
         tokens_seen=outcome.tokens_seen,
         tokens_trained=outcome.tokens_trained,
-        epochs=outcome.tokens_seen / train_tokens,
+        epochs=None if train_tokens is None else outcome.tokens_seen / train_tokens,
         flops=counts.flops_per_token * outcome.tokens_seen,
         flops_6nd=counts.flops_6nd(outcome.tokens_seen),
         loss=outcome.loss,
@@ -117,6 +123,7 @@ def outcome_columns(spec: TrialSpec, outcome: TrialOutcome, *, train_tokens: int
         expert_load_entropy=outcome.expert_load_entropy,
         expert_load_max_over_mean=outcome.expert_load_max_over_mean,
         router_confidence=outcome.router_confidence,
+        metrics=json.dumps(outcome.metrics) if outcome.metrics else None,
         seconds_train=outcome.seconds_train,
         tokens_per_second=outcome.tokens_per_second,
         peak_memory_bytes=outcome.peak_memory_bytes,
