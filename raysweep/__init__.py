@@ -10,7 +10,8 @@ The public API, loaded on first use so that `import raysweep` costs neither torc
     fits.plot.optima()                                    # a Matplotlib Figure
     raysweep.report("results/laptop")                     # reports/laptop/index.html
 
-`raysweep.import_results` brings results that exist already.
+`raysweep.import_results` brings results that exist already. A training function of your own gets a
+`raysweep.TrialRun`; `raysweep.Sweep` hands trials out to any scheduler.
 """
 
 from importlib import import_module
@@ -30,14 +31,19 @@ if TYPE_CHECKING:
     from raysweep.scaling.recommend import Recommendation
     from raysweep.scaling.sides import Comparison, compare
     from raysweep.search.run import run
+    from raysweep.search.sweep import AskedTrial, Sweep
     from raysweep.study import Study
+    from raysweep.training.own import TrialRun
 
 __all__ = [
+    "AskedTrial",
     "Comparison",
     "Fits",
     "Recommendation",
     "Results",
     "Study",
+    "Sweep",
+    "TrialRun",
     "UserError",
     "compare",
     "fit",
@@ -49,11 +55,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AskedTrial": "raysweep.search.sweep",
     "Comparison": "raysweep.scaling.sides",
     "Fits": "raysweep.scaling.fits",
     "Recommendation": "raysweep.scaling.recommend",
     "Results": "raysweep.results",
     "Study": "raysweep.study",
+    "Sweep": "raysweep.search.sweep",
+    "TrialRun": "raysweep.training.own",
     "UserError": "raysweep.errors",
     "compare": "raysweep.scaling.sides",
     "fit": "raysweep.scaling.fits",

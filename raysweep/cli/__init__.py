@@ -11,6 +11,9 @@ import typer
 from raysweep.cli import study  # noqa: F401
 
 # isort: split
+from raysweep.cli import asking  # noqa: F401
+
+# isort: split
 from raysweep.cli import analysis  # noqa: F401
 
 # isort: split

@@ -161,26 +161,30 @@ class CellState:
 
     def add_row(
         self, learning_rate: float, log2_batch: float, status: str, loss: float | None
-    ) -> None:
-        """Rebuild one trial of an earlier run. It may lie outside the range searched now, and is a
-        repeat where another stands at its point."""
+    ) -> int:
+        """Rebuild one trial of an earlier run, or one that runs elsewhere (`running`); its number.
+        It may lie outside the range searched now, and is a repeat where another stands at its
+        point."""
+        number = len(self.study.get_trials(deepcopy=False))
         if self.next_seed(learning_rate, log2_batch):
-            self.repeats.add(len(self.study.get_trials(deepcopy=False)))
+            self.repeats.add(number)
         rate, batch = self.bounds.learning_rate, self.bounds.log2_batch
         params = {
             LEARNING_RATE: min(max(learning_rate, rate[0]), rate[1]),
             LOG2_BATCH: min(max(round(log2_batch), batch[0]), batch[1]),
         }
-        finished, place = status == FINISHED, (learning_rate, log2_batch)
+        place = learning_rate, log2_batch
+        states = {FINISHED: TrialState.COMPLETE, "running": TrialState.RUNNING}
         self.study.add_trial(
             optuna.create_trial(
                 params=params,
                 distributions=self.distributions,
-                value=loss if finished else None,
-                state=TrialState.COMPLETE if finished else TrialState.FAIL,
+                value=loss if status == FINISHED else None,
+                state=states.get(status, TrialState.FAIL),
                 user_attrs={"status": status, "ran_at": place, "asked_at": place},
             )
         )
+        return number
 
     def extend(self, edges: tuple[tuple[str, str], ...]) -> bool:
         """Widen the range by a factor of four at these edges, within the hard limits.

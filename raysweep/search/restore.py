@@ -17,13 +17,22 @@ from raysweep.search.history import TrialHistory
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
 
+RUNNING = "running"
+"""Status of a row that stands for a trial handed out and not told (`raysweep ask`)."""
+
 _log = logging.getLogger("raysweep")
 
 
 def restore_trials(
-    rows: pd.DataFrame, study: Study, data_hash: str, states: Mapping[str, CellState]
+    rows: pd.DataFrame,
+    study: Study,
+    data_hash: str,
+    states: Mapping[str, CellState],
+    *,
+    keep_crashes: bool = False,
 ) -> float:
-    """Rebuild the trials of earlier runs of this study in its cells; crashed ones are run again.
+    """Rebuild the trials of earlier runs of this study in its cells; crashed ones are run again,
+    unless `keep_crashes` counts them as if this run had seen them.
 
     Returns the FLOPs spent on them. Raises UserError where rows of these cells were made otherwise
     than the study says now: losses of two recipes must not be compared.
@@ -33,7 +42,8 @@ def restore_trials(
     spent = 0.0
     for row in rows.to_dict("records"):
         state = states.get(row["cell"])
-        if state is None or row["status"] == "crashed":
+        crashed = row["status"] == "crashed"
+        if state is None or (crashed and not keep_crashes):
             continue
         rate, sequences = row["learning_rate"], int(row["batch_sequences"])
         spec = study.trial(state.cell, data_hash, rate, sequences, int(row["seed"]))
@@ -41,10 +51,17 @@ def restore_trials(
             other_recipe.append(row["cell"])
             continue
         log2_batch = math.log2(sequences)
+        if crashed:
+            state.add_row(rate, log2_batch, "crashed", None)
+            state.crashes += 1
+            state.take_back(rate, int(log2_batch))
+            continue
         points[(state.stable_run or state).cell.name, state.cell.name].add(
             (rate, int(log2_batch), spec.seed)
         )
-        state.add_row(rate, log2_batch, row["status"], row["loss"])
+        number = state.add_row(rate, log2_batch, row["status"], row["loss"])
+        if row["status"] == RUNNING:
+            state.running.add(number)
         spent += state.flops
     if other_recipe:
         raise UserError(

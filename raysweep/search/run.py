@@ -86,7 +86,7 @@ def run(
                 "hands out its trials; to train here name a training.function or command"
             )
         data_hash = study.own_data if corpus is None else corpus.hash
-        results.save_search_space(study.name, _as_yaml(study))
+        results.save_search_space(study.name, study.resolved().as_yaml())
         results.compact()
         everything = results.to_pandas()
         own = everything["study"] == study.name
@@ -239,9 +239,3 @@ def _placement(cell: Cell) -> Any:
         # byte of memory because Tune wants something, and even 0.001 CPU would be one too few.
         return tune.PlacementGroupFactory([{"memory": 1}])
     return tune.PlacementGroupFactory([dict(bundles[0])])
-
-
-def _as_yaml(study: Study) -> str:
-    import yaml
-
-    return yaml.safe_dump(study.resolved().model_dump(mode="json"), sort_keys=False)

@@ -68,6 +68,7 @@ class StudyScheduler:
         rows: what the results folder holds of this study already; it is continued.
         imported: other rows that teach (imported sweeps), with the schema's columns.
         ranges: `widened` of the earlier runs that the rows are from.
+        keep_crashes: count crashed rows as this run's own, which else are run again.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class StudyScheduler:
         rows: pd.DataFrame | None = None,
         imported: pd.DataFrame | None = None,
         ranges: Mapping[str, Any] | None = None,
+        *,
+        keep_crashes: bool = False,
     ) -> None:
         self.study = study
         self.pool = pool
@@ -100,7 +103,9 @@ class StudyScheduler:
         if ranges:
             restore_bounds(study, ranges, self.states)
         if rows is not None:
-            self._flops_spent = restore_trials(rows, study, data_hash, self.states)
+            self._flops_spent = restore_trials(
+                rows, study, data_hash, self.states, keep_crashes=keep_crashes
+            )
             for state in self._ordered():
                 self._attach_sampler(state)
             for state in self._ordered():
@@ -113,7 +118,7 @@ class StudyScheduler:
 
     @property
     def running(self) -> int:
-        return len(self._open)
+        return sum(len(state.running) for state in self._ordered())
 
     @property
     def workers(self) -> float:
@@ -125,7 +130,7 @@ class StudyScheduler:
     def done(self) -> bool:
         """Whether nothing runs and nothing can follow."""
         # Whether anything fits is not asked: workers may be gone, or not there yet.
-        return not (self._open or self._affordable() or any(map(self.runnable, self._ordered())))
+        return not (self.running or self._affordable() or any(map(self.runnable, self._ordered())))
 
     def ask(self, trial_id: str) -> Proposal | None:
         """The next trial to start, or None while none fits or everything waits on running ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
+import yaml
 from pydantic import Field, model_validator
 
 from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
@@ -120,6 +121,10 @@ class SearchSpace(Section):
     logging: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where the progress of trials goes besides the results: TensorBoard events in the results
     folder; Weights & Biases and MLflow, where installed, as their own variables say."""
+
+    def as_yaml(self) -> str:
+        """All of it, defaults included, as a file."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @model_validator(mode="after")
     def _branches_run_to_their_end(self) -> Self:

@@ -320,7 +320,7 @@ def test_what_is_wrong_with_a_command_is_one_line(
 
 def test_a_command_that_is_not_there(script: Path, tmp_path: Path) -> None:
     training = command("fine") | {"command": ["no-such-program", "{seed}"]}
-    with pytest.raises(UserError, match="no-such-program cannot be started: .*No such file"):
+    with pytest.raises(UserError, match=r"no-such-program cannot be started: .*No such file"):
         by_command(training, script, tmp_path)
 
 

@@ -1,0 +1,146 @@
+"""Trials that were handed out to be trained elsewhere: kept in the results until they are told.
+
+    URI/pending/ID.json     one trial: its columns, when it was asked for, when it expires
+
+A trial is told by writing its row first and removing its file then, so that whoever reads the files
+before the rows finds it in one of the two. One that has expired counts as given up, but can be told
+all the same; its row is named by its key, so that telling twice makes one row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from raysweep.errors import UserError
+from raysweep.results.filesystem import Storage
+from raysweep.results.schema import COLUMNS, FINISHED, make_row
+from raysweep.results.store import Results
+
+FOLDER = "pending"
+MEASURED = (
+    *("loss_se", "train_loss", "bits_per_byte", "noise_scale_tokens", "expert_load_entropy"),
+    *("expert_load_max_over_mean", "router_confidence", "seconds_train", "peak_memory_bytes"),
+    *("tokens_per_second", "world_size", "device"),
+)
+"""Columns that may be told with a loss; other names are kept as metrics."""
+Status = Literal["finished", "diverged", "out_of_memory", "crashed"]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A trial that was handed out."""
+
+    id: str
+    """`STUDY-KEY`."""
+    values: dict[str, Any]
+    """What the trainer is told: hyperparameters and settings, by name."""
+    columns: dict[str, Any]
+    """Columns of its row that are known already."""
+    asked_at: str
+    expires_at: str
+    """ISO 8601, UTC, by the asker's clock."""
+
+    @property
+    def expired(self) -> bool:
+        return datetime.fromisoformat(self.expires_at) < datetime.now(UTC)
+
+
+def write_pending(
+    storage: Storage, columns: Mapping[str, Any], values: Mapping[str, Any], lifetime: timedelta
+) -> Pending:
+    """Note a trial as handed out."""
+    now = datetime.now(UTC)
+    found = Pending(
+        id=f"{columns['study']}-{columns['trial_key']}",
+        values=dict(values),
+        columns=dict(columns),
+        asked_at=now.isoformat(),
+        expires_at=(now + lifetime).isoformat(),
+    )
+    storage.write(json.dumps(asdict(found)).encode(), FOLDER, f"{found.id}.json")
+    return found
+
+
+def read_pending(storage: Storage, study: str) -> list[Pending]:
+    """The trials of a study that were handed out and not told, expired ones included. Read them
+    before the rows: a trial told in between is then in both, and never in neither."""
+    found = []
+    for info in storage.list(FOLDER):
+        one = _read(storage, info.base_name)
+        if one is not None and one.columns["study"] == study:
+            found.append(one)
+    return found
+
+
+def tell(
+    trial: str,
+    *,
+    results_uri: str | None = None,
+    loss: float | None = None,
+    status: Status = FINISHED,
+    reason: str | None = None,
+    **measured: Any,
+) -> dict[str, Any]:
+    """Write the row of a trial that was handed out, by its id, and return it.
+
+    Args:
+        results_uri: where it was asked for; by default `results/STUDY`.
+        loss: the final validation loss, nats a token; one that is not finite is diverged.
+        status: how it ended; only `finished` has a loss.
+        measured: further columns (`MEASURED`), or numbers of any other name.
+
+    Raises:
+        UserError: no such trial was handed out there, or the loss is missing.
+    """
+    study, _, _ = trial.rpartition("-")
+    uri = results_uri or str(Path("results") / study)
+    results = Results.open(uri)
+    found = _read(results.storage, f"{trial}.json")
+    if found is None:
+        raise UserError(
+            f"no trial {trial} was handed out in {uri}, or it was told already: name the results "
+            "with --results"
+        )
+    if status == FINISHED and loss is None:
+        raise UserError(f"trial {trial} needs a loss, or say that it diverged or failed")
+    if loss is not None and not math.isfinite(loss):
+        status, reason = "diverged", reason or "non-finite final loss"
+    columns, asked = found.columns, datetime.fromisoformat(found.asked_at)
+    whole = status == FINISHED
+    seen = columns["steps"] * columns["batch_tokens"] if whole else None
+    more = {name: value for name, value in measured.items() if name not in MEASURED}
+    row = make_row(
+        **columns,
+        **{name: value for name, value in measured.items() if name in MEASURED},
+        status=status,
+        reason=reason,
+        loss=loss if whole else None,
+        step=columns["steps"] if whole else None,
+        tokens_seen=seen,
+        tokens_trained=seen,
+        flops=seen and columns["flops_per_token"] * seen,
+        flops_6nd=seen and 6.0 * columns["params_active_non_embedding"] * seen,
+        metrics=json.dumps(more) if more else None,
+        started_at=asked,
+        seconds_wall=(datetime.now(UTC) - asked).total_seconds(),
+    )
+    results.write(row)
+    results.storage.delete(FOLDER, f"{trial}.json")
+    return row
+
+
+def _read(storage: Storage, file: str) -> Pending | None:
+    """A trial's file; None where it is not there, or not readable (another's half-made file)."""
+    data = storage.read(FOLDER, file) if file.endswith(".json") else None
+    try:
+        found = Pending(**json.loads(data)) if data else None
+    except (ValueError, TypeError):
+        return None
+    known = found is not None and found.columns.keys() <= COLUMNS.keys()
+    return found if known else None
