@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,9 @@ class StudyScheduler:
         rows: what the results folder holds of this study already; it is continued.
         imported: other rows that teach (imported sweeps), with the schema's columns.
         ranges: `widened` of the earlier runs that the rows are from.
-        keep_crashes: count crashed rows as this run's own, which else are run again.
+        told: names of the cells that were told of since the study was asked last: it then goes on
+            as if it had never ended. None is a new run: crashed trials are run again, and the
+            ranges of all cells are looked at.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class StudyScheduler:
         imported: pd.DataFrame | None = None,
         ranges: Mapping[str, Any] | None = None,
         *,
-        keep_crashes: bool = False,
+        told: Collection[str] | None = None,
     ) -> None:
         self.study = study
         self.pool = pool
@@ -104,12 +106,13 @@ class StudyScheduler:
             restore_bounds(study, ranges, self.states)
         if rows is not None:
             self._flops_spent = restore_trials(
-                rows, study, data_hash, self.states, keep_crashes=keep_crashes
+                rows, study, data_hash, self.states, keep_crashes=told is not None
             )
             for state in self._ordered():
                 self._attach_sampler(state)
             for state in self._ordered():
-                self._maybe_extend(state)
+                if told is None or state.cell.name in told or self.done:
+                    self._maybe_extend(state)
 
     @property
     def widened(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
 
 from raysweep.errors import UserError
@@ -85,6 +86,7 @@ class Sweep:
         expires: timedelta = EXPIRES,
         retry_crashed: bool = False,
     ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = study if isinstance(study, Study) else Study.load(study)
         if self.study.space.recipe.branches:
             raise UserError("recipe.branches: its trials give several rows, and cannot be asked")
@@ -168,6 +170,8 @@ class Sweep:
             frame = pd.DataFrame(running).reindex(columns=mine.columns)
             mine = pd.concat([mine, frame]) if len(mine) else frame
         mine = mine.sort_values("started_at", kind="stable")
+        last = mine["started_at"].max()
+        ended = mine["started_at"] + pd.to_timedelta(mine["seconds_wall"].astype(float), unit="s")
         room = {"CPU": math.inf, "GPU": math.inf}
         return StudyScheduler(
             study,
@@ -176,7 +180,7 @@ class Sweep:
             rows=mine,
             imported=rows[~own],
             ranges=results.ranges(study.name),
-            keep_crashes=True,
+            told=set(mine.loc[ended >= last, "cell"]),
         )
 
     def _data_hash(self) -> str:
