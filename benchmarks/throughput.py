@@ -92,7 +92,7 @@ def plain(repeats: int) -> dict[str, Any]:
 
 def cpu(repeats: int) -> dict[str, Any]:
     if find_spec("transformers") is None:
-        print("cpu: left out, as it measures against transformers: pip install 'raysweep[bench]'")
+        print("cpu: left out, as it measures against transformers: pip install 'raysweep[dev]'")
         return {}
     found: dict[str, Any] = {}
     for kind, experts in (("LlamaForCausalLM", 1), ("MixtralForCausalLM", 8)):

@@ -109,7 +109,7 @@ def with_and_without_noise(case: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def peer(case: dict[str, Any]) -> float:
-    import transformers  # pyright: ignore[reportMissingImports]  # the bench extra
+    import transformers
 
     d, heads = case["d_model"], case["heads"]
     d_ff = 8 * d // 3 // 8 * 8

@@ -78,7 +78,12 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'raysweep' has no attribute {name!r}")
     # `report` is the package, which can be called: once imported, its name is taken by it.
-    home = import_module(_HOMES[name])
+    try:
+        home = import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        from raysweep.errors import needs_search
+
+        raise ImportError(needs_search(error, f"raysweep.{name}") or str(error)) from error
     return home if name == "report" else getattr(home, name)
 
 

@@ -20,3 +20,16 @@ def _one_line(message: str) -> str:
         half = MAX_MESSAGE // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+OF_THE_SEARCH = ("cmaes", "optuna", "ray", "tokenizers", "torch")
+"""Packages that `pip install raysweep` alone does not bring."""
+
+
+def needs_search(error: ModuleNotFoundError, what: str) -> str | None:
+    """What to say where `what` (a command, a function) lacks a package that the search needs; None
+    where another one is missing."""
+    package = (error.name or "").partition(".")[0]
+    if package not in OF_THE_SEARCH:
+        return None
+    return f"{what} needs {package}, which is not installed: pip install 'raysweep[search]'"

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 # Each adds its commands, in the order that --help shows.
-from raysweep.cli import study  # noqa: F401
+from raysweep.cli import init, study  # noqa: F401
 
 # isort: split
 from raysweep.cli import asking  # noqa: F401
@@ -21,7 +21,7 @@ from raysweep.cli import cluster  # noqa: F401
 
 # isort: split
 from raysweep.cli.common import app
-from raysweep.errors import UserError
+from raysweep.errors import UserError, needs_search
 
 __all__ = ["app", "main"]
 
@@ -45,6 +45,13 @@ def main() -> None:
         if debug or error.filename is None:
             raise
         typer.echo(f"error: {error.filename}: {error.strerror}: name another path", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        words = [w for w in sys.argv[1:] if not w.startswith("-")]
+        said = needs_search(error, " ".join(["raysweep", *words[:1]]))
+        if debug or said is None:
+            raise
+        typer.echo(f"error: {said}", err=True)
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer keeps the class of its usage errors private

@@ -80,3 +80,10 @@ def published_laws(incomplete: str) -> list[str]:
     from raysweep.scaling.optima.literature import PUBLISHED_LAWS
 
     return [name for name in PUBLISHED_LAWS if name.startswith(incomplete)]
+
+
+def templates(incomplete: str) -> list[str]:
+    """What `init` can begin with."""
+    return [
+        name for name in ("laptop", "dense", "moe", "own", "import") if name.startswith(incomplete)
+    ]

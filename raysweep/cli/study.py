@@ -70,7 +70,8 @@ def plan_command(
     calibrate: Annotated[
         bool,
         typer.Option(
-            help="Time a few training steps, some seconds, and estimate how long it takes here."
+            help="Time a few training steps, some seconds, and estimate how long it takes here; "
+            "not of your own training code."
         ),
     ] = True,
     as_json: AsJson = False,
@@ -80,7 +81,7 @@ def plan_command(
 
     study = load_study(space, set_)
     plan = make_plan(study)
-    if calibrate:
+    if calibrate and study.space.training is None:
         from raysweep.training.calibrate import calibrate as measured
 
         try:
@@ -106,7 +107,7 @@ def train_command(
     results: ResultsOption = None,
     set_: Set = None,
 ) -> None:
-    """Train one trial here, without Tune. With --results its row is kept."""
+    """Train one trial here, without Tune; of your own code too. With --results its row is kept."""
     from raysweep.training.single import train_one
 
     row = train_one(load_study(space, set_), cell, lr, batch_tokens, seed=seed, results_uri=results)

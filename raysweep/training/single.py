@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+import tempfile
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -10,8 +13,12 @@ from typing import Any
 from raysweep.data.corpus import prepare
 from raysweep.errors import UserError
 from raysweep.results import Results
-from raysweep.study import Study
+from raysweep.results.filesystem import Storage
+from raysweep.study import Study, TrialSpec
+from raysweep.training.command import train_by_command
 from raysweep.training.loop import train
+from raysweep.training.outcome import Silent, TrialOutcome
+from raysweep.training.own import train_by_function
 from raysweep.training.record import trial_row
 
 
@@ -33,7 +40,7 @@ def train_one(
     cell = study.cell(cell_name)
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise UserError(f"--lr {learning_rate} must be a positive number")
-    length = cell.shape.sequence_length
+    length = cell.sequence_length
     if batch_tokens < length or batch_tokens % length:
         near = max(1, round(batch_tokens / length)) * length
         raise UserError(
@@ -41,29 +48,46 @@ def train_one(
             f"use {near}"
         )
     results = Results.open(results_uri, create=True) if results_uri else None
-    data = study.space.data
-    corpus = prepare(data, study.folder, sequence_length=length)
+    corpus = None
+    if study.space.training is None:
+        corpus = prepare(study.space.data, study.folder, sequence_length=length)
     spec = study.trial(
         cell,
-        corpus.hash,
+        study.own_data if corpus is None else corpus.hash,
         learning_rate,
         batch_tokens // length,
         study.space.seed if seed is None else seed,
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
-    outcome = train(
-        spec,
-        corpus,
-        threads=max(1, int(cell.resources.cpus_per_worker)),
-    )
+    if corpus is None:
+        outcome = _train_own(study, spec, results)
+    else:
+        outcome = train(spec, corpus, threads=max(1, int(cell.resources.cpus_per_worker)))
     row = trial_row(
         spec,
         outcome,
         strategy="manual",
-        train_tokens=corpus.train_tokens,
+        train_tokens=corpus and corpus.train_tokens,
         started_at=started_at,
         seconds_wall=time.monotonic() - begun,
     )
     if results is not None:
         results.write(row, outcome.curve)
     return row
+
+
+def _train_own(study: Study, spec: TrialSpec, results: Results | None) -> TrialOutcome:
+    """Train by the user's function, as one worker, or command."""
+    assert spec.training is not None
+    if spec.training.external:
+        raise UserError("the study is trained elsewhere (training.external): ask for its trials")
+
+    def end(reason: str) -> None:
+        print(f"error: {reason}", file=sys.stderr)
+        os._exit(1)
+
+    with tempfile.TemporaryDirectory(prefix="raysweep-") as scratch:
+        storage = Storage.at(scratch) if results is None else results.storage
+        if spec.training.command is not None:
+            return train_by_command(spec, study.folder, storage, Silent())
+        return train_by_function(spec, study.folder, storage, Silent(), on_timeout=end)
