@@ -111,7 +111,13 @@ def _path(text: str, folder: str | Path) -> Path:
 def _started(words: list[str], folder: str | Path, spec: TrialSpec, output: Any) -> Any:
     """The command under its supervisor; nothing of it is left when the block ends."""
     threads = max(1, int(spec.cell.resources.cpus_per_worker))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    here = os.path.dirname(sys.executable)  # python and torchrun are those of this environment
+    environment = {
+        **os.environ,
+        "PATH": f"{here}:{os.environ.get('PATH', '')}",
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+    }
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", supervisor.__file__, *words],
         cwd=folder,
