@@ -1,10 +1,13 @@
 """What a trial costs besides its training: `python -m benchmarks.overhead [--trials 200]
-[--workers 2]`.
+[--workers 2] [--own]`.
 
 Runs a study of almost empty trials (one layer of width 4, eight steps of one sequence) on a local
 Ray with one CPU a worker. It reports what each trial but a worker's first costs besides training:
 the time between two starts on a worker, less the training. The peer, in the same process, is a bare
 Tune experiment with reused actors whose trials report once and return.
+
+With `--own` the trials are those of a user's function that returns at once: what the function path
+costs beyond the user's code.
 
 With several workers, each trial runs on all of them together, in a group that is kept. It reports
 the seconds from the start of the first trial to its end, and of those that follow the median of
@@ -47,6 +50,19 @@ def empty_study(trials: int, strategy: str = "random", workers: int = 1) -> Stud
             "resources": {"workers": workers},
         }
     )
+
+
+def own_study(trials: int, folder: Path) -> Study:
+    """A study of a user's function that does nothing, in a module in that folder."""
+    (folder / "overhead_nothing.py").write_text("def train(run):\n    return 3.0\n")
+    space = {
+        "study": "empty",
+        "training": {"function": "overhead_nothing:train"},
+        "scales": [{"name": "s", "params": 1e6, "flops_per_token": 6e6}],
+        "horizons": [{"tokens": 1e9}],
+        "search": {"strategy": "random", "trials_per_cell": trials, "extend_edges": False},
+    }
+    return Study.from_dict(space, folder)
 
 
 def gaps(results: Results) -> np.ndarray:
@@ -114,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--workers", type=int, default=1, help="of each trial")
+    parser.add_argument("--own", action="store_true", help="a user's function, not our models")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.workers > 1:
@@ -122,7 +139,8 @@ def main() -> None:
             args.json.write_text(json.dumps(answer, indent=1))
         return
     with tempfile.TemporaryDirectory() as folder:
-        summary = run(empty_study(args.trials), results_uri=f"{folder}/results")
+        study = own_study(args.trials, Path(folder)) if args.own else empty_study(args.trials)
+        summary = run(study, results_uri=f"{folder}/results")
         lost = gaps(summary.results)
     peer = bare_tune(args.trials)
     median, worst = np.median(lost), np.percentile(lost, 95)
