@@ -48,7 +48,8 @@ def collect(space: Path, study: Study, *, leave_out: tuple[Path, ...] = ()) -> t
     """The files that a study needs on a cluster, and the search space's place among them.
 
     They are the checkout that holds this package (the package alone where it is installed), the
-    search-space file, and data that it names by relative path. Raises UserError where such data
+    search-space file, data that it names by relative path, and where the user's own code trains all
+    that lies beside the file. Raises UserError where such data
     lies outside of the checkout, or the whole is too large.
     """
     package = Path(__file__).resolve().parents[1]
@@ -61,6 +62,9 @@ def collect(space: Path, study: Study, *, leave_out: tuple[Path, ...] = ()) -> t
     inside = space.is_relative_to(root)
     place = space.relative_to(root).as_posix() if inside else f"submitted/{space.name}"
     files[place] = space
+    if study.space.training is not None and not inside:
+        own = _walk(space.parent, top=True)
+        files |= {f"submitted/{p.relative_to(space.parent).as_posix()}": p for p in own}
     for name in _data_files(study):
         data = (study.folder / name).resolve()
         if not data.exists():

@@ -327,7 +327,7 @@ def read_sizes(given: Any) -> dict[str, float]:
     found = {}
     for key, value in given.items():
         if key not in SIZE_KEYS:
-            near = difflib.get_close_matches(str(key), SIZE_KEYS, n=1)
+            near = difflib.get_close_matches(str(key), SIZE_KEYS, n=1, cutoff=0.45)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SIZE_KEYS)}"
             raise UserError(f"it returned the unknown key {key!r}: {hint}")
         found[key] = read_number(value, key)

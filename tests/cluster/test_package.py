@@ -39,6 +39,21 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
+def test_own_code_travels_with_its_study(checkout: Path, tmp_path: Path) -> None:
+    lab = tmp_path / "lab"
+    (lab / "my_lab").mkdir(parents=True)
+    (lab / "my_lab/train.py").write_text("x")
+    (lab / "secret.env").write_text("x")
+    (lab / "mine.yaml").write_text(
+        "study: mine\ntraining: {function: my_lab.train:train}\nhorizons: [{tokens: 1e6}]\n"
+        "scales: [{name: s, params: 1e5, flops_per_token: 7e5}]\n"
+    )
+    files, place = collect(lab / "mine.yaml", Study.load(lab / "mine.yaml"))
+    assert place == "submitted/mine.yaml"
+    assert files["submitted/my_lab/train.py"] == lab / "my_lab/train.py"
+    assert "submitted/secret.env" not in files
+
+
 def test_code_travels_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
     space = checkout / "search_spaces/mine.yaml"
     files, place = collect(space, Study.load(space))
