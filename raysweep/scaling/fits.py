@@ -30,6 +30,7 @@ from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import batch_table, choose_loss
+from raysweep.scaling.optima.further import Further, further_of
 from raysweep.scaling.optima.literature import OptimumPrior, literature_prior
 from raysweep.scaling.optima.model import BENDS
 from raysweep.scaling.optima.noise_scale import (
@@ -320,6 +321,18 @@ class Fits(InNotebooks):
                 found[name] = law
         return found
 
+    @cached_property
+    def further(self) -> dict[str, dict[str, Further]]:
+        """Hyperparameters beside learning rate and batch in which runs of a cell differ, by set of
+        data and name: where each is best, and whether that moves with size."""
+        found = {}
+        for label, evidence in self.evidence.items():
+            trials = self.table.trials
+            own = trials[trials["cell"].isin(evidence.cells.index)]
+            if evidence.surface is not None and (known := further_of(evidence.surface, own)):
+                found[label] = known
+        return found
+
     @property
     def plot(self) -> Plots:
         """Figures of Matplotlib: `optima()`, `loss()`, `surface(cell)`, `trials()`."""
@@ -373,6 +386,7 @@ class Fits(InNotebooks):
             "allocation": self.allocation,
             "noise_scale": self.noise_scale,
             "noise_laws": self.noise_laws,
+            "further": self.further,
             "expert_load": self.expert_load,
             "prior": self.prior_table,
             "readings": self.readings if self.optima else {},

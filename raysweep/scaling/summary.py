@@ -46,6 +46,7 @@ def summary(fits: Fits, everything: bool = False) -> str:
     lines += [f"  warning: {message}" for message in fits.messages]
     for label in fits.evidence:
         lines += _laws(fits, label)
+    lines += further_lines(fits)
     lines += _losses(fits)
     lines += _held_out(fits)
     if everything:
@@ -86,6 +87,31 @@ def _laws(fits: Fits, label: str) -> list[str]:
             f"  {group}: learning rate x {estimated(rate, style='ratio')}, "
             f"batch x {estimated(batch, style='ratio')}, loss x {estimated(loss, style='loss')}"
         )
+    return lines
+
+
+def further_lines(fits: Fits) -> list[str]:
+    """Where each further hyperparameter is best, and whether that moves with size."""
+    lines = []
+    for label, found in fits.further.items():
+        lines += ["", f"Further hyperparameters{f' of {label}' if label else ''}"]
+        for one in found.values():
+            span = between(one.optimum.low, one.optimum.high, "rate")
+            n = written(one.params, "params")
+            if one.status == "flat":
+                lines.append(
+                    f"  {one.name}: {one.runs} runs from {one.low:.3g} to {one.high:.3g} do not "
+                    "tell where it is best"
+                )
+                continue
+            edge = "" if one.status == "inside" else ", or beyond the range that was run"
+            exponent = between(one.exponent.low, one.exponent.high, "exponent")
+            moves = "moves with size" if one.moves else "no sign that it moves with size"
+            unit = "N^" if one.log else "slope in ln N "
+            lines.append(
+                f"  {one.name}: best at {written(one.optimum.value, 'rate')} ({span}{edge}) for N = {n}; "
+                f"{moves} ({unit}{exponent})"
+            )
     return lines
 
 

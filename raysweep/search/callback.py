@@ -210,6 +210,7 @@ class StudyCallback(tune.Callback):
             config["learning_rate"],
             config["batch_sequences"],
             config["seed"],
+            config.get("also"),
         )
         standing = self._results.find(spec.key, spec.study)
         if standing is not None and standing["status"] != "crashed":

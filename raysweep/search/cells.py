@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import optuna
+from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.results.schema import FINISHED
@@ -23,6 +24,17 @@ EXTENSION_TRIALS = 2
 """Trials that a widened range adds to a cell's budget."""
 CONCLUDED = (FINISHED, "diverged", "stopped", "out_of_memory")
 """Statuses of trials that told something: all but crashed ones."""
+
+
+NOTHING: Mapping[str, float] = {}
+
+
+def point_key(
+    learning_rate: float, log2_batch: float, also: Mapping[str, float]
+) -> tuple[str, float]:
+    """A point in a form that can be a key: runs of one point differ in their seed alone."""
+    further = "".join(f" {name} {value:.9e}" for name, value in sorted(also.items()))
+    return f"{learning_rate:.9e}{further}", log2_batch
 
 
 @dataclass
@@ -80,7 +92,10 @@ class CellState:
 
     @property
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
-        return search_space(self.bounds.learning_rate, self.bounds.log2_batch)
+        found = search_space(self.bounds.learning_rate, self.bounds.log2_batch)
+        for name, given in self.search.also.items():
+            found[name] = FloatDistribution(given.low, given.high, log=given.log)
+        return found
 
     def trials(self, *statuses: str) -> list[FrozenTrial]:
         """Concluded trials of these statuses, in order."""
@@ -134,9 +149,15 @@ class CellState:
         done = [t for t in self.trials(FINISHED) if t.state is TrialState.COMPLETE]
         return min(done, key=lambda t: t.value or math.inf, default=None)
 
-    def next_seed(self, learning_rate: float, log2_batch: float) -> int:
+    def further(self, trial: FrozenTrial | optuna.Trial) -> dict[str, float]:
+        """The values of a trial's further hyperparameters."""
+        return {name: float(trial.params[name]) for name in self.search.also}
+
+    def next_seed(
+        self, learning_rate: float, log2_batch: float, also: Mapping[str, float] = NOTHING
+    ) -> int:
         """How many trials were given out at this very point; counts this one."""
-        key = (f"{learning_rate:.9e}", log2_batch)
+        key = point_key(learning_rate, log2_batch, also)
         used = self.tried.get(key, 0)
         self.tried[key] = used + 1
         return used
@@ -154,25 +175,34 @@ class CellState:
         self.bounds = Bounds((float(rate[0]), float(rate[1])), (int(batch[0]), int(batch[1])))
         self.extensions = min(int(kept["extensions"]), self.search.max_extensions)
 
-    def take_back(self, learning_rate: float, log2_batch: int) -> None:
+    def take_back(
+        self, learning_rate: float, log2_batch: int, also: Mapping[str, float] = NOTHING
+    ) -> None:
         """Undo `next_seed` for a trial that crashed: its seed is free again."""
-        key = (f"{learning_rate:.9e}", log2_batch)
+        key = point_key(learning_rate, log2_batch, also)
         self.tried[key] = max(0, self.tried.get(key, 0) - 1)
 
     def add_row(
-        self, learning_rate: float, log2_batch: float, status: str, loss: float | None
+        self,
+        learning_rate: float,
+        log2_batch: float,
+        status: str,
+        loss: float | None,
+        also: Mapping[str, float] = NOTHING,
     ) -> int:
         """Rebuild one trial of an earlier run, or one that runs elsewhere (`running`); its number.
         It may lie outside the range searched now, and is a repeat where another stands at its
         point."""
         number = len(self.study.get_trials(deepcopy=False))
-        if self.next_seed(learning_rate, log2_batch):
+        if self.next_seed(learning_rate, log2_batch, also):
             self.repeats.add(number)
         rate, batch = self.bounds.learning_rate, self.bounds.log2_batch
         params = {
             LEARNING_RATE: min(max(learning_rate, rate[0]), rate[1]),
             LOG2_BATCH: min(max(round(log2_batch), batch[0]), batch[1]),
         }
+        for name, given in self.search.also.items():
+            params[name] = min(max(also.get(name, given.low), given.low), given.high)
         place = learning_rate, log2_batch
         states = {FINISHED: TrialState.COMPLETE, "running": TrialState.RUNNING}
         self.study.add_trial(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.errors import UserError
+from raysweep.scaling.optima.further import Points, points_of
 from raysweep.scaling.optima.literature import OptimumPrior
 from raysweep.scaling.optima.model import DEFAULT, Settings
 from raysweep.scaling.optima.surface import Surface, fit_surface
@@ -37,6 +39,7 @@ class _Outcome:
     log2_batch: float
     loss: float
     moved: tuple[float, float]  # from where it was asked to run, in ln learning rate and ln batch
+    params: dict[str, Any]  # as Optuna knows them, further hyperparameters included
 
 
 @dataclass
@@ -144,6 +147,17 @@ class TrialHistory:
         ]
         return np.array(points, dtype=float).reshape(-1, 2)
 
+    def further(self, name: str) -> Points:
+        """What the studies' finished trials tell of a further hyperparameter."""
+        rows = [
+            (told.learning_rate, 2.0**told.log2_batch * e.sequence_length, told.loss, value, cell)
+            for cell, e in self._entries.items()
+            for told in e.outcomes()
+            if (value := told.params.get(name)) is not None
+        ]
+        numbers = np.array([row[:4] for row in rows], dtype=float).reshape(-1, 4)
+        return points_of(self.surface(), [row[4] for row in rows], *numbers.T)
+
     def granularity(self) -> np.ndarray:
         """[2], rms distance of where trials ran from where they were asked to, in ln units."""
         moved = [told.moved for entry in self._entries.values() for told in entry.outcomes()]
@@ -210,7 +224,8 @@ def _outcome(trial: FrozenTrial) -> _Outcome | None:
     params = trial.params.get(LEARNING_RATE, place[0]), trial.params.get(LOG2_BATCH, place[1])
     asked = trial.user_attrs.get("asked_at", params)
     moved = math.log(place[0] / asked[0]), (place[1] - asked[1]) * math.log(2)
-    return _Outcome(*place, math.nan if lost or trial.value is None else trial.value, moved)
+    loss = math.nan if lost or trial.value is None else trial.value
+    return _Outcome(*place, loss, moved, trial.params)
 
 
 def _trials(study: optuna.Study | None, state: TrialState | None = None) -> list[FrozenTrial]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import defaultdict
@@ -46,20 +47,21 @@ def restore_trials(
         if state is None or (crashed and not keep_crashes):
             continue
         rate, sequences = row["learning_rate"], int(row["batch_sequences"])
-        spec = study.trial(state.cell, data_hash, rate, sequences, int(row["seed"]))
+        also = further_values(row["recipe"], study)
+        spec = study.trial(state.cell, data_hash, rate, sequences, int(row["seed"]), also)
         if spec.key != row["trial_key"]:
             other_recipe.append(row["cell"])
             continue
         log2_batch = math.log2(sequences)
         if crashed:
-            state.add_row(rate, log2_batch, "crashed", None)
+            state.add_row(rate, log2_batch, "crashed", None, also)
             state.crashes += 1
-            state.take_back(rate, int(log2_batch))
+            state.take_back(rate, int(log2_batch), also)
             continue
         points[(state.stable_run or state).cell.name, state.cell.name].add(
             (rate, int(log2_batch), spec.seed)
         )
-        number = state.add_row(rate, log2_batch, row["status"], row["loss"])
+        number = state.add_row(rate, log2_batch, row["status"], row["loss"], also)
         if row["status"] == RUNNING:
             state.running.add(number)
         spent += state.flops
@@ -76,6 +78,18 @@ def restore_trials(
             )
             states[stable_run].unfinished += sorted(missing)
     return spent
+
+
+def further_values(recipe: Any, study: Study) -> dict[str, float]:
+    """What a row's recipe says of the further hyperparameters that a study searches."""
+    names = study.space.search.also
+    if not names:
+        return {}
+    try:
+        given = json.loads(recipe)
+        return {name: float(given[name]) for name in names if name in given}
+    except (ValueError, TypeError):
+        return {}
 
 
 def widened(study: Study, states: Mapping[str, CellState]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
+from raysweep.scaling.optima.further import LEAST_RUNS, Parabola
 from raysweep.scaling.optima.surface import Surface
 from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.study.shape import RunSize
@@ -42,8 +43,9 @@ class RelativeSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Any other parameter is drawn at random."""
-        return RandomSampler(seed=self._seed + trial.number).sample_independent(
+        """Any other parameter is drawn at random, each on its own."""
+        seed = (self._seed + trial.number + zlib.crc32(param_name.encode())) % 2**32
+        return RandomSampler(seed=seed).sample_independent(
             study, trial, param_name, param_distribution
         )
 
@@ -108,6 +110,25 @@ class LadderSampler(RelativeSampler):
             LEARNING_RATE: learning_rate,
             LOG2_BATCH: float(np.clip(log2_batch, batch.low, batch.high)),
         }
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """A further hyperparameter: where one parabola, drawn from what all cells tell of it, is
+        lowest (Thompson sampling); at random until they tell something."""
+        points = self._history.further(param_name)
+        if len(points.value) < LEAST_RUNS or not isinstance(param_distribution, FloatDistribution):
+            return super().sample_independent(study, trial, param_name, param_distribution)
+        low, high = param_distribution.low, param_distribution.high
+        parabola = Parabola(points, param_distribution.log, low, high)
+        place = f"{self._cell.name} {param_name}".encode()
+        rng = np.random.default_rng([self._seed, zlib.crc32(place), trial.number])
+        z = parabola.lowest(parabola.draw(rng, 1), self._cell.params_active_non_embedding)
+        return float(np.clip(parabola.value(z)[0], low, high))
 
     def _candidates(self, surface: Surface) -> np.ndarray:
         """Points (ln learning rate, ln batch tokens): a grid, finer about the optimum."""

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.optima.literature import literature_prior
 from raysweep.search.autoscaler import Kind, kind_of
-from raysweep.search.cells import CellState
+from raysweep.search.cells import CellState, point_key
 from raysweep.search.early_stopping import make_pruner
 from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.resources import Bundle, ResourcePool
@@ -225,7 +225,7 @@ class StudyScheduler:
         if status == "crashed":
             state.crashes += 1
             self._flops_spent -= state.trial_flops
-            state.take_back(proposal.spec.learning_rate, log2_batch)
+            state.take_back(proposal.spec.learning_rate, log2_batch, dict(proposal.spec.also))
             if state.given_up:
                 _log.warning("cell %s given up: its trials crash", state.cell.name)
         self._maybe_extend(state)
@@ -296,7 +296,8 @@ class StudyScheduler:
         if not wanted or busy or state.best is None or state.stable_run is not None:
             return 0
         learning_rate, log2_batch = _where(state.best)
-        return wanted - (state.tried.get((f"{learning_rate:.9e}", log2_batch), 1) - 1)
+        key = point_key(learning_rate, log2_batch, state.further(state.best))
+        return wanted - (state.tried.get(key, 1) - 1)
 
     def _state(self, cell: Cell) -> CellState:
         search = self._search
@@ -347,8 +348,9 @@ class StudyScheduler:
             assert state.best is not None
             point = _where(state.best)
         if point is not None:
+            further = state.further(state.best) if repeat and state.best else {}
             state.study.enqueue_trial(
-                dict(zip((LEARNING_RATE, LOG2_BATCH), point, strict=True)),
+                {LEARNING_RATE: point[0], LOG2_BATCH: point[1], **further},
                 user_attrs={"ran_at": point},
             )
         trial = state.study.ask(state.distributions)
@@ -358,9 +360,11 @@ class StudyScheduler:
             float(trial.params[LEARNING_RATE]),
             int(trial.params[LOG2_BATCH]),
         )
-        fresh = self.study.space.seed + state.next_seed(learning_rate, log2_batch)
+        also = state.further(trial)
+        fresh = self.study.space.seed + state.next_seed(learning_rate, log2_batch, also)
         seed = fresh if seed is None else seed
-        spec = self.study.trial(state.cell, self._data_hash, learning_rate, 2**log2_batch, seed)
+        point = learning_rate, 2**log2_batch, seed, also
+        spec = self.study.trial(state.cell, self._data_hash, *point)
         return Proposal(trial_id, trial.number, spec, repeat), trial
 
     def _maybe_extend(self, state: CellState) -> None:

@@ -67,6 +67,8 @@ class StudySearcher(Searcher):
             "batch_sequences": spec.batch_sequences,
             "seed": spec.seed,
         }
+        if spec.also:
+            config["also"] = dict(spec.also)
         if (group := pool.group_of(trial_id)) is not None:
             one_node = pool.on_one_node(bundles_of(spec.cell))
             config |= {"group": group, "one_node": one_node}

@@ -129,6 +129,7 @@ def run_trial(
         config["learning_rate"],
         config["batch_sequences"],
         config["seed"],
+        config.get("also"),
     )
     standing = results.find(spec.key, spec.study)  # written before the actor died, say
     if standing is not None and (_stands(standing) or _timed_out(standing, context.begun)):

@@ -133,6 +133,24 @@ class SearchSpace(Section):
         return self
 
     @model_validator(mode="after")
+    def _further_ones_are_known(self) -> Self:
+        """Names and ranges of `search.also`."""
+        if self.search.also and self.recipe.branches:
+            raise ValueError("recipe.branches and search.also exclude each other")
+        for name, given in self.search.also.items():
+            if self.training is None:
+                for value in (given.low, given.high):
+                    try:
+                        self.recipe.with_values({name: value})
+                    except ValueError as error:
+                        said = str(error).splitlines()
+                        reason = said[2].strip() if len(said) > 2 else said[0]
+                        raise ValueError(f"search.also.{name} {value:g}: {reason}") from None
+            elif name in ("learning_rate", "batch_sequences", "batch_tokens", "tokens", "seed"):
+                raise ValueError(f"search.also.{name}: every trial has that already")
+        return self
+
+    @model_validator(mode="after")
     def _ours_or_own(self) -> Self:
         """What belongs to raysweep's models, and what to a user's training."""
         if self.training is None:

@@ -116,8 +116,8 @@ class TrialSpec:
     recipe: Recipe
     model: ModelSettings
     data_hash: str
-    validation_sequences: int | None
-    """None where the user's own code measures the loss."""
+    validation_sequences: int
+    """Of raysweep's models: a user's own code measures the loss by itself."""
     learning_rate: float
     batch_sequences: int
     seed: int
@@ -126,6 +126,8 @@ class TrialSpec:
     compiled graph."""
     training: Training | None = None
     """The user's own code, if that trains it."""
+    also: tuple[tuple[str, float], ...] = ()
+    """Further hyperparameters that are searched; of raysweep's models they are in the recipe."""
 
     @property
     def batch_tokens(self) -> int:
@@ -147,13 +149,14 @@ class TrialSpec:
         """How the model is trained, as plain values: what a row keeps as its recipe."""
         if self.training is None:
             return self.recipe.model_dump()
-        return {"training": self.training.name, **self.training.settings}
+        return {"training": self.training.name, **self.training.settings, **dict(self.also)}
 
     def values(self) -> dict[str, Any]:
         """What a user's command or another scheduler is told of the trial, by name."""
         cell = self.cell
         return {
             **(cell.own.settings if cell.own else {}),
+            **dict(self.also),
             "learning_rate": self.learning_rate,
             "batch_tokens": self.batch_tokens,
             "batch_sequences": self.batch_sequences,
@@ -187,6 +190,8 @@ class TrialSpec:
             "settings": dict(self.cell.own.settings),
             "sequence_length": self.cell.sequence_length,
         }
+        if self.also:
+            own["also"] = [[name, f"{value:.9e}"] for name, value in self.also]
         return self._point() | own
 
     def _determined(self) -> dict[str, Any]:
@@ -317,21 +322,30 @@ class Study(InNotebooks):
         return self.space.model_copy(update={"scales": tuple(scales.values()), "training": given})
 
     def trial(
-        self, cell: Cell, data_hash: str, learning_rate: float, batch_sequences: int, seed: int
+        self,
+        cell: Cell,
+        data_hash: str,
+        learning_rate: float,
+        batch_sequences: int,
+        seed: int,
+        also: Mapping[str, float] | None = None,
     ) -> TrialSpec:
-        """One trial of a cell under the study's recipe."""
+        """One trial of a cell under the study's recipe. `also` are further hyperparameters."""
+        also = {name: float(value) for name, value in sorted((also or {}).items())}
+        ours = also if cell.own is None else {}
         return TrialSpec(
             study=self.name,
             cell=cell,
-            recipe=self.space.recipe,
+            recipe=self.space.recipe.with_values(ours) if ours else self.space.recipe,
             model=self.space.model,
             data_hash=data_hash,
-            validation_sequences=None if cell.own else self.space.data.validation_sequences,
+            validation_sequences=self.space.data.validation_sequences,
             learning_rate=float(learning_rate),
             batch_sequences=int(batch_sequences),
             seed=int(seed),
             least_batch_sequences=self.space.search.batch_sequences.low,
             training=self.space.training,
+            also=tuple(also.items()),
         )
 
 
@@ -430,7 +444,8 @@ def _check_workers(space: SearchSpace, resources: Resources) -> None:
 def _check_command(study: Study, cell: Cell, training: Training) -> None:
     """Raises UserError where the command names what there is not."""
     low = study.space.search.batch_sequences.low
-    spec = study.trial(cell, "", study.space.search.learning_rate.low, low, 0)
+    also = {name: given.low for name, given in study.space.search.also.items()}
+    spec = study.trial(cell, "", study.space.search.learning_rate.low, low, 0, also)
     files = [f.file for f in (training.result, training.progress) if f is not None]
     try:
         fill_in([*(training.command or ()), *files], spec.values() | {"folder": ""})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -50,6 +51,23 @@ class BatchRange(Section):
         return self
 
 
+class AlsoRange(Section):
+    """A further hyperparameter, searched beside learning rate and batch."""
+
+    low: Annotated[float, Field(allow_inf_nan=False)]
+    high: Annotated[float, Field(allow_inf_nan=False)]
+    log: bool = True
+    """Whether it is searched, and its parabola lies, in its logarithm."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low {self.low:g} has no logarithm: raise it, or set log: false")
+        return self
+
+
 class EarlyStopping(Section):
     """Stopping poor trials on partial losses. Off by default: schedules that decay make early
     losses misleading, so it favours high early progress (small batches, large learning rates)."""
@@ -66,6 +84,9 @@ class Search(Section):
     strategy: Literal["ladder", "tpe", "gp", "qmc", "random", "grid", "cmaes"] = "ladder"
     learning_rate: LearningRateRange = LearningRateRange()
     batch_sequences: BatchRange = BatchRange()
+    also: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,40}$")], AlsoRange] = Field(default={})
+    """Further hyperparameters: keys of `recipe`, or with your own training any names. Each is
+    taken to have a parabola that all cells share, whose lowest point may move with size."""
     trials_per_cell: Annotated[int, Field(ge=1, le=100_000)] = 6
     first_cell_trials: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Trials of each architecture's smallest cell, which teaches the others; default: as others."""
@@ -128,6 +149,16 @@ class Recipe(Section):
     """Measure the gradient noise scale while training."""
     checkpoint_seconds: NonNegative = 600.0
     """Seconds between checkpoints of a running trial; 0 switches them off."""
+
+    def with_values(self, values: Mapping[str, float]) -> Self:
+        """The recipe with some of its numbers set anew. Raises ValueError for what is no number of
+        it, or out of its range."""
+        for name in values:
+            known = self.model_dump().get(name)
+            if isinstance(known, bool) or not isinstance(known, int | float):
+                numbers = [k for k, v in self.model_dump().items() if type(v) in (int, float)]
+                raise ValueError(f"{name} is no number of recipe: {', '.join(numbers)}")
+        return type(self).model_validate(self.model_dump() | dict(values))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -90,7 +90,8 @@ class TrialRun:
     """Optimizer steps: `tokens / batch_tokens`, rounded."""
     seed: int
     settings: Mapping[str, Any]
-    """Those of the study file: of `training`, the architecture and the scale together."""
+    """Those of the study file: of `training`, the architecture and the scale together, and the
+    values of what `search.also` searches."""
     folder: Path
     """This trial's own. What is written here is there again when the trial is started anew, after
     a crash or an interruption; with results in an object store, what `save()` has sent."""
@@ -254,7 +255,7 @@ def train_by_function(
         tokens=spec.cell.tokens,
         steps=spec.steps,
         seed=spec.seed,
-        settings=dict(spec.cell.own.settings if spec.cell.own else {}),
+        settings={**(spec.cell.own.settings if spec.cell.own else {}), **dict(spec.also)},
         folder=own.open(),
         cell=spec.cell.name,
         scale=spec.cell.scale,

@@ -68,7 +68,7 @@ def spec_columns(spec: TrialSpec) -> dict[str, Any]:
         "steps": spec.steps,
         "recipe": json.dumps(spec.recipe_values(), sort_keys=True),
         "data_hash": spec.data_hash,
-        "validation_sequences": spec.validation_sequences,
+        "validation_sequences": spec.validation_sequences if spec.training is None else None,
         "git_revision": git_revision(),
         "versions": json.dumps(library_versions(), sort_keys=True),
     }
