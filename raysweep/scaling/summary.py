@@ -46,7 +46,8 @@ def summary(fits: Fits, everything: bool = False) -> str:
     lines += [f"  warning: {message}" for message in fits.messages]
     for label in fits.evidence:
         lines += _laws(fits, label)
-    lines += further_lines(fits)
+    if further := further_sentences(fits):
+        lines += ["", "Further hyperparameters", *(f"  {sentence}" for sentence in further)]
     lines += _losses(fits)
     lines += _held_out(fits)
     if everything:
@@ -90,17 +91,17 @@ def _laws(fits: Fits, label: str) -> list[str]:
     return lines
 
 
-def further_lines(fits: Fits) -> list[str]:
+def further_sentences(fits: Fits) -> list[str]:
     """Where each further hyperparameter is best, and whether that moves with size."""
     lines = []
     for label, found in fits.further.items():
-        lines += ["", f"Further hyperparameters{f' of {label}' if label else ''}"]
         for one in found.values():
+            name = f"{one.name}{f' of {label}' if label else ''}"
             span = between(one.optimum.low, one.optimum.high, "rate")
             n = written(one.params, "params")
             if one.status == "flat":
                 lines.append(
-                    f"  {one.name}: {one.runs} runs from {one.low:.3g} to {one.high:.3g} do not "
+                    f"{name}: {one.runs} runs from {one.low:.3g} to {one.high:.3g} do not "
                     "tell where it is best"
                 )
                 continue
@@ -109,7 +110,7 @@ def further_lines(fits: Fits) -> list[str]:
             moves = "moves with size" if one.moves else "no sign that it moves with size"
             unit = "N^" if one.log else "slope in ln N "
             lines.append(
-                f"  {one.name}: best at {written(one.optimum.value, 'rate')} ({span}{edge}) for N = {n}; "
+                f"{name}: best at {written(one.optimum.value, 'rate')} ({span}{edge}) for N = {n}; "
                 f"{moves} ({unit}{exponent})"
             )
     return lines
