@@ -29,10 +29,9 @@ def run(name: str, folder: Path, *changes: str) -> pd.DataFrame:
 
 
 def test_huggingface_by_a_function(tmp_path: Path) -> None:
-    frame = run(
-        "huggingface", tmp_path, "search.trials_per_cell=2", "horizons=[{tokens_per_param: 5}]"
-    )
-    assert len(frame) == 6
+    few = ("search.trials_per_cell=1", "horizons=[{tokens_per_param: 5}]")
+    frame = run("huggingface", tmp_path, *few, "search.batch_sequences={low: 16, high: 64}")
+    assert len(frame) == 3
     assert set(frame["status"]) == {"finished"}
     assert (frame["loss"] < 5.0).all()
     assert frame["loss_se"].between(0.001, 0.5).all()
