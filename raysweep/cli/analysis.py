@@ -33,38 +33,50 @@ def import_command(
     format_: Annotated[
         str,
         typer.Argument(
-            help="steplaw, chinchilla, isoflop or csv.",
+            help="csv, jsonl or parquet (a table, one row a run); steplaw, chinchilla, isoflop "
+            "(published sweeps); wandb, mlflow, optuna, ray, losscast (other tools' runs).",
             metavar="FORMAT",
             autocompletion=complete.import_formats,
         ),
     ],
-    file: Annotated[Path, typer.Argument(help="File to read.", metavar="FILE")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="File; or ENTITY/PROJECT (wandb), URI (mlflow), STORAGE (optuna), FOLDER (ray, "
+            "losscast). URI#NAME is one experiment or study.",
+            metavar="SOURCE",
+            autocompletion=complete.paths,
+        ),
+    ],
     results: Annotated[str, typer.Option("--results", help="Results folder or URI.")],
     map_: Annotated[
         str | None,
         typer.Option(
             "--map",
-            help="For csv: column=name,... ours to the file's; column=name*1e9 converts units, "
-            "recipe.key=name keeps a hyperparameter.",
+            help="column=name,... ours to the source's, before what names tell; column=name*1e9 "
+            "converts units, column==text is a constant, recipe.key=name keeps a hyperparameter.",
         ),
     ] = None,
     study: Annotated[
         str | None,
-        typer.Option(help="Name of the rows' study; default: the format, or of csv the file."),
+        typer.Option(help="Name of the rows' study; default: the file, project or study."),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Name of the data; studies of one name are fitted together."),
     ] = None,
+    curves: Annotated[
+        bool, typer.Option(help="Loss curves of other tools, too; wandb asks once a run.")
+    ] = True,
 ) -> None:
-    """Bring results that exist already: published sweeps, or your own as CSV."""
+    """Bring runs that exist already: tables, published sweeps, or what other tools keep."""
     from raysweep.cli.imported import said_of_import
     from raysweep.results import Results
-    from raysweep.results.importers import read_file
+    from raysweep.results.importers import read_source
 
-    found = read_file(format_, file, map_, study=study, data=data)
+    found = read_source(format_, source, map_, study=study, data=data, curves=curves)
     store = Results.open(results, create=True)
-    new = store.write_many(found.rows)
+    new = store.write_many(found.rows, found.curves)
     out = int(found.rows["excluded"].notna().sum())
     typer.echo(f"{new} new rows of {len(found.rows)} in {store.uri}; {out} kept out of fits")
     for line in said_of_import(found, store.to_pandas(), results):

@@ -15,7 +15,7 @@ from raysweep.report import budgets, report, trust
 from raysweep.report.answers import ask
 from raysweep.report.laws import law_figures, law_rows
 from raysweep.report.page import LARGEST
-from raysweep.results import importers
+from raysweep.results import published
 from raysweep.results.store import Results
 from raysweep.scaling.compute.roofline import find_gpu
 from raysweep.scaling.compute.serving import Serving
@@ -215,7 +215,7 @@ def test_budgets_that_were_held_have_parabolas(
     shared_data: Path, open_page: Make, tmp_path: Path
 ) -> None:
     results = Results.open(tmp_path / "results", create=True)
-    results.write_many(importers.read_isoflop(shared_data / "isoflop_llama3.csv"))
+    results.write_many(published.read_isoflop(shared_data / "isoflop_llama3.csv"))
     page = open_page(report(results, tmp_path / "out"))
     lines = page.json["data-csv"]["budgets"].splitlines()
     assert sum("parabolas" in line for line in lines) >= 8
