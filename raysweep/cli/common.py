@@ -65,6 +65,23 @@ Group = Annotated[
         metavar="COLUMN,...",
     ),
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        help="Only rows for which this holds: 'optimizer == \"adamw\" and tokens > 1e9'.",
+        metavar="CONDITION",
+    ),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        help="Further columns, or keys of the recipe, to adjust losses for (weight_decay, "
+        "warmup_steps). Repeatable.",
+        metavar="COLUMN,...",
+    ),
+]
 Without = Annotated[
     list[str] | None,
     typer.Option(
@@ -151,12 +168,20 @@ def fit_results(
     group: list[str] | None = None,
     without: list[str] | None = None,
     literature: list[str] | None = None,
+    where: str | None = None,
+    also: list[str] | None = None,
 ) -> Fits:
     from raysweep.results import Results
     from raysweep.scaling.fits import fit
 
     results = Results.open(uri)
-    fits = fit(results, group=listed(group), **published(without, literature))
+    fits = fit(
+        results,
+        group=listed(group),
+        where=where,
+        also=listed(also),
+        **published(without, literature),
+    )
     for problem in results.problems:
         typer.echo(f"warning: {problem}", err=True)
     return fits

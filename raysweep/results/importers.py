@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -143,6 +144,27 @@ def read_source(
     return found
 
 
+def read_runs(
+    source: str | os.PathLike[str] | pd.DataFrame,
+    mapping: str | None = None,
+    *,
+    needed: Sequence[str] = NEEDED,
+) -> pd.DataFrame:
+    """Runs to hold against a fit: of a table (see `read_rows`), a DataFrame, or a results folder.
+
+    Raises:
+        UserError: the source will not do.
+    """
+    if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+        return Results.open(source).to_pandas()
+    if isinstance(source, pd.DataFrame):
+        table, where, line = source.reset_index(drop=True), "the table", 1
+    else:
+        table, where, line = read_table(source), str(source), first_line(source)
+    told = parse_mapping([mapping] if mapping else [])
+    return read_rows(table, told, where, "runs", first_line=line, needed=needed).rows
+
+
 def read_csv(
     path: str | os.PathLike[str], mapping: Mapping[str, str], study: str = "csv"
 ) -> pd.DataFrame:
@@ -158,6 +180,7 @@ def read_rows(
     study: str,
     source: str = "csv",
     first_line: int = 1,
+    needed: Sequence[str] = NEEDED,
 ) -> Imported:
     """Any table with one row a run. `mapping`: our column -> the table's.
 
@@ -165,12 +188,12 @@ def read_rows(
     ends in "*" and a number is a column times it: {"tokens": "D*1e9"}. Columns of the table that
     bear our names, those of our recipes' keys (optimizer, schedule, weight_decay, ...) or common
     ones (`mapping.COMMON_NAMES`) need no mapping; "recipe.NAME" keeps any other of the recipe's.
-    `loss`, `tokens` and `params_active_non_embedding` must come from one of these, or N from the
-    shape and D from steps and batch; batches in tokens and sequences complete each other through
-    `sequence_length`. Rows whose numbers cannot be in the units of their columns are excluded, and
-    a table of such rows is refused; so are rows far below the trend of the others. Without `status`
-    rows count as finished; without `experts` as dense; without `architecture` each routing is one,
-    such as moe-e8k2. Rows flagged in a column `outlier` stay, excluded, with the `reason`, if any.
+    Each of `needed` must come from one of these, or N from the shape and D from steps and batch;
+    batches in tokens and sequences complete each other through `sequence_length`. Rows whose
+    numbers cannot be in the units of their columns are excluded, and a table of such rows is
+    refused; so are rows far below the trend of the others. Without `status` rows count as finished;
+    without `experts` as dense; without `architecture` each routing is one, such as moe-e8k2. Rows
+    flagged in a column `outlier` stay, excluded, with the `reason`, if any.
 
     UserError names a column of ours or of the table that does not exist, and what is near it.
     """
@@ -187,11 +210,11 @@ def read_rows(
     counted, said = count_shapes(rows, known.recipe)
     rows |= counted
     notes += said
-    for needed in NEEDED:
-        if needed not in rows:
+    for name in needed:
+        if name not in rows:
             raise UserError(
-                f"{where} has no column {needed!r}: map one with {needed}=NAME"
-                f"{near(needed, table.columns)}"
+                f"{where} has no column {name!r}: map one with {name}=NAME"
+                f"{near(name, table.columns)}"
             )
     searched = "learning_rate" in rows and "batch_tokens" in rows
     made = finish(table, rows, source, study, hyperparameters=searched)
@@ -251,7 +274,7 @@ def _curves(points: pd.DataFrame, rows: pd.DataFrame, at: Mapping[str, int]) -> 
     loss = [guessed[n] for n in ("train_loss", "loss") if n in guessed]
     if not loss:
         return empty
-    made = {"trial_key": row["trial_key"], "step": numbers(points["step"])}
+    made: dict[str, Any] = {"trial_key": row["trial_key"], "step": numbers(points["step"])}
     made["tokens"] = made["step"] * each
     made["train_loss"] = points[loss].apply(numbers).bfill(axis=1).iloc[:, 0]
     rate = guessed.get("learning_rate")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pandas as pd
+
+from raysweep.results.columns import recipe_of
 
 BELOW = 0.1
 """A loss this far (in ln) under its kind's trend, and by more than the kind's own spread, was not
@@ -28,7 +28,7 @@ def off_trend(rows: pd.DataFrame) -> pd.Series:
     through the medians of equal sizes, of least absolute deviation, so that a few wrong rows do not
     bend it. `rows` are rows of the schema that count.
     """
-    recipe = [_recipe(text) for text in rows["recipe"]]
+    recipe = [recipe_of(text) for text in rows["recipe"]]
     kind = ["\x1f".join(str(r.get(k)) for k in _KIND) for r in recipe]
     keys = [
         rows["study"],
@@ -66,11 +66,3 @@ def _trend(size: np.ndarray, loss: np.ndarray, cell: np.ndarray) -> np.ndarray:
         )
         weight = 1 / np.maximum(np.abs(middle - x @ answer), 1e-4)
     return np.column_stack([np.ones(len(size)), size - centre]) @ answer
-
-
-def _recipe(text: object) -> dict[str, object]:
-    try:
-        found = json.loads(text) if isinstance(text, str) else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
