@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
+from raysweep.results.columns import recipe_columns
 from raysweep.results.importers import Imported
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.cells import CellTable, cell_table
@@ -49,6 +50,8 @@ def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[
             f"the folder now holds {sets.nunique()} sets of data ({names}), fitted apart; import "
             "with --data NAME what shares data"
         )
+    kinds = [k for k in ("optimizer", "schedule") if _values(table.trials, k) > 1]
+    uri += f" --group {','.join(kinds)}" if kinds else ""
     lines.append(f"next: raysweep fit {uri}")
     lines.append(f"      raysweep report {uri}")
     if len(table.trials) and table.cells["n_searched"].any():
@@ -57,6 +60,11 @@ def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[
         size = f"--params {short(params)} --tokens {short(tokens)}"
         lines.append(f"      raysweep recommend {uri} {size}")
     return lines
+
+
+def _values(trials: pd.DataFrame, key: str) -> int:
+    recipes = recipe_columns(trials)
+    return int(recipes[key].nunique()) if key in recipes else 0
 
 
 def _cells(table: CellTable) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 
 import pandas as pd
 
@@ -62,8 +63,9 @@ def rows_where(frame: pd.DataFrame, condition: str) -> pd.DataFrame:
         held = wide.eval(condition, engine="python", local_dict={}, global_dict={})
     except Exception as error:  # it raises whatever Python's own parser and operators do
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        name = str(getattr(error, "name", "") or "")
-        near = difflib.get_close_matches(name, [str(c) for c in wide], n=2, cutoff=0.4)
+        name = re.match("name '(.*)' is not defined", said)
+        known = [str(c) for c in wide]
+        near = difflib.get_close_matches(name[1], known, n=2, cutoff=0.4) if name else ()
         more = f" (near: {', '.join(near)})" if near else f": {hint}"
         raise UserError(f"--where {condition}: {said}{more}") from None
     if not isinstance(held, pd.Series) or held.dtype.kind not in "bO":

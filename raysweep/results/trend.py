@@ -11,7 +11,8 @@ BELOW = 0.1
 """A loss this far (in ln) under its kind's trend, and by more than the kind's own spread, was not
 reached by a choice of hyperparameters: it is on other data, in another unit, or another run's."""
 ABOVE = 0.3
-"""Above it, hyperparameters may be to blame; a loss so far up is only named."""
+"""Above it, hyperparameters may be to blame: a loss so far up is only named, and not where the
+learning rate is above that of the best run of its size, as where runs diverge."""
 SPREADS = 6.0
 """Robust standard deviations of its kind that a row must lie off."""
 FEWEST, FEWEST_SIZES = 12, 3
@@ -46,9 +47,17 @@ def off_trend(rows: pd.DataFrame) -> pd.Series:
         off = loss - _trend(size, loss, cell)
         spread = 1.4826 * float(np.median(np.abs(off - np.median(off))))
         off -= np.median(off)
-        suspect = (off < -max(BELOW, SPREADS * spread)) | (off > max(ABOVE, SPREADS * spread))
+        hot = _hotter(part["learning_rate"].to_numpy(float), loss, cell)
+        above = (off > max(ABOVE, SPREADS * spread)) & ~hot
+        suspect = (off < -max(BELOW, SPREADS * spread)) | above
         found[part.index[suspect]] = off[suspect]
     return found
+
+
+def _hotter(rate: np.ndarray, loss: np.ndarray, cell: np.ndarray) -> np.ndarray:
+    """[n] bool: whether a run's learning rate is above that of the best run of its cell."""
+    best = {k: np.flatnonzero(cell == k)[loss[cell == k].argmin()] for k in np.unique(cell)}
+    return rate > rate[[best[k] for k in cell]]
 
 
 def _trend(size: np.ndarray, loss: np.ndarray, cell: np.ndarray) -> np.ndarray:

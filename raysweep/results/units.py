@@ -56,9 +56,12 @@ def doubts(frame: pd.DataFrame) -> list[Doubt]:
     found: list[Doubt] = []
     for check in (_params, _tokens, _ratio, _budget, _batch, _rate, _loss):
         doubt = check(rows) if len(rows) else None
-        culprits = {d.column for d in found}
         # One wrong unit puts all that is computed from it in doubt: the first one told is enough.
-        if doubt is not None and not culprits & {*_RESTS_ON.get(doubt.column, ()), doubt.column}:
+        if doubt is not None and not any(
+            d.column in (*_RESTS_ON.get(doubt.column, ()), doubt.column)
+            and (d.most or len(d.rows.intersection(doubt.rows)))
+            for d in found
+        ):
             found.append(doubt)
     return found
 

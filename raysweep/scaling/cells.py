@@ -295,7 +295,10 @@ def _mark_far(rows: pd.DataFrame) -> str:
 
 
 def _cell_rows(rows: pd.DataFrame, usable: pd.Series) -> pd.DataFrame:
-    sized = rows[_positive(rows["tokens"]) & _positive(rows["params_active_non_embedding"])]
+    # Of rows that are excluded the sizes may be what is wrong: they make no cell of their own.
+    told = usable | rows["excluded"].isna()
+    told = told.groupby(rows["cell"]).transform("any")
+    sized = rows[_positive(rows["tokens"]) & _positive(rows["params_active_non_embedding"]) & told]
     sized = sized.assign(granularity=sized.get("granularity", np.nan))
     grouped = sized.groupby("cell", sort=False)
     text = ("study", "architecture", "architecture_kind", "scale", "dataset", "group")

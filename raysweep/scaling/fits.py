@@ -13,7 +13,7 @@ import pandas as pd
 
 from raysweep.display import InNotebooks, Plots, plots_of
 from raysweep.errors import UserError
-from raysweep.results.columns import rows_where
+from raysweep.results.columns import recipe_columns, rows_where
 from raysweep.results.importers import read_runs
 from raysweep.results.store import Results
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
@@ -33,7 +33,7 @@ from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import batch_table, choose_loss
-from raysweep.scaling.optima.literature import OptimumPrior, literature_prior
+from raysweep.scaling.optima.literature import OptimumPrior, literature_prior, made_for
 from raysweep.scaling.optima.model import BENDS
 from raysweep.scaling.optima.noise_scale import (
     NoiseLaw,
@@ -671,6 +671,9 @@ def _messages(
         said.append("no finished trial with a loss counts: nothing can be fitted")
     elif not trials:
         said.append("no trial tells its learning rate and batch: only laws of the loss are fitted")
+    recipes = recipe_columns(table.trials)
+    if trials and "optimizer" in recipes:
+        said += [told] if (told := made_for(recipes["optimizer"].dropna().astype(str))) else []
     statuses = pd.Series([o.status for o in optima.values()], dtype=object).value_counts()
     outside = {str(k): int(v) for k, v in statuses.items() if k != "interior"}
     if outside:

@@ -19,6 +19,9 @@ import pandas as pd
 
 from raysweep.errors import UserError
 from raysweep.results.columns import named_column
+from raysweep.scaling.cells import CellTable, cell_table
+from raysweep.scaling.evidence import surface_of
+from raysweep.scaling.optima.literature import OptimumPrior
 from raysweep.scaling.optima.surface import Surface
 from raysweep.text import written
 
@@ -101,6 +104,34 @@ class Adjustment:
             f"tried; together they explain {written(self.share, 'share')} of the variance within "
             f"cells that learning rate and batch leave, over {self.n} runs"
         )
+
+
+def adjusted_cells(
+    frame: pd.DataFrame,
+    table: CellTable,
+    group: Sequence[str],
+    also: str | Sequence[str],
+    prior: OptimumPrior,
+) -> tuple[Adjustment, CellTable]:
+    """The effects of further columns on the rows of `table`, and the cells of rows with them taken
+    off; `group` is what the table was made with.
+
+    Raises:
+        UserError: a column that does not exist, or that tells no two values within a cell.
+    """
+    names = (also,) if isinstance(also, str) else tuple(also)
+    adjusted = None
+    for _ in range(ROUNDS):
+        trials = table.searched()
+        if not trials:
+            raise UserError("--also: no trial tells its learning rate and batch")
+        sets = table.cells["dataset"]
+        own = [[t for t in trials if sets[t.name] == label] for label in dict.fromkeys(sets)]
+        surfaces = [surface_of(part, prior) for part in own if part]
+        adjusted = adjust(table.trials, surfaces, names)
+        table = cell_table(adjusted.applied(frame), group=group)
+    assert adjusted is not None
+    return adjusted, table
 
 
 def adjust(trials: pd.DataFrame, surfaces: Sequence[Surface], columns: Sequence[str]) -> Adjustment:

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from raysweep.errors import UserError
-from raysweep.scaling.cells import group_values
+from raysweep.scaling.cells import cell_table, group_values
 from raysweep.scaling.plain import to_json
 from raysweep.text import short, written
 
@@ -111,6 +111,8 @@ class GroupScore:
     n: int
     mae: float
     """Mean of |predicted - known|, nats a token."""
+    median: float
+    """Its median: runs far off the optimum weigh on the mean."""
     bias: float
     """Mean of predicted - known."""
     rank_correlation: float
@@ -168,33 +170,29 @@ class Score:
         for g in (*self.groups, self.overall):
             rank = f"{g.rank_correlation:.3f}" if math.isfinite(g.rank_correlation) else "-"
             lines.append(
-                f"{g.group:<{wide}}  {g.n:>5}  {g.mae:>7.4f}  {g.bias:>+8.4f}  {rank:>10}  "
-                f"{g.covered} of {g.n}"
+                f"{g.group:<{wide}}  {g.n:>5}  {g.mae:>7.4f}  {g.median:>7.4f}  {g.bias:>+8.4f}  "
+                f"{rank:>10}  {g.covered} of {g.n}"
             )
         return "\n".join(lines)
 
 
 def score_runs(fits: Fits, runs: pd.DataFrame) -> Score:
-    """Hold predictions against the known losses of runs with the schema's columns.
+    """Hold predictions against the known losses of runs with the schema's columns: of those that
+    would count in a fit.
 
     Raises:
         UserError: no run with a loss can be predicted.
     """
-    runs = runs.reset_index(drop=True)
-    known = _number(runs, "loss")
-    why = _text(runs, "excluded").where(runs.get("excluded", known).notna(), "")
-    status = _text(runs, "status").where(runs.get("status", known).notna(), "finished")
-    why = why.where((why != "") | (status == "finished"), status)
-    why = why.where((why != "") | (known > 0), "its loss is not known")
-    counts = why == ""
-    found = predict_runs(fits, runs[counts]).assign(known=known[counts].to_numpy())
-    skipped = pd.concat([why[~counts], found["why"][found["why"] != ""]]).value_counts()
+    table = cell_table(runs, group=fits.group)
+    counted = table.trials
+    found = predict_runs(fits, counted).assign(known=counted["loss"].to_numpy(float))
+    skipped = pd.concat([table.left_out["why"], found["why"][found["why"] != ""]]).value_counts()
     done = found[found["why"] == ""].drop(columns="why")
     if not len(done):
         first = f": {skipped.index[0]}" if len(skipped) else ""
         raise UserError(f"no run can be scored{first}")
-    keys = set(fits.table.trials.get("trial_key", pd.Series(dtype=object)).dropna())
-    fitted = int(runs[counts].get("trial_key", pd.Series(dtype=object)).isin(keys).sum())
+    keys = set(fits.table.trials["trial_key"].dropna())
+    fitted = int(counted["trial_key"].isin(keys).sum())
     names = [
         name + (f", {group}" if group else "")
         for name, group in zip(done["architecture"], done["group"], strict=True)
@@ -216,7 +214,13 @@ def _scored(name: str, runs: pd.DataFrame) -> GroupScore:
         rank = float(stats.spearmanr(runs["loss"], runs["known"]).statistic)
     inside = (runs["low"] <= runs["known"]) & (runs["known"] <= runs["high"])
     return GroupScore(
-        name, len(runs), float(off.abs().mean()), float(off.mean()), rank, int(inside.sum())
+        group=name,
+        n=len(runs),
+        mae=float(off.abs().mean()),
+        median=float(off.abs().median()),
+        bias=float(off.mean()),
+        rank_correlation=rank,
+        covered=int(inside.sum()),
     )
 
 
