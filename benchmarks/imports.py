@@ -7,6 +7,8 @@ reports whether import names all of it, the true regret of the recommendation fo
 by a fit of the smaller ones, whether its interval holds the true loss, and the score on the runs of
 the largest size.
 
+`python -m benchmarks.imports table` prints a small one, that of `reports/examples/imported`.
+
 `python -m benchmarks.imports size` times import, fit and report on 2,000 rows of eleven groups.
 """
 
@@ -240,6 +242,15 @@ def measure_size(rows: int = 2000, groups: int = 11) -> dict[str, object]:
     }
 
 
+def example_table() -> pd.DataFrame:
+    """The log of the example page: small, two optimizers."""
+    table = plant_log(3, groups=2, sizes=4, horizons=2, trials=9).table
+    table = table.drop(columns="comment")
+    for name in ("n_params", "train_tokens", "lr", "val_loss"):
+        table[name] = [float(f"{value:.7g}") for value in table[name]]
+    return table
+
+
 def _now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
@@ -249,11 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmarks.imports", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("kind", choices=("log", "size"))
+    parser.add_argument("kind", choices=("log", "size", "table"))
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args(arguments)
+    if options.kind == "table":
+        print(example_table().to_csv(index=False), end="")
+        return
     found = measure_logs(options.draws) if options.kind == "log" else measure_size(options.rows)
     print(json.dumps({k: v for k, v in found.items() if k != "runs"}, indent=1))
     if options.json:

@@ -227,8 +227,8 @@ def _plain(name: str) -> str:
 
 
 def _fits(ours: str, column: pd.Series) -> bool:
-    """Whether a guessed column can be one of numbers, where ours is one."""
-    return ours not in NUMERIC or bool(numbers(column).notna().any())
+    """Whether a guessed column can be one of numbers, where ours is one; empty it may be."""
+    return ours not in NUMERIC or bool(numbers(column).notna().any() or column.isna().all())
 
 
 def scaled(theirs: str, table: pd.DataFrame) -> tuple[str, float | None]:
