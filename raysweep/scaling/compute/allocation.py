@@ -23,6 +23,7 @@ from raysweep.scaling.loss.data import held_budgets
 from raysweep.scaling.loss.model import LEVEL, LossModel
 from raysweep.scaling.loss.posterior import LawPosterior
 from raysweep.scaling.loss.selection import LEVELS_AHEAD, fit_data
+from raysweep.study.shape import COUNTS
 
 Interval = tuple[float, float]
 
