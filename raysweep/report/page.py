@@ -75,7 +75,7 @@ def report(
         "title": title or _title(names),
         "study": _key(names),
         "live": live,
-        "command": _command(results.uri, target, png, asked),
+        "command": _command(results.uri, target, png, asked, fits.options),
     }
     target.mkdir(parents=True, exist_ok=True)
     html = render("page.html", SCRIPTS, context).encode()
@@ -232,9 +232,9 @@ def _refuse_another(page: Path, names: Sequence[str]) -> None:
         )
 
 
-def _command(uri: str, folder: Path, png: bool, asked: Asked) -> str:
+def _command(uri: str, folder: Path, png: bool, asked: Asked, options: Sequence[str] = ()) -> str:
     """The command that makes this page again, with paths as short as they can be said."""
     parts = ["raysweep", "report", relative(uri), "-o", relative(os.fspath(folder))]
     for params, tokens in asked:
         parts += ["--for", f"{params}@{tokens}"]
-    return shlex.join(parts + (["--png"] if png else []))
+    return shlex.join([*parts, *options, *(["--png"] if png else [])])

@@ -180,6 +180,11 @@ def _batch(rows: pd.DataFrame) -> Doubt | None:
             "batch_tokens", bad & known, batch, impossible, lambda where: f"{what} {where}: {mend}"
         )
 
+    sequences = _get(rows, "batch_sequences")
+    torn = (batch - sequences * length).abs() > 0.51 * length  # a batch may be rounded to sequences
+    product = of(torn, False, "batch_tokens is not batch_sequences x sequence_length")
+    if product and product.most:
+        return product
     short = of(
         batch < length, True, "batch_tokens is below the sequence length, so it is in sequences,"
     )

@@ -68,8 +68,8 @@ class Fits(InNotebooks):
     `loss_se`, `learning_rate`, `batch_tokens` and `status` of the optimum. `optima[way][cell]` are
     the optima by the model and by the readings that check it. `noise_scale` and `expert_load` are
     what trials measured beside their loss. `group` are the columns that results were grouped by,
-    `adjusted` the effects of further columns that losses were adjusted for, if any, and `choices`
-    say in sentences which rows were taken and what was adjusted for.
+    `where` the condition on rows, `adjusted` the effects of further columns that losses were
+    adjusted for, if any, and `choices` say these two in sentences.
     """
 
     n_rows: int
@@ -83,8 +83,16 @@ class Fits(InNotebooks):
     noise_scale: pd.DataFrame
     expert_load: pd.DataFrame
     table: CellTable
+    where: str = ""
     adjusted: Adjustment | None = None
     choices: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> list[str]:
+        """The words of a command line that fit the same."""
+        also = [e.column for e in self.adjusted.effects] if self.adjusted else []
+        said = {"--group": ",".join(self.group), "--where": self.where, "--also": ",".join(also)}
+        return [word for option, value in said.items() if value for word in (option, value)]
 
     # ------------------------------------------------------------------ what there is
 
@@ -563,6 +571,7 @@ def fit(
         noise_scale=cell_noise_scale(cells, table.trials),
         expert_load=cell_expert_load(cells, table.trials),
         table=table,
+        where=where or "",
         adjusted=adjusted,
         choices=tuple(choices),
     )

@@ -253,6 +253,10 @@ def test_units_that_cannot_be_right_are_refused(tmp_path, columns, message):
         ({"steps": 15258}, "tokens / (batch_tokens * steps) is 0.5 and should be 1 in 4 of 4 rows"),
         ({"tokens": 5e5, "batch_tokens": 1e4}, "fewer than one token for 100 parameters in 4 of 4"),
         ({"learning_rate": 30.0}, "learning_rate is above 10 in 4 of 4 rows"),
+        (
+            {"batch_sequences": 64, "sequence_length": 2048},
+            "batch_tokens is not batch_sequences x sequence_length in 4 of 4 rows",
+        ),
         ({"loss": [20.0, 21.0, 22.0, 23.0]}, "loss is above 13 in 4 of 4 rows"),
     ],
 )

@@ -97,8 +97,9 @@ def test_a_malformed_column_is_refused_with_its_line() -> None:
 
 def test_json_lines_and_frames(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
-    rows = table().to_dict("records")
-    path.write_text("\n".join(json.dumps({**r, "optimizer": {"lr": r.pop("lr")}}) for r in rows))
+    rows = table().rename(columns={"lr": "optimizer"}).to_dict("records")
+    lines = [json.dumps({**row, "optimizer": {"lr": row["optimizer"]}}) for row in rows]
+    path.write_text("\n".join(lines))
     found = read_source("jsonl", path)
     assert found.guessed["learning_rate"] == "optimizer.lr"
     assert list(found.rows["learning_rate"]) == pytest.approx(list(table()["lr"]))

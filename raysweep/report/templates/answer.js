@@ -141,7 +141,8 @@ const answers = (() => {
       const text = (word) => (/^[\w./:@%+-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
       const parts = ["raysweep recommend", text(page.results), "--params", a.params, "--tokens", a.tokens, "--architecture", text(a.entry.architecture)];
       if (a.entry.experts > 1) parts.push("--experts", a.entry.experts, "--top-k", a.entry.top_k);
-      if (a.entry.group) parts.push("--group", text(a.entry.group));
+      if (a.entry.group) parts.push("--of", text(a.entry.group));
+      parts.push(...page.options.map(text));
       return parts.join(" ");
     },
     json: (a) => JSON.stringify(plain(a), null, 2),
