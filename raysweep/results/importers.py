@@ -158,6 +158,8 @@ def read_runs(
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         return Results.open(source).to_pandas()
     if isinstance(source, pd.DataFrame):
+        if "trial_key" in source and mapping is None:
+            return source  # rows of results already
         table, where, line = source.reset_index(drop=True), "the table", 1
     else:
         table, where, line = read_table(source), str(source), first_line(source)

@@ -96,7 +96,7 @@ class Fits(InNotebooks):
 
     # ------------------------------------------------------------------ what there is
 
-    @property
+    @cached_property
     def architectures(self) -> list[str]:
         """Names of the architectures, dense ones first."""
         names = [name for e in self.evidence.values() for name in e.architectures]
@@ -217,6 +217,16 @@ class Fits(InNotebooks):
         found = self.recommend(
             architecture, params, tokens, experts=experts, top_k=top_k, group=group
         )
+        return self.loss_at(found, learning_rate, batch_tokens)
+
+    def loss_at(
+        self, found: Recommendation, learning_rate: Many, batch_tokens: Many
+    ) -> pd.DataFrame:
+        """What `predict` tells, of the run of a recommendation.
+
+        Raises:
+            UserError: no trial tells its learning rate and batch.
+        """
         evidence = self.evidence_of(found.architecture)
         if evidence.surface is None:
             raise UserError("no trial tells its learning rate and batch: only the loss of cells")

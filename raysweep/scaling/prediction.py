@@ -89,10 +89,7 @@ def _one_size(fits: Fits, part: pd.DataFrame, experts: int, top_k: int) -> pd.Da
             batch = batch.fillna(1.0)  # no cell varied it: it makes no difference
         told = (rate > 0) & (batch > 0)
         if told.any():
-            found = fits.predict(
-                rate[told].to_numpy(), batch[told].to_numpy(), params, tokens,
-                best.architecture, **many, group=group or None,
-            )  # fmt: skip
+            found = fits.loss_at(best, rate[told].to_numpy(), batch[told].to_numpy())
             for column in ("loss", "low", "high", "cost"):
                 made.loc[told, column] = found[column].to_numpy()
         half = ((rate > 0) | (batch > 0)) & ~told

@@ -69,7 +69,7 @@ def test_configurations_keep_their_order_and_say_why_not(fits: Fits, log: Plante
         "",
         "",
         "only one of learning rate and batch is told",
-        "no group 'sgd' in the results; known: adamw, muon",
+        "no group 'sgd' in the results; known: muon, adamw",
         "its size is not told: N and D",
     ]
     one = fits.predict(1e-3, 5e5, 1e9, 2e10, group="adamw")
