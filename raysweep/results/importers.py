@@ -255,7 +255,7 @@ def _tracked(
     found = read_rows(tracked.table, told, place, study or format, source=format)
     notes = list(found.notes)
     if tracked.running:
-        notes.append(f"{tracked.running} runs are not over and were left out: import them later")
+        notes.append(f"{_many(tracked.running, 'run')} not over, left out: import again later")
     made = _curves(
         tracked.curves, found.rows, dict(zip(tracked.table[RUN], found.rows.index, strict=True))
     )
@@ -324,13 +324,17 @@ def _suspects(rows: pd.DataFrame, table: pd.DataFrame, first_line: int) -> list[
         rest = f" and {len(part) - len(worst)} more" if len(part) > len(worst) else ""
         kept = "kept out" if where == "below" else "still counted: exclude what is wrong"
         said.append(
-            f"suspects: {len(part)} rows far {where} the trend of loss against N and D, {kept}: "
+            f"suspects: {_many(len(part), 'row')} far {where} the trend of loss against N and D, {kept}: "
             f"{', '.join(told)}{rest}"
         )
     return said
 
 
 _NAMED = 5
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _called(table: pd.DataFrame, row: int, first_line: int) -> str:

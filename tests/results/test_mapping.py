@@ -157,9 +157,9 @@ def test_rows_off_the_trend_are_named_and_those_far_below_kept_out() -> None:
     found = read(frame)
     assert list(found.rows.index[found.rows["excluded"].notna()]) == [7]
     below, above = (n for n in found.notes if n.startswith("suspects"))
-    assert "1 rows far below" in below
+    assert "1 row far below" in below
     assert "line 9 (loss" in below
-    assert "1 rows far above" in above
+    assert "1 row far above" in above
     assert "line 11 (loss" in above
     assert not [n for n in read(spread()).notes if n.startswith("suspects")]
 

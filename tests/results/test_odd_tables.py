@@ -80,7 +80,7 @@ def drawn(kind: dict[str, Any]) -> pd.DataFrame:
 @example(kind={**USUAL, "told": False})
 @example(kind={**USUAL, "broken": 1.0})
 @settings(
-    max_examples=6,
+    max_examples=3,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

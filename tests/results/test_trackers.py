@@ -73,7 +73,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = found.rows["status"] == "finished"
     check(Imported(**{**vars(found), "rows": found.rows[done]}), "mlflow")
     assert set(found.rows["study"]) == {"sweep"}
-    assert any("1 runs are not over" in note for note in found.notes)
+    assert any("1 run not over" in note for note in found.notes)
     results = Results.open(tmp_path / "results", create=True)
     assert results.write_many(found.rows, found.curves) == 4
     assert len(results.curves()) == len(found.curves) == 24
@@ -237,7 +237,7 @@ def test_wandb(wandb_server: None) -> None:
     check(found, "wandb")
     assert set(found.rows["study"]) == {"sweep"}
     assert found.guessed["learning_rate"] == "model.lr"
-    assert any("1 runs are not over" in note for note in found.notes)
+    assert any("1 run not over" in note for note in found.notes)
     assert not len(read_source("wandb", "me/sweep", curves=False).curves)
     with pytest.raises(UserError, match="the W&B project me/other cannot be read") as error:
         read_source("wandb", "me/other")
