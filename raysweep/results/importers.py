@@ -324,8 +324,8 @@ def _suspects(rows: pd.DataFrame, table: pd.DataFrame, first_line: int) -> list[
         rest = f" and {len(part) - len(worst)} more" if len(part) > len(worst) else ""
         kept = "kept out" if where == "below" else "still counted: exclude what is wrong"
         said.append(
-            f"suspects: {_many(len(part), 'row')} far {where} the trend of loss against N and D, {kept}: "
-            f"{', '.join(told)}{rest}"
+            f"suspects: {_many(len(part), 'row')} far {where} the trend of loss against N and D, "
+            f"{kept}: {', '.join(told)}{rest}"
         )
     return said
 

@@ -95,14 +95,18 @@ class Adjustment:
         return frame.assign(loss=loss * np.exp(-self.offset(frame)), **{AS_RUN: loss})
 
     def __str__(self) -> str:
-        parts = [
-            f"{e.column} {_said(e.at)} ({written(e.share, 'share')} of the variance)"
-            for e in self.effects
-        ]
+        of = "of the variance within cells that learning rate and batch leave"
+        on = f"{written(self.share, 'share')} {of} ({self.n} runs)"
+        if len(self.effects) == 1:
+            (one,) = self.effects
+            return (
+                f"losses are adjusted for {one.column}, and told at {_said(one.at)}, the best "
+                f"value tried; it explains {on}"
+            )
+        parts = [f"{e.column} {_said(e.at)} ({written(e.share, 'share')})" for e in self.effects]
         return (
-            f"losses are adjusted for {', '.join(parts)}: told at these values, the best of those "
-            f"tried; together they explain {written(self.share, 'share')} of the variance within "
-            f"cells that learning rate and batch leave, over {self.n} runs"
+            f"losses are adjusted for {', '.join(parts)}, and told at these values, the best of "
+            f"those tried; together they explain {on}; in brackets, what would be lost without one"
         )
 
 

@@ -88,7 +88,7 @@ def test_a_further_column_is_found_and_taken_off(fits: Fits, log: PlantedLog) ->
     assert above == pytest.approx(true, abs=0.25 * true.max())
     assert 0.1 < fits.adjusted.share < 0.9
     said = next(c for c in fits.choices if "weight_decay" in c)
-    assert "weight_decay 0.1" in said
+    assert "adjusted for weight_decay, and told at 0.1, the best value tried; it explains" in said
     assert said in fits.summary()
     table = log.table[:1].assign(weight_decay=[0.3])
     worse = (
