@@ -291,7 +291,8 @@ def _curves(points: pd.DataFrame, rows: pd.DataFrame, at: Mapping[str, int]) -> 
 
 
 def _complete(rows: dict[str, pd.Series]) -> list[str]:
-    """Fill in place what follows from other columns; say of the horizon that it does."""
+    """Fill in place what follows from other columns; say of the horizon that it does, and of
+    batches that nothing follows."""
     length, batch = rows.get("sequence_length"), rows.get("batch_tokens")
     sequences = rows.get("batch_sequences")
     if length is not None and sequences is not None:
@@ -299,8 +300,14 @@ def _complete(rows: dict[str, pd.Series]) -> list[str]:
         rows["batch_tokens"] = made if batch is None else batch.where(batch.notna(), made)
     if length is not None and batch is not None and sequences is None:
         rows["batch_sequences"] = (batch / length).round()
+    said = []
+    if sequences is not None and length is None and batch is None:
+        said.append(
+            "batches are in sequences and their length is not told: without it no run tells its "
+            "batch (--map sequence_length==2048, say)"
+        )
     if "tokens" in rows or "steps" not in rows or "batch_tokens" not in rows:
-        return []
+        return said
     rows["tokens"] = rows["steps"] * rows["batch_tokens"]
     return ["tokens are steps x batch"]
 

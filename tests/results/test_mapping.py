@@ -75,6 +75,14 @@ def test_tokens_follow_from_steps_and_batch() -> None:
     assert "tokens are steps x batch" in found.notes
 
 
+def test_batches_in_sequences_of_no_known_length_are_told_of() -> None:
+    found = read(table().drop(columns="seq_len"))
+    assert found.rows["batch_tokens"].isna().all()
+    assert any("their length is not told" in note for note in found.notes)
+    found = read(table().drop(columns="seq_len"), sequence_length="=2048")
+    assert set(found.rows["batch_tokens"]) == {128 * 2048}
+
+
 def test_numbers_are_read_as_people_write_them() -> None:
     found = read(table(n_params="100M", train_tokens="2B"))
     assert set(found.rows["params_active_non_embedding"]) == {1e8}
