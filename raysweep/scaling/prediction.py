@@ -73,12 +73,11 @@ def _one_size(fits: Fits, part: pd.DataFrame, experts: int, top_k: int) -> pd.Da
     """Columns of `predict_runs` for runs of one size."""
     params, tokens = (float(np.exp(np.log(part[n]).mean())) for n in ("params", "tokens"))
     name, group = str(part["architecture"].iloc[0]), str(part["group"].iloc[0])
-    known = name if name in fits.architectures else None if experts > 1 else "dense"
-    if known == "dense" and all(fits.kind(a) != "dense" for a in fits.architectures):
-        known = None
-    many = {"experts": experts, "top_k": top_k} if experts > 1 else {}
-    size = (known, params, tokens)
-    best = fits.recommend(*size, **many, group=group or None)
+    known = name if name in fits.architectures else None
+    # A table that names a MoE need not repeat its routing.
+    told = experts > 1 or known is None or fits.kind(known) == "dense"
+    routing = {"experts": experts, "top_k": top_k} if told else {}
+    best = fits.recommend(known, params, tokens, **routing, group=group or None)
     evidence = fits.evidence_of(best.architecture)
     made = pd.DataFrame(index=part.index)
     made["loss"], (made["low"], made["high"]) = best.loss, best.loss_interval
@@ -86,13 +85,14 @@ def _one_size(fits: Fits, part: pd.DataFrame, experts: int, top_k: int) -> pd.Da
     rate, batch = part["learning_rate"], part["batch_tokens"]
     if evidence.surface is not None:
         if evidence.surface.batch_rule is not None:
-            batch = batch.fillna(1.0)  # no cell varied it: it makes no difference
-        told = (rate > 0) & (batch > 0)
-        if told.any():
-            found = fits.loss_at(best, rate[told].to_numpy(), batch[told].to_numpy())
+            # No cell varied the batch: it makes no difference.
+            batch = batch.where(batch.notna() | rate.isna(), 1.0)
+        both = (rate > 0) & (batch > 0)
+        if both.any():
+            found = fits.loss_at(best, rate[both].to_numpy(), batch[both].to_numpy())
             for column in ("loss", "low", "high", "cost"):
-                made.loc[told, column] = found[column].to_numpy()
-        half = ((rate > 0) | (batch > 0)) & ~told
+                made.loc[both, column] = found[column].to_numpy()
+        half = ((rate > 0) | (batch > 0)) & ~both
         made.loc[half, ["loss", "low", "high"]] = math.nan
         made.loc[half, "why"] = "only one of learning rate and batch is told"
     if not math.isfinite(best.loss):
