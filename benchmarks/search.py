@@ -38,7 +38,7 @@ class CellSearch:
         sampler = make_sampler(
             strategy,
             cell=cell,
-            ladder=history,
+            history=history,
             learning_rate=bounds[0],
             log2_batch=bounds[1],
             sequence_length=sequence_length,

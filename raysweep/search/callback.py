@@ -16,7 +16,7 @@ from ray.tune.experiment import Trial
 
 from raysweep.errors import UserError
 from raysweep.results import Results
-from raysweep.search.scheduler import StudyScheduler
+from raysweep.search.hangs import HangDetector
 from raysweep.search.interruption import (
     GRACE_SECONDS,
     INTERRUPTED,
@@ -25,7 +25,7 @@ from raysweep.search.interruption import (
     tell_trials_to_stop,
 )
 from raysweep.search.progress import Progress
-from raysweep.search.hangs import HangDetector
+from raysweep.search.scheduler import StudyScheduler
 from raysweep.search.trial import FAILED
 from raysweep.training.record import unfinished_row
 

@@ -35,8 +35,8 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """Listens for signals while a study runs. Off the main thread, where none arrive, it is idle.
 
-    The first signal raises Interrupted, unless trials run (`defer_signals`): then it is noted, and the
-    driver winds down. The second ends the process at once, and a local Ray with it.
+    The first signal raises Interrupted, unless trials run (`defer_signals`): then it is noted, and
+    the driver winds down. The second ends the process at once, and a local Ray with it.
     """
 
     def __init__(self) -> None:

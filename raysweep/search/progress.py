@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from raysweep.search.scheduler import StudyScheduler
 from raysweep.search.cells import CellState
+from raysweep.search.scheduler import StudyScheduler
 from raysweep.text import duration, short, written
 
 PLAIN_SECONDS = 15.0

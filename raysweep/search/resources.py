@@ -73,7 +73,7 @@ class ResourcePool:
                 together[name] = together.get(name, 0.0) + amount
         return any(_holds(total, together) for total in self._totals.values())
 
-    def take(self, trial: str, bundles: Sequence[Bundle], *, force: bool = False) -> bool:
+    def acquire(self, trial: str, bundles: Sequence[Bundle], *, force: bool = False) -> bool:
         """Book a trial. With `force` it is booked on any node although it does not fit: it waits
         there for the cluster to grow. Returns whether it is booked."""
         assert trial not in self._booked, trial

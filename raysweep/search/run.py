@@ -16,18 +16,18 @@ from rich.console import Console
 
 from raysweep import allocator
 from raysweep.data.corpus import Corpus, prepare
-from raysweep.data.shipping import publish
+from raysweep.data.shipping import upload
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.lock import study_lock
 from raysweep.scaling.datasets import other_data
-from raysweep.search.scheduler import StudyScheduler, bundles_of
 from raysweep.search.interruption import Interrupted, Interruption
-from raysweep.search.resources import ResourcePool
 from raysweep.search.loggers import check_loggers, make_loggers
 from raysweep.search.nodes import fingerprint, look_at_nodes, problems
 from raysweep.search.progress import Progress
+from raysweep.search.resources import ResourcePool
 from raysweep.search.runtime import cluster_address, cluster_nodes, dashboard_url, ray_runtime
+from raysweep.search.scheduler import StudyScheduler, bundles_of
 from raysweep.study import Cell, Study
 from raysweep.text import duration
 from raysweep.training.record import library_versions
@@ -87,7 +87,7 @@ def run(
             corpus.hash,
             ResourcePool({}),
             rows=everything[own],
-            history=everything[~own],
+            imported=everything[~own],
             ranges=results.ranges(study.name),
         )
         space = study.space
@@ -107,7 +107,7 @@ def run(
             if address is None:
                 _check_room(scheduler)
             else:  # nodes may join at any time, and all that they share is the results URI
-                publish(corpus, results.storage)
+                upload(corpus, results.storage)
             if address is not None or any(c.resources.gpus_per_worker for c in study.cells):
                 for line in problems(look_at_nodes(), study.cells, fingerprint()):
                     console.print(f"warning: {line}", highlight=False, soft_wrap=True)
@@ -129,9 +129,9 @@ def _run_on_ray(
 ) -> RunSummary:
     from ray import tune
 
-    from raysweep.search.searcher import StudySearcher, EarlyStop
-    from raysweep.search.trial import TrialContext, make_trainable, start_group
     from raysweep.search.callback import RETRIES, StudyCallback
+    from raysweep.search.searcher import EarlyStop, StudySearcher
+    from raysweep.search.trial import TrialContext, make_trainable, start_group
     from raysweep.training.ray_train import end_groups
 
     context = TrialContext(
@@ -157,7 +157,9 @@ def _run_on_ray(
         searcher = StudySearcher(
             scheduler, cluster_nodes, interruption, functools.partial(start_group, context)
         )
-        callback = StudyCallback(scheduler, corpus.hash, results, progress, interruption, searcher.look)
+        callback = StudyCallback(
+            scheduler, corpus.hash, results, progress, interruption, searcher.look
+        )
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(

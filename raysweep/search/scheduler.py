@@ -18,12 +18,12 @@ from optuna.trial import TrialState
 
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.optima.literature import literature_prior
+from raysweep.search.autoscaler import Kind, kind_of
 from raysweep.search.cells import CellState
 from raysweep.search.early_stopping import make_pruner
-from raysweep.search.autoscaler import Kind, kind_of
 from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.resources import Bundle, ResourcePool
-from raysweep.search.restore import restore_trials, add_imported_trials, restore_bounds, widened
+from raysweep.search.restore import add_imported_trials, restore_bounds, restore_trials, widened
 from raysweep.search.strategies import RESTARTING, make_sampler
 from raysweep.search.value import next_cell, targets_of
 from raysweep.study import Cell, Study, TrialSpec
@@ -31,7 +31,7 @@ from raysweep.study import Cell, Study, TrialSpec
 _log = logging.getLogger("raysweep")
 
 
-MOST_GRANTED = 4
+MAX_GRANTED = 4
 """With a budget of FLOPs, a cell gets at most this many times its own trials."""
 
 
@@ -63,7 +63,7 @@ class StudyScheduler:
         data_hash: of the corpus; part of every trial's key.
         pool: the resources of the cluster.
         rows: what the results folder holds of this study already; it is continued.
-        history: other rows that may add_imported_trials (imported sweeps), with the schema's columns.
+        imported: other rows that teach (imported sweeps), with the schema's columns.
         ranges: `widened` of the earlier runs that the rows are from.
     """
 
@@ -73,7 +73,7 @@ class StudyScheduler:
         data_hash: str,
         pool: ResourcePool,
         rows: pd.DataFrame | None = None,
-        history: pd.DataFrame | None = None,
+        imported: pd.DataFrame | None = None,
         ranges: Mapping[str, Any] | None = None,
     ) -> None:
         self.study = study
@@ -83,17 +83,17 @@ class StudyScheduler:
         self._data_hash = data_hash
         self._search = study.space.search
         space = study.space
-        self._ladder = TrialHistory(literature_prior(space.without, space.literature))
+        self._history = TrialHistory(literature_prior(space.without, space.literature))
         self._flops_spent = 0.0
         self._open: dict[str, tuple[CellState, Proposal, optuna.Trial]] = {}
         self._waiting_said: set[str] = set()
-        if history is not None:
-            add_imported_trials(self._ladder, history)
+        if imported is not None:
+            add_imported_trials(self._history, imported)
         self.states = {cell.name: self._state(cell) for cell in study.cells}
         for state in self._ordered():
             state.branches = [self.states[c.name] for c in study.branches(state.cell)]
             for branch in state.branches:
-                branch.trunk = state
+                branch.stable_run = state
         if ranges:
             restore_bounds(study, ranges, self.states)
         if rows is not None:
@@ -143,7 +143,7 @@ class StudyScheduler:
         roomy = [s for s in fitting if len(s.running) < max(1, math.ceil(s.budget / 3))]
         state = (roomy or fitting)[0]
         proposal, trial = self._propose(state, trial_id)
-        self.pool.take(trial_id, bundles_of(state.cell), force=forced)
+        self.pool.acquire(trial_id, bundles_of(state.cell), force=forced)
         self._open[trial_id] = (state, proposal, trial)
         state.running.add(proposal.number)
         self._flops_spent += state.trial_flops
@@ -231,11 +231,11 @@ class StudyScheduler:
         limit = self._search.total_flops
         if limit is None or any(s.wanted for s in self._ordered()):
             return []
-        most = MOST_GRANTED * self._search.trials_per_cell
+        most = MAX_GRANTED * self._search.trials_per_cell
         return [
             s
             for s in self._ordered()
-            if s.trunk is None
+            if s.stable_run is None
             and self._flops_spent + s.trial_flops <= limit
             and s.concluded + len(s.running) < most
             and not s.given_up
@@ -253,10 +253,10 @@ class StudyScheduler:
         if not candidates or limit is None:
             return
         had = [s.concluded + len(s.running) for s in candidates]
-        most = MOST_GRANTED * self._search.trials_per_cell
+        most = MAX_GRANTED * self._search.trials_per_cell
         targets = targets_of(self.study)
         chosen = next_cell(
-            self._ladder.surface(),
+            self._history.surface(),
             [s.cell.size for s in candidates],
             had,
             [s.trial_flops for s in candidates],
@@ -282,7 +282,7 @@ class StudyScheduler:
         """Repeats of the best point, once the search of the cell is over."""
         wanted = self._search.repeats_at_optimum
         busy = state.wanted or state.running
-        if not wanted or busy or state.best is None or state.trunk is not None:
+        if not wanted or busy or state.best is None or state.stable_run is not None:
             return 0
         learning_rate, log2_batch = _where(state.best)
         return wanted - (state.tried.get((f"{learning_rate:.9e}", log2_batch), 1) - 1)
@@ -293,9 +293,9 @@ class StudyScheduler:
             (c for c in self.study.cells if c.architecture == cell.architecture),
             key=lambda c: c.flops,
         )
-        first = search.first_cell_trials if cell == self.study.trunk(smallest) else None
+        first = search.first_cell_trials if cell == self.study.stable_run(smallest) else None
         study = optuna.create_study(study_name=cell.name, pruner=make_pruner(search.early_stopping))
-        served = (cell, *self.study.branches(self.study.trunk(cell)))
+        served = (cell, *self.study.branches(self.study.stable_run(cell)))
         state = CellState(
             cell,
             search,
@@ -310,14 +310,14 @@ class StudyScheduler:
     def _attach_sampler(self, state: CellState) -> None:
         features = state.cell.size
         length = state.cell.shape.sequence_length
-        self._ladder.register(features, state.study, sequence_length=length)
+        self._history.register(features, state.study, sequence_length=length)
         seed = self.study.space.seed
         if self._search.strategy in RESTARTING:
             seed += len(state.study.get_trials(deepcopy=False))
         state.study.sampler = make_sampler(
             self._search.strategy,
             cell=features,
-            ladder=self._ladder,
+            history=self._history,
             learning_rate=state.bounds.learning_rate,
             log2_batch=state.bounds.log2_batch,
             sequence_length=length,
@@ -357,11 +357,11 @@ class StudyScheduler:
         search = self._search
         if not search.extend_edges or state.extensions >= search.max_extensions:
             return
-        if state.trunk or state.wanted or state.running or state.finished < 3:
+        if state.stable_run or state.wanted or state.running or state.finished < 3:
             return
         length = state.cell.shape.sequence_length
         low, high = state.bounds.log2_batch
-        surface, tokens = self._ladder.surface(), (2.0**low * length, 2.0**high * length)
+        surface, tokens = self._history.surface(), (2.0**low * length, 2.0**high * length)
         found = (
             surface.edges(s.cell.size, state.bounds.learning_rate, tokens)
             for s in (state, *state.branches)
@@ -378,7 +378,7 @@ class StudyScheduler:
             later = other.cell.flops > state.cell.flops
             if later and other.cell.architecture == state.cell.architecture:
                 untouched = not other.running and not other.study.get_trials(deepcopy=False)
-                if untouched and not other.trunk and other.extend(edges):
+                if untouched and not other.stable_run and other.extend(edges):
                     self._attach_sampler(other)
 
     def _say_waiting(self, state: CellState) -> None:

@@ -12,10 +12,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from raysweep.search.scheduler import StudyScheduler, bundles_of
 from raysweep.search.autoscaler import AutoscalerRequests, PlacementRequest
 from raysweep.search.interruption import INTERRUPTED, Interruption
 from raysweep.search.resources import Bundle
+from raysweep.search.scheduler import StudyScheduler, bundles_of
 from raysweep.study.cells import Resources
 from raysweep.training.ray_train import end_groups
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks.nodes import Cluster, in_trial
+from raysweep.search.callback import RETRIES, StudyCallback
 from raysweep.search.cells import CRASHES_ALLOWED
 from raysweep.search.run import run
-from raysweep.search.callback import RETRIES, StudyCallback
 from raysweep.study import Study
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("losses")]

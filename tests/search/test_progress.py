@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from raysweep.search.scheduler import StudyScheduler
-from raysweep.search.resources import ResourcePool
 from raysweep.search.progress import Progress, Timing
+from raysweep.search.resources import ResourcePool
+from raysweep.search.scheduler import StudyScheduler
 from raysweep.study import Study
 
 STUDY = {

@@ -12,8 +12,8 @@ import pytest
 
 from raysweep.errors import UserError
 from raysweep.results.schema import COLUMNS
-from raysweep.search.scheduler import StudyScheduler, Proposal, bundles_of
 from raysweep.search.resources import ResourcePool
+from raysweep.search.scheduler import Proposal, StudyScheduler, bundles_of
 from raysweep.study import Study
 
 BASE = {
@@ -48,7 +48,9 @@ def planted(proposal: Proposal, optimum: float = 1e-2) -> tuple[str, float | Non
     return "finished", 2.0 + 10 * scale**-0.3 + 0.03 * u**2 + 0.01 * v**2
 
 
-def simulate(scheduler: StudyScheduler, outcome=planted, *, stop_after: int | None = None, rng=None):
+def simulate(
+    scheduler: StudyScheduler, outcome=planted, *, stop_after: int | None = None, rng=None
+):
     """Workers of the pool's size with random trial lengths. Yields (proposal, status, loss)."""
     rng = rng or np.random.default_rng(0)
     clock, events, ids = 0.0, [], itertools.count()
@@ -207,7 +209,9 @@ def test_crashes_do_not_use_up_the_budget_and_a_broken_cell_is_given_up() -> Non
 
 
 def test_where_everything_diverges_a_cell_ends_all_the_same() -> None:
-    log = simulate(StudyScheduler(make_study(), "data", two_workers()), lambda p: ("diverged", None))
+    log = simulate(
+        StudyScheduler(make_study(), "data", two_workers()), lambda p: ("diverged", None)
+    )
     assert 6 * 4 <= len(log) <= 6 * 8
 
 
@@ -249,7 +253,9 @@ def test_a_study_that_widened_its_ranges_ends_once_wherever_it_was_stopped(stop_
     running = 2 if stop_after else 0  # trials that the stop cut off had widened no range
     for name, count in counts.items():
         assert count <= 4 + 2 * extensions[str(name)] + running
-    again = StudyScheduler(study, "data", two_workers(), rows=rows_of(log), ranges=scheduler.widened)
+    again = StudyScheduler(
+        study, "data", two_workers(), rows=rows_of(log), ranges=scheduler.widened
+    )
     assert again.done
     assert again.widened == scheduler.widened
 
@@ -264,7 +270,9 @@ def test_a_range_that_was_narrowed_stays_narrow(extend: bool) -> None:
         learning_rate={"low": 1e-3, "high": 3e-2}, trials_per_cell=6, extend_edges=extend
     )
     for _ in range(2):  # on the second run the file's ranges are those of the last run
-        scheduler = StudyScheduler(narrow, "data", two_workers(), rows=rows_of(log), ranges=wide.widened)
+        scheduler = StudyScheduler(
+            narrow, "data", two_workers(), rows=rows_of(log), ranges=wide.widened
+        )
         added = simulate(scheduler, stop_after=5)
         assert added
         assert all(1e-3 <= p.spec.learning_rate <= 3e-2 for p, *_ in added)
@@ -305,11 +313,11 @@ def test_imported_results_teach_the_first_trial() -> None:
             "loss": 3.0 + 0.05 * u**2 + 0.02 * v**2,
         }
         rows.append(row)
-    history = pd.DataFrame(rows, columns=list(COLUMNS))
+    imported = pd.DataFrame(rows, columns=list(COLUMNS))
     one = Study.from_dict({**BASE, "scales": BASE["scales"][-1:]})
     first = {}
     for taught in (False, True):
-        scheduler = StudyScheduler(one, "d", two_workers(), history=history if taught else None)
+        scheduler = StudyScheduler(one, "d", two_workers(), imported=imported if taught else None)
         proposals = [scheduler.ask(f"t{i}") for i in range(2)]
         first[taught] = [abs(math.log(p.spec.learning_rate / 5e-4)) for p in proposals if p]
     assert min(first[True]) < 1.0
@@ -371,7 +379,9 @@ def test_a_flop_budget_goes_on_after_a_stop_and_while_no_worker_is_there() -> No
     study = make_study(extend_edges=False)
     limit = 1.6 * sum(4 * c.flops for c in study.cells)
     study = make_study(total_flops=limit, extend_edges=False)
-    first = simulate(StudyScheduler(study, "data", two_workers()), stop_after=4 * len(study.cells) + 1)
+    first = simulate(
+        StudyScheduler(study, "data", two_workers()), stop_after=4 * len(study.cells) + 1
+    )
     scheduler = StudyScheduler(study, "data", ResourcePool({}), rows=rows_of(first))
     assert not scheduler.done
     asked = scheduler.ask("waits")
