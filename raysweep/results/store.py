@@ -266,7 +266,7 @@ def _nothing_at(storage: Storage) -> str:
                 f"{shown} is a search-space file, no results folder: 'raysweep run {shown}' makes "
                 f"its results, in results/{path.stem} unless told"
             )
-        if path.suffix in (".csv", ".parquet"):
+        if path.suffix in (".csv", ".parquet", ".jsonl"):
             return f"{shown} is a file: 'raysweep import csv {shown} --results FOLDER' reads it"
         return f"{shown} is a file: name a results folder"
     found = _results_in(path) if path.exists() else {}
