@@ -17,6 +17,7 @@ from raysweep.errors import UserError
 from raysweep.report import budgets, facts, measured, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
+from raysweep.report.interactive import described, library
 from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
 from raysweep.report.render import csv_text, relative, render, replace_file
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of
@@ -25,13 +26,13 @@ from raysweep.results.store import Results
 from raysweep.scaling.fits import Fits, fit
 from raysweep.text import written
 
-LARGEST = 3_000_000
+LARGEST = 4_000_000
 """Bytes that the page should not exceed."""
 
 FOLDER = "reports"
 """Where a page goes that nobody names a folder for, in one of its study's name."""
 
-SCRIPTS = ("common.js", "figures.js", "answer.js", "page.js")
+SCRIPTS = ("common.js", "figures.js", "plots.js", "answer.js", "parallel.js", "page.js")
 """What the page runs, in order."""
 
 _STUDY = re.compile(r'<meta name="raysweep-study" content="([^"]*)">')
@@ -140,6 +141,10 @@ def _context(
         "law_tables": _law_tables(fits),
         "groups": group_rows(fits),
         "cell_figures": [(c, c.figure.draw().svg) for c in cells],
+        "described": {
+            f.name: described(f) for f in (*figures.values(), *(c.figure for c in cells))
+        },
+        "library": library(),
         "cells_drawn": drawn_of(fits),
         "gaps": GAPS,
         "checks": trust.checks(fits),

@@ -97,7 +97,7 @@ const answers = (() => {
 (() => {
   const form = document.getElementById("ask");
   if (!form) return;
-  const { make, draw, styles, short } = kit;
+  const { make, draw, styles, short, ticks } = kit;
   const page = kit.read("data-page");
   const field = (name) => form.elements[name];
   const outs = (name) => document.querySelectorAll(`[data-out="${name}"]`);
@@ -111,8 +111,7 @@ const answers = (() => {
     const plain = text.trim();
     const comma = /^([-+]?[0-9]+),([0-9]+) ?([kmbt]?)$/i.exec(plain);
     if (comma && (comma[3] || comma[2].length !== 3)) return `${name}: write ${comma[1]}.${comma[2]}${comma[3]}`;
-    const match = /^([0-9]+(?:\.[0-9]*)?|\.[0-9]+|[0-9]{1,3}(?:[,_ ][0-9]{3})+)(e[+-]?[0-9]+)? ?([kmbt]?)$/i.exec(plain);
-    const value = match ? Number(match[1].replaceAll(/[,_ ]/g, "") + (match[2] ?? "")) * { "": 1, k: 1e3, m: 1e6, b: 1e9, t: 1e12 }[match[3].toLowerCase()] : NaN;
+    const value = kit.amount(plain);
     if (!(value > 0 && Number.isFinite(value))) return `${name} must be a number above zero, such as ${name === "Tokens" ? "1.4T" : "7B"}`;
     return value < 1000 ? `${name} ${plain}: did you mean ${plain}${name === "Tokens" ? "T" : "B"}?` : value;
   };
@@ -175,19 +174,6 @@ const answers = (() => {
     });
 
   // --- charts: along compute at the asked tokens a parameter ------------------------------------
-  const ticks = (low, high, most) => {
-    const decades = [];
-    for (let p = Math.floor(low / Math.LN10); p <= Math.ceil(high / Math.LN10); p++) decades.push(p);
-    const within = (steps) => decades.flatMap((p) => steps.map((s) => s * 10 ** p)).filter((v) => Math.log(v) >= low && Math.log(v) <= high);
-    if (high - low < Math.log(3)) {
-      const [a, b] = [Math.exp(low), Math.exp(high)];
-      const step = [1, 2, 5, 10].map((s) => s * 10 ** Math.floor(Math.log10((b - a) / most))).find((s) => (b - a) / s <= most);
-      return Array.from({ length: most + 2 }, (_, i) => (Math.floor(a / step) + i) * step).filter((v) => v >= a && v <= b).map((v) => Number(v.toPrecision(6)));
-    }
-    const whole = within([1]);
-    if (whole.length > most) return whole.filter((_, i) => i % Math.ceil(whole.length / most) === 0);
-    return [[1, 2, 5], [1, 3]].map(within).find((t) => t.length <= most) ?? whole;
-  };
   const QUANTITIES = [["rate", "learning rate", "rate"], ["batch", "batch, tokens", "batch"], ["loss", "loss", "loss"]];
   const halves = { rate: "rate_half", batch: "batch_half" };
   const ends = (entry, name, x, y) => {
