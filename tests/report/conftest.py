@@ -255,7 +255,7 @@ FLAGS = (
     "--disable-extensions",
     "--hide-scrollbars",
     "--window-size=1200,900",
-    "--virtual-time-budget=20000",
+    "--virtual-time-budget=1000000",
 )
 WATCH = """<script>
 window.seen = { errors: [], blocked: [] };

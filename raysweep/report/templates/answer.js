@@ -215,7 +215,7 @@ const answers = (() => {
     [low, high] = [Math.min(low, ...near.map((p) => p.y)), Math.max(high, ...near.map((p) => p.y))];
     const margin = 0.08 * (high - low) + 0.004;
     low -= margin; high += margin;
-    const [W, H, L, T] = [470, last ? 156 : 126, 62, 18], bottom = last ? 38 : 8;
+    const [W, H, L, T] = [Math.max(280, document.getElementById("ask-charts").clientWidth || 470), last ? 156 : 126, 62, 18], bottom = last ? 38 : 8;
     const [from, to] = [points[0].flops, points.at(-1).flops];
     const px = (v) => L + ((W - L - 10) * (v - from)) / (to - from), py = (v) => T + (H - T - bottom) * (1 - (v - low) / (high - low));
     const svg = draw(null, "svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${label} against training FLOPs` });
@@ -329,6 +329,11 @@ const answers = (() => {
     for (const [key, name] of [["e", "routing"], ["g", "group"]])
       if (given.get(key) && [...field(name).options].some((o) => o.value === given.get(key))) field(name).value = given.get(key);
   };
+  let drawn_for = 0;
+  new ResizeObserver(([{ contentRect }]) => {
+    if (drawn_for && Math.abs(contentRect.width - drawn_for) > 1 && shown) charts(shown);
+    drawn_for = contentRect.width;
+  }).observe(document.getElementById("ask-charts"));
   form.addEventListener("input", (event) => {
     if (event.target.name === "architecture") { field("group").value = ""; choices(); }
     update(true);

@@ -2,7 +2,7 @@
 /** Draws into `place`; `keep(k, [low, high] or null)` is called when a range of axis k is dragged. */
 const parallel = (place, { axes, colours, shown, keep }) => {
   const { draw } = kit;
-  const T = 26, B = 8, H = 210, LEFT = 34, RIGHT = 34, GRIP = 13;
+  const T = 26, B = 8, H = 190, LEFT = 22, RIGHT = 22, GRIP = 13;
   const scales = axes.map(({ values }) => {
     const known = values.filter((v) => v > 0).map(Math.log);
     const low = Math.min(...known), high = Math.max(...known), margin = 0.02 * (high - low) || 0.05;

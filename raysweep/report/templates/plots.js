@@ -3,7 +3,7 @@
 const plots = (() => {
   const { read, make, styles, significant } = kit;
   const figures = read("data-figures");
-  const NARROW = 640, LARGE = 370, CLOSE = 30;
+  const NARROW = 640, LARGE = 370, CLOSE = 30, BESIDE = 12;
   const MARKS = { o: "circle", s: "square", "^": "triangle-up", D: "diamond", v: "triangle-down", P: "cross", x: "x-thin", "*": "star" };
   const coarse = matchMedia("(pointer: coarse)").matches;
 
@@ -40,10 +40,22 @@ const plots = (() => {
       x: [...known, ...back].map((i) => s.x[i]), y: [...known.map((i) => s.high[i]), ...back.map((i) => s.low[i])],
     };
   };
-  const line = (s, panel) => ({
-    type: "scatter", mode: "lines", x: s.x, y: s.y, text: texts(s, panel), hovertemplate: "%{text}<extra></extra>",
+  const line = (s) => ({
+    type: "scatter", mode: "lines", x: s.x, y: s.y, hoverinfo: "skip",
     line: { color: colour(s.colour), width: s.thin ? 1.1 : s.dashed ? 1.3 : 2, dash: s.dashed ? "5px,3px" : "solid" },
   });
+  /** Where a line answers the pointer: its points, but for those beside a dot, which is meant there. */
+  const along = (s, panel, wide, high) => {
+    const scale = (a, size) => {
+      const [low, up] = a.limits.map(a.log ? Math.log : Number);
+      return (v) => (size * ((a.log ? Math.log(v) : v) - low)) / (up - low);
+    };
+    const [px, py] = [scale(panel.x, wide), scale(panel.y, high)];
+    const dots = panel.series.filter((o) => o.kind === "points").flatMap((o) => o.x.map((x, i) => [px(x), py(o.y[i])]));
+    const far = s.x.map((_, i) => i).filter((i) => s.y[i] !== null && dots.every(([x, y]) => Math.hypot(x - px(s.x[i]), y - py(s.y[i])) > BESIDE));
+    const text = texts(s, panel);
+    return { type: "scatter", mode: "markers", marker: { opacity: 0, size: 6 }, hovertemplate: "%{text}<extra></extra>", x: far.map((i) => s.x[i]), y: far.map((i) => s.y[i]), text: far.map((i) => text[i]) };
+  };
   const points = (s, panel, by) => {
     const paper = colour("paper"), own = colour(s.colour), n = s.x.length;
     const solid = Array.from({ length: n }, (_, i) => s.full?.[i] !== 0);
@@ -133,6 +145,15 @@ const plots = (() => {
     const legend = groups.length > 1;
     const longest = Math.max(0, ...names.map((v) => v.length));
     const margin = { l: Math.max(66, longest * 6.6 + 10), r: 14, t: legend ? 34 : 12, b: 48 };
+    if (down && legend) { // the row of buttons, and below it the legend's
+      let rows = 1, used = 0;
+      for (const group of groups) {
+        const needs = group.length * 6.8 + 50;
+        if (used + needs > width - 90) { rows++; used = 0; }
+        used += needs;
+      }
+      margin.t = 34 + 20 * rows;
+    }
     const beyond = panels.map((p) => 5 + 6.2 * Math.max(0, ...p.series.map((s) => s.end?.length ?? 0)));
     if (!down || n === 1) margin.r += beyond.at(-1) > 5 ? beyond.at(-1) : 0;
     if (down) margin.r = Math.max(margin.r, ...beyond);
@@ -141,10 +162,10 @@ const plots = (() => {
     if (state.by) {
       const values = data.panels.flatMap((p) => p.series.flatMap((s) => s.shades?.[state.by] ?? [])).map(log10);
       by = { name: state.by, low: Math.min(...values), high: Math.max(...values) + 1e-6, scale: [0, 1, 2, 3, 4].map((i) => [i / 4, colour(`h${i}`)]) };
-      margin.t = down ? 70 : 48;
+      margin.t += down ? 40 : 14;
     }
     const gapDown = 62, inner = width - margin.l - margin.r;
-    const tall = down ? n * one : one + margin.t - 12;
+    const tall = (down ? n : 1) * one + margin.t - 12;
     const plotTall = tall - margin.t - margin.b;
     const gaps = panels.map((p, i) => (i ? (p.y.names.length && !p.y.names[0] ? 26 : p.y.label === panels[i - 1].y.label ? 58 : 76) + (beyond[i - 1] > 5 ? beyond[i - 1] - 20 : 0) : 0));
     const ratios = panels.map((_, i) => data.ratios[i] ?? 1), share = ratios.reduce((a, b) => a + b);
@@ -163,13 +184,16 @@ const plots = (() => {
       const titled = down || !i || panel.y.label !== panels[i - 1].y.label;
       layout[`xaxis${k}`] = axis(panel.x, x, `y${k}`, wide / 75, true);
       layout[`yaxis${k}`] = axis(panel.y, y, `x${k}`, high / 45, titled);
-      for (const s of panel.series) {
+      // Dots first: of two marks as near, the pointer means the first. `zorder` draws them on top.
+      const order = [...panel.series].sort((a, b) => (b.kind === "points") - (a.kind === "points"));
+      for (const s of order) {
         const add = (trace, more = {}) => { traces.push({ ...trace, name: plain(s.legend || s.name), legendgroup: s.legend || s.name, showlegend: false, xaxis: `x${k}`, yaxis: `y${k}`, ...more }); series.push(s); };
         if (s.kind === "contours") add(contours(s));
-        else if (s.kind === "points") add(points(s, panel, by));
+        else if (s.kind === "points") add(points(s, panel, by), { zorder: 3 });
         else {
-          if (s.low) add(band(s));
-          add(line(s, panel));
+          if (s.low) add(band(s), { zorder: 1 });
+          add(line(s), { zorder: 2 });
+          if (!panel.y.names.length) add(along(s, panel, wide, high), { zorder: 2 });
         }
       }
       layout.annotations.push(...(panel.series.some((s) => s.end) ? ends(panel, k, high) : []));
@@ -178,11 +202,14 @@ const plots = (() => {
         layout.shapes.push({ type: "line", layer: "below", line: { color: colour("faint"), width: 1 }, [`${flat}ref`]: `${flat}${k}`, [`${full}ref`]: `${full}${k} domain`, [`${flat}0`]: panel.neutral, [`${flat}1`]: panel.neutral, [`${full}0`]: 0, [`${full}1`]: 1 });
       }
     });
-    if (legend)
-      for (const group of groups) {
-        const own = traces.map((_, i) => i).filter((i) => traces[i].legendgroup === group && traces[i].fill !== "toself");
-        traces[own.find((i) => traces[i].mode === "markers") ?? own[0]].showlegend = true;
-      }
+    // What the legend shows is a mark of its own: the first dot may be hollow, or shaded.
+    for (const group of legend ? groups : []) {
+      const own = panels[0].series.concat(panels.slice(1).flatMap((p) => p.series)).filter((s) => s.legend === group);
+      const s = own.find((one) => one.kind === "points") ?? own[0], c = colour(s.colour), cross = s.marker === "x";
+      const mark = s.kind === "points" ? { mode: "markers", marker: { symbol: MARKS[s.marker], color: c, size: 8, line: { color: c, width: cross ? 1.5 : 0 } } } : { mode: "lines", line: { color: c, width: 2, dash: s.dashed ? "4px,3px" : "solid" } };
+      traces.push({ type: "scatter", x: [null], y: [null], name: plain(group), legendgroup: group, showlegend: true, hoverinfo: "skip", ...mark });
+      series.push({ kind: "legend" });
+    }
     if (by) {
       const first = traces.find((t) => t.marker?.cmin !== undefined);
       const at = kit.ticks(by.low * Math.LN10, by.high * Math.LN10, 4);
@@ -208,7 +235,7 @@ const plots = (() => {
   const tell = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
   const kept = (s) => {
     if (!brush || s.kind !== "points") return null;
-    const [names, set] = s.keys ? [s.keys, brush.keys] : s.shades ? [s.names, brush.cells] : [null];
+    const [names, set] = s.keys ? [s.keys, brush.keys] : s.shades ? [s.names, brush.cells] : [];
     return names ? names.flatMap((name, i) => (set.has(name) ? [i] : [])) : null;
   };
   const brushed = (traces, series) => traces.map((t, i) => {
