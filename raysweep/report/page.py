@@ -213,6 +213,12 @@ def _title(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def folder_of(results: Results) -> Path:
+    """`reports/STUDY`, by the first study of the results."""
+    studies = facts.studies(results.to_pandas(), results.search_spaces())
+    return Path(FOLDER) / _file_name([str(s["name"]) for s in studies])
+
+
 def _file_name(names: Sequence[str]) -> str:
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", names[0] if names else "").strip("._")
     return safe or "results"
