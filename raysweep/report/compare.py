@@ -26,7 +26,7 @@ from raysweep.report.figure import (
 )
 from raysweep.report.interactive import described, library
 from raysweep.report.laws import FLOPS, QUANTITIES, SIZE_AXES, paths_along, told_along
-from raysweep.report.render import csv_text, render, replace_file
+from raysweep.report.render import render, replace_file
 from raysweep.scaling.compare import EQUALS, Arm, Ratio, compare_arms, needed
 from raysweep.scaling.optima.surface import TARGETS
 from raysweep.scaling.recommend import Recommendation, answer
@@ -84,7 +84,6 @@ def write_comparison(
         "apart": apart or {},
         "figures": figures,
         "drawings": {name: f.draw().svg for name, f in figures.items()},
-        "csv": {name: csv_text(f.to_pandas()) for name, f in figures.items()},
         "described": {name: described(f) for name, f in figures.items()},
         "library": library(),
         "command": command,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from raysweep.report.figure import Axis, Contours, Line, Panel, PlotFigure, Points, limits
 
-DIGITS = 5
+DIGITS = 6
 """Digits of the numbers that are drawn."""
 
 
@@ -29,24 +29,25 @@ def library() -> str:
     return base64.b64encode(gzip.compress(script.read_bytes(), 9, mtime=0)).decode()
 
 
-def described(figure: PlotFigure) -> dict[str, Any]:
+def described(figure: PlotFigure, rows: Mapping[str, int] | None = None) -> dict[str, Any]:
     """A figure as plain values: what it is made of, with the limits of its axes; colours are roles,
-    and `templates/plots.js` draws it."""
+    and `templates/plots.js` draws it. `rows` are the places of trials in the page's table, by their
+    keys; a trial that is not there is at -1."""
     return {
         "label": figure.caption,
         "height": round(96 * figure.height),
         "ratios": list(figure.ratios),
         "choose": figure.choose,
-        "panels": [_panel(panel) for panel in figure.panels],
+        "panels": [_panel(panel, rows or {}) for panel in figure.panels],
     }
 
 
-def _panel(panel: Panel) -> dict[str, Any]:
+def _panel(panel: Panel, rows: Mapping[str, int]) -> dict[str, Any]:
     return {
         "x": _axis(panel, "x", panel.x),
         "y": _axis(panel, "y", panel.y),
         "neutral": panel.neutral,
-        "series": [_series(s) for s in panel.series],
+        "series": [_series(s, rows) for s in panel.series],
     }
 
 
@@ -62,10 +63,10 @@ def _axis(panel: Panel, which: str, axis: Axis) -> dict[str, Any]:
     }
 
 
-def _series(s: Points | Line | Contours) -> dict[str, Any]:
+def _series(s: Points | Line | Contours, rows: Mapping[str, int]) -> dict[str, Any]:
     told: dict[str, Any] = {"name": s.name, "x": _list(s.x), "y": _list(s.y)}
     if isinstance(s, Contours):
-        values = [_list(row, 4) for row in np.clip(s.values, 0, 1e3)]
+        values = [_list(row, 3) for row in np.clip(s.values, 0, 1e3)]
         return {**told, "kind": "contours", "values": values, "levels": s.levels}
     told |= {"legend": s.legend or s.name.split(",")[0], "colour": s.colour}
     if s.low is not None and s.high is not None:
@@ -73,7 +74,9 @@ def _series(s: Points | Line | Contours) -> dict[str, Any]:
     if isinstance(s, Line):
         return {**told, "kind": "line", "dashed": s.dashed, "thin": s.thin, "end": s.end}
     told |= {"kind": "points", "marker": s.marker, "size": s.size}
-    told |= {k: list(v) for k in ("tips", "names", "fills", "keys") if (v := getattr(s, k))}
+    told |= {k: list(v) for k in ("tips", "names", "fills") if (v := getattr(s, k))}
+    if s.keys:
+        told["rows"] = [rows.get(key, -1) for key in s.keys]
     if s.full is not None:
         told["full"] = [int(v) for v in s.full]
     if s.shades:

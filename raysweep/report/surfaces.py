@@ -23,13 +23,10 @@ MAX_CELLS = 24
 MAX_DOTS = 8000
 """Trials drawn in all cells together; of more, each cell's are thinned evenly by loss."""
 
-MAX_TIPS = 2500
-"""Trials with a hover text; beyond this many in the page none has one."""
-
 REGION = 5.991
 """Chi-squared of two degrees of freedom at 95 %."""
 
-GRID = 33
+GRID = 25
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,10 @@ def cell_figures(fits: Fits) -> list[CellFigure]:
     if len(every) > MAX_CELLS:
         spread = np.unique(np.linspace(0, len(every) - 1, MAX_CELLS).round().astype(int))
         names = [every[i] for i in spread]
-    tips = sum(len(searched[n].loss) for n in names) <= MAX_TIPS
     dots = max(MAX_DOTS // max(len(names), 1), 40)
     keys = _keys(fits)
     return [
-        _one(fits, searched, name, k, dots, tips, keys.get(name, ([], [])))
+        _one(fits, searched, name, k, dots, keys.get(name, ([], [])))
         for k, name in enumerate(names)
     ]
 
@@ -64,7 +60,7 @@ def cell_figures(fits: Fits) -> list[CellFigure]:
 def cell_figure(fits: Fits, name: str) -> CellFigure:
     """The figure of one searched cell, with all its trials."""
     searched = {t.name: t for t in fits.table.searched()}
-    return _one(fits, searched, name, 0, len(searched[name].loss), tips=False)
+    return _one(fits, searched, name, 0, len(searched[name].loss))
 
 
 def _keys(fits: Fits) -> dict[str, tuple[list[str], list[str]]]:
@@ -84,7 +80,6 @@ def _one(
     name: str,
     number: int,
     dots: int,
-    tips: bool,
     keys: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> CellFigure:
     row = fits.cells.loc[[name]].to_dict("records")[0]
@@ -94,7 +89,7 @@ def _one(
     evidence = fits.evidence_of(architecture)
     optimum = fits.optima["model"][name]
     best = float(row["loss"])
-    figure = _figure(searched[name], evidence, optimum, best, box, number, dots, tips, keys)
+    figure = _figure(searched[name], evidence, optimum, best, box, number, dots, keys)
     n, d = float(row["params_active_non_embedding"]), float(row["tokens"])
     return CellFigure(name, architecture, n, d, optimum, figure)
 
@@ -107,35 +102,24 @@ def _figure(
     box: np.ndarray,
     number: int,
     dots: int,
-    tips: bool,
     keys: tuple[Sequence[str], Sequence[str]],
 ) -> PlotFigure:
     gap = trials.loss / best - 1
     order = np.argsort(-gap, kind="stable")
     if len(order) > dots:
         order = order[np.linspace(0, len(order) - 1, dots).round().astype(int)]
-    rate, batch, loss, above = (
-        a[order] for a in (trials.learning_rate, trials.batch_tokens, trials.loss, gap)
-    )
-    said = [
-        f"lr {written(r, 'rate')}, batch {short(b)}, loss {x:.4f} ({100 * g:+.2f} %)"
-        for r, b, x, g in zip(rate, batch, loss, above, strict=True)
-    ]
+    rate, batch, above = (a[order] for a in (trials.learning_rate, trials.batch_tokens, gap))
     fills = [f"h{i}" for i in np.searchsorted(GAPS, above, side="right")]
     size = float(np.clip(600 / max(len(gap), 1), 10, 38))
     series: list[Series] = _contours(trials, evidence, best)
     series.append(
-        Points("trials", rate, batch, "h0", tips=said if tips else (), size=size, fills=fills,
+        Points("trials", rate, batch, "h0", size=size, fills=fills,
                keys=[keys[0][i] for i in order] if keys[0] else ())
     )  # fmt: skip
     if len(trials.failed_learning_rate):
-        lost = [
-            f"diverged: lr {written(r, 'rate')}, batch {short(b)}"
-            for r, b in zip(trials.failed_learning_rate, trials.failed_batch_tokens, strict=True)
-        ]
         series.append(
             Points("diverged", trials.failed_learning_rate, trials.failed_batch_tokens, "bad", "x",
-                   tips=lost if tips else (), size=20, keys=keys[1])
+                   size=20, keys=keys[1])
         )  # fmt: skip
     series += _optimum(optimum)
     low, high = np.exp(box)

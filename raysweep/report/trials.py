@@ -15,7 +15,7 @@ from raysweep.scaling.fits import Fits
 MOST_ROWS = 8000
 """Rows in the page. Beyond it the worst losses of each cell are left to the Parquet table."""
 
-CURVE_NUMBERS = 50_000
+CURVE_NUMBERS = 30_000
 """Points of curves in the page, shared by all trials that have one."""
 
 COLUMNS: dict[str, tuple[str, str]] = {

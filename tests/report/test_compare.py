@@ -41,7 +41,7 @@ def test_table_of_sides_comes_first(
             style = "number" if ratio.quantity == "loss" else "ratio"
             assert written(ratio.ratio.value, style) in page.text
             assert between(ratio.ratio.low, ratio.ratio.high, style) in page.text
-    assert set(page.json["data-csv"]) == {"ratios", "sides"}
+    assert set(page.json["data-figures"]) == {"ratios", "sides"}
     assert {p.name for p in path.parent.iterdir()} == {"index.html", "ratios.png", "sides.png"}
     assert "raysweep compare x" in page.text
 

@@ -67,12 +67,12 @@ def test_a_figure_is_described_by_plain_values() -> None:
     line = Line("law of others", x, 2 / x, legend="published laws", end="others")
     grid = Contours("surface", x, x, np.array([[0.0, 0.1234567], [1e9, 1]]), (0.01, 0.1))
     panel = Panel(Axis("N", "params"), Axis("rate", "rate"), (grid, line, dots), neutral=1.0)
-    told = described(PlotFigure("one", "what it shows", (panel,), choose=("N",)))
+    told = described(PlotFigure("one", "what it shows", (panel,), choose=("N",)), {"b": 7})
     assert json.loads(json.dumps(told, allow_nan=False)) == json.loads(json.dumps(told))
     surface, law, cells = told["panels"][0]["series"]
-    assert surface["values"] == [[0.0, 0.1235], [1000.0, 1.0]]
+    assert surface["values"] == [[0.0, 0.123], [1000.0, 1.0]]
     assert (law["legend"], cells["legend"]) == ("published laws", "dense")
-    assert (cells["high"], cells["full"], cells["keys"]) == ([None, 1.0], [1, 0], ["a", "b"])
+    assert (cells["high"], cells["full"], cells["rows"]) == ([None, 1.0], [1, 0], [-1, 7])
     low, high = told["panels"][0]["x"]["limits"]
     assert low < 1e3 < 1e5 < high
 
@@ -175,7 +175,7 @@ def test_zoom_reset_and_legend(ladder: Ladder, drive: Drive) -> None:
     )
     (low, high), _ = shown["whole"]
     (near_low, near_high), ticks = shown["near"]
-    assert low < near_low < near_high < high, (shown['whole'], shown['near'])
+    assert low < near_low < near_high < high, (shown["whole"], shown["near"])
     assert near_high - near_low == pytest.approx(0.2 * (high - low), rel=0.1)
     assert len(ticks) >= 2
     assert shown["again"] == pytest.approx([low, high])
@@ -234,9 +234,10 @@ def test_a_dot_opens_its_row_and_a_cell_its_surface(ladder: Ladder, drive: Drive
         await until(() => chosen.classList.contains("drawn"));
         chosen.scrollIntoView({ behavior: "instant", block: "center" });
         const plot = chosen.querySelector(".plot");
+        const row = kit.read("data-trials").columns[0].values.indexOf(key);
         const { series } = plots.drawn.get(chosen).made;
-        const dots = series.findIndex((s) => s.keys?.includes(key));
-        const i = series[dots].keys.indexOf(key);
+        const dots = series.findIndex((s) => s.rows?.includes(row));
+        const i = series[dots].rows.indexOf(row);
         await click(plot, place(plot, series[dots].x[i], series[dots].y[i]));
         const opened = chosen.querySelector(".opened");
         return { cell: chosen.dataset.cell, rows: opened.querySelectorAll("tbody > tr").length,
@@ -279,10 +280,9 @@ def test_what_is_kept_in_the_table_stands_out_everywhere(ladder: Ladder, drive: 
         const dragged = [count(), form.elements.from_loss.value, form.elements.to_loss.value];
         document.getElementById("trial-clear").click();
         await pause(300);
-        const keys = surface.data.find((t) => t.name === "trials").text.length;
         surface.emit("plotly_selected", { points: [{ curveNumber: surface.data.findIndex((t) => t.name === "trials"), pointNumber: 0 }] });
         await pause(300);
-        return { whole, small, cleared, dragged, picked: count(), keys };
+        return { whole, small, cleared, dragged, picked: count() };
         """,
     )
     assert shown["whole"][0] == "72 of 72 trials"

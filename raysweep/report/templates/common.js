@@ -59,6 +59,12 @@ const kit = (() => {
   const tick = (value, style) =>
     ["rate", "flops", "coefficient"].includes(style) ? scientific(value) : ["loss", "number"].includes(style) ? significant(value, 6) : short(value);
 
-  const csv = {}; // further data to download: name -> function that gives the text
+  const quoted = (v) => {
+    if (v === null || v === undefined) return "";
+    if (typeof v === "string" && /^[=+\-@\t\r]/.test(v)) v = `'${v}`; // no formula
+    return /[",\n]/.test(v) ? `"${String(v).replaceAll('"', '""')}"` : v;
+  };
+  // Data to download beside those of figures: name -> function that gives the text.
+  const csv = { text: (rows) => rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n" };
   return { read, make, draw, styles, short, scientific, significant, amount, exact, ticks, tick, csv };
 })();

@@ -26,11 +26,17 @@
   for (const kind of ["pointermove", "pointerdown"]) document.addEventListener(kind, hint);
   document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 
-  const csv = read("data-csv");
+  const csv = (name) => {
+    const rows = [["x_is", "y_is", "what", "name", "x", "y", "low", "high"]];
+    for (const { x, y, series } of read("data-figures")[name].panels)
+      for (const s of series)
+        s.x.forEach((v, i) => rows.push([x.label, y.label, s.name, s.names?.[i], v, y.names[Math.round(s.y[i])] ?? s.y[i], s.low?.[i], s.high?.[i]]));
+    return kit.csv.text(rows);
+  };
   for (const button of document.querySelectorAll("[data-csv]"))
     button.addEventListener("click", () => {
       const name = button.dataset.csv;
-      const text = kit.csv[name]?.() ?? csv[name];
+      const text = kit.csv[name]?.() ?? csv(name);
       const link = make("a");
       link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
       link.download = `${name}.csv`;

@@ -19,9 +19,9 @@
     touched(cell);
     strip.scrollIntoView({ block: "nearest" });
   });
-  document.addEventListener("trial", ({ detail: { key, figure } }) => {
+  document.addEventListener("trial", ({ detail: { row, figure } }) => {
     figure.querySelector(".opened")?.remove();
-    const opened = kit.opened?.(key);
+    const opened = kit.opened?.(row);
     if (opened) figure.append(opened);
   });
   choose(cells.find((cell) => "first" in cell.dataset) ?? cells[0]);
@@ -34,18 +34,7 @@
   const columns = trials.columns;
   const value = (column, row) =>
     column.values ? column.values[row] : column.codes[row] < 0 ? null : column.words[column.codes[row]];
-  const csvOfTrials = () => {
-    const cell = (v) => {
-      if (v === null) return "";
-      if (typeof v === "string" && /^[=+\-@\t\r]/.test(v)) v = `'${v}`; // no formula
-      return /[",\n]/.test(v) ? `"${String(v).replaceAll('"', '""')}"` : v;
-    };
-    const lines = [columns.map((c) => c.name).join(",")];
-    for (let row = 0; row < trials.shown; row++) lines.push(columns.map((c) => cell(value(c, row))).join(","));
-    return lines.join("\n") + "\n";
-  };
-
-  kit.csv.trials = csvOfTrials;
+  kit.csv.trials = () => kit.csv.text([columns.map((c) => c.name), ...Array.from({ length: trials.shown }, (_, row) => columns.map((c) => value(c, row)))]);
 
   const table = document.getElementById("trial-table");
   if (!table) return;
@@ -53,7 +42,7 @@
   const PAGE = 8;
   let sorted = null, descending = false, page = 0;
   let rows = [...Array(trials.shown).keys()];
-  let picked = null; // keys of trials selected in a surface
+  let picked = null; // rows selected in a surface
 
   for (const name of ["cell", "status"]) {
     const column = columns.find((c) => c.name === name);
@@ -157,7 +146,7 @@
     rows = [];
     for (let row = 0; row < trials.shown; row++) {
       if (exact.some((c) => value(c, row) !== wanted[c.name])) continue;
-      if (picked && !picked.has(value(columns[0], row))) continue;
+      if (picked && !picked.has(row)) continue;
       if (between.some(([c, low, high]) => { const v = value(c, row); return v === null || v < low || v > high; })) continue;
       if (text && !words.some((c) => String(value(c, row) ?? "").toLowerCase().includes(text))) continue;
       rows.push(row);
@@ -168,8 +157,7 @@
   // Surfaces, laws and parallel axes show what is kept: after a moment, for it costs a drawing.
   let waiting = 0;
   const tell = (some) => {
-    const names = columns[0].name === "trial_key" ? columns[0] : null;
-    const detail = some && names ? { keys: new Set(rows.map((r) => value(names, r))), cells: new Set(rows.map((r) => trials.cells[trials.of[r]])) } : null;
+    const detail = some ? { rows: new Set(rows), cells: new Set(rows.map((r) => trials.cells[trials.of[r]])) } : null;
     kit.parallel?.show(rows, ranged.map(limits));
     clearTimeout(waiting);
     waiting = setTimeout(() => document.dispatchEvent(new CustomEvent("brush", { detail })), 120);
@@ -189,10 +177,8 @@
     return line;
   };
   /** A trial's row and curve, to stand where its dot was clicked; nothing where it is not here. */
-  kit.opened = (key) => {
-    const names = named("trial_key");
-    const row = rows.concat([...Array(trials.shown).keys()]).find((r) => value(names, r) === key);
-    if (row === undefined) return null;
+  kit.opened = (row) => {
+    if (row < 0) return null;
     const box = make("div", undefined, "scroll opened"), small = make("table"), top = make("tr");
     for (const column of columns) top.append(make("th", column.heading, isNumber(column) ? "num" : ""));
     small.createTHead().append(top);
@@ -200,6 +186,13 @@
     box.append(small);
     small.querySelector("tbody button")?.click();
     return box;
+  };
+
+  /** What a dot says of its trial. */
+  kit.said = (row) => {
+    const tell = (name, word) => { const c = named(name), v = c && value(c, row); return v === null || v === undefined ? [] : [`${word}${styles[c.kind](v)}`]; };
+    const status = named("status");
+    return [...(status && value(status, row) !== "finished" ? [value(status, row)] : []), ...tell("learning_rate", "lr "), ...tell("batch_tokens", "batch "), ...tell("loss", "loss "), ...tell("gap", "above best ")].join(", ");
   };
 
   const update = () => {

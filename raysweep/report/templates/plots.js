@@ -26,6 +26,7 @@ const plots = (() => {
 
   // --- from data to traces -----------------------------------------------------------------------
   const told = (s, panel, i) => {
+    if (s.rows?.[i] >= 0 && kit.said) return kit.said(s.rows[i]);
     const at = panel.y.names.length ? "" : ` at ${panel.x.label.split(",")[0]} ${write(s.x[i], panel.x.style)}`;
     const value = panel.y.names.length ? write(s.x[i], panel.x.style) : write(s.y[i], panel.y.style);
     return `${s.names?.[i] ?? s.name}: ${value}${at}`;
@@ -230,12 +231,12 @@ const plots = (() => {
 
   // --- drawing -------------------------------------------------------------------------------------
   const drawn = new Map(); // figure element -> { plot, state, width, made }
-  let brush = null; // { keys, cells }: the trials kept by the table's filters, and their cells
+  let brush = null; // { rows, cells }: the trials kept by the table's filters, and their cells
 
   const tell = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
   const kept = (s) => {
     if (!brush || s.kind !== "points") return null;
-    const [names, set] = s.keys ? [s.keys, brush.keys] : s.shades ? [s.names, brush.cells] : [];
+    const [names, set] = s.rows ? [s.rows, brush.rows] : s.shades ? [s.names, brush.cells] : [];
     return names ? names.flatMap((name, i) => (set.has(name) ? [i] : [])) : null;
   };
   const brushed = (traces, series) => traces.map((t, i) => {
@@ -244,7 +245,7 @@ const plots = (() => {
   });
   const config = (data) => ({
     displaylogo: false, doubleClick: "reset", showTips: false, displayModeBar: coarse || "hover", scrollZoom: false,
-    modeBarButtons: [["zoom2d", "pan2d", ...(data.panels.some((p) => p.series.some((s) => s.keys)) ? ["select2d"] : []), "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+    modeBarButtons: [["zoom2d", "pan2d", ...(data.panels.some((p) => p.series.some((s) => s.rows)) ? ["select2d"] : []), "zoomIn2d", "zoomOut2d", "resetScale2d"]],
   });
   const render = async (figure) => {
     const Plotly = await load();
@@ -278,12 +279,11 @@ const plots = (() => {
     });
     own.plot.on("plotly_click", ({ points: [p] }) => {
       const s = own.made.series[p.curveNumber];
-      if (s.keys?.length) tell("trial", { key: s.keys[p.pointNumber], figure });
+      if (s.rows) tell("trial", { row: s.rows[p.pointNumber], figure });
       else if (s.shades) tell("cell", s.names[p.pointNumber]);
     });
     own.plot.on("plotly_selected", (event) => {
-      const keys = event?.points.map((p) => own.made.series[p.curveNumber].keys?.[p.pointNumber]).filter(Boolean);
-      if (event) tell("picked", keys);
+      if (event) tell("picked", event.points.map((p) => own.made.series[p.curveNumber].rows?.[p.pointNumber] ?? -1).filter((row) => row >= 0));
     });
   };
   const buttons = (label, names, chosen, press) => {
@@ -336,7 +336,7 @@ const plots = (() => {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { for (const figure of drawn.keys()) render(figure); });
     document.addEventListener("brush", ({ detail }) => {
       brush = detail;
-      for (const [figure, own] of drawn) if (own.made?.series.some((s) => s.keys || s.shades)) render(figure);
+      for (const [figure, own] of drawn) if (own.made?.series.some((s) => s.rows || s.shades)) render(figure);
     });
   }
   return { show: (figure) => { if ("DecompressionStream" in window) show(figure); }, drawn };
