@@ -29,7 +29,7 @@ from benchmarks.search import CellSearch
 from raysweep.errors import UserError
 from raysweep.scaling.optima.literature import PUBLISHED_LAWS, OptimumPrior, literature_prior
 from raysweep.scaling.optima.surface import Surface, fit_surface
-from raysweep.search.ladder import TrialHistory
+from raysweep.search.history import TrialHistory
 from raysweep.study.shape import RunSize
 
 SHAPES = ("parabola", "lopsided")

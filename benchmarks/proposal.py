@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 
-from raysweep.search.ladder import TrialHistory
+from raysweep.search.history import TrialHistory
 from raysweep.search.strategies import make_sampler, search_space
 from raysweep.study.shape import RunSize
 
@@ -34,13 +34,13 @@ def loss_of(cell: RunSize, rate: float, log2: int, rng: np.random.Generator) -> 
 
 def studies_of(strategy: str, cells: list[RunSize], trials: int) -> list[optuna.Study]:
     """A study a cell with `trials` random trials altogether."""
-    rng, ladder, studies = np.random.default_rng(0), TrialHistory(), []
+    rng, history, studies = np.random.default_rng(0), TrialHistory(), []
     space = search_space(RATES, BATCHES)
     for i, cell in enumerate(cells):
         sampler = make_sampler(
             strategy,
             cell=cell,
-            ladder=ladder,
+            history=history,
             learning_rate=RATES,
             log2_batch=BATCHES,
             sequence_length=LENGTH,
@@ -48,7 +48,7 @@ def studies_of(strategy: str, cells: list[RunSize], trials: int) -> list[optuna.
             seed=0,
         )
         study = optuna.create_study(sampler=sampler)
-        ladder.register(cell, study, sequence_length=LENGTH)
+        history.register(cell, study, sequence_length=LENGTH)
         for _ in range(trials * (i + 1) // len(cells) - trials * i // len(cells)):
             rate = float(np.exp(rng.uniform(*np.log(RATES))))
             log2 = int(rng.integers(BATCHES[0], BATCHES[1] + 1))

@@ -32,7 +32,7 @@ from benchmarks.search import grid_search
 from raysweep.errors import UserError
 from raysweep.scaling.optima.literature import OptimumPrior, flat_prior, literature_prior
 from raysweep.scaling.optima.model import LINEAR, Design
-from raysweep.search.ladder import TrialHistory
+from raysweep.search.history import TrialHistory
 from raysweep.search.strategies import STRATEGIES
 from raysweep.study.shape import RunSize
 

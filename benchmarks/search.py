@@ -9,7 +9,7 @@ import optuna
 from optuna.trial import TrialState
 
 from benchmarks.recorded import RecordedGrid
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.strategies import make_sampler, search_space
 from raysweep.study.shape import RunSize
 
@@ -38,7 +38,7 @@ class CellSearch:
         sampler = make_sampler(
             strategy,
             cell=cell,
-            ladder=history,
+            history=history,
             learning_rate=bounds[0],
             log2_batch=bounds[1],
             sequence_length=sequence_length,

@@ -23,7 +23,7 @@ from benchmarks.search import grid_search
 from raysweep.errors import UserError
 from raysweep.scaling.optima.literature import OptimumPrior, flat_prior, literature_prior
 from raysweep.scaling.optima.surface import Surface
-from raysweep.search.ladder import TrialHistory
+from raysweep.search.history import TrialHistory
 from raysweep.search.value import next_cell
 
 _TOP = 4.0  # targets have at least the largest compute over this

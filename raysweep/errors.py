@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LONGEST_MESSAGE = 700
+MAX_MESSAGE = 700
 """Characters; what a file holds is quoted in messages and can be of any length."""
 
 
@@ -16,7 +16,7 @@ class UserError(ValueError):
 def _one_line(message: str) -> str:
     """Without line breaks, and with control characters written out: terminals act on those."""
     text = " ".join(message.split())
-    if len(text) > LONGEST_MESSAGE:
-        half = LONGEST_MESSAGE // 2
+    if len(text) > MAX_MESSAGE:
+        half = MAX_MESSAGE // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -153,7 +153,7 @@ NUMBER = (
 )
 """What `read_number` takes, as a pattern that JSON schemas understand too."""
 
-LEAST_SIZE = 1000
+MIN_SIZE = 1000
 """Parameters and tokens of a run: whoever gives fewer has left out the letter."""
 
 
@@ -186,7 +186,7 @@ def read_number(given: str | float, what: str = "") -> float:
 def read_size(given: str | float, what: str = "") -> float:
     """Parameters or tokens of a run, as `read_number`; UserError for 7 where 7B must be meant."""
     value = read_number(given, what)
-    if 0 < value < LEAST_SIZE:
+    if 0 < value < MIN_SIZE:
         asked = f"{value:g}"
         letter = "T" if what == "tokens" and value < 10 else "B"
         raise UserError(f"{what or 'a size of'} {asked}: did you mean {asked}{letter}?")

@@ -13,7 +13,7 @@ from raysweep.errors import UserError
 from raysweep.study import Study
 from raysweep.text import size
 
-LARGEST_PACKAGE_BYTES = 50_000_000
+MAX_PACKAGE_BYTES = 50_000_000
 """Ray keeps packages in the head's memory and refuses those beyond some hundred megabytes."""
 
 AT_THE_ROOT = {"results", "reports", "tests", "build", "dist"}
@@ -117,11 +117,11 @@ def _check_size(files: Files) -> None:
         entry = "/".join(name.split("/")[:2])
         sizes[entry] = sizes.get(entry, 0) + path.stat().st_size
     total = sum(sizes.values())
-    if total <= LARGEST_PACKAGE_BYTES:
+    if total <= MAX_PACKAGE_BYTES:
         return
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
     named = ", ".join(f"{name} ({size(n)})" for name, n in largest)
     raise UserError(
-        f"the code to send is {size(total)}, over {size(LARGEST_PACKAGE_BYTES)}; "
+        f"the code to send is {size(total)}, over {size(MAX_PACKAGE_BYTES)}; "
         f"largest: {named}: move them out of the checkout"
     )

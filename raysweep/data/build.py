@@ -12,8 +12,8 @@ from typing import Any
 
 from raysweep.data import machine
 from raysweep.data.existing_tokens import describe_shards
-from raysweep.data.sources import Format, Tally, boundary, find_files, read_documents
-from raysweep.data.staging import Documents, Staging
+from raysweep.data.sources import Format, ReadStats, boundary, find_files, read_documents
+from raysweep.data.spool import Documents, DocumentSpool
 from raysweep.data.tokenizer import (
     ByteEncoder,
     Encoder,
@@ -97,17 +97,17 @@ def build(plan: Plan, work: Path, say: Say) -> None:
 
 
 def _from_text(plan: Plan, work: Path, say: Say) -> dict[str, Any]:
-    tally, held_out_tally = Tally(), Tally()
-    with Staging(work / "text.bin") as staging:
-        for text in _reported(_training_documents(plan, tally), say):
-            staging.add(text)
+    stats, held_out_stats = ReadStats(), ReadStats()
+    with DocumentSpool(work / "text.bin") as spool:
+        for text in _reported(_training_documents(plan, stats), say):
+            spool.add(text)
         for text in read_documents(
-            plan.held_out, plan.held_out_format, plan.data.text_column, held_out_tally
+            plan.held_out, plan.held_out_format, plan.data.text_column, held_out_stats
         ):
-            staging.add(text, held_out=True)
-        if not staging.bytes:
+            spool.add(text, held_out=True)
+        if not spool.bytes:
             raise UserError(f"data source {plan.data.source} holds no text: {_hint(plan)}")
-        train, validation = staging.split(plan.data.validation_fraction)
+        train, validation = spool.split(plan.data.validation_fraction)
         encoder = _encoder(plan, train, work, say)
         dtype = smallest_dtype(plan.vocab_size)
         manifest: dict[str, Any] = {"in_place": False, "dtype": dtype}
@@ -128,19 +128,19 @@ def _from_text(plan: Plan, work: Path, say: Say) -> dict[str, Any]:
     return manifest | {
         "hash": digest,
         "bytes_per_token": validation.bytes / tokens if tokens else None,
-        "read": tally.as_dict(),
-        "held_out": held_out_tally.as_dict() if plan.held_out else None,
+        "read": stats.as_dict(),
+        "held_out": held_out_stats.as_dict() if plan.held_out else None,
     }
 
 
-def _training_documents(plan: Plan, tally: Tally) -> Iterator[bytes]:
+def _training_documents(plan: Plan, stats: ReadStats) -> Iterator[bytes]:
     data = plan.data
     megabytes = data.max_megabytes
     if data.source == "machine":
         megabytes = megabytes or machine.MAX_MEGABYTES
-        documents = machine.read_machine(tally)
+        documents = machine.read_machine(stats)
     else:
-        documents = read_documents(plan.files, data.source, data.text_column, tally)
+        documents = read_documents(plan.files, data.source, data.text_column, stats)
     left = float("inf") if megabytes is None else int(megabytes * 1e6)
     for text in documents:
         if len(text) > left:

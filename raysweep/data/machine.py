@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from raysweep.data.near_duplicates import NearDuplicates
-from raysweep.data.sources import Tally, decode_problem, normalise_newlines, walk
+from raysweep.data.sources import ReadStats, decode_problem, normalise_newlines, walk
 
 MAX_MEGABYTES = 48.0
 """How much is read unless the search-space file says otherwise."""
@@ -28,7 +28,7 @@ _ENCODED_SHARE = 0.05
 _ENCODED = re.compile(rb"[A-Za-z0-9+/]{64,}")
 
 
-def read_machine(tally: Tally) -> Iterator[bytes]:
+def read_machine(stats: ReadStats) -> Iterator[bytes]:
     """Documents, one a file: the standard library first, then the packages.
 
     Within each the order is that of a hash of the file's name, so that any first part of it is a
@@ -41,17 +41,17 @@ def read_machine(tally: Tally) -> Iterator[bytes]:
             try:
                 text = path.read_bytes()
             except OSError:
-                tally.dropped["unreadable"] += 1
+                stats.dropped["unreadable"] += 1
                 continue
             problem = decode_problem(text) or unfit(text)
             if problem is None:
                 text = normalise_newlines(text).replace(b"\0", b"")
                 problem = "near duplicate" if passed.seen(text) else None
             if problem is None:
-                tally.files += 1
-                yield tally.keep(text)
+                stats.files += 1
+                yield stats.keep(text)
             else:
-                tally.dropped[problem] += 1
+                stats.dropped[problem] += 1
 
 
 def unfit(text: bytes) -> str | None:

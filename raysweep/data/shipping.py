@@ -15,7 +15,7 @@ from raysweep.results.filesystem import Storage, retry
 FOLDER = "corpora"
 
 
-def publish(corpus: Corpus, storage: Storage) -> None:
+def upload(corpus: Corpus, storage: Storage) -> None:
     """Copy a prepared corpus to `STORAGE/corpora/HASH/`, unless it is there already.
 
     The manifest goes last: a corpus that has one is whole. Shards that the user keeps elsewhere
@@ -30,7 +30,7 @@ def publish(corpus: Corpus, storage: Storage) -> None:
     storage.write((corpus.path / build.MANIFEST).read_bytes(), FOLDER, corpus.hash, build.MANIFEST)
 
 
-def obtain(corpus: Corpus, storage: Storage) -> Corpus:
+def fetch(corpus: Corpus, storage: Storage) -> Corpus:
     """The corpus on this node: where the driver has it, or fetched once into this node's cache.
 
     The user's own shards are taken where they lie. Raises UserError where it is in neither place.

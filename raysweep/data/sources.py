@@ -30,7 +30,7 @@ whatever its suffix."""
 
 
 @dataclass
-class Tally:
+class ReadStats:
     """What was read, and what was left out for which reason."""
 
     files: int = 0
@@ -88,25 +88,25 @@ def walk(root: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
 
 
 def read_documents(
-    files: Mapping[Path, bool], form: Format, text_column: str, tally: Tally
+    files: Mapping[Path, bool], form: Format, text_column: str, stats: ReadStats
 ) -> Iterator[bytes]:
     """Documents of the files in order. A file named outright (see find_files) that is no text is
     an error, one met in a folder is left out and counted."""
     for path, named in files.items():
         try:
             if form == "text":
-                texts = _read_text(path, named, tally)
+                texts = _read_text(path, named, stats)
             elif form == "jsonl":
-                texts = _read_jsonl(path, text_column, tally)
+                texts = _read_jsonl(path, text_column, stats)
             else:
-                texts = _read_parquet(path, text_column, tally)
-            tally.files += 1
+                texts = _read_parquet(path, text_column, stats)
+            stats.files += 1
             for text in texts:
                 clean = text.replace(b"\0", b"")
                 if clean.strip():
-                    yield tally.keep(clean)
+                    yield stats.keep(clean)
                 else:
-                    tally.dropped["empty"] += 1
+                    stats.dropped["empty"] += 1
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"{path} cannot be read ({reason}): check data.paths") from None
@@ -143,7 +143,7 @@ def normalise_newlines(text: bytes) -> bytes:
     return text.replace(b"\r\n", b"\n") if b"\r" in text else text
 
 
-def _read_text(path: Path, named: bool, tally: Tally) -> Iterator[bytes]:
+def _read_text(path: Path, named: bool, stats: ReadStats) -> Iterator[bytes]:
     with path.open("rb") as file:
         carry = b""
         while block := carry + file.read(BLOCK - len(carry)):
@@ -152,13 +152,13 @@ def _read_text(path: Path, named: bool, tally: Tally) -> Iterator[bytes]:
             if problem := decode_problem(block):
                 if named:
                     raise UserError(f"{path} is {problem}: convert it, or drop it from data.paths")
-                tally.files -= 1
-                tally.dropped[problem] += 1
+                stats.files -= 1
+                stats.dropped[problem] += 1
                 return
             yield normalise_newlines(block)
 
 
-def _read_jsonl(path: Path, column: str, tally: Tally) -> Iterator[bytes]:
+def _read_jsonl(path: Path, column: str, stats: ReadStats) -> Iterator[bytes]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as lines:
@@ -176,7 +176,7 @@ def _read_jsonl(path: Path, column: str, tally: Tally) -> Iterator[bytes]:
                     raise UserError(_no_column(where, column, row))
                 text = row[column]
                 if text is None:
-                    tally.dropped["null"] += 1
+                    stats.dropped["null"] += 1
                 elif isinstance(text, str):
                     yield text.encode("utf-8", errors="replace")
                 else:
@@ -188,7 +188,7 @@ def _read_jsonl(path: Path, column: str, tally: Tally) -> Iterator[bytes]:
         raise UserError(f"{path} is damaged or not UTF-8 ({error}): replace it") from None
 
 
-def _read_parquet(path: Path, column: str, tally: Tally) -> Iterator[bytes]:
+def _read_parquet(path: Path, column: str, stats: ReadStats) -> Iterator[bytes]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -207,7 +207,7 @@ def _read_parquet(path: Path, column: str, tally: Tally) -> Iterator[bytes]:
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     if text is None:
-                        tally.dropped["null"] += 1
+                        stats.dropped["null"] += 1
                     else:
                         yield text.encode("utf-8")
     except pa.ArrowException as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from raysweep.data.staging import Documents
+from raysweep.data.spool import Documents
 from raysweep.data.tokens import smallest_dtype
 from raysweep.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch._dynamo.config
 
-MOST_KINDS = 16
+MAX_KINDS = 16
 """Kinds of runs (shape, micro-batch, precision) whose graphs are kept; then all are forgotten."""
 GRAPHS_A_KIND = 8
 """Of one function, at most: in training, in evaluation, with activations kept or not."""
@@ -29,8 +29,8 @@ def compiled(function: F) -> F:
     if function not in _compiled:
         config: Any = torch._dynamo.config
         # Past its limit a function would silently run uncompiled: by default from the ninth on.
-        config.recompile_limit = MOST_KINDS * GRAPHS_A_KIND
-        config.accumulated_recompile_limit = 64 * MOST_KINDS * GRAPHS_A_KIND
+        config.recompile_limit = MAX_KINDS * GRAPHS_A_KIND
+        config.accumulated_recompile_limit = 64 * MAX_KINDS * GRAPHS_A_KIND
         _compiled[function] = torch.compile(
             function, backend=BACKEND, dynamic=False, fullgraph=True
         )
@@ -39,7 +39,7 @@ def compiled(function: F) -> F:
 
 def make_room(kind: Hashable) -> None:
     """Announce a run of this kind: where too many others ran before, forget their graphs."""
-    if kind not in _kinds and len(_kinds) >= MOST_KINDS:
+    if kind not in _kinds and len(_kinds) >= MAX_KINDS:
         forget()
     _kinds.add(kind)
 

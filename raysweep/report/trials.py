@@ -12,7 +12,7 @@ import pandas as pd
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.fits import Fits
 
-MOST_ROWS = 8000
+MAX_ROWS = 8000
 """Rows in the page. Beyond it the worst losses of each cell are left to the Parquet table."""
 
 CURVE_NUMBERS = 30_000
@@ -38,7 +38,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def trial_table(
-    frame: pd.DataFrame, curves: pd.DataFrame, fits: Fits, most: int = MOST_ROWS
+    frame: pd.DataFrame, curves: pd.DataFrame, fits: Fits, most: int = MAX_ROWS
 ) -> dict[str, Any]:
     """{"columns": [...], "rows": n, "shown": n, "curves": [...], "cells": [...], "of": [...]} of a
     table of trials and their loss curves; text columns are coded as words and indices. `of` is each

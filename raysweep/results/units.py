@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-FEWEST_PARAMS = 1e3
+MIN_PARAMS = 1e3
 """No language model has fewer parameters: such numbers are billions or millions."""
-FEWEST_TOKENS = 1e4
-FEWEST_TOKENS_PER_PARAM, MOST_TOKENS_PER_PARAM = 1e-2, 1e5
+MIN_TOKENS = 1e4
+MIN_TOKENS_PER_PARAM, MAX_TOKENS_PER_PARAM = 1e-2, 1e5
 """D / N of all published sweeps lies well within."""
 BUDGET_OFF = 3.0
 """A budget is this many times above or below 6 N D only where N leaves out most of the model."""
 BUDGET_WRONG = 100.0
-MOST_STEPS = 5e6
-LEAST_BATCH = 8192
+MAX_STEPS = 5e6
+MIN_BATCH = 8192
 """Batches of fewer tokens are rare, and numbers of sequences are common there."""
-LEAST_BATCH_STEPS = 2e5
+MIN_BATCH_STEPS = 2e5
 HIGHEST_RATE = 10.0
 HIGHEST_LOSS = 13.0
 """ln of the largest vocabulary in use: guessing costs no more nats a token."""
@@ -94,15 +94,15 @@ def _unit(value: float) -> tuple[str, str]:
 
 def _params(rows: pd.DataFrame) -> Doubt | None:
     params = _get(rows, _N)
-    unit, factor = _unit(_typical(params[params < FEWEST_PARAMS]))
+    unit, factor = _unit(_typical(params[params < MIN_PARAMS]))
     return _doubt(
         _N,
-        params < FEWEST_PARAMS,
+        params < MIN_PARAMS,
         params,
         True,
         lambda where: (
-            f"{_N} is below {FEWEST_PARAMS:g} {where} (median "
-            f"{_typical(params[params < FEWEST_PARAMS]):.3g}): it seems to be in {unit}, and must "
+            f"{_N} is below {MIN_PARAMS:g} {where} (median "
+            f"{_typical(params[params < MIN_PARAMS]):.3g}): it seems to be in {unit}, and must "
             f"be in parameters; multiply it (--map {_N}=COLUMN*{factor})"
         ),
     )
@@ -110,7 +110,7 @@ def _params(rows: pd.DataFrame) -> Doubt | None:
 
 def _tokens(rows: pd.DataFrame) -> Doubt | None:
     tokens = _get(rows, _D)
-    low = tokens < FEWEST_TOKENS
+    low = tokens < MIN_TOKENS
     typical = _typical(tokens[low])
     unit, factor = _unit(typical)
     return _doubt(
@@ -119,7 +119,7 @@ def _tokens(rows: pd.DataFrame) -> Doubt | None:
         tokens,
         True,
         lambda where: (
-            f"{_D} is below {FEWEST_TOKENS:g} {where} (median {typical:.3g}): it seems to be in "
+            f"{_D} is below {MIN_TOKENS:g} {where} (median {typical:.3g}): it seems to be in "
             f"{unit}, and must be in tokens; multiply it (--map {_D}=COLUMN*{factor})"
         ),
     )
@@ -128,18 +128,18 @@ def _tokens(rows: pd.DataFrame) -> Doubt | None:
 def _ratio(rows: pd.DataFrame) -> Doubt | None:
     params, tokens = _get(rows, _N), _get(rows, _D)
     ratio = tokens / params
-    few, many = ratio < FEWEST_TOKENS_PER_PARAM, ratio > MOST_TOKENS_PER_PARAM
+    few, many = ratio < MIN_TOKENS_PER_PARAM, ratio > MAX_TOKENS_PER_PARAM
     if few.sum() >= many.sum():
-        column, bad, what = _D, few, f"fewer than one token for {1 / FEWEST_TOKENS_PER_PARAM:g}"
+        column, bad, what = _D, few, f"fewer than one token for {1 / MIN_TOKENS_PER_PARAM:g}"
         what += " parameters"
     else:
-        column, bad, what = _N, many, f"more than {MOST_TOKENS_PER_PARAM:g} tokens a parameter"
+        column, bad, what = _N, many, f"more than {MAX_TOKENS_PER_PARAM:g} tokens a parameter"
     wrong = ratio[bad].median() if bad.any() else 1.0
     return _doubt(
         column,
         bad,
         ratio,
-        bool(wrong < FEWEST_TOKENS_PER_PARAM / 100 or wrong > MOST_TOKENS_PER_PARAM * 10),
+        bool(wrong < MIN_TOKENS_PER_PARAM / 100 or wrong > MAX_TOKENS_PER_PARAM * 10),
         lambda where: (
             f"{_D} and {_N} give {what} {where} (median D / N {wrong:.3g}): one is in another "
             f"unit, probably {column}; both must be plain counts (--map {column}=COLUMN*1e9)"
@@ -202,7 +202,7 @@ def _batch(rows: pd.DataFrame) -> Doubt | None:
     if wide:
         return wide
     implied = tokens / batch
-    many = (implied > MOST_STEPS) | ((batch < LEAST_BATCH) & (implied > LEAST_BATCH_STEPS))
+    many = (implied > MAX_STEPS) | ((batch < MIN_BATCH) & (implied > MIN_BATCH_STEPS))
     mend = "if it is in sequences, map it to batch_sequences with sequence_length"
     return of(
         many & ~(steps.notna() & ~apart),

@@ -11,11 +11,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.results.schema import FINISHED
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH
 from raysweep.search.strategies import search_space
 from raysweep.study import Cell, Search
 
-FEWEST_STEPS = 8
+MIN_STEPS = 8
 """A batch so large that a trial would take fewer steps than this is never proposed."""
 CRASHES_ALLOWED = 3
 """A cell whose trials crash this often in one run, none having finished, is given up."""
@@ -51,7 +51,7 @@ class CellState:
     flops: float
     """Training FLOPs that a row of this cell costs."""
     bounds: Bounds = field(init=False)
-    trunk: CellState | None = field(default=None, repr=False, compare=False)
+    stable_run: CellState | None = field(default=None, repr=False, compare=False)
     """The cell whose trials make this one's rows, where that is another (WSD branches)."""
     branches: list[CellState] = field(default_factory=list)
     """The cells that trials of this one serve besides."""
@@ -108,8 +108,8 @@ class CellState:
 
     @property
     def budget(self) -> int:
-        if self.trunk is not None:
-            return self.trunk.budget
+        if self.stable_run is not None:
+            return self.stable_run.budget
         return self.trials_wanted + EXTENSION_TRIALS * self.extensions + self.granted
 
     @property
@@ -118,7 +118,7 @@ class CellState:
 
         The budget counts finished trials; a cell where many diverge gets at most twice as many.
         """
-        if self.trunk is not None or self.given_up:
+        if self.stable_run is not None or self.given_up:
             return 0
         finished = sum(t.user_attrs["status"] == FINISHED for t in self.searched)
         short = min(self.budget - finished, 2 * self.budget - len(self.searched))
@@ -143,12 +143,12 @@ class CellState:
 
     @property
     def widened(self) -> dict[str, Any] | None:
-        """How far the range was widened, for `widen_again`; None where it was not."""
+        """How far the range was widened, for `restore_bounds`; None where it was not."""
         if self.bounds == self._range():
             return None
         return asdict(self.bounds) | {"extensions": self.extensions}
 
-    def widen_again(self, kept: Mapping[str, Any]) -> None:
+    def restore_bounds(self, kept: Mapping[str, Any]) -> None:
         """Search the range again that an earlier run had widened."""
         rate, batch = kept["learning_rate"], kept["log2_batch"]
         self.bounds = Bounds((float(rate[0]), float(rate[1])), (int(batch[0]), int(batch[1])))
@@ -206,7 +206,7 @@ class CellState:
         return moved
 
     def _largest_log2_batch(self) -> int:
-        sequences = self.least_tokens / FEWEST_STEPS / self.cell.shape.sequence_length
+        sequences = self.least_tokens / MIN_STEPS / self.cell.shape.sequence_length
         return max(self._smallest_log2_batch(), int(math.log2(max(1.0, sequences))))
 
     def _smallest_log2_batch(self) -> int:

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH
 from raysweep.search.strategies import search_space
 
 

@@ -35,8 +35,8 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """Listens for signals while a study runs. Off the main thread, where none arrive, it is idle.
 
-    The first signal raises Interrupted, unless trials run (`gently`): then it is noted, and the
-    driver winds down. The second ends the process at once, and a local Ray with it.
+    The first signal raises Interrupted, unless trials run (`defer_signals`): then it is noted, and
+    the driver winds down. The second ends the process at once, and a local Ray with it.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Interruption:
                 signal.signal(each, handler)
 
     @contextlib.contextmanager
-    def gently(self) -> Iterator[None]:
+    def defer_signals(self) -> Iterator[None]:
         """Only note the first signal for the time of the block. Ray, once started, listens for
         SIGTERM itself: here it is our turn again."""
         with self.listening():

@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from raysweep.search.campaign import Campaign
 from raysweep.search.cells import CellState
+from raysweep.search.scheduler import StudyScheduler
 from raysweep.text import duration, short, written
 
 PLAIN_SECONDS = 15.0
@@ -65,15 +65,15 @@ class Timing:
             slope = sum((k - _mean(known)) * (v - level) for k, v in known.items()) / spread
         return math.exp(known[near] + min(1.1, max(0.3, slope)) * (x - near))
 
-    def left(self, campaign: Campaign) -> float | None:
+    def left(self, scheduler: StudyScheduler) -> float | None:
         """Seconds until the end at the present pace; None before the first trial is through."""
         if not self.seconds:
             return None
         work = sum(
             self.one(s.cell.flops) * (s.wanted + 0.5 * len(s.running))
-            for s in campaign.states.values()
+            for s in scheduler.states.values()
         )
-        return work / max(1.0, campaign.workers)
+        return work / max(1.0, scheduler.workers)
 
 
 def _mean(values: Collection[float]) -> float:
@@ -81,10 +81,10 @@ def _mean(values: Collection[float]) -> float:
 
 
 class Progress:
-    """Shows a campaign. Use as a context; call `refresh` often, `trial_done` once a trial."""
+    """Shows a scheduler. Use as a context; call `refresh` often, `trial_done` once a trial."""
 
-    def __init__(self, campaign: Campaign, console: Console) -> None:
-        self._campaign = campaign
+    def __init__(self, scheduler: StudyScheduler, console: Console) -> None:
+        self._scheduler = scheduler
         self._console = console
         self._timing = Timing()
         self._last_line = 0.0
@@ -105,7 +105,7 @@ class Progress:
     def trial_done(self, cell: str, status: str, seconds: float) -> None:
         """Note one concluded trial."""
         if status == "finished":
-            self._timing.add(self._campaign.states[cell].cell.flops, seconds)
+            self._timing.add(self._scheduler.states[cell].cell.flops, seconds)
 
     def refresh(self, *, force: bool = False) -> None:
         """Draw again, at most five times a second; or print a line now and then."""
@@ -123,18 +123,18 @@ class Progress:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def _totals(self) -> tuple[int, int]:
-        states = self._campaign.states.values()
+        states = self._scheduler.states.values()
         concluded = sum(s.concluded for s in states)
         return concluded, concluded + sum(s.wanted + len(s.running) for s in states)
 
     def _line(self) -> str:
         done, total = self._totals()
-        left = self._timing.left(self._campaign)
+        left = self._timing.left(self._scheduler)
         return (
-            f"{self._campaign.study.name}: {done}/{total} trials, "
-            f"{self._campaign.running} running, "
+            f"{self._scheduler.study.name}: {done}/{total} trials, "
+            f"{self._scheduler.running} running, "
             f"{duration(time.monotonic() - self._timing.begun)} gone, "
-            f"{duration(left) if left is not None else '?'} left{_best_words(self._campaign)}"
+            f"{duration(left) if left is not None else '?'} left{_best_words(self._scheduler)}"
         )
 
     def _panel(self) -> Group:
@@ -144,17 +144,17 @@ class Progress:
         for k, title in enumerate(COLUMNS):
             if k in shown:
                 table.add_column(title, justify="right" if k else "left", no_wrap=True)
-        states = list(self._campaign.states.values())
+        states = list(self._scheduler.states.values())
         for state in _window(states, self._console.height - 6):
             row = _cells_row(state)
             table.add_row(*(row[k] for k in shown), style="dim" if not state.concluded else "")
         done, total = self._totals()
-        left = self._timing.left(self._campaign)
+        left = self._timing.left(self._scheduler)
         gone = duration(time.monotonic() - self._timing.begun)
         words = [
-            Text(f"study {self._campaign.study.name}", style="bold"),
+            Text(f"study {self._scheduler.study.name}", style="bold"),
             f"{done}/{total} trials",
-            f"{self._campaign.running} running",
+            f"{self._scheduler.running} running",
             f"{gone} gone",
             f"{duration(left)} left" if left is not None else "time left: measuring",
         ]
@@ -193,6 +193,6 @@ def _window(states: list[CellState], room: int) -> list[CellState]:
     return states[start : start + room]
 
 
-def _best_words(campaign: Campaign) -> str:
-    values = [b.value for s in campaign.states.values() if (b := s.best) and b.value is not None]
+def _best_words(scheduler: StudyScheduler) -> str:
+    values = [b.value for s in scheduler.states.values() if (b := s.best) and b.value is not None]
     return f", best loss {written(min(values), 'loss')}" if values else ""

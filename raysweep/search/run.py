@@ -16,18 +16,18 @@ from rich.console import Console
 
 from raysweep import allocator
 from raysweep.data.corpus import Corpus, prepare
-from raysweep.data.shipping import publish
+from raysweep.data.shipping import upload
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.lock import study_lock
 from raysweep.scaling.datasets import other_data
-from raysweep.search.campaign import Campaign, bundles_of
 from raysweep.search.interruption import Interrupted, Interruption
-from raysweep.search.ledger import Ledger
 from raysweep.search.loggers import check_loggers, make_loggers
 from raysweep.search.nodes import fingerprint, look_at_nodes, problems
 from raysweep.search.progress import Progress
+from raysweep.search.resources import ResourcePool
 from raysweep.search.runtime import cluster_address, cluster_nodes, dashboard_url, ray_runtime
+from raysweep.search.scheduler import StudyScheduler, bundles_of
 from raysweep.study import Cell, Study
 from raysweep.text import duration
 from raysweep.training.record import library_versions
@@ -82,12 +82,12 @@ def run(
         results.compact()
         everything = results.to_pandas()
         own = everything["study"] == study.name
-        campaign = Campaign(
+        scheduler = StudyScheduler(
             study,
             corpus.hash,
-            Ledger({}),
+            ResourcePool({}),
             rows=everything[own],
-            history=everything[~own],
+            imported=everything[~own],
             ranges=results.ranges(study.name),
         )
         space = study.space
@@ -98,20 +98,20 @@ def run(
         warning = corpus.repeat_warning(max(c.tokens for c in study.cells))
         if warning:
             console.print(f"warning: {warning}", highlight=False)
-        if campaign.done:
+        if scheduler.done:
             console.print(f"{study.name}: all trials are done: nothing to run", highlight=False)
             return RunSummary(results, 0, 0.0, 0.0, tuple(results.problems))
         address = cluster_address(address)
         with ray_runtime(address) as scratch, interruption.listening():
-            campaign.ledger.update(cluster_nodes())
+            scheduler.pool.update(cluster_nodes())
             if address is None:
-                _check_room(campaign)
+                _check_room(scheduler)
             else:  # nodes may join at any time, and all that they share is the results URI
-                publish(corpus, results.storage)
+                upload(corpus, results.storage)
             if address is not None or any(c.resources.gpus_per_worker for c in study.cells):
                 for line in problems(look_at_nodes(), study.cells, fingerprint()):
                     console.print(f"warning: {line}", highlight=False, soft_wrap=True)
-            summary = _run_on_ray(study, corpus, results, campaign, scratch, console, interruption)
+            summary = _run_on_ray(study, corpus, results, scheduler, scratch, console, interruption)
         allocator.give_back_freed()  # what Tune held of all trials, before files are read again
         results.compact()
         results.drop_checkpoints()
@@ -122,16 +122,16 @@ def _run_on_ray(
     study: Study,
     corpus: Corpus,
     results: Results,
-    campaign: Campaign,
+    scheduler: StudyScheduler,
     scratch: Path,
     console: Console,
     interruption: Interruption,
 ) -> RunSummary:
     from ray import tune
 
-    from raysweep.search.searcher import CampaignSearcher, EarlyStop
+    from raysweep.search.callback import RETRIES, StudyCallback
+    from raysweep.search.searcher import EarlyStop, StudySearcher
     from raysweep.search.trial import TrialContext, make_trainable, start_group
-    from raysweep.search.watcher import RETRIES, Watcher
     from raysweep.training.ray_train import end_groups
 
     context = TrialContext(
@@ -141,7 +141,7 @@ def _run_on_ray(
     )
     console.print(
         f"{study.name}: {len(study.cells)} cells, results in {results.uri}, "
-        f"{campaign.ledger.total('CPU'):g} CPUs and {campaign.ledger.total('GPU'):g} GPUs",
+        f"{scheduler.pool.total('CPU'):g} CPUs and {scheduler.pool.total('GPU'):g} GPUs",
         highlight=False,
         soft_wrap=True,
     )
@@ -153,23 +153,25 @@ def _run_on_ray(
         lambda config: placements[config["cell"]],  # pyright: ignore[reportArgumentType]
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
-    with interruption.gently(), Progress(campaign, console) as progress:
-        searcher = CampaignSearcher(
-            campaign, cluster_nodes, interruption, functools.partial(start_group, context)
+    with interruption.defer_signals(), Progress(scheduler, console) as progress:
+        searcher = StudySearcher(
+            scheduler, cluster_nodes, interruption, functools.partial(start_group, context)
         )
-        watcher = Watcher(campaign, corpus.hash, results, progress, interruption, searcher.look)
+        callback = StudyCallback(
+            scheduler, corpus.hash, results, progress, interruption, searcher.look
+        )
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=EarlyStop(campaign),
+                scheduler=EarlyStop(scheduler),
                 num_samples=-1,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=study.name,
                 storage_path=str(scratch / "tune"),
-                callbacks=[watcher, *make_loggers(study, results)],
+                callbacks=[callback, *make_loggers(study, results)],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 verbose=0,
             ),
@@ -178,44 +180,44 @@ def _run_on_ray(
             tuner.fit()
         end_groups(list(searcher.groups.values()), wait=True)
     seconds = time.monotonic() - begun
-    watcher.count_available()
-    available = watcher.available_seconds
+    callback.count_available()
+    available = callback.available_seconds
     record: dict[str, Any] = {
         "study": study.name,
         "started_at": started_at.isoformat(),
         "seconds": seconds,
-        "workers": campaign.workers,
+        "workers": scheduler.workers,
         "worker_seconds_available": available,
-        "worker_seconds_training": watcher.training_seconds,
-        "trials": watcher.concluded,
-        "nodes": len(campaign.ledger.nodes),
-        "cpus": campaign.ledger.total("CPU"),
-        "gpus": campaign.ledger.total("GPU"),
+        "worker_seconds_training": callback.training_seconds,
+        "trials": callback.concluded,
+        "nodes": len(scheduler.pool.nodes),
+        "cpus": scheduler.pool.total("CPU"),
+        "gpus": scheduler.pool.total("GPU"),
         "strategy": study.space.search.strategy,
         "versions": library_versions(),
     }
     results.save_run(record)
-    utilisation = min(1.0, watcher.training_seconds / available) if available else 0.0
+    utilisation = min(1.0, callback.training_seconds / available) if available else 0.0
     console.print(
-        f"{study.name}: {watcher.concluded} trials in {duration(seconds)}, "
+        f"{study.name}: {callback.concluded} trials in {duration(seconds)}, "
         f"workers {utilisation:.0%} in the training loop",
         highlight=False,
     )
     if interruption.signum is not None:
         raise Interrupted(interruption.signum)
-    return RunSummary(results, watcher.concluded, seconds, utilisation, tuple(results.problems))
+    return RunSummary(results, callback.concluded, seconds, utilisation, tuple(results.problems))
 
 
-def _check_room(campaign: Campaign) -> None:
+def _check_room(scheduler: StudyScheduler) -> None:
     """Raises UserError where this machine, which does not grow, can never hold a trial."""
-    ledger = campaign.ledger
-    for state in filter(campaign.runnable, campaign.states.values()):
+    pool = scheduler.pool
+    for state in filter(scheduler.runnable, scheduler.states.values()):
         bundles = bundles_of(state.cell)
-        if not ledger.could_ever_fit(bundles):
+        if not pool.could_ever_fit(bundles):
             needs = ", ".join(f"{name} {len(bundles) * n:g}" for name, n in bundles[0].items())
             raise UserError(
                 f"cell {state.cell.name} needs {needs}; this machine has CPU "
-                f"{ledger.total('CPU'):g}, GPU {ledger.total('GPU'):g}: lower the resources of its "
+                f"{pool.total('CPU'):g}, GPU {pool.total('GPU'):g}: lower the resources of its "
                 "scale, drop the scale, or join a cluster with --address"
             )
 

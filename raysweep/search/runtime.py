@@ -32,7 +32,7 @@ _SETTINGS = {
 home."""
 
 LOCAL_OBJECT_STORE_BYTES = 200_000_000
-LONGEST_TEMP_DIR = 40
+MAX_TEMP_DIR = 40
 """Ray puts sockets under its folder: 64 bytes more, and a socket's path may have 107."""
 _SCRATCH = "run"
 
@@ -118,7 +118,7 @@ def cluster_nodes() -> Mapping[str, Mapping[str, float]]:
 def _scratch_folder() -> Path:
     """A new folder in the user's cache, or in the temporary folder where that path is too long."""
     folder = cache_folder.root() / f"{_SCRATCH}{os.getpid()}"
-    if len(str(folder)) > LONGEST_TEMP_DIR:
+    if len(str(folder)) > MAX_TEMP_DIR:
         folder = Path(tempfile.gettempdir()) / folder.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f"{_SCRATCH}*"):  # by drivers that were killed

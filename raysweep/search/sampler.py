@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
 from raysweep.scaling.optima.surface import Surface
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.study.shape import RunSize
 
 _DRAWS = 128
@@ -61,7 +61,7 @@ class LadderSampler(RelativeSampler):
     def __init__(
         self,
         cell: RunSize,
-        ladder: TrialHistory,
+        history: TrialHistory,
         space: dict[str, BaseDistribution],
         sequence_length: int,
         *,
@@ -69,21 +69,21 @@ class LadderSampler(RelativeSampler):
     ) -> None:
         super().__init__(space, seed)
         self._cell = cell
-        self._ladder = ladder
+        self._history = history
         self._sequence_length = sequence_length
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The candidate of the highest score."""
-        self._ladder.register(self._cell, study, sequence_length=self._sequence_length)
+        self._history.register(self._cell, study, sequence_length=self._sequence_length)
         rng = np.random.default_rng(
             [self._seed, zlib.crc32(self._cell.name.encode()), trial.number]
         )
-        surface = self._ladder.surface()
+        surface = self._history.surface()
         candidates = self._candidates(surface)
-        pending = self._ladder.pending(self._cell.name, besides=trial.number)
-        history = self._ladder.history(self._cell.name)
+        pending = self._history.pending(self._cell.name, besides=trial.number)
+        history = self._history.trials_of(self._cell.name)
         tried = np.log(np.column_stack([history.learning_rate, history.batch_tokens]))
         scores = acquisition(
             surface,
@@ -94,7 +94,7 @@ class LadderSampler(RelativeSampler):
             pending,
             rng,
             # Points closer than the grain at which trials really run are one point.
-            np.hypot(surface.settings.roughness_length, _GRAIN * self._ladder.granularity()),
+            np.hypot(surface.settings.roughness_length, _GRAIN * self._history.granularity()),
         )
         best = candidates[int(scores.argmax())]
         rate, batch = self._space[LEARNING_RATE], self._space[LOG2_BATCH]

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from raysweep.errors import UserError
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.sampler import LadderSampler, RelativeSampler
 from raysweep.study.shape import RunSize
 
@@ -46,7 +46,7 @@ def make_sampler(
     strategy: str,
     *,
     cell: RunSize,
-    ladder: TrialHistory,
+    history: TrialHistory,
     learning_rate: Range,
     log2_batch: Range,
     sequence_length: int,
@@ -58,7 +58,7 @@ def make_sampler(
     Args:
         strategy: one of `STRATEGIES`.
         cell: the cell that the study searches.
-        ladder: what all cells know; only "ladder" reads it.
+        history: what all cells know; only "ladder" reads it.
         learning_rate: bounds of the peak learning rate.
         log2_batch: bounds of log2 of the batch in sequences.
         sequence_length: tokens a sequence.
@@ -78,7 +78,7 @@ def make_sampler(
     # around.
     startup = max(1, min(10, trials // 3))
     if strategy == "ladder":
-        return LadderSampler(cell, ladder, space, sequence_length, seed=seed)
+        return LadderSampler(cell, history, space, sequence_length, seed=seed)
     if strategy == "tpe":
         return TPESampler(seed=seed, n_startup_trials=startup)
     if strategy == "gp":

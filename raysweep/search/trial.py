@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from raysweep.data.corpus import Corpus
-from raysweep.data.shipping import obtain
+from raysweep.data.shipping import fetch
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.filesystem import Storage
@@ -111,7 +111,7 @@ def run_trial(
     """
     started_at, begun = datetime.now(UTC), time.monotonic()
     study, results = context.study, Results.open(context.results_uri)
-    corpus = obtain(context.corpus, results.storage)
+    corpus = fetch(context.corpus, results.storage)
     cell = study.cell(config["cell"])
     spec = study.trial(
         cell, corpus.hash, config["learning_rate"], config["batch_sequences"], config["seed"]

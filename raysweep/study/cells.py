@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from raysweep.study.fields import (
-    MOST_LAYERS,
+    MAX_LAYERS,
     Count,
     Name,
     NonNegative,
@@ -95,7 +95,7 @@ class ScaleEntry(Section):
     params: Params | None = None
     """Dense non-embedding parameters aimed at: the shape is derived, its true count reported."""
     d_model: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
-    layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] | None = None
     heads: Annotated[int, Field(ge=1, le=100_000)] | None = None
     kv_heads: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Fewer key-value heads than heads is grouped-query attention; default: as many."""

@@ -32,8 +32,8 @@ def _size(value: Any) -> Any:
     return read_size(value) if type(value) in (str, int, float) else value
 
 
-MOST_LAYERS = 2_000
-MOST_TOKEN_IDS = 10_000_000
+MAX_LAYERS = 2_000
+MAX_TOKEN_IDS = 10_000_000
 
 Name = Annotated[str, Field(pattern=NAME)]
 
@@ -46,7 +46,7 @@ def _read(read: Callable[[Any], Any], number: Any) -> BeforeValidator:
 
 _Count = Annotated[int, Field(ge=1, le=10**18)]
 _Whole = Annotated[int, Field(ge=0, le=10**18)]
-_TokenIds = Annotated[int, Field(ge=1, le=MOST_TOKEN_IDS)]
+_TokenIds = Annotated[int, Field(ge=1, le=MAX_TOKEN_IDS)]
 _Positive = Annotated[float, Field(gt=0, le=1e30)]
 _NonNegative = Annotated[float, Field(ge=0, le=1e30)]
 _Params = Annotated[float, Field(ge=1, le=1e13)]

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ValidationError
 from raysweep.errors import UserError
 from raysweep.study.schema import SearchSpace
 
-LARGEST_FILE = 50_000
+MAX_FILE = 50_000
 """Bytes: shipped files have about a thousand, and safe YAML is slow."""
 DEEPEST_NESTING = 20
-MOST_ERRORS = 100
+MAX_ERRORS = 100
 """Errors of one file that are looked at to choose the one to show."""
 
 Location = tuple[str | int, ...]
@@ -88,9 +88,9 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[Location, int]]:
 def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:  # a size asked for first would be 0 for a device or a pipe
-            data = file.read(LARGEST_FILE + 1)
-        if len(data) > LARGEST_FILE:
-            raise UserError(f"{path} is over {LARGEST_FILE} bytes: that is no search-space file")
+            data = file.read(MAX_FILE + 1)
+        if len(data) > MAX_FILE:
+            raise UserError(f"{path} is over {MAX_FILE} bytes: that is no search-space file")
         return data.decode("utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
@@ -174,7 +174,7 @@ def _explain(
 ) -> str:
     """The first error in one line; how many more there are."""
     found: dict[Location, Any] = {}
-    for item in error.errors(include_url=False)[:MOST_ERRORS]:
+    for item in error.errors(include_url=False)[:MAX_ERRORS]:
         at = _locate(tuple(item["loc"]), values)
         # A union reports once for each of its members: keep the most telling one a place.
         root = next((k for k in found if at[: len(k)] == k or k[: len(at)] == at), None)

@@ -199,7 +199,7 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
     search, counts = study.space.search, cell.counts
     first = next(c for c in study.cells if c.architecture == cell.architecture)
     budget = search.trials_per_cell
-    if study.trunk(cell) == study.trunk(first) and search.first_cell_trials is not None:
+    if study.stable_run(cell) == study.stable_run(first) and search.first_cell_trials is not None:
         budget = search.first_cell_trials
     trials = budget + search.repeats_at_optimum
     targets = [e.params for e in study.space.scales if e.params and _is_scale(e, cell)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.study.cells import Architecture, ModelSettings, Resources, ScaleEntry
-from raysweep.study.fields import MOST_LAYERS, MOST_TOKEN_IDS
+from raysweep.study.fields import MAX_LAYERS, MAX_TOKEN_IDS
 from raysweep.study.load import load_search_space
 from raysweep.study.schema import Data, SearchSpace
 from raysweep.study.shape import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BYTE_VOCABULARY = 256
 EXPERT_MULTIPLE = 8
 """Experts' widths are multiples of this: their kernel takes rows of 16 bytes, in bfloat16."""
-MOST_CELLS = 1_000
+MAX_CELLS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,20 +186,20 @@ class Study(InNotebooks):
         known = ", ".join(c.name for c in self.cells)
         raise UserError(f"unknown cell {name!r} in study {self.name}; known: {known}")
 
-    def trunk(self, cell: Cell) -> Cell:
+    def stable_run(self, cell: Cell) -> Cell:
         """The cell whose trials make this one's rows: with WSD branches the longest horizon of its
         architecture and scale, else the cell itself."""
         return max(self._same_run(cell), key=lambda c: c.tokens)
 
     def branches(self, cell: Cell) -> tuple[Cell, ...]:
         """The cells that trials of this one serve besides, shortest horizon first."""
-        if cell != self.trunk(cell):
+        if cell != self.stable_run(cell):
             return ()
         return tuple(sorted(self._same_run(cell), key=lambda c: c.tokens)[:-1])
 
     def flops(self, cell: Cell) -> float:
         """Training FLOPs that one row of a cell costs: of a WSD branch, its decay."""
-        if cell == self.trunk(cell):
+        if cell == self.stable_run(cell):
             return cell.flops
         lent = min(cell.tokens, self.space.recipe.decay_start(cell.tokens))
         return cell.counts.flops_per_token * (cell.tokens - lent)
@@ -244,7 +244,7 @@ def vocabulary_size(data: Data, folder: Path) -> int:
         spec = json.loads(path.read_text(encoding="utf-8"))
         ids = list(spec["model"]["vocab"].values()) + [t["id"] for t in spec["added_tokens"]]
         size = int(max(ids)) + 1
-        if not 1 <= size <= MOST_TOKEN_IDS:
+        if not 1 <= size <= MAX_TOKEN_IDS:
             raise ValueError("no token ids")
         return size
     except FileNotFoundError:
@@ -268,7 +268,7 @@ def build_shape(
             ffn_multiple=model.ffn_multiple,
         )
         heads = d_model // model.head_dim
-        if layers > MOST_LAYERS:
+        if layers > MAX_LAYERS:
             raise UserError(
                 f"params {short(entry.params)} at head_dim {model.head_dim} and aspect_ratio "
                 f"{model.aspect_ratio:g} would be {layers} layers: raise one of the latter"
@@ -323,9 +323,9 @@ def _check_workers(space: SearchSpace, resources: Resources) -> None:
 def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
     cells: dict[str, Cell] = {}
     shapes = sum(len(e.architectures or space.architectures) for e in space.scales)
-    if shapes * len(space.horizons) > MOST_CELLS:
+    if shapes * len(space.horizons) > MAX_CELLS:
         raise UserError(
-            f"the study would have {shapes * len(space.horizons)} cells, over {MOST_CELLS}: drop "
+            f"the study would have {shapes * len(space.horizons)} cells, over {MAX_CELLS}: drop "
             "scales, architectures or horizons"
         )
     for index, entry in enumerate(space.scales):

@@ -26,7 +26,7 @@ STEPS = 4
 LONGEST = 1.5
 """A cell whose smallest step would take longer than so many seconds is not tried; a smaller one
 stands in."""
-MOST_AT_ONCE = 8
+MAX_AT_ONCE = 8
 """Processes that measure side by side; more workers than this are supposed to be as fast."""
 
 _MARK = "calibration: "
@@ -58,7 +58,7 @@ def calibrate(study: Study) -> Calibration:
         slots = min(slots, int(gpus / resources.gpus_per_worker))
     slots = max(1, min(slots, sum(study.space.search.trials_per_cell for _ in study.cells)))
     children = []
-    for k in range(min(slots, MOST_AT_ONCE)):
+    for k in range(min(slots, MAX_AT_ONCE)):
         environment = {**os.environ}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = _gpu(k % gpus)

@@ -182,7 +182,7 @@ class Checkpoints:
 
 def _places(state: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Where parts belong in a state: in it, and in that of the run that a branch has left."""
-    stable_run = state.get("stable_run")
+    stable_run = state.get("trunk")
     return [("", state)] + ([("stable_run/", stable_run)] if stable_run is not None else [])
 
 

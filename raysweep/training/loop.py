@@ -158,7 +158,7 @@ class _Run:
             return
         wanted = {metrics.spec.key for metrics in self.state.horizons}
         # Of a branch whose row stands, only the run that it left is of use.
-        self._load(saved if saved["metrics"] in wanted else saved["stable_run"])
+        self._load(saved if saved["metrics"] in wanted else saved["trunk"])
 
     def _stretch(self) -> TrialOutcome | None:
         """Train and evaluate; None where a branch begins before."""

@@ -11,7 +11,7 @@ from raysweep.model.initial import local_part
 from raysweep.study.trials import Recipe
 from raysweep.training import schedule
 
-LONGEST_DOT = 1 << 30
+MAX_DOT = 1 << 30
 """CUDA's dot product takes fewer than 2^31 elements."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW, by its own names."""
@@ -125,7 +125,7 @@ class ShardedParameters:
 def squared_norm(gradients: list[Tensor]) -> Tensor:
     """Sum of squares of this worker's gradient tensors, as a scalar tensor."""
     if len(gradients) == 1:
-        dots = [torch.dot(part, part) for part in gradients[0].split(LONGEST_DOT)]
+        dots = [torch.dot(part, part) for part in gradients[0].split(MAX_DOT)]
         return dots[0] if len(dots) == 1 else torch.stack(dots).sum()
     return torch.stack([g.square().sum() for g in gradients]).sum()
 

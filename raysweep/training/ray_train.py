@@ -23,7 +23,7 @@ from ray import train
 from ray.exceptions import RayError
 
 from raysweep.data.corpus import Corpus
-from raysweep.data.shipping import obtain
+from raysweep.data.shipping import fetch
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
 from raysweep.study.cells import Resources
@@ -332,7 +332,7 @@ def _train(host: Any, number: int, job: Job) -> TrialOutcome:
     spec, corpus = job.spec, job.corpus
     resources = spec.cell.resources
     if isinstance(corpus, Corpus) and job.checkpoints is not None:
-        corpus = obtain(corpus, job.checkpoints)  # this worker's node may not have it yet
+        corpus = fetch(corpus, job.checkpoints)  # this worker's node may not have it yet
     return train_one(
         spec,
         corpus,

@@ -107,7 +107,7 @@ class RunState:
             "pending": self._pending,
             "rates": self._rates,
             "traces": self._traces,
-            "stable_run": self.stable_run,
+            "trunk": self.stable_run,
         }
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
@@ -115,7 +115,7 @@ class RunState:
         self.step, self.seconds, self.stable_run = (
             state["step"],
             state["seconds"],
-            state["stable_run"],
+            state["trunk"],
         )
         self.pace = Pace(*state["pace"])
         on_run = state if self.stable_run is None else self.stable_run

@@ -84,7 +84,7 @@ def test_env_file_stays_and_a_large_checkout_is_refused(
     (checkout / "corpus/b.bin").write_bytes(b"x" * 3000)
     space = checkout / "search_spaces/mine.yaml"
     assert "settings.txt" not in collect(space, Study.load(space), leave_out=(secret,))[0]
-    monkeypatch.setattr(package, "LARGEST_PACKAGE_BYTES", 3000)
+    monkeypatch.setattr(package, "MAX_PACKAGE_BYTES", 3000)
     with pytest.raises(UserError, match=r"largest: corpus/b.bin .*move them out"):
         collect(space, Study.load(space))
 

@@ -16,7 +16,7 @@ from raysweep.data import build as building
 from raysweep.data import cache_folder
 from raysweep.data.batches import train_batch, validation_batches
 from raysweep.data.corpus import Corpus, prepare
-from raysweep.data.staging import Staging
+from raysweep.data.spool import DocumentSpool
 from raysweep.data.tokenizer import load_encoder
 from raysweep.errors import UserError
 from raysweep.study.schema import Data
@@ -26,10 +26,10 @@ TEXT = {"source": "text", "paths": ["texts"]}
 
 
 def split(path: Path, texts: list[bytes], fraction: float) -> tuple[list[bytes], list[bytes]]:
-    with Staging(path) as staging:
+    with DocumentSpool(path) as spool:
         for text in texts:
-            staging.add(text)
-        parts = staging.split(fraction)
+            spool.add(text)
+        parts = spool.split(fraction)
         train, validation = ([t for chunk in p.chunks(100) for t in chunk] for p in parts)
     assert not path.exists()
     return train, validation

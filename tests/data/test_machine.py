@@ -8,7 +8,7 @@ import pytest
 
 from raysweep.data.machine import read_machine, unfit
 from raysweep.data.near_duplicates import NearDuplicates, shingles, signature
-from raysweep.data.sources import Tally
+from raysweep.data.sources import ReadStats
 
 
 def test_small_machine_corpus(build) -> None:
@@ -31,8 +31,8 @@ def test_machine_order_is_fixed() -> None:
     first, again = (
         [next(documents) for _ in range(20)]
         for documents in (
-            read_machine(Tally()),
-            read_machine(Tally()),
+            read_machine(ReadStats()),
+            read_machine(ReadStats()),
         )
     )
     assert first == again

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raysweep.data.corpus import Corpus, prepare
-from raysweep.data.shipping import obtain, publish
+from raysweep.data.shipping import fetch, upload
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
 from raysweep.study import Data
@@ -30,22 +30,22 @@ def test_a_node_without_the_corpus_fetches_the_same_tokens(
     corpus: Corpus, where: str, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Storage.at(tmp_path / "results" if where == "folder" else bucket)
-    publish(corpus, storage)
-    publish(corpus, storage)
+    upload(corpus, storage)
+    upload(corpus, storage)
     tokens = np.array(corpus.train[:])
     elsewhere = replace(corpus, path=tmp_path / "not-on-this-node")
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "node-cache"))
-    fetched = obtain(elsewhere, storage)
+    fetched = fetch(elsewhere, storage)
     assert fetched.hash == corpus.hash
     assert str(fetched.path).startswith(str(tmp_path / "node-cache"))
     assert np.array_equal(fetched.train[:], tokens)
-    assert obtain(corpus, storage).path == corpus.path
+    assert fetch(corpus, storage).path == corpus.path
 
 
 def test_a_corpus_in_neither_place_says_what_to_do(corpus: Corpus, tmp_path: Path) -> None:
     shutil.rmtree(corpus.path)
     with pytest.raises(UserError, match="use results that all nodes reach"):
-        obtain(corpus, Storage.at(tmp_path / "results"))
+        fetch(corpus, Storage.at(tmp_path / "results"))
 
 
 def test_shards_of_the_user_need_no_more_than_their_path(tmp_path: Path) -> None:
@@ -56,13 +56,13 @@ def test_shards_of_the_user_need_no_more_than_their_path(tmp_path: Path) -> None
     data = Data(source="tokens", paths=(str(shard),), vocab_size=1000, validation_sequences=2)
     corpus = prepare(data, tmp_path, cache=tmp_path / "cache", sequence_length=16)
     storage = Storage.at(tmp_path / "results")
-    publish(corpus, storage)
+    upload(corpus, storage)
     shutil.rmtree(tmp_path / "cache")
-    here = obtain(pickle.loads(pickle.dumps(corpus)), storage)
+    here = fetch(pickle.loads(pickle.dumps(corpus)), storage)
     assert here.train[:3].tolist() == [0, 1, 2]
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(UserError, match=f"{shard} is missing .* on node .*: keep data.paths"):
-        obtain(corpus, storage)
+        fetch(corpus, storage)
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard} is missing .* on node .*: keep data.paths"):
-        obtain(corpus, storage)
+        fetch(corpus, storage)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysweep.data.corpus import Corpus
-from raysweep.data.sources import BLOCK, Tally, boundary, find_files, read_documents
+from raysweep.data.sources import BLOCK, ReadStats, boundary, find_files, read_documents
 from raysweep.errors import UserError
 
 TEXTS = [f"Document {n}: naïve ☃ text, " + "more of it " * (n + 20) for n in range(40)]
@@ -59,10 +59,10 @@ def test_long_files_are_read_in_blocks(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     text = "some words and ☃\n".encode() * (2 * BLOCK // 19)
     path.write_bytes(text)
-    tally = Tally()
-    blocks = list(read_documents({path: True}, "text", "text", tally))
-    assert len(blocks) == tally.documents > 1
-    assert tally.files == 1
+    stats = ReadStats()
+    blocks = list(read_documents({path: True}, "text", "text", stats))
+    assert len(blocks) == stats.documents > 1
+    assert stats.files == 1
     assert b"".join(blocks) == text
     assert all(block.endswith(b"\n") and len(block) < BLOCK for block in blocks)
 

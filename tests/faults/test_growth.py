@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.nodes import Cluster
-from raysweep.search.growth import GRANTS_WITHOUT_GROWTH, Growth, kind_of
+from raysweep.search.autoscaler import GRANTS_WITHOUT_GROWTH, AutoscalerRequests, kind_of
 
 ONE = kind_of([{"CPU": 1.0}])
 TWO = kind_of([{"CPU": 1.0}, {"CPU": 1.0}])
@@ -44,7 +44,7 @@ class Room:
 
 def test_as_many_wait_as_run_and_as_are_wanted() -> None:
     room = Room()
-    growth = Growth(room.ask)
+    growth = AutoscalerRequests(room.ask)
     growth.update({ONE: 10, TWO: 1}, 0, ["a"])
     assert [len(each.bundles) for each in room.waiting] == [1, 2]
     growth.update({ONE: 10, TWO: 1}, 4, ["a"])
@@ -57,7 +57,7 @@ def test_as_many_wait_as_run_and_as_are_wanted() -> None:
 
 def test_what_is_granted_is_given_back_and_asked_for_again_as_nodes_come() -> None:
     room = Room()
-    growth = Growth(room.ask)
+    growth = AutoscalerRequests(room.ask)
     for count in range(1, 3 * GRANTS_WITHOUT_GROWTH):
         growth.update({ONE: 1}, 1, [str(i) for i in range(count)])
         (waiting,) = room.waiting
@@ -66,7 +66,7 @@ def test_what_is_granted_is_given_back_and_asked_for_again_as_nodes_come() -> No
 
 def test_a_fixed_cluster_is_not_asked_for_ever() -> None:
     room = Room()
-    growth = Growth(room.ask)
+    growth = AutoscalerRequests(room.ask)
     for _ in range(GRANTS_WITHOUT_GROWTH):
         growth.update({ONE: 1}, 1, ["a"])
         (waiting,) = room.waiting

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.nodes import in_trial
-from raysweep.search import stalls
+from raysweep.search import hangs
 from raysweep.search.run import run
 from raysweep.study import Study
 from raysweep.training.single import train_one
@@ -81,7 +81,7 @@ def test_a_worker_that_hangs_is_replaced(
     """Stopped before its first sign of life; the limits are small here, in this driver."""
     for name, value in nodes.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(stalls, "TIMES_AT_START", 1.0)
+    monkeypatch.setattr(hangs, "TIMES_AT_START", 1.0)
     study = Study.from_dict(search_space(search={"trials_per_cell": 1, "stall_seconds": 25}))
     stopped: list[int] = []
 

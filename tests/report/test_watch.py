@@ -107,7 +107,7 @@ def test_page_is_built_when_rows_land_and_only_then(
     assert f'data-live="{again["stamp"]}"' in second
     assert told["stamp"] != again["stamp"]
     assert abs(again["at"] - time.time()) < 60
-    # The watcher has gone: the page stays, live no more.
+    # The callback has gone: the page stays, live no more.
     assert body(folder / "index.html") == "<body>"
     assert not (folder / LIVE).exists()
 
@@ -123,7 +123,7 @@ def test_the_last_page_follows_the_end_of_the_run(
         study.save_run({"study": "ladder", "started_at": "2025-05-01T09:00:00+00:00"})
 
     def never() -> None:
-        raise AssertionError("the watcher goes on after the run has ended")
+        raise AssertionError("the callback goes on after the run has ended")
 
     page = watch(study.uri, folder, pause=Story(finish, never))
     text = page.read_text()

@@ -18,7 +18,7 @@ from raysweep.cli import app
 from raysweep.results import Results
 from raysweep.scaling.compare import MAX_RUNS, compare_arms, needed, shared_sizes
 from raysweep.scaling.fits import Fits
-from raysweep.search.ladder import TrialHistory
+from raysweep.search.history import TrialHistory
 from raysweep.search.value import targets_of
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
@@ -241,7 +241,7 @@ def test_the_search_aims_at_what_the_fit_recommends(tmp_path: Path, trust: str) 
         )
         batch = 32.0 * np.array([4, 8, 16, 32, 8, 16, 4, 8])
         loss = 3 + 0.02 * np.log(rate / 1e-2) ** 2 + 0.02 * np.log(batch / 300) ** 2
-        ladder.add_history(size, rate, batch, loss)
+        ladder.add_imported(size, rate, batch, loss)
         for k in range(8):
             rows.append(
                 {

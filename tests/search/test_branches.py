@@ -1,4 +1,4 @@
-"""A campaign of WSD branches: one proposal gives a row in every horizon's cell of its scale."""
+"""A scheduler of WSD branches: one proposal gives a row in every horizon's cell of its scale."""
 
 import math
 from pathlib import Path
@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from raysweep.results.schema import COLUMNS
-from raysweep.search.campaign import Campaign
-from raysweep.search.ledger import Ledger
+from raysweep.search.resources import ResourcePool
+from raysweep.search.scheduler import StudyScheduler
 from raysweep.study import Study
 from raysweep.study.plan import make_plan
 
@@ -55,11 +55,11 @@ def row(study, cell, spec, status="finished") -> dict[str, object]:
     }
 
 
-def simulate(study, campaign, *, stop_after=math.inf) -> list[dict[str, object]]:
+def simulate(study, scheduler, *, stop_after=math.inf) -> list[dict[str, object]]:
     """One trial after another; the last one before a stop leaves its branches' rows only."""
     rows, number = [], 0
-    while not campaign.done:
-        proposal = campaign.ask(f"t{number}")
+    while not scheduler.done:
+        proposal = scheduler.ask(f"t{number}")
         assert proposal is not None
         number += 1
         spec, branches = proposal.spec, study.branches(proposal.spec.cell)
@@ -68,19 +68,19 @@ def simulate(study, campaign, *, stop_after=math.inf) -> list[dict[str, object]]
             break
         rows.append(row(study, spec.cell, spec))
         told = [(c.name, "finished", loss(c, spec)) for c in branches]
-        campaign.tell(proposal.id, "finished", loss(spec.cell, spec), told)
+        scheduler.tell(proposal.id, "finished", loss(spec.cell, spec), told)
     return rows
 
 
-def campaign_of(study, rows=None) -> Campaign:
+def scheduler_of(study, rows=None) -> StudyScheduler:
     frame = None if rows is None else pd.DataFrame(rows, columns=list(COLUMNS))
-    return Campaign(study, "data", Ledger({"n": {"CPU": 1.0}}), rows=frame)
+    return StudyScheduler(study, "data", ResourcePool({"n": {"CPU": 1.0}}), rows=frame)
 
 
 @pytest.mark.parametrize("strategy", ["ladder", "tpe", "qmc"])
 def test_every_cell_gets_its_rows_from_trials_of_the_longest(strategy) -> None:
     study = make_study(strategy=strategy, extend_edges=False)
-    frame = pd.DataFrame(simulate(study, campaign_of(study)))
+    frame = pd.DataFrame(simulate(study, scheduler_of(study)))
     assert frame["cell"].value_counts().to_dict() == {c.name: 4 for c in study.cells}
     assert frame["trial_key"].is_unique
     points = ["learning_rate", "batch_sequences", "seed"]
@@ -90,17 +90,17 @@ def test_every_cell_gets_its_rows_from_trials_of_the_longest(strategy) -> None:
         assert len(same) == 3
         assert same[0] == same[1] == same[2]
     steps = frame["batch_sequences"] * 64
-    trunks = {c.name: study.trunk(c) for c in study.cells}
-    shortest = {name: study.branches(trunk)[0].tokens for name, trunk in trunks.items()}
+    trunks = {c.name: study.stable_run(c) for c in study.cells}
+    shortest = {name: study.branches(stable_run)[0].tokens for name, stable_run in trunks.items()}
     assert (frame["cell"].map(shortest) / steps).min() >= 8
 
 
 def test_rows_of_branches_teach_their_cells() -> None:
     study = make_study(extend_edges=False)
-    campaign = campaign_of(study)
-    simulate(study, campaign, stop_after=5)
+    scheduler = scheduler_of(study)
+    simulate(study, scheduler, stop_after=5)
     groups: dict[tuple[str, str], set[int]] = {}
-    for state in campaign.states.values():
+    for state in scheduler.states.values():
         group = state.cell.architecture, state.cell.scale
         groups.setdefault(group, set()).add(state.finished)
     assert sorted(map(sorted, groups.values())) == [[0], [0], [0], [4]]
@@ -109,47 +109,47 @@ def test_rows_of_branches_teach_their_cells() -> None:
 def test_an_interrupted_trial_goes_on_first_and_repeats_no_rows() -> None:
     """Its branches' rows stand, its own does not: the same point comes again."""
     study = make_study(extend_edges=False)
-    before = simulate(study, campaign_of(study), stop_after=3)
+    before = simulate(study, scheduler_of(study), stop_after=3)
     left = before[-1]
-    campaign = campaign_of(study, before)
-    proposal = campaign.ask("again")
+    scheduler = scheduler_of(study, before)
+    proposal = scheduler.ask("again")
     assert proposal is not None
     spec = proposal.spec
-    assert spec.cell == study.trunk(spec.cell)
+    assert spec.cell == study.stable_run(spec.cell)
     assert (spec.learning_rate, spec.batch_sequences, spec.seed) == (
         left["learning_rate"], left["batch_sequences"], left["seed"]
     )  # fmt: skip
-    campaign.tell("again", "finished", loss(spec.cell, spec))
-    rest = simulate(study, campaign)
+    scheduler.tell("again", "finished", loss(spec.cell, spec))
+    rest = simulate(study, scheduler)
     frame = pd.DataFrame([*before, row(study, spec.cell, spec), *rest])
     assert frame["trial_key"].is_unique
     assert frame["cell"].value_counts().to_dict() == {c.name: 4 for c in study.cells}
-    assert campaign_of(study, frame.to_dict("records")).done
+    assert scheduler_of(study, frame.to_dict("records")).done
 
 
 def test_a_budget_of_flops_counts_the_shared_phase_once() -> None:
     study = make_study()
-    longest = [c for c in study.cells if c == study.trunk(c)]
+    longest = [c for c in study.cells if c == study.stable_run(c)]
     assert len(longest) == 4
     for cell in longest:
         whole = sum(study.flops(c) for c in (cell, *study.branches(cell)))
         assert whole == pytest.approx(cell.flops * (1 + 0.2 * (0.25 + 0.5)), rel=1e-6)
     cost = sum(4 * study.flops(c) for c in study.cells)
     study = make_study(total_flops=0.5 * cost, extend_edges=False)
-    rows = simulate(study, campaign_of(study))
+    rows = simulate(study, scheduler_of(study))
     spent = sum(study.flops(study.cell(str(r["cell"]))) for r in rows)
     assert 0.2 * cost < spent <= 0.5 * cost
-    again = campaign_of(study, rows)
+    again = scheduler_of(study, rows)
     assert again._flops_spent == pytest.approx(spent)
 
 
 def test_ranges_of_a_scale_widen_together() -> None:
     study = make_study(learning_rate={"low": 1e-4, "high": 1e-3})
-    campaign = campaign_of(study)
-    rows = simulate(study, campaign)
-    trunk = campaign.states[study.trunk(study.cells[0]).name]
-    assert trunk.extensions > 0
-    assert all(b.bounds == trunk.bounds for b in trunk.branches)
+    scheduler = scheduler_of(study)
+    rows = simulate(study, scheduler)
+    stable_run = scheduler.states[study.stable_run(study.cells[0]).name]
+    assert stable_run.extensions > 0
+    assert all(b.bounds == stable_run.bounds for b in stable_run.branches)
     assert len(rows) % 3 == 0
     assert max(float(str(r["learning_rate"])) for r in rows) > 1e-3
 
@@ -207,7 +207,7 @@ def test_on_a_real_ray_with_a_range_that_widens(tmp_path: Path) -> None:
     assert set(results.curves()["trial_key"]) == set(frame["trial_key"])
     kept = results.ranges("branched")["cells"].values()
     assert [k["learning_rate"][1] for k in kept] == pytest.approx([4e-4] * 2)
-    assert [k["extensions"] for k in kept] == [0, 1], "counted by the trunk's cell"
+    assert [k["extensions"] for k in kept] == [0, 1], "counted by the stable_run's cell"
     assert run(study, results_uri=uri).started == 0
     assert run(make(6), results_uri=uri).started == 2
     (tmp_path / "results" / "studies" / "branched.ranges.json").write_text("damaged")

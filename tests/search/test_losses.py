@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks.nodes import Cluster, in_trial
+from raysweep.search.callback import RETRIES, StudyCallback
 from raysweep.search.cells import CRASHES_ALLOWED
 from raysweep.search.run import run
-from raysweep.search.watcher import RETRIES, Watcher
 from raysweep.study import Study
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("losses")]
@@ -68,13 +68,13 @@ def cluster(head: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 def starts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each trial was started."""
     counted: Counter[str] = Counter()
-    on_trial_start = Watcher.on_trial_start
+    on_trial_start = StudyCallback.on_trial_start
 
     def count(self, iteration, trials, trial, **info) -> None:
         counted[trial.trial_id] += 1
         on_trial_start(self, iteration, trials, trial, **info)
 
-    monkeypatch.setattr(Watcher, "on_trial_start", count)
+    monkeypatch.setattr(StudyCallback, "on_trial_start", count)
     return counted
 
 

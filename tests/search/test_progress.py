@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from raysweep.search.campaign import Campaign
-from raysweep.search.ledger import Ledger
 from raysweep.search.progress import Progress, Timing
+from raysweep.search.resources import ResourcePool
+from raysweep.search.scheduler import StudyScheduler
 from raysweep.study import Study
 
 STUDY = {
@@ -38,13 +38,13 @@ def test_one_known_cell_is_enough_to_guess() -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_shows_cells_trials_best_loss_and_time_left(terminal: bool) -> None:
-    campaign = Campaign(Study.from_dict(STUDY), "data", Ledger({"n": {"CPU": 1.0}}))
+    scheduler = StudyScheduler(Study.from_dict(STUDY), "data", ResourcePool({"n": {"CPU": 1.0}}))
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=100, height=30)
-    with Progress(campaign, console) as progress:
-        proposal = campaign.ask("t0")
+    with Progress(scheduler, console) as progress:
+        proposal = scheduler.ask("t0")
         assert proposal is not None
-        campaign.tell("t0", "finished", 2.125)
+        scheduler.tell("t0", "finished", 2.125)
         progress.trial_done(proposal.spec.cell.name, "finished", 1.0)
         progress.refresh(force=True)
     text = out.getvalue()
@@ -53,4 +53,4 @@ def test_shows_cells_trials_best_loss_and_time_left(terminal: bool) -> None:
     assert "2.125" in text
     assert ("\x1b" in text) == terminal
     if terminal:
-        assert all(cell.name in text for cell in campaign.study.cells)
+        assert all(cell.name in text for cell in scheduler.study.cells)

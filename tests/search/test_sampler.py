@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 
 from benchmarks.planted import SHAPES, held, plant, recommended_gaps, search
 from raysweep.errors import UserError
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.search.strategies import make_sampler, search_space
 from raysweep.study.shape import RunSize
 
@@ -24,11 +24,11 @@ CELLS = [
 ]
 
 
-def add_cell(ladder: TrialHistory, cell: RunSize, seed: int = 0) -> optuna.Study:
+def add_cell(history: TrialHistory, cell: RunSize, seed: int = 0) -> optuna.Study:
     sampler = make_sampler(
         "ladder",
         cell=cell,
-        ladder=ladder,
+        history=history,
         learning_rate=RATES,
         log2_batch=BATCHES,
         sequence_length=SEQUENCE,
@@ -36,7 +36,7 @@ def add_cell(ladder: TrialHistory, cell: RunSize, seed: int = 0) -> optuna.Study
         seed=seed,
     )
     study = optuna.create_study(sampler=sampler)
-    ladder.register(cell, study, sequence_length=SEQUENCE)
+    history.register(cell, study, sequence_length=SEQUENCE)
     return study
 
 
@@ -58,8 +58,8 @@ def run(study: optuna.Study, cell: RunSize, count: int) -> list[dict]:
 
 def test_deterministic_given_seed_and_history():
     def replay(seed: int) -> list[dict]:
-        ladder = TrialHistory()
-        studies = [add_cell(ladder, cell, seed) for cell in CELLS[:2]]
+        history = TrialHistory()
+        studies = [add_cell(history, cell, seed) for cell in CELLS[:2]]
         return run(studies[0], CELLS[0], 4) + run(studies[1], CELLS[1], 3)
 
     assert replay(1) == replay(1)
@@ -81,8 +81,8 @@ def test_a_ladder_rebuilt_from_rows_proposes_what_the_live_one_does():
 
 
 def test_small_cells_place_the_first_trial_of_a_large_one():
-    ladder = TrialHistory()
-    studies = [add_cell(ladder, cell) for cell in CELLS]
+    history = TrialHistory()
+    studies = [add_cell(history, cell) for cell in CELLS]
     run(studies[0], CELLS[0], 8)
     run(studies[1], CELLS[1], 4)
     run(studies[2], CELLS[2], 4)
@@ -93,7 +93,7 @@ def test_small_cells_place_the_first_trial_of_a_large_one():
 
 def test_imported_rows_teach_as_trials_do():
     rng = np.random.default_rng(0)
-    ladder = TrialHistory()
+    history = TrialHistory()
     for cell in CELLS[:3]:
         rate = np.exp(rng.normal(np.log(0.005), 0.8, 30))
         log2 = rng.uniform(2, 8, 30)
@@ -101,78 +101,78 @@ def test_imported_rows_teach_as_trials_do():
             true_loss(cell, {LEARNING_RATE: r, LOG2_BATCH: b})
             for r, b in zip(rate, log2, strict=True)
         ]
-        ladder.add_history(cell, rate, SEQUENCE * 2**log2, np.array(loss))
-    study = add_cell(ladder, CELLS[3])
+        history.add_imported(cell, rate, SEQUENCE * 2**log2, np.array(loss))
+    study = add_cell(history, CELLS[3])
     first = study.ask(SPACE)
     lowest = 3 * np.exp(-0.05 * np.log(CELLS[3].params_active_non_embedding / 1e6))
     assert true_loss(CELLS[3], first.params) / lowest - 1 < 0.004
-    assert ladder.surface().trials.tolist() == [30, 30, 30, 0]
+    assert history.surface().trials.tolist() == [30, 30, 30, 0]
 
 
 def test_parallel_proposals_differ():
-    ladder = TrialHistory()
-    study = add_cell(ladder, CELLS[0])
+    history = TrialHistory()
+    study = add_cell(history, CELLS[0])
     running = [study.ask(SPACE) for _ in range(5)]
     points = np.array(
         [(np.log(t.params[LEARNING_RATE]), t.params[LOG2_BATCH] * np.log(2)) for t in running]
     )
     apart = np.linalg.norm(points[:, None] - points, axis=-1)[np.triu_indices(5, 1)]
     assert apart.min() > 0.25
-    assert len(ladder.pending(CELLS[0].name)) == 5
-    assert len(ladder.pending(CELLS[0].name, besides=0)) == 4
+    assert len(history.pending(CELLS[0].name)) == 5
+    assert len(history.pending(CELLS[0].name, besides=0)) == 4
     run(study, CELLS[0], 6)
     more = [study.ask(SPACE) for _ in range(3)]
     assert len({tuple(t.params.values()) for t in more}) == 3
 
 
 def test_crashes_tell_nothing_and_divergence_lowers_the_rate():
-    ladder = TrialHistory()
-    study = add_cell(ladder, CELLS[0])
+    history = TrialHistory()
+    study = add_cell(history, CELLS[0])
     first = study.ask(SPACE)
     first.set_user_attr("status", "crashed")
     study.tell(first, state=TrialState.FAIL)
-    assert len(ladder.history(CELLS[0].name).loss) == 0
-    before = ladder.surface().optimum(CELLS[0])
+    assert len(history.trials_of(CELLS[0].name).loss) == 0
+    before = history.surface().optimum(CELLS[0])
     second = study.ask(SPACE)
     second.set_user_attr("status", "diverged")
     second.set_user_attr("ran_at", [before.learning_rate, 5.0])
     study.tell(second, state=TrialState.FAIL)
-    assert ladder.history(CELLS[0].name).diverged.tolist() == [True]
-    after = ladder.surface().optimum(CELLS[0])
+    assert history.trials_of(CELLS[0].name).diverged.tolist() == [True]
+    after = history.surface().optimum(CELLS[0])
     assert after.learning_rate < 0.7 * before.learning_rate
     pruned = study.ask(SPACE)
     study.tell(pruned, state=TrialState.PRUNED)
-    assert len(ladder.history(CELLS[0].name).loss) == 1
+    assert len(history.trials_of(CELLS[0].name).loss) == 1
 
 
 def test_where_a_trial_ran_counts_not_where_it_was_asked_to():
-    ladder = TrialHistory()
-    study = add_cell(ladder, CELLS[0])
+    history = TrialHistory()
+    study = add_cell(history, CELLS[0])
     trial = study.ask(SPACE)
     moved = [trial.params[LEARNING_RATE] * np.exp(0.2), trial.params[LOG2_BATCH] + 0.5]
     trial.set_user_attr("ran_at", moved)
     study.tell(trial, 3.0)
-    history = ladder.history(CELLS[0].name)
-    assert history.learning_rate == pytest.approx([moved[0]])
-    assert history.batch_tokens == pytest.approx([SEQUENCE * 2 ** moved[1]])
-    assert ladder.granularity() == pytest.approx([0.2, 0.5 * np.log(2)])
+    known = history.trials_of(CELLS[0].name)
+    assert known.learning_rate == pytest.approx([moved[0]])
+    assert known.batch_tokens == pytest.approx([SEQUENCE * 2 ** moved[1]])
+    assert history.granularity() == pytest.approx([0.2, 0.5 * np.log(2)])
 
 
 def test_starts_by_the_published_law_and_says_so(caplog):
-    ladder = TrialHistory()
-    study = add_cell(ladder, CELLS[1])
+    history = TrialHistory()
+    study = add_cell(history, CELLS[1])
     with caplog.at_level(logging.INFO, logger="raysweep"):
         first = study.ask(SPACE)
     assert "published laws" in caplog.text
-    law = ladder.surface().optimum(CELLS[1])
+    law = history.surface().optimum(CELLS[1])
     assert abs(np.log(first.params[LEARNING_RATE] / law.learning_rate)) < 1
     asked_batch = SEQUENCE * 2.0 ** first.params[LOG2_BATCH]
     assert abs(np.log(asked_batch / law.batch_tokens)) < 1.5
 
 
 def test_works_under_study_optimize_with_other_parameters_beside():
-    ladder = TrialHistory()
-    study = add_cell(ladder, CELLS[0])
+    history = TrialHistory()
+    study = add_cell(history, CELLS[0])
 
     def objective(trial: optuna.Trial) -> float:
         params = {
@@ -187,34 +187,34 @@ def test_works_under_study_optimize_with_other_parameters_beside():
 
 
 def test_survives_cloudpickle():
-    ladder = TrialHistory()
-    study = add_cell(ladder, CELLS[0])
+    history = TrialHistory()
+    study = add_cell(history, CELLS[0])
     run(study, CELLS[0], 3)
-    copied_ladder, copied = cloudpickle.loads(cloudpickle.dumps((ladder, study)))  # pyright: ignore
+    copied_history, copied = cloudpickle.loads(cloudpickle.dumps((history, study)))  # pyright: ignore
     assert copied.ask(SPACE).params == study.ask(SPACE).params
-    assert len(copied_ladder.history(CELLS[0].name).loss) == 3
+    assert len(copied_history.trials_of(CELLS[0].name).loss) == 3
 
 
 def test_a_cell_known_with_other_sizes_is_a_user_error():
-    ladder = TrialHistory()
-    study = add_cell(ladder, CELLS[0])
+    history = TrialHistory()
+    study = add_cell(history, CELLS[0])
     other = RunSize(name=CELLS[0].name, params_active_non_embedding=2e6, tokens=2e7)
     with pytest.raises(UserError, match="other sizes"):
-        ladder.register(other, study, sequence_length=SEQUENCE)
+        history.register(other, study, sequence_length=SEQUENCE)
     with pytest.raises(UserError, match="not registered"):
-        ladder.history("nowhere")
+        history.trials_of("nowhere")
 
 
 def test_proposing_takes_at_most_50_ms_with_40_cells_and_500_trials():
     rng = np.random.default_rng(0)
-    ladder, studies = TrialHistory(), []
+    history, studies = TrialHistory(), []
     for i in range(40):
         cell = RunSize(
             name=f"c{i}",
             params_active_non_embedding=1e6 * 2.0 ** (i % 8),
             tokens=2e7 * 2.0 ** (i // 8 + i % 8),
         )
-        study = add_cell(ladder, cell)
+        study = add_cell(history, cell)
         for _ in range(13 if i < 20 else 12):
             params = {
                 LEARNING_RATE: float(np.exp(rng.normal(np.log(0.005), 0.6)).clip(*RATES)),

@@ -59,7 +59,7 @@ def test_parts_are_put_together_for_another_number_of_workers(tmp_path, monkeypa
         span = slice(8 * rank, 8 * rank + 8)
         parts = {"a": (span.start, whole[span]), "b": (span.start, -whole[span])}
         writer.save(
-            {"step": 7, "parts": parts, "stable_run": {"parts": {"a": (span.start, parts["b"][1])}}}
+            {"step": 7, "parts": parts, "trunk": {"parts": {"a": (span.start, parts["b"][1])}}}
         )
     for writer in writers:
         writer.wait()
@@ -70,7 +70,7 @@ def test_parts_are_put_together_for_another_number_of_workers(tmp_path, monkeypa
         state = Checkpoints(storage, "k").load_on_all(wanted)
         assert state is not None
         assert torch.equal(state["parts"]["a"][1], whole[first:last])
-        assert torch.equal(state["stable_run"]["parts"]["a"][1], -whole[first:last])
+        assert torch.equal(state["trunk"]["parts"]["a"][1], -whole[first:last])
 
 
 def test_a_checkpoint_counts_only_once_all_workers_have_written(tmp_path, caplog):

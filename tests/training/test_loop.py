@@ -302,7 +302,7 @@ def test_trials_of_a_cell_share_their_graphs(corpus, spec, graphs, architecture,
 
 
 def test_more_cells_than_a_process_keeps_graphs_of(corpus, spec, graphs, monkeypatch):
-    monkeypatch.setattr(compiled, "MOST_KINDS", 2)
+    monkeypatch.setattr(compiled, "MAX_KINDS", 2)
     counts = []
     for d_model in (16, 24, 32, 32, 16, 24):
         trial = spec(scale={"d_model": d_model, "layers": 1}, tokens=640, recipe={"compile": "on"})

@@ -116,7 +116,7 @@ class TestFlatParameters:
     def test_norms_of_more_elements_than_one_dot_product_takes(self, monkeypatch):
         gradient = torch.randn(1000)
         whole = optimizer.squared_norm([gradient])
-        monkeypatch.setattr(optimizer, "LONGEST_DOT", 300)
+        monkeypatch.setattr(optimizer, "MAX_DOT", 300)
         assert optimizer.squared_norm([gradient]).item() == pytest.approx(whole.item())
 
 

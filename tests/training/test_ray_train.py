@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from raysweep.data.corpus import prepare
-from raysweep.data.shipping import publish
+from raysweep.data.shipping import upload
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
 from raysweep.study import Data
@@ -107,7 +107,7 @@ def test_a_group_lives_through_trials_of_every_end(text, fitting, tmp_path):
     from raysweep.training.ray_train import end_groups, find_group, train_in_group
 
     results = Storage.at(tmp_path / "results")
-    publish(text, results)
+    upload(text, results)
     elsewhere = dataclasses.replace(text, path=tmp_path / "only where the driver is")
     first = fitting()
     host = find_group("kept", first.cell.resources, strict=True, storage_path=str(tmp_path / "ray"))
@@ -143,7 +143,7 @@ def test_a_group_lives_through_trials_of_every_end(text, fitting, tmp_path):
     again = [b for a, b in zip(lost.steps, lost.steps[1:], strict=False) if b < a]
     assert all(step > 100 for step in again), "from a checkpoint, not from the start"
     other = Storage.at(tmp_path / "other")
-    publish(text, other)
+    upload(text, other)
     assert outcome.loss == train_in_group(host, job(long, elsewhere, other), Heard()).loss
     assert not set(worker_pids()) & {pids[1]}
 
@@ -181,7 +181,7 @@ def test_an_error_of_its_own_is_tried_three_times(text, fitting, tmp_path):
     from raysweep.training.ray_train import end_groups, find_group, train_in_group
 
     results = Storage.at(tmp_path / "results")
-    publish(text, results)
+    upload(text, results)
     trial = fitting(seed=9)
     host = find_group("errs", trial.cell.resources, strict=True, storage_path=str(tmp_path / "ray"))
     folder = tmp_path / "starts"

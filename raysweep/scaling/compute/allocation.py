@@ -19,10 +19,11 @@ from scipy.stats import t as student
 
 from raysweep.errors import UserError
 from raysweep.scaling.estimate import NOT_DETERMINED, Estimate
-from raysweep.scaling.loss.data import COUNTS, held_budgets
+from raysweep.scaling.loss.data import held_budgets
 from raysweep.scaling.loss.model import LEVEL, LossModel
 from raysweep.scaling.loss.posterior import LawPosterior
 from raysweep.scaling.loss.selection import LEVELS_AHEAD, fit_data
+from raysweep.study.shape import COUNTS
 
 Interval = tuple[float, float]
 
@@ -43,7 +44,7 @@ NEAR = 4.0
 """Runs within this factor of a budget's best size tell where its loss is least."""
 
 DRAWS = 600
-FEWEST_LEVELS = 4
+MIN_LEVELS = 4
 """A jackknife over fewer levels says little."""
 
 
@@ -343,7 +344,7 @@ def _left_out(model: LossModel) -> list[LawPosterior]:
     """The law fitted without each level of compute in turn."""
     assert model.law is not None
     level = model.data.levels()
-    if level.max() + 1 < FEWEST_LEVELS:
+    if level.max() + 1 < MIN_LEVELS:
         return []
     return [fit_data(model.law, model.data.select(level != k)) for k in range(level.max() + 1)]
 

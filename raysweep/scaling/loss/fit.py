@@ -30,7 +30,7 @@ from raysweep.scaling.loss.expression import (
 )
 from raysweep.scaling.loss.laws import Law
 
-FEWEST_CELLS = 3
+MIN_CELLS = 3
 # Inputs whose independent variation is below this share of the common one cannot be told apart.
 COLLINEAR = 0.02
 # Relative singular value of the Jacobian below which a direction of the coefficients is
@@ -354,7 +354,7 @@ def _refuse(
     law: Law, logs: Mapping[str, np.ndarray], loss: np.ndarray, n_cells: int, free: np.ndarray
 ) -> tuple[Status, str] | None:
     """Why these data cannot determine the law at all, if they cannot."""
-    need = max(FEWEST_CELLS, int(free.sum()) + 1)
+    need = max(MIN_CELLS, int(free.sum()) + 1)
     if n_cells < need:
         cells = "1 distinct cell" if n_cells == 1 else f"{n_cells} distinct cells"
         return "too few cells", (

@@ -22,7 +22,7 @@ ONE_ROUTING_LAWS = ("chinchilla", "kaplan")
 ROUTING_LAWS = ("wang", "yun", "clark", "joint_moe", "sparsity", "fine_grained")
 """Laws of cells that differ in experts."""
 
-FEWEST_CELLS = 3
+MIN_CELLS = 3
 LEVELS_AHEAD = 6
 """The highest levels, at most, that are predicted from those below them."""
 
@@ -123,9 +123,9 @@ def _score(law: Law, data: LossData, level: np.ndarray) -> tuple[LawScore, LawPo
 def _why_silent(law: Law, inputs: Mapping[str, np.ndarray], loss: np.ndarray) -> str:
     """Why these cells can tell nothing of a law, if so."""
     places = np.unique(np.log1p(np.stack(list(inputs.values()), axis=1)), axis=0)
-    if len(places) < FEWEST_CELLS:
+    if len(places) < MIN_CELLS:
         cells = "1 distinct cell" if len(places) == 1 else f"{len(places)} distinct cells"
-        return f"{cells}: at least {FEWEST_CELLS} are needed"
+        return f"{cells}: at least {MIN_CELLS} are needed"
     for name, value in inputs.items():
         spread = -np.log1p(-value) if name == "sparsity" else np.log(value)
         if np.ptp(spread) < SPREAD:

@@ -241,7 +241,7 @@ def _noise(point: np.ndarray, log_loss: np.ndarray) -> float:
 CURVATURE_MEAN = np.array([0.014, 0.014, -0.005])
 CURVATURE_SD = np.array([0.02, 0.02, 0.01])
 SLOPE_SD = 0.02
-LEAST_CURVATURE = 5e-4
+MIN_CURVATURE = 5e-4
 """Eigenvalues of the Hessian are kept above this: a parabola has a bottom."""
 
 # A quadratic holds near the optimum only: a trial whose ln loss lies `gap` above the best one
@@ -308,7 +308,7 @@ def _fit_parabola(point: np.ndarray, log_loss: np.ndarray, noise: float) -> _Par
 
     Bayesian least squares: the noise of a trial grows with its gap, so that trials far up the walls
     say little about the bottom; the residuals rescale the covariance, weakly at small n. A
-    direction in which the data want no positive curvature gets `LEAST_CURVATURE` and the slope is
+    direction in which the data want no positive curvature gets `MIN_CURVATURE` and the slope is
     fitted again.
     """
     best = int(log_loss.argmin())
@@ -322,8 +322,8 @@ def _fit_parabola(point: np.ndarray, log_loss: np.ndarray, noise: float) -> _Par
     theta = np.linalg.solve(normal, (x.T * weight) @ y + precision * mean)
     hessian = np.array([[theta[3], theta[5]], [theta[5], theta[4]]])
     values, vectors = np.linalg.eigh(hessian)
-    if values[0] < LEAST_CURVATURE:
-        hessian = (vectors * np.maximum(values, LEAST_CURVATURE)) @ vectors.T
+    if values[0] < MIN_CURVATURE:
+        hessian = (vectors * np.maximum(values, MIN_CURVATURE)) @ vectors.T
         fixed = np.array([hessian[0, 0], hessian[1, 1], hessian[0, 1]])
         rest = y - x[:, 3:] @ fixed
         part = (x[:, :3].T * weight) @ x[:, :3] + np.diag(precision[:3])

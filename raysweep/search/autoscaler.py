@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
-from raysweep.search.ledger import Bundle
+from raysweep.search.resources import Bundle
 
 Kind = tuple[tuple[tuple[str, float], ...], ...]
 """Bundles of a trial, in a form that can be a key."""
 
-MOST_WAITING = 64
+MAX_WAITING = 64
 """Placement groups that wait at once, at most."""
 GRANTS_WITHOUT_GROWTH = 3
 """So many granted without a new node show that the cluster is fixed."""
@@ -33,7 +33,7 @@ class Request(Protocol):
     def withdraw(self) -> None: ...
 
 
-class Growth:
+class AutoscalerRequests:
     """Keeps requests for more room up to date.
 
     Args:
@@ -57,7 +57,7 @@ class Growth:
         grown = frozenset(nodes) - self._nodes
         if frozenset(nodes) != self._nodes:
             self._nodes, self._idle_grants = frozenset(nodes), 0
-        limit = min(MOST_WAITING, max(1, running))
+        limit = min(MAX_WAITING, max(1, running))
         kept: Counter[Kind] = Counter()
         waiting: list[tuple[Kind, Request]] = []
         for kind, request in self._waiting:

@@ -23,7 +23,7 @@ class _Running:
     reports: int = 0
 
 
-class Stalls:
+class HangDetector:
     """Told when trials start, report and end; says which of them hang.
 
     Args:

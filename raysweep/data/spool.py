@@ -16,7 +16,7 @@ _LONG_SHARE = 8
 _LARGEST_PIECE, _SMALLEST_PIECE = 64 * 1024, 1024
 
 
-class Staging:
+class DocumentSpool:
     """Documents appended to one file, with their lengths and content hashes in memory.
 
     A context manager. Memory is 17 bytes a document; the file is as long as the text.
@@ -29,7 +29,7 @@ class Staging:
         self._digests = array("Q")
         self._held_out = array("b")
 
-    def __enter__(self) -> Staging:
+    def __enter__(self) -> DocumentSpool:
         return self
 
     def __exit__(self, *_: object) -> None:

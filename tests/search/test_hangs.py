@@ -1,6 +1,6 @@
 """Which trials hang: silence measured against what trials of the cell came out of before."""
 
-from raysweep.search.stalls import TIMES_AT_START, TIMES_LONGEST, Stalls
+from raysweep.search.hangs import TIMES_AT_START, TIMES_LONGEST, HangDetector
 
 
 class Clock:
@@ -12,7 +12,7 @@ class Clock:
 
 def test_silence_is_measured_against_the_longest_of_the_cell() -> None:
     clock = Clock()
-    stalls = Stalls(600.0, clock)
+    stalls = HangDetector(600.0, clock)
     stalls.started("t1", "small")
     stalls.started("t2", "large")
     for _ in range(6):  # a step of the large cell takes two minutes
@@ -32,7 +32,7 @@ def test_silence_is_measured_against_the_longest_of_the_cell() -> None:
 
 def test_the_first_report_may_take_longer_and_a_new_worker_starts_anew() -> None:
     clock = Clock()
-    stalls = Stalls(10.0, clock)
+    stalls = HangDetector(10.0, clock)
     stalls.started("t", "cell")
     clock.now = TIMES_AT_START * 10
     assert stalls.hanging() == {}
@@ -47,7 +47,7 @@ def test_the_first_report_may_take_longer_and_a_new_worker_starts_anew() -> None
 
 def test_nought_is_never() -> None:
     clock = Clock()
-    stalls = Stalls(0.0, clock)
+    stalls = HangDetector(0.0, clock)
     stalls.started("t", "cell")
     clock.now = 1e9
     assert stalls.hanging() == {}

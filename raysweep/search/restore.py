@@ -13,14 +13,14 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
 from raysweep.search.cells import CellState
-from raysweep.search.ladder import TrialHistory
+from raysweep.search.history import TrialHistory
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
 
 _log = logging.getLogger("raysweep")
 
 
-def take_up(
+def restore_trials(
     rows: pd.DataFrame, study: Study, data_hash: str, states: Mapping[str, CellState]
 ) -> float:
     """Rebuild the trials of earlier runs of this study in its cells; crashed ones are run again.
@@ -41,7 +41,7 @@ def take_up(
             other_recipe.append(row["cell"])
             continue
         log2_batch = math.log2(sequences)
-        points[(state.trunk or state).cell.name, state.cell.name].add(
+        points[(state.stable_run or state).cell.name, state.cell.name].add(
             (rate, int(log2_batch), spec.seed)
         )
         state.add_row(rate, log2_batch, row["status"], row["loss"])
@@ -52,10 +52,12 @@ def take_up(
             f"{other_recipe[0]}) made with another recipe, shape, seed or corpus: give the study "
             "another name, or name another --results"
         )
-    for (trunk, cell), of_branch in list(points.items()):
-        if cell != trunk:
-            missing = of_branch - points[trunk, trunk] - set(states[trunk].unfinished)
-            states[trunk].unfinished += sorted(missing)
+    for (stable_run, cell), of_branch in list(points.items()):
+        if cell != stable_run:
+            missing = (
+                of_branch - points[stable_run, stable_run] - set(states[stable_run].unfinished)
+            )
+            states[stable_run].unfinished += sorted(missing)
     return spent
 
 
@@ -65,7 +67,7 @@ def widened(study: Study, states: Mapping[str, CellState]) -> dict[str, Any]:
     return _given(study) | {"cells": {name: each for name, each in found.items() if each}}
 
 
-def widen_again(study: Study, kept: Mapping[str, Any], states: Mapping[str, CellState]) -> None:
+def restore_bounds(study: Study, kept: Mapping[str, Any], states: Mapping[str, CellState]) -> None:
     """Search the ranges again that earlier runs widened, unless the search space gives others now
     or wants none widened."""
     given = _given(study)
@@ -73,7 +75,7 @@ def widen_again(study: Study, kept: Mapping[str, Any], states: Mapping[str, Cell
         return
     try:
         for name in states.keys() & kept["cells"].keys():
-            states[name].widen_again(kept["cells"][name])
+            states[name].restore_bounds(kept["cells"][name])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         _log.warning("the ranges that %s had widened are unreadable: found anew", study.name)
 
@@ -83,8 +85,8 @@ def _given(study: Study) -> dict[str, Any]:
     return {"learning_rate": [rate.low, rate.high], "batch_sequences": [batch.low, batch.high]}
 
 
-def teach(ladder: TrialHistory, rows: pd.DataFrame) -> None:
-    """Let the ladder learn from other rows, with the schema's columns: imported sweeps, say."""
+def add_imported_trials(history: TrialHistory, rows: pd.DataFrame) -> None:
+    """Add other rows, with the schema's columns: imported sweeps, say."""
     usable = rows[rows["learning_rate"].notna() & rows["batch_tokens"].notna()]
     usable = usable[usable["status"].isin([FINISHED, "diverged"]) & usable["excluded"].isna()]
     for name, cell in usable.groupby("cell", sort=True):
@@ -98,7 +100,7 @@ def teach(ladder: TrialHistory, rows: pd.DataFrame) -> None:
             params_total_non_embedding=math.nan if pd.isna(total) else float(total),
             name=f"{first['source']}:{name}",
         )
-        ladder.add_history(
+        history.add_imported(
             size,
             cell["learning_rate"].to_numpy(float),
             cell["batch_tokens"].to_numpy(float),

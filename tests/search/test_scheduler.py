@@ -12,8 +12,8 @@ import pytest
 
 from raysweep.errors import UserError
 from raysweep.results.schema import COLUMNS
-from raysweep.search.campaign import Campaign, Proposal, bundles_of
-from raysweep.search.ledger import Ledger
+from raysweep.search.resources import ResourcePool
+from raysweep.search.scheduler import Proposal, StudyScheduler, bundles_of
 from raysweep.study import Study
 
 BASE = {
@@ -48,26 +48,28 @@ def planted(proposal: Proposal, optimum: float = 1e-2) -> tuple[str, float | Non
     return "finished", 2.0 + 10 * scale**-0.3 + 0.03 * u**2 + 0.01 * v**2
 
 
-def simulate(campaign: Campaign, outcome=planted, *, stop_after: int | None = None, rng=None):
-    """Workers of the ledger's size with random trial lengths. Yields (proposal, status, loss)."""
+def simulate(
+    scheduler: StudyScheduler, outcome=planted, *, stop_after: int | None = None, rng=None
+):
+    """Workers of the pool's size with random trial lengths. Yields (proposal, status, loss)."""
     rng = rng or np.random.default_rng(0)
     clock, events, ids = 0.0, [], itertools.count()
     log: list[tuple[Proposal, str, float | None]] = []
-    while not campaign.done:
+    while not scheduler.done:
         while True:
-            proposal = campaign.ask(f"t{next(ids)}")
+            proposal = scheduler.ask(f"t{next(ids)}")
             if proposal is None:
                 break
             length = rng.exponential() * proposal.spec.cell.flops
             heapq.heappush(events, (clock + length, proposal.id, proposal))
-        for left in campaign.ledger.free.values():
+        for left in scheduler.pool.free.values():
             assert all(amount >= -1e-9 for amount in left.values()), "over-subscribed"
-        waiting = [s for s in campaign.states.values() if campaign.runnable(s)]
-        assert not any(campaign.ledger.fits(bundles_of(s.cell)) for s in waiting), "idle worker"
+        waiting = [s for s in scheduler.states.values() if scheduler.runnable(s)]
+        assert not any(scheduler.pool.fits(bundles_of(s.cell)) for s in waiting), "idle worker"
         assert events, "neither running nor done"
         clock, trial_id, proposal = heapq.heappop(events)
         status, loss = outcome(proposal)
-        campaign.tell(trial_id, status, loss)
+        scheduler.tell(trial_id, status, loss)
         log.append((proposal, status, loss))
         if stop_after is not None and len(log) >= stop_after:
             break
@@ -94,14 +96,14 @@ def rows_of(log) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def two_workers() -> Ledger:
-    return Ledger({"n": {"CPU": 2.0}})
+def two_workers() -> ResourcePool:
+    return ResourcePool({"n": {"CPU": 2.0}})
 
 
 @pytest.mark.parametrize("strategy", ["ladder", "tpe", "qmc", "grid", "random", "cmaes"])
 def test_every_strategy_gives_each_cell_its_trials(strategy: str) -> None:
     study = make_study(strategy=strategy, extend_edges=False)
-    log = simulate(Campaign(study, "data", two_workers()))
+    log = simulate(StudyScheduler(study, "data", two_workers()))
     finished = pd.Series([p.spec.cell.name for p, status, _ in log if status == "finished"])
     assert (finished.value_counts() >= 4).all()
     assert finished.nunique() == len(study.cells)
@@ -110,7 +112,7 @@ def test_every_strategy_gives_each_cell_its_trials(strategy: str) -> None:
 
 def test_small_cells_go_first() -> None:
     study = make_study()
-    log = simulate(Campaign(study, "data", Ledger({"n": {"CPU": 1.0}})))
+    log = simulate(StudyScheduler(study, "data", ResourcePool({"n": {"CPU": 1.0}})))
     order = [p.spec.cell.flops for p, *_ in log]
     assert order == sorted(order)
 
@@ -126,70 +128,70 @@ def test_workers_of_different_size_are_never_idle_nor_overbooked() -> None:
         "large": {"CPU": 4.0, "GPU": 2.0},
     }
     for seed in range(3):
-        campaign = Campaign(study, "data", Ledger(nodes))
-        log = simulate(campaign, rng=np.random.default_rng(seed))
+        scheduler = StudyScheduler(study, "data", ResourcePool(nodes))
+        log = simulate(scheduler, rng=np.random.default_rng(seed))
         assert len(log) >= 4 * len(study.cells)
-        for group in campaign.ledger.waiting_groups:
-            campaign.ledger.give_back(group)
-        assert campaign.ledger.free == nodes
+        for group in scheduler.pool.waiting_groups:
+            scheduler.pool.give_back(group)
+        assert scheduler.pool.free == nodes
 
 
 def test_groups_of_workers_are_kept_for_their_kind_and_given_back_for_what_comes_before() -> None:
     scales = [dict(s) for s in BASE["scales"]]
     scales[1]["resources"] = {"workers": 2}
     study = Study.from_dict({**BASE, "architectures": {"dense": {}}, "scales": scales})
-    campaign = Campaign(study, "data", two_workers())
+    scheduler = StudyScheduler(study, "data", two_workers())
     groups: dict[str, list[str]] = {}
-    ask = campaign.ask
+    ask = scheduler.ask
 
     def noting(trial_id: str):
         proposal = ask(trial_id)
-        if proposal and (group := campaign.ledger.group_of(trial_id)):
+        if proposal and (group := scheduler.pool.group_of(trial_id)):
             groups.setdefault(group, []).append(proposal.spec.cell.scale)
         return proposal
 
-    campaign.ask = noting  # type: ignore[method-assign]
-    log = simulate(campaign)
+    scheduler.ask = noting  # type: ignore[method-assign]
+    log = simulate(scheduler)
     on_two = [p for p, *_ in log if p.spec.cell.scale == scales[1]["name"]]
     assert len(on_two) >= 4
     assert {s for of_group in groups.values() for s in of_group} == {scales[1]["name"]}
     assert sum(map(len, groups.values())) == len(on_two)
     assert len(groups) <= 2, "few groups for all of them"
-    ended = campaign.ledger.take_ended()
-    assert set(ended) | set(campaign.ledger.waiting_groups) == set(groups)
+    ended = scheduler.pool.take_ended()
+    assert set(ended) | set(scheduler.pool.waiting_groups) == set(groups)
 
 
 def test_a_cell_too_large_for_the_cluster_is_handed_out_last_for_it_to_grow() -> None:
     scales = [dict(s) for s in BASE["scales"]]
     scales[2]["resources"] = {"gpus_per_worker": 1, "workers": 2}
     study = Study.from_dict({**BASE, "scales": scales})
-    log = simulate(Campaign(study, "data", two_workers()))
+    log = simulate(StudyScheduler(study, "data", two_workers()))
     assert [p.spec.cell.scale for p, *_ in log][-1] == "m"
 
 
 @pytest.mark.parametrize("stop_after", [1, 5, 13])
 def test_a_stopped_study_goes_on_without_losing_or_repeating(stop_after: int) -> None:
     study = make_study()
-    first = simulate(Campaign(study, "data", two_workers()), stop_after=stop_after)
-    second = simulate(Campaign(study, "data", two_workers(), rows=rows_of(first)))
+    first = simulate(StudyScheduler(study, "data", two_workers()), stop_after=stop_after)
+    second = simulate(StudyScheduler(study, "data", two_workers(), rows=rows_of(first)))
     keys = [p.spec.key for p, *_ in first + second]
     assert len(set(keys)) == len(keys)
     done = pd.Series([p.spec.cell.name for p, status, _ in first + second if status == "finished"])
     assert (done.value_counts() >= 4).all()
-    assert Campaign(study, "data", two_workers(), rows=rows_of(first + second)).done
+    assert StudyScheduler(study, "data", two_workers(), rows=rows_of(first + second)).done
 
 
 def test_a_finished_study_can_be_given_more_trials_and_scales() -> None:
-    log = simulate(Campaign(make_study(extend_edges=False), "data", two_workers()))
+    log = simulate(StudyScheduler(make_study(extend_edges=False), "data", two_workers()))
     more = make_study(trials_per_cell=6, extend_edges=False)
-    added = simulate(Campaign(more, "data", two_workers(), rows=rows_of(log)))
+    added = simulate(StudyScheduler(more, "data", two_workers(), rows=rows_of(log)))
     assert len(added) == 2 * len(more.cells)
 
 
 def test_rows_of_another_recipe_or_corpus_are_refused() -> None:
-    log = simulate(Campaign(make_study(), "data", two_workers()), stop_after=3)
+    log = simulate(StudyScheduler(make_study(), "data", two_workers()), stop_after=3)
     with pytest.raises(UserError, match=r"another recipe, shape, seed or corpus"):
-        Campaign(make_study(), "other data", two_workers(), rows=rows_of(log))
+        StudyScheduler(make_study(), "other data", two_workers(), rows=rows_of(log))
 
 
 def test_crashes_do_not_use_up_the_budget_and_a_broken_cell_is_given_up() -> None:
@@ -199,7 +201,7 @@ def test_crashes_do_not_use_up_the_budget_and_a_broken_cell_is_given_up() -> Non
         return planted(proposal)
 
     study = make_study(extend_edges=False)
-    log = simulate(Campaign(study, "data", two_workers()), outcome)
+    log = simulate(StudyScheduler(study, "data", two_workers()), outcome)
     cells = pd.Series([p.spec.cell.name for p, *_ in log]).value_counts()
     (broken,) = (c for c in cells.index if c.startswith("moe-m"))
     assert cells[broken] <= 4
@@ -207,7 +209,9 @@ def test_crashes_do_not_use_up_the_budget_and_a_broken_cell_is_given_up() -> Non
 
 
 def test_where_everything_diverges_a_cell_ends_all_the_same() -> None:
-    log = simulate(Campaign(make_study(), "data", two_workers()), lambda p: ("diverged", None))
+    log = simulate(
+        StudyScheduler(make_study(), "data", two_workers()), lambda p: ("diverged", None)
+    )
     assert 6 * 4 <= len(log) <= 6 * 8
 
 
@@ -215,12 +219,12 @@ def test_an_optimum_beyond_the_range_widens_it_within_the_hard_limits() -> None:
     study = make_study(
         learning_rate={"low": 1e-4, "high": 1e-3, "hard_high": 5e-2}, trials_per_cell=6
     )
-    campaign = Campaign(study, "data", two_workers())
-    log = simulate(campaign, lambda p: planted(p, optimum=8e-3))
+    scheduler = StudyScheduler(study, "data", two_workers())
+    log = simulate(scheduler, lambda p: planted(p, optimum=8e-3))
     rates = [p.spec.learning_rate for p, *_ in log]
     assert max(rates) > 4e-3
     assert max(rates) <= 5e-2
-    for state in campaign.states.values():
+    for state in scheduler.states.values():
         assert state.best is not None
         best = state.best.user_attrs.get("ran_at", (state.best.params["learning_rate"],))[0]
         assert best == pytest.approx(8e-3, rel=1.0)
@@ -237,26 +241,28 @@ def beyond(proposal: Proposal):
 def test_a_study_that_widened_its_ranges_ends_once_wherever_it_was_stopped(stop_after) -> None:
     """The budgets are those of widened ranges, and nothing is left to do when it is run again."""
     study = make_study(**EDGY)
-    campaign = Campaign(study, "data", two_workers())
-    log = simulate(campaign, beyond, stop_after=stop_after)
+    scheduler = StudyScheduler(study, "data", two_workers())
+    log = simulate(scheduler, beyond, stop_after=stop_after)
     if stop_after is not None:
-        kept = json.loads(json.dumps(campaign.widened))
-        campaign = Campaign(study, "data", two_workers(), rows=rows_of(log), ranges=kept)
-        log += simulate(campaign, beyond)
+        kept = json.loads(json.dumps(scheduler.widened))
+        scheduler = StudyScheduler(study, "data", two_workers(), rows=rows_of(log), ranges=kept)
+        log += simulate(scheduler, beyond)
     counts = pd.Series([p.spec.cell.name for p, *_ in log]).value_counts()
-    extensions = {name: s.extensions for name, s in campaign.states.items()}
+    extensions = {name: s.extensions for name, s in scheduler.states.items()}
     assert sum(extensions.values()) > 0
     running = 2 if stop_after else 0  # trials that the stop cut off had widened no range
     for name, count in counts.items():
         assert count <= 4 + 2 * extensions[str(name)] + running
-    again = Campaign(study, "data", two_workers(), rows=rows_of(log), ranges=campaign.widened)
+    again = StudyScheduler(
+        study, "data", two_workers(), rows=rows_of(log), ranges=scheduler.widened
+    )
     assert again.done
-    assert again.widened == campaign.widened
+    assert again.widened == scheduler.widened
 
 
 @pytest.mark.parametrize("extend", [True, False])
 def test_a_range_that_was_narrowed_stays_narrow(extend: bool) -> None:
-    wide = Campaign(make_study(), "data", two_workers())
+    wide = StudyScheduler(make_study(), "data", two_workers())
     log = simulate(wide)
     rates = [p.spec.learning_rate for p, *_ in log]
     assert max(rates) > 3e-2
@@ -264,8 +270,10 @@ def test_a_range_that_was_narrowed_stays_narrow(extend: bool) -> None:
         learning_rate={"low": 1e-3, "high": 3e-2}, trials_per_cell=6, extend_edges=extend
     )
     for _ in range(2):  # on the second run the file's ranges are those of the last run
-        campaign = Campaign(narrow, "data", two_workers(), rows=rows_of(log), ranges=wide.widened)
-        added = simulate(campaign, stop_after=5)
+        scheduler = StudyScheduler(
+            narrow, "data", two_workers(), rows=rows_of(log), ranges=wide.widened
+        )
+        added = simulate(scheduler, stop_after=5)
         assert added
         assert all(1e-3 <= p.spec.learning_rate <= 3e-2 for p, *_ in added)
         log += added
@@ -274,13 +282,13 @@ def test_a_range_that_was_narrowed_stays_narrow(extend: bool) -> None:
 @pytest.mark.parametrize("strategy", ["ladder", "qmc"])
 def test_repeats_do_not_eat_the_budget_of_a_study_that_is_continued(strategy: str) -> None:
     settings = {"repeats_at_optimum": 2, "extend_edges": False, "strategy": strategy}
-    log = simulate(Campaign(make_study(**settings), "data", two_workers()))
+    log = simulate(StudyScheduler(make_study(**settings), "data", two_workers()))
     assert len(log) == 6 * (4 + 2)
     more = make_study(**settings, trials_per_cell=8)
-    log += simulate(Campaign(more, "data", two_workers(), rows=rows_of(log)))
+    log += simulate(StudyScheduler(more, "data", two_workers(), rows=rows_of(log)))
     points = {(p.spec.cell.name, p.spec.learning_rate, p.spec.batch_sequences) for p, *_ in log}
     assert len(points) == 6 * 8
-    assert Campaign(more, "data", two_workers(), rows=rows_of(log)).done
+    assert StudyScheduler(more, "data", two_workers(), rows=rows_of(log)).done
 
 
 def test_imported_results_teach_the_first_trial() -> None:
@@ -305,12 +313,12 @@ def test_imported_results_teach_the_first_trial() -> None:
             "loss": 3.0 + 0.05 * u**2 + 0.02 * v**2,
         }
         rows.append(row)
-    history = pd.DataFrame(rows, columns=list(COLUMNS))
+    imported = pd.DataFrame(rows, columns=list(COLUMNS))
     one = Study.from_dict({**BASE, "scales": BASE["scales"][-1:]})
     first = {}
     for taught in (False, True):
-        campaign = Campaign(one, "d", two_workers(), history=history if taught else None)
-        proposals = [campaign.ask(f"t{i}") for i in range(2)]
+        scheduler = StudyScheduler(one, "d", two_workers(), imported=imported if taught else None)
+        proposals = [scheduler.ask(f"t{i}") for i in range(2)]
         first[taught] = [abs(math.log(p.spec.learning_rate / 5e-4)) for p in proposals if p]
     assert min(first[True]) < 1.0
     assert min(first[True]) < 0.5 * min(first[False])
@@ -321,13 +329,13 @@ def test_every_worker_gets_a_sequence() -> None:
     scales[0]["resources"] = {"workers": 4}
     search = {**BASE["search"], "batch_sequences": {"low": 1, "high": 64}}
     study = Study.from_dict({**BASE, "scales": scales, "search": search})
-    log = simulate(Campaign(study, "data", Ledger({"n": {"CPU": 4.0}})))
+    log = simulate(StudyScheduler(study, "data", ResourcePool({"n": {"CPU": 4.0}})))
     batches = [p.spec.batch_sequences for p, *_ in log if p.spec.cell.scale == "xs"]
     assert min(batches) >= 4
 
 
 def test_repeats_rerun_the_best_point_with_other_seeds() -> None:
-    log = simulate(Campaign(make_study(repeats_at_optimum=2), "data", two_workers()))
+    log = simulate(StudyScheduler(make_study(repeats_at_optimum=2), "data", two_workers()))
     for _, trials in itertools.groupby(
         sorted(log, key=lambda t: t[0].spec.cell.name), key=lambda t: t[0].spec.cell.name
     ):
@@ -347,7 +355,7 @@ def test_repeats_rerun_the_best_point_with_other_seeds() -> None:
 def test_a_flop_budget_ends_the_study() -> None:
     study = make_study()
     everything = sum(4 * c.flops for c in study.cells)
-    log = simulate(Campaign(make_study(total_flops=everything / 3), "data", two_workers()))
+    log = simulate(StudyScheduler(make_study(total_flops=everything / 3), "data", two_workers()))
     assert sum(p.spec.cell.flops for p, *_ in log) <= everything / 3
 
 
@@ -356,7 +364,7 @@ def test_a_flop_budget_beyond_each_cells_trials_goes_where_it_teaches_most() -> 
     least = sum(4 * c.flops for c in study.cells)
     limit = 1.6 * least
     study = make_study(total_flops=limit, extend_edges=False)
-    log = simulate(Campaign(study, "data", two_workers()))
+    log = simulate(StudyScheduler(study, "data", two_workers()))
     spent = sum(p.spec.cell.flops for p, *_ in log)
     cheapest = min(c.flops for c in study.cells)
     counts = pd.Series([p.spec.cell.name for p, *_ in log]).value_counts()
@@ -371,24 +379,26 @@ def test_a_flop_budget_goes_on_after_a_stop_and_while_no_worker_is_there() -> No
     study = make_study(extend_edges=False)
     limit = 1.6 * sum(4 * c.flops for c in study.cells)
     study = make_study(total_flops=limit, extend_edges=False)
-    first = simulate(Campaign(study, "data", two_workers()), stop_after=4 * len(study.cells) + 1)
-    campaign = Campaign(study, "data", Ledger({}), rows=rows_of(first))
-    assert not campaign.done
-    asked = campaign.ask("waits")
+    first = simulate(
+        StudyScheduler(study, "data", two_workers()), stop_after=4 * len(study.cells) + 1
+    )
+    scheduler = StudyScheduler(study, "data", ResourcePool({}), rows=rows_of(first))
+    assert not scheduler.done
+    asked = scheduler.ask("waits")
     assert asked is not None
-    assert campaign.ask("another") is None
-    campaign.ledger.update({"n": {"CPU": 2.0}})
-    campaign.tell("waits", *planted(asked))
-    log = [*first, (asked, *planted(asked)), *simulate(campaign)]
+    assert scheduler.ask("another") is None
+    scheduler.pool.update({"n": {"CPU": 2.0}})
+    scheduler.tell("waits", *planted(asked))
+    log = [*first, (asked, *planted(asked)), *simulate(scheduler)]
     spent = sum(p.spec.cell.flops for p, *_ in log)
     counts = pd.Series([p.spec.cell.name for p, *_ in log]).value_counts()
     left = [c for c in study.cells if counts[c.name] < 16]
     assert 0 <= limit - spent < min(c.flops for c in left)
-    assert Campaign(study, "data", Ledger({}), rows=rows_of(log)).done
+    assert StudyScheduler(study, "data", ResourcePool({}), rows=rows_of(log)).done
 
 
 def test_same_seed_and_history_give_the_same_trials() -> None:
-    logs = [simulate(Campaign(make_study(), "data", two_workers())) for _ in range(2)]
+    logs = [simulate(StudyScheduler(make_study(), "data", two_workers())) for _ in range(2)]
     first, second = ([p.spec.key for p, *_ in log] for log in logs)
     assert first == second
 
@@ -396,7 +406,7 @@ def test_same_seed_and_history_give_the_same_trials() -> None:
 def test_a_shipped_study_proposes_inside_its_ranges(repo: Path) -> None:
     study = Study.load(repo / "search_spaces/laptop.yaml", ["search.extend_edges=false"])
     search = study.space.search
-    for proposal, *_ in simulate(Campaign(study, "data", two_workers())):
+    for proposal, *_ in simulate(StudyScheduler(study, "data", two_workers())):
         assert search.learning_rate.low <= proposal.spec.learning_rate <= search.learning_rate.high
         assert proposal.spec.batch_sequences <= search.batch_sequences.high
         assert proposal.spec.steps >= 8

@@ -16,7 +16,7 @@ from ray.tune.experiment import Trial
 
 from raysweep.errors import UserError
 from raysweep.results import Results
-from raysweep.search.campaign import Campaign
+from raysweep.search.hangs import HangDetector
 from raysweep.search.interruption import (
     GRACE_SECONDS,
     INTERRUPTED,
@@ -25,7 +25,7 @@ from raysweep.search.interruption import (
     tell_trials_to_stop,
 )
 from raysweep.search.progress import Progress
-from raysweep.search.stalls import Stalls
+from raysweep.search.scheduler import StudyScheduler
 from raysweep.search.trial import FAILED
 from raysweep.training.record import unfinished_row
 
@@ -44,12 +44,12 @@ LOOK_SECONDS = 1.0
 _log = logging.getLogger("raysweep")
 
 
-class Watcher(tune.Callback):
+class StudyCallback(tune.Callback):
     """Hears of every trial from Tune."""
 
     def __init__(
         self,
-        campaign: Campaign,
+        scheduler: StudyScheduler,
         data_hash: str,
         results: Results,
         progress: Progress,
@@ -61,8 +61,8 @@ class Watcher(tune.Callback):
         self.available_seconds = 0.0
         """Worker-seconds that the cluster offered, as it grew and shrank."""
         self.concluded = 0
-        self._campaign = campaign
-        self._study = campaign.study
+        self._scheduler = scheduler
+        self._study = scheduler.study
         self._data_hash = data_hash
         self._results = results
         self._progress = progress
@@ -71,7 +71,7 @@ class Watcher(tune.Callback):
         self._widenings = 0
         self._winding_down = False
         self._starts: dict[str, tuple[float, datetime]] = {}
-        self._stalls = Stalls(self._study.space.search.stall_seconds)
+        self._hangs = HangDetector(self._study.space.search.stall_seconds)
         self._looked = time.monotonic()
         self._failed: set[str] = set()
         self._ended: list[Trial] = []
@@ -85,7 +85,7 @@ class Watcher(tune.Callback):
         """Tune snapshots its callbacks, and nobody reads that: rows are the only truth."""
         return tune.Callback, ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watcher:
+    def __deepcopy__(self, memo: dict[int, Any]) -> StudyCallback:
         """Tune copies its callbacks; the books must be kept in one place."""
         return self
 
@@ -116,7 +116,7 @@ class Watcher(tune.Callback):
     def count_available(self) -> None:
         """Add the worker-seconds offered since the last look."""
         now = time.monotonic()
-        self.available_seconds += (now - self._looked) * self._campaign.workers
+        self.available_seconds += (now - self._looked) * self._scheduler.workers
         self._looked = now
 
     def on_trial_start(
@@ -127,7 +127,7 @@ class Watcher(tune.Callback):
         self._hung.pop(trial.trial_id, None)
         cell = self._study.cell(trial.config["cell"])
         if cell.resources.workers == 1:
-            self._stalls.started(trial.trial_id, cell.name)
+            self._hangs.started(trial.trial_id, cell.name)
 
     def on_trial_result(
         self,
@@ -138,7 +138,7 @@ class Watcher(tune.Callback):
         **info: Any,
     ) -> None:
         """A sign of life, or the last words of a trial that failed."""
-        self._stalls.heard(trial.trial_id)
+        self._hangs.heard(trial.trial_id)
         if FAILED in result:
             self._failed.add(trial.trial_id)
         else:
@@ -149,7 +149,7 @@ class Watcher(tune.Callback):
     ) -> None:
         """The worker is gone; the trial waits for another. A lost node is no failure of its own, so
         it may then fail once more than Tune thinks."""
-        self._stalls.ended(trial.trial_id)
+        self._hangs.ended(trial.trial_id)
         own = trial.trial_id in self._failed or trial.trial_id in self._hung
         self._failed.discard(trial.trial_id)
         if not own and trial.max_failures < RETRIES + LOSSES:
@@ -159,7 +159,7 @@ class Watcher(tune.Callback):
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
         """Count a trial that ended; write the row of one that early stopping ended."""
-        self._stalls.ended(trial.trial_id)
+        self._hangs.ended(trial.trial_id)
         result = trial.last_result or {}
         if result.get("status") == INTERRUPTED:
             self._starts.pop(trial.trial_id, None)
@@ -174,16 +174,16 @@ class Watcher(tune.Callback):
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
         """Write the row of a trial that died more often than it may."""
-        self._stalls.ended(trial.trial_id)
+        self._hangs.ended(trial.trial_id)
         self._failed.discard(trial.trial_id)
         reason = self._hung.pop(trial.trial_id, None) or _reason(trial)
         self._write_unfinished(trial, "crashed", reason)
 
     def _kill_hanging(self, trials: Sequence[Trial]) -> None:
         """Kill the workers that hang: Tune then gives their trials to others."""
-        hanging = self._stalls.hanging()
+        hanging = self._hangs.hanging()
         for trial in (t for t in trials if hanging and t.trial_id in hanging):
-            self._stalls.ended(trial.trial_id)
+            self._hangs.ended(trial.trial_id)
             reason = f"worker hung: no sign of life for {hanging[trial.trial_id]:.0f} s"
             self._hung[trial.trial_id] = reason
             _log.warning("cell %s: %s: killed", trial.config["cell"], reason)
@@ -192,9 +192,9 @@ class Watcher(tune.Callback):
 
     def _keep_ranges(self) -> None:
         """Keep the ranges whenever one was widened, for the runs that continue."""
-        if self._campaign.widenings > self._widenings:
-            self._widenings = self._campaign.widenings
-            self._results.save_ranges(self._study.name, self._campaign.widened)
+        if self._scheduler.widenings > self._widenings:
+            self._widenings = self._scheduler.widenings
+            self._results.save_ranges(self._study.name, self._scheduler.widened)
 
     def _write_unfinished(self, trial: Trial, status: str, reason: str) -> None:
         report = self._reports.get(trial.trial_id, {})

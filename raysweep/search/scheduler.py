@@ -1,6 +1,6 @@
 """The course of a study: which trial to start next, and what its outcome means for the rest.
 
-No Ray here: a campaign is asked and told, by the Tune searcher as by a simulation.
+No Ray here: a scheduler is asked and told, by the Tune searcher as by a simulation.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from optuna.trial import TrialState
 
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.optima.literature import literature_prior
+from raysweep.search.autoscaler import Kind, kind_of
 from raysweep.search.cells import CellState
 from raysweep.search.early_stopping import make_pruner
-from raysweep.search.growth import Kind, kind_of
-from raysweep.search.ladder import LEARNING_RATE, LOG2_BATCH, TrialHistory
-from raysweep.search.ledger import Bundle, Ledger
-from raysweep.search.resume import take_up, teach, widen_again, widened
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
+from raysweep.search.resources import Bundle, ResourcePool
+from raysweep.search.restore import add_imported_trials, restore_bounds, restore_trials, widened
 from raysweep.search.strategies import RESTARTING, make_sampler
 from raysweep.search.value import next_cell, targets_of
 from raysweep.study import Cell, Study, TrialSpec
@@ -31,7 +31,7 @@ from raysweep.study import Cell, Study, TrialSpec
 _log = logging.getLogger("raysweep")
 
 
-MOST_GRANTED = 4
+MAX_GRANTED = 4
 """With a budget of FLOPs, a cell gets at most this many times its own trials."""
 
 
@@ -55,15 +55,15 @@ def bundles_of(cell: Cell) -> list[Bundle]:
     return [bundle] * resources.workers
 
 
-class Campaign:
+class StudyScheduler:
     """Asks each cell's Optuna study for trials, small cells first, as long as they fit.
 
     Args:
         study: what is to be searched.
         data_hash: of the corpus; part of every trial's key.
-        ledger: the resources of the cluster.
+        pool: the resources of the cluster.
         rows: what the results folder holds of this study already; it is continued.
-        history: other rows that may teach (imported sweeps), with the schema's columns.
+        imported: other rows that teach (imported sweeps), with the schema's columns.
         ranges: `widened` of the earlier runs that the rows are from.
     """
 
@@ -71,33 +71,33 @@ class Campaign:
         self,
         study: Study,
         data_hash: str,
-        ledger: Ledger,
+        pool: ResourcePool,
         rows: pd.DataFrame | None = None,
-        history: pd.DataFrame | None = None,
+        imported: pd.DataFrame | None = None,
         ranges: Mapping[str, Any] | None = None,
     ) -> None:
         self.study = study
-        self.ledger = ledger
+        self.pool = pool
         self.widenings = 0
         """How often a range was widened since the start."""
         self._data_hash = data_hash
         self._search = study.space.search
         space = study.space
-        self._ladder = TrialHistory(literature_prior(space.without, space.literature))
+        self._history = TrialHistory(literature_prior(space.without, space.literature))
         self._flops_spent = 0.0
         self._open: dict[str, tuple[CellState, Proposal, optuna.Trial]] = {}
         self._waiting_said: set[str] = set()
-        if history is not None:
-            teach(self._ladder, history)
+        if imported is not None:
+            add_imported_trials(self._history, imported)
         self.states = {cell.name: self._state(cell) for cell in study.cells}
         for state in self._ordered():
             state.branches = [self.states[c.name] for c in study.branches(state.cell)]
             for branch in state.branches:
-                branch.trunk = state
+                branch.stable_run = state
         if ranges:
-            widen_again(study, ranges, self.states)
+            restore_bounds(study, ranges, self.states)
         if rows is not None:
-            self._flops_spent = take_up(rows, study, data_hash, self.states)
+            self._flops_spent = restore_trials(rows, study, data_hash, self.states)
             for state in self._ordered():
                 self._attach_sampler(state)
             for state in self._ordered():
@@ -105,7 +105,7 @@ class Campaign:
 
     @property
     def widened(self) -> dict[str, Any]:
-        """The ranges that were widened so far, as plain values: for a campaign that continues."""
+        """The ranges that were widened so far, as plain values: for a scheduler that continues."""
         return widened(self.study, self.states)
 
     @property
@@ -116,7 +116,7 @@ class Campaign:
     def workers(self) -> float:
         """How many trials of the smallest cell the cluster holds at once."""
         bundle = bundles_of(next(iter(self.states.values())).cell)[0]
-        return min(self.ledger.total(name) / amount for name, amount in bundle.items())
+        return min(self.pool.total(name) / amount for name, amount in bundle.items())
 
     @property
     def done(self) -> bool:
@@ -129,7 +129,7 @@ class Campaign:
         self._grant()
         runnable = [s for s in self._ordered() if self.runnable(s)]
         self._give_back_groups(runnable)
-        fitting = [s for s in runnable if self.ledger.fits(bundles_of(s.cell))]
+        fitting = [s for s in runnable if self.pool.fits(bundles_of(s.cell))]
         forced = False
         if not fitting and runnable and not self._open:
             # Nothing runs and nothing fits: hand one out all the same, and a cluster that grows
@@ -143,7 +143,7 @@ class Campaign:
         roomy = [s for s in fitting if len(s.running) < max(1, math.ceil(s.budget / 3))]
         state = (roomy or fitting)[0]
         proposal, trial = self._propose(state, trial_id)
-        self.ledger.take(trial_id, bundles_of(state.cell), force=forced)
+        self.pool.acquire(trial_id, bundles_of(state.cell), force=forced)
         self._open[trial_id] = (state, proposal, trial)
         state.running.add(proposal.number)
         self._flops_spent += state.trial_flops
@@ -154,20 +154,20 @@ class Campaign:
         trial that comes before those, as it teaches more, would fit then or nothing else runs."""
         kinds = [kind_of(bundles_of(state.cell)) for state in runnable]
         blocked = [k for k, s in zip(kinds, runnable, strict=True)
-                   if not self.ledger.fits(bundles_of(s.cell))]  # fmt: skip
-        for group, bundles in self.ledger.waiting_groups.items():
+                   if not self.pool.fits(bundles_of(s.cell))]  # fmt: skip
+        for group, bundles in self.pool.waiting_groups.items():
             kind = kind_of(bundles)
             if kind not in kinds or (blocked and kinds.index(blocked[0]) < kinds.index(kind)):
-                self.ledger.give_back(group)
+                self.pool.give_back(group)
                 blocked = [k for k, s in zip(kinds, runnable, strict=True)
-                           if not self.ledger.fits(bundles_of(s.cell))]  # fmt: skip
+                           if not self.pool.fits(bundles_of(s.cell))]  # fmt: skip
 
     def waiting(self) -> dict[Kind, int]:
         """Trials that would start now if the cluster had room, by what they need."""
         waiting: Counter[Kind] = Counter()
         for state in self._ordered():
             bundles = bundles_of(state.cell)
-            if self.runnable(state) and not self.ledger.fits(bundles):
+            if self.runnable(state) and not self.pool.fits(bundles):
                 useful = max(1, math.ceil(state.budget / 3)) - len(state.running)
                 waiting[kind_of(bundles)] += max(0, min(useful, state.wanted))
         return {kind: count for kind, count in waiting.items() if count}
@@ -197,7 +197,7 @@ class Campaign:
         if trial_id not in self._open:
             return
         state, proposal, trial = self._open.pop(trial_id)
-        self.ledger.release(trial_id)
+        self.pool.release(trial_id)
         state.running.discard(proposal.number)
         log2_batch = int(math.log2(proposal.spec.batch_sequences))
         for cell, its_status, its_loss in branches:
@@ -231,11 +231,11 @@ class Campaign:
         limit = self._search.total_flops
         if limit is None or any(s.wanted for s in self._ordered()):
             return []
-        most = MOST_GRANTED * self._search.trials_per_cell
+        most = MAX_GRANTED * self._search.trials_per_cell
         return [
             s
             for s in self._ordered()
-            if s.trunk is None
+            if s.stable_run is None
             and self._flops_spent + s.trial_flops <= limit
             and s.concluded + len(s.running) < most
             and not s.given_up
@@ -247,16 +247,16 @@ class Campaign:
         The plan is made over all cells that may have more; one whose trials do not fit now waits
         while others run."""
         affordable = self._affordable()
-        fitting = [s for s in affordable if self.ledger.fits(bundles_of(s.cell))]
+        fitting = [s for s in affordable if self.pool.fits(bundles_of(s.cell))]
         candidates = fitting or ([] if self._open else affordable)
         limit = self._search.total_flops
         if not candidates or limit is None:
             return
         had = [s.concluded + len(s.running) for s in candidates]
-        most = MOST_GRANTED * self._search.trials_per_cell
+        most = MAX_GRANTED * self._search.trials_per_cell
         targets = targets_of(self.study)
         chosen = next_cell(
-            self._ladder.surface(),
+            self._history.surface(),
             [s.cell.size for s in candidates],
             had,
             [s.trial_flops for s in candidates],
@@ -282,7 +282,7 @@ class Campaign:
         """Repeats of the best point, once the search of the cell is over."""
         wanted = self._search.repeats_at_optimum
         busy = state.wanted or state.running
-        if not wanted or busy or state.best is None or state.trunk is not None:
+        if not wanted or busy or state.best is None or state.stable_run is not None:
             return 0
         learning_rate, log2_batch = _where(state.best)
         return wanted - (state.tried.get((f"{learning_rate:.9e}", log2_batch), 1) - 1)
@@ -293,9 +293,9 @@ class Campaign:
             (c for c in self.study.cells if c.architecture == cell.architecture),
             key=lambda c: c.flops,
         )
-        first = search.first_cell_trials if cell == self.study.trunk(smallest) else None
+        first = search.first_cell_trials if cell == self.study.stable_run(smallest) else None
         study = optuna.create_study(study_name=cell.name, pruner=make_pruner(search.early_stopping))
-        served = (cell, *self.study.branches(self.study.trunk(cell)))
+        served = (cell, *self.study.branches(self.study.stable_run(cell)))
         state = CellState(
             cell,
             search,
@@ -310,14 +310,14 @@ class Campaign:
     def _attach_sampler(self, state: CellState) -> None:
         features = state.cell.size
         length = state.cell.shape.sequence_length
-        self._ladder.register(features, state.study, sequence_length=length)
+        self._history.register(features, state.study, sequence_length=length)
         seed = self.study.space.seed
         if self._search.strategy in RESTARTING:
             seed += len(state.study.get_trials(deepcopy=False))
         state.study.sampler = make_sampler(
             self._search.strategy,
             cell=features,
-            ladder=self._ladder,
+            history=self._history,
             learning_rate=state.bounds.learning_rate,
             log2_batch=state.bounds.log2_batch,
             sequence_length=length,
@@ -357,11 +357,11 @@ class Campaign:
         search = self._search
         if not search.extend_edges or state.extensions >= search.max_extensions:
             return
-        if state.trunk or state.wanted or state.running or state.finished < 3:
+        if state.stable_run or state.wanted or state.running or state.finished < 3:
             return
         length = state.cell.shape.sequence_length
         low, high = state.bounds.log2_batch
-        surface, tokens = self._ladder.surface(), (2.0**low * length, 2.0**high * length)
+        surface, tokens = self._history.surface(), (2.0**low * length, 2.0**high * length)
         found = (
             surface.edges(s.cell.size, state.bounds.learning_rate, tokens)
             for s in (state, *state.branches)
@@ -378,7 +378,7 @@ class Campaign:
             later = other.cell.flops > state.cell.flops
             if later and other.cell.architecture == state.cell.architecture:
                 untouched = not other.running and not other.study.get_trials(deepcopy=False)
-                if untouched and not other.trunk and other.extend(edges):
+                if untouched and not other.stable_run and other.extend(edges):
                     self._attach_sampler(other)
 
     def _say_waiting(self, state: CellState) -> None:

@@ -79,7 +79,7 @@ class TrialHistory:
             entry.told.clear()
         entry.study, entry.sequence_length = study, sequence_length
 
-    def add_history(
+    def add_imported(
         self,
         cell: RunSize,
         learning_rate: np.ndarray,
@@ -107,7 +107,7 @@ class TrialHistory:
         """All cells, in the order they came."""
         return tuple(entry.cell for entry in self._entries.values())
 
-    def history(self, name: str) -> CellTrials:
+    def trials_of(self, name: str) -> CellTrials:
         """Finished and diverged trials of one cell: imported rows, then the study's, by number."""
         entry = self._known(name)
         rows = [
@@ -155,7 +155,7 @@ class TrialHistory:
         Up to `_FEW` trials, and whenever there are a tenth more than at the last such fit, it is
         fitted from several starts; else the mode of the last fit is followed.
         """
-        histories = [self.history(name) for name in self._entries]
+        histories = [self.trials_of(name) for name in self._entries]
         index = np.repeat(np.arange(len(histories)), [len(h.loss) for h in histories])
         arrays = [
             np.concatenate([getattr(h, name) for h in histories])
@@ -187,7 +187,7 @@ class TrialHistory:
 
     def _known(self, name: str) -> _CellRecord:
         if name not in self._entries:
-            raise UserError(f"cell {name!r} is not registered in this ladder: call register first")
+            raise UserError(f"cell {name!r} is not registered here: call register first")
         return self._entries[name]
 
 

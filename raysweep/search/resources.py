@@ -11,7 +11,7 @@ _SLACK = 1e-9
 _Booking = list[tuple[str, Bundle]]
 
 
-class Ledger:
+class ResourcePool:
     """Books what each trial takes from which node. Nodes are known by id, with their totals.
 
     A trial of several bundles runs in a group of workers, which keeps its resources when the trial
@@ -73,7 +73,7 @@ class Ledger:
                 together[name] = together.get(name, 0.0) + amount
         return any(_holds(total, together) for total in self._totals.values())
 
-    def take(self, trial: str, bundles: Sequence[Bundle], *, force: bool = False) -> bool:
+    def acquire(self, trial: str, bundles: Sequence[Bundle], *, force: bool = False) -> bool:
         """Book a trial. With `force` it is booked on any node although it does not fit: it waits
         there for the cluster to grow. Returns whether it is booked."""
         assert trial not in self._booked, trial
