@@ -343,7 +343,7 @@ def test_forty_cells_and_two_thousand_trials(
     seen = drive(
         page,
         "return [document.querySelectorAll('.cell').length, kit.read('data-trials').shown,"
-        " document.querySelector('#parallel path[stroke=\"var(--c0)\"]').getAttribute('d').length];",
+        " document.querySelectorAll('#parallel path').length];",
     )
     assert seen[:2] == [24, 2000]
-    assert seen[2] > 10_000
+    assert seen[2] == 4
