@@ -21,7 +21,7 @@ from raysweep.report.interactive import described, library
 from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
 from raysweep.report.render import relative, render, replace_file
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of
-from raysweep.report.trials import MOST_ROWS, trial_table
+from raysweep.report.trials import MAX_ROWS, trial_table
 from raysweep.results.store import Results
 from raysweep.scaling.fits import Fits, fit
 from raysweep.text import written
@@ -80,7 +80,7 @@ def report(
     }
     target.mkdir(parents=True, exist_ok=True)
     html = b""
-    for most in (MOST_ROWS, 2000, 200):  # the table of trials is what grows without bound
+    for most in (MAX_ROWS, 2000, 200):  # the table of trials is what grows without bound
         trials = trial_table(frame, results.curves(), fits, most)
         rows = (
             {str(key): i for i, key in enumerate(trials["columns"][0]["values"])}
