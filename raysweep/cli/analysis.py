@@ -264,9 +264,7 @@ def report_command(
     runs = [_run_asked(text) for text in asked or ()]
     fits = fit_results(results, group, without, literature)
     page = write_report(results, output, fits=fits, png=png, asked=runs)
-    typer.echo(str(page))
-    if sys.stderr.isatty():
-        typer.echo(page.resolve().as_uri(), err=True)
+    typer.echo(page.resolve().as_uri() if sys.stdout.isatty() else str(page))
 
 
 def _run_asked(text: str) -> tuple[str, str]:

@@ -66,7 +66,7 @@ def run_command(
         raise typer.Exit(interrupted.exit_code) from None
     if answers := opening_answers(opened, fits):
         typer.echo("\n" + "\n\n".join(answers) + "\n")
-    typer.echo(f"{page}\n{page.resolve().as_uri()}")
+    typer.echo(page.resolve().as_uri())
 
 
 @app.command("plan")
