@@ -24,7 +24,7 @@ from raysweep.report.figure import (
     listed_height,
     markers,
 )
-from raysweep.report.interactive import described, library
+from raysweep.report.interactive import library, packed_figures
 from raysweep.report.laws import FLOPS, QUANTITIES, SIZE_AXES, paths_along, told_along
 from raysweep.report.render import render, replace_file
 from raysweep.scaling.compare import EQUALS, Arm, Ratio, compare_arms, needed
@@ -84,7 +84,7 @@ def write_comparison(
         "apart": apart or {},
         "figures": figures,
         "drawings": {name: f.draw().svg for name, f in figures.items()},
-        "described": {name: described(f) for name, f in figures.items()},
+        "packed": packed_figures(figures.values()),
         "library": library(),
         "command": command,
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,18 @@ def library() -> str:
     assert spec is not None
     assert spec.origin is not None
     script = Path(spec.origin).parent / "package_data" / "plotly.min.js"
-    return base64.b64encode(gzip.compress(script.read_bytes(), 9, mtime=0)).decode()
+    return packed(script.read_bytes())
+
+
+def packed(content: bytes) -> str:
+    """Content for the browser to unpack."""
+    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
+
+
+def packed_figures(figures: Iterable[PlotFigure], rows: Mapping[str, int] | None = None) -> str:
+    """All figures of a page, by their names; see `described`."""
+    told = {figure.name: described(figure, rows) for figure in figures}
+    return packed(json.dumps(told, separators=(",", ":"), allow_nan=False).encode())
 
 
 def described(figure: PlotFigure, rows: Mapping[str, int] | None = None) -> dict[str, Any]:

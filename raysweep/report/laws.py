@@ -93,7 +93,7 @@ def law_figures(fits: Fits, answers: Sequence[Answer]) -> list[PlotFigure]:
             across.append("loss")
         if quantity == "loss" and (rest := _left_over(fits, own)) is not None:
             panels.append(rest)
-            across.append("what the law leaves")
+            across.append("C, above the law")
         word = QUANTITIES[quantity][0]
         drawn = tuple(n for n in names if (own["architecture"] == n).any())
         figures.append(
@@ -145,7 +145,7 @@ def _panel(
                 Points(
                     "asked", np.array([at]), np.array([value]), shade[a.run.architecture], "*",
                     np.array([low]), np.array([high]), tips=[tip], names=[a.run.architecture],
-                    size=110,
+                    size=110, legend="run asked about",
                 )
             )  # fmt: skip
     if quantity in TARGETS:

@@ -17,10 +17,10 @@ from raysweep.errors import UserError
 from raysweep.report import budgets, facts, measured, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
-from raysweep.report.interactive import described, library
+from raysweep.report.interactive import library, packed_figures
 from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
 from raysweep.report.render import relative, render, replace_file
-from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of
+from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of, picture
 from raysweep.report.trials import MAX_ROWS, trial_table
 from raysweep.results.store import Results
 from raysweep.scaling.fits import Fits, fit
@@ -87,7 +87,7 @@ def report(
             if trials["shown"]
             else {}
         )
-        context |= {"trials": trials, "described": {f.name: described(f, rows) for f in shown}}
+        context |= {"trials": trials, "packed": packed_figures(shown, rows)}
         html = render("page.html", SCRIPTS, context).encode()
         if len(html) <= LARGEST:
             break
@@ -145,7 +145,7 @@ def _context(
         "drawings": {name: f.draw().svg for name, f in figures.items()},
         "law_tables": _law_tables(fits),
         "groups": group_rows(fits),
-        "cell_figures": [(c, c.figure.draw().svg) for c in cells],
+        "cell_figures": [(c, picture(c, whole=c is cells[-1]).draw().svg) for c in cells],
         "library": library(),
         "cells_drawn": drawn_of(fits),
         "gaps": GAPS,

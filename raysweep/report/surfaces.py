@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,9 @@ REGION = 5.991
 """Chi-squared of two degrees of freedom at 95 %."""
 
 GRID = 25
+
+SURFACE_INCHES = 3.9
+"""Width of the picture of a surface alone."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,13 @@ def cell_figure(fits: Fits, name: str) -> CellFigure:
     """The figure of one searched cell, with all its trials."""
     searched = {t.name: t for t in fits.table.searched()}
     return _one(fits, searched, name, 0, len(searched[name].loss))
+
+
+def picture(cell: CellFigure, whole: bool) -> PlotFigure:
+    """What stands in the page without scripts: the surface, and its slices where `whole`."""
+    if whole:
+        return cell.figure
+    return replace(cell.figure, panels=cell.figure.panels[:1], ratios=(), width=SURFACE_INCHES)
 
 
 def _keys(fits: Fits) -> dict[str, tuple[list[str], list[str]]]:

@@ -228,7 +228,10 @@ def test_data_can_be_downloaded(ladder: Ladder, drive: Drive) -> None:
         """
         const saved = [];
         URL.createObjectURL = (blob) => { saved.push(blob); return "#saved"; };
-        for (const button of document.querySelectorAll("[data-csv]")) button.click();
+        const buttons = document.querySelectorAll("[data-csv]");
+        for (const button of buttons) button.click();
+        for (let i = 0; i < 15000 && saved.length < buttons.length; i++)
+          await new Promise((done) => setTimeout(done, 50));
         const evil = kit.csv.text([["=1+1", "@x", "-x", 'a "b", c', -1, null]]);
         return [...await Promise.all(saved.map((b) => b.text())), evil];
         """,

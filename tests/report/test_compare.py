@@ -41,7 +41,7 @@ def test_table_of_sides_comes_first(
             style = "number" if ratio.quantity == "loss" else "ratio"
             assert written(ratio.ratio.value, style) in page.text
             assert between(ratio.ratio.low, ratio.ratio.high, style) in page.text
-    assert set(page.json["data-figures"]) == {"ratios", "sides"}
+    assert set(page.json["figures"]) == {"ratios", "sides"}
     assert {p.name for p in path.parent.iterdir()} == {"index.html", "ratios.png", "sides.png"}
     assert "raysweep compare x" in page.text
 
@@ -56,7 +56,7 @@ def test_losses_of_other_data_are_not_compared(
     page = open_page(path)
     assert "Losses are not compared: The data differ." in page.text
     assert "dense, moe and elsewhere" in page.text
-    (panel,) = page.json["data-figures"]["ratios"]["panels"]
+    (panel,) = page.json["figures"]["ratios"]["panels"]
     told = {s["name"]: [panel["y"]["names"][round(y)] for y in s["y"]] for s in panel["series"]}
     theirs = told["elsewhere over dense"]
     assert theirs

@@ -39,7 +39,7 @@ def test_page_is_whole_and_needs_nothing_else(ladder: tuple[Fits, Path], open_pa
     drawn = {i.removeprefix("figure-") for i in page.ids if i.startswith("figure-")}
     assert drawn >= {"learning-rate", "batch-tokens", "loss", "held-out", "prior", "budgets"}
     assert drawn >= {"noise", "load"}
-    shown = page.json["data-figures"]
+    shown = page.json["figures"]
     assert drawn == {name for name in shown if not name.startswith("cell")}
     assert all(f["panels"] and all(p["series"] for p in f["panels"]) for f in shown.values())
     for link in page.links:
@@ -77,7 +77,7 @@ def test_card_table_and_star_say_what_recommend_says(
         ):
             stars = [
                 s["y"]
-                for panel in page.json["data-figures"][quantity]["panels"]
+                for panel in page.json["figures"][quantity]["panels"]
                 for s in panel["series"]
                 if s["name"] == "asked" and s["names"] == [name]
             ]
@@ -224,7 +224,7 @@ def test_budgets_that_were_held_have_parabolas(
     results = Results.open(tmp_path / "results", create=True)
     results.write_many(importers.read_isoflop(shared_data / "isoflop_llama3.csv"))
     page = open_page(report(results, tmp_path / "out"))
-    panels = page.json["data-figures"]["budgets"]["panels"]
+    panels = page.json["figures"]["budgets"]["panels"]
     read = [len(s["x"]) for p in panels for s in p["series"] if "parabolas" in s["name"]]
     assert sum(read) >= 8
     assert "surfaces" not in page.ids

@@ -179,7 +179,7 @@ def test_zoom_reset_and_legend(ladder: Ladder, drive: Drive) -> None:
     assert near_high - near_low == pytest.approx(0.2 * (high - low), rel=0.1)
     assert len(ticks) >= 2
     assert shown["again"] == pytest.approx([low, high])
-    assert shown["legend"] == ["dense", "moe", "asked", "published laws"]
+    assert shown["legend"] == ["dense", "moe", "run asked about", "published laws"]
     assert shown["fewer"] < shown["all"]
 
 
@@ -239,7 +239,7 @@ def test_a_dot_opens_its_row_and_a_cell_its_surface(ladder: Ladder, drive: Drive
         const dots = series.findIndex((s) => s.rows?.includes(row));
         const i = series[dots].rows.indexOf(row);
         await click(plot, place(plot, series[dots].x[i], series[dots].y[i]));
-        const opened = chosen.querySelector(".opened");
+        const opened = await until(() => chosen.querySelector(".opened"));
         return { cell: chosen.dataset.cell, rows: opened.querySelectorAll("tbody > tr").length,
           text: opened.querySelector("tbody tr").textContent, curve: opened.querySelectorAll("polyline").length,
           hidden: seen(chosen.querySelector(".static")) };

@@ -59,6 +59,16 @@ const kit = (() => {
   const tick = (value, style) =>
     ["rate", "flops", "coefficient"].includes(style) ? scientific(value) : ["loss", "number"].includes(style) ? significant(value, 6) : short(value);
 
+  /** What stands packed in the page (gzip in base64), as text. */
+  const unpack = async (id) => {
+    const packed = atob(document.getElementById(id).textContent.trim());
+    const bytes = new Uint8Array(packed.length);
+    for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
+  let figures = null;
+  const figure = async (name) => (await (figures ??= unpack("figures").then(JSON.parse)))[name];
+
   const quoted = (v) => {
     if (v === null || v === undefined) return "";
     if (typeof v === "string" && /^[=+\-@\t\r]/.test(v)) v = `'${v}`; // no formula
@@ -66,5 +76,5 @@ const kit = (() => {
   };
   // Data to download beside those of figures: name -> function that gives the text.
   const csv = { text: (rows) => rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n" };
-  return { read, make, draw, styles, short, scientific, significant, amount, exact, ticks, tick, csv };
+  return { read, make, unpack, figure, draw, styles, short, scientific, significant, amount, exact, ticks, tick, csv };
 })();

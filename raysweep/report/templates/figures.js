@@ -1,6 +1,6 @@
 // Hover texts of figures, and downloads of their data.
 (() => {
-  const { read, make } = kit;
+  const { make } = kit;
   const tip = document.getElementById("tip");
   const CLOSE = 24; // pixels within which the nearest mark is meant
   const nearest = (svg, { clientX, clientY }) => {
@@ -26,17 +26,17 @@
   for (const kind of ["pointermove", "pointerdown"]) document.addEventListener(kind, hint);
   document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 
-  const csv = (name) => {
+  const csv = async (name) => {
     const rows = [["x_is", "y_is", "what", "name", "x", "y", "low", "high"]];
-    for (const { x, y, series } of read("data-figures")[name].panels)
+    for (const { x, y, series } of (await kit.figure(name)).panels)
       for (const s of series)
         s.x.forEach((v, i) => rows.push([x.label, y.label, s.name, s.names?.[i], v, y.names[Math.round(s.y[i])] ?? s.y[i], s.low?.[i], s.high?.[i]]));
     return kit.csv.text(rows);
   };
   for (const button of document.querySelectorAll("[data-csv]"))
-    button.addEventListener("click", () => {
+    button.addEventListener("click", async () => {
       const name = button.dataset.csv;
-      const text = kit.csv[name]?.() ?? csv(name);
+      const text = kit.csv[name]?.() ?? (await csv(name));
       const link = make("a");
       link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
       link.download = `${name}.csv`;

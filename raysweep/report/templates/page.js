@@ -17,7 +17,7 @@
     const cell = cells.find((c) => c.dataset.cell === detail);
     if (!cell) return;
     touched(cell);
-    strip.scrollIntoView({ block: "nearest" });
+    if (matchMedia("(pointer: fine)").matches) strip.scrollIntoView({ block: "nearest" }); // a tap is to read
   });
   document.addEventListener("trial", ({ detail: { row, figure } }) => {
     figure.querySelector(".opened")?.remove();

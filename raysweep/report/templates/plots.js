@@ -1,19 +1,14 @@
 // Figures that can be explored: Plotly, unpacked when the first of them is seen, draws their data.
 // What stands there without it, matplotlib's picture, is for print and for pages without scripts.
 const plots = (() => {
-  const { read, make, styles, significant } = kit;
-  const figures = read("data-figures");
+  const { make, styles, significant } = kit;
   const NARROW = 640, LARGE = 370, CLOSE = 30, BESIDE = 12;
   const MARKS = { o: "circle", s: "square", "^": "triangle-up", D: "diamond", v: "triangle-down", P: "cross", x: "x-thin", "*": "star" };
   const coarse = matchMedia("(pointer: coarse)").matches;
 
   let library = null;
   const unpacked = async () => {
-    const packed = atob(document.getElementById("plotly").textContent.trim());
-    const bytes = new Uint8Array(packed.length);
-    for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    document.head.append(make("script", await new Response(stream).text()));
+    document.head.append(make("script", await kit.unpack("plotly")));
     return window.Plotly;
   };
   const load = () => (library ??= unpacked());
@@ -249,7 +244,7 @@ const plots = (() => {
   });
   const render = async (figure) => {
     const Plotly = await load();
-    const own = drawn.get(figure), data = figures[figure.dataset.plot];
+    const own = drawn.get(figure), { data } = own;
     const width = Math.floor(figure.getBoundingClientRect().width);
     if (!width) return;
     own.width = width;
@@ -302,22 +297,24 @@ const plots = (() => {
     });
     return group;
   };
-  const show = (figure) => {
-    if (drawn.has(figure)) return;
-    const data = figures[figure.dataset.plot];
-    const plot = make("div", undefined, "plot");
-    plot.setAttribute("role", "group");
-    plot.setAttribute("aria-label", data.label);
-    const own = { plot, state: { panel: 0, by: "" }, width: 0 };
-    drawn.set(figure, own);
+  const start = async (figure, own) => {
+    const data = (own.data = await kit.figure(figure.dataset.plot));
+    own.plot.setAttribute("role", "group");
+    own.plot.setAttribute("aria-label", data.label);
     if (data.choose.length) {
       const tools = make("div", undefined, "tools");
       if (data.choose.length > 1) tools.append(buttons("x-axis", data.choose, 0, (i) => { own.state.panel = i; render(figure); }));
       if (data.panels.some((p) => p.series.some((s) => s.shades))) tools.append(buttons("colour", ["architecture", "N", "D"], 0, (i) => { own.state.by = ["", "N", "D"][i]; render(figure); }));
       figure.querySelector(".static").before(tools);
     }
-    figure.querySelector(".static").after(plot);
-    render(figure).catch((e) => { window.plotError = String(e.stack); drawn.delete(figure); plot.remove(); }); // the picture stays
+    figure.querySelector(".static").after(own.plot);
+    await render(figure);
+  };
+  const show = (figure) => {
+    if (drawn.has(figure)) return;
+    const own = { plot: make("div", undefined, "plot"), state: { panel: 0, by: "" }, width: 0 };
+    drawn.set(figure, own);
+    start(figure, own).catch(() => { own.plot.remove(); }); // the picture stays
   };
   const wanted = (figure) => !figure.classList.contains("cell") || figure.classList.contains("on");
 
@@ -333,7 +330,7 @@ const plots = (() => {
       }
     });
     for (const figure of every) { seen.observe(figure); sized.observe(figure); }
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { for (const figure of drawn.keys()) render(figure); });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { for (const [figure, own] of drawn) if (own.made) render(figure); });
     document.addEventListener("brush", ({ detail }) => {
       brush = detail;
       for (const [figure, own] of drawn) if (own.made?.series.some((s) => s.rows || s.shades)) render(figure);
