@@ -24,7 +24,7 @@ from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of, p
 from raysweep.report.trials import MAX_ROWS, trial_table
 from raysweep.results.store import Results
 from raysweep.scaling.fits import Fits, fit
-from raysweep.scaling.summary import further_sentences
+from raysweep.scaling.summary import hyperparameter_sentences
 from raysweep.text import written
 
 LARGEST = 4_000_000
@@ -162,7 +162,7 @@ def _context(
         "served": served,
         "serving_rows": budgets.serving_rows(served),
         "serving_kinds": list(budgets.KINDS.values())[:3],
-        "further": further_sentences(fits),
+        "hyperparameters": hyperparameter_sentences(fits),
         "noise_rows": measured.noise_rows(fits),
         "runs": runs,
         "utilisation": facts.utilisation(runs),

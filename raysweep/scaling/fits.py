@@ -27,13 +27,16 @@ from raysweep.scaling.compute.budgets import (
 from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
-from raysweep.scaling.further import Adjustment, adjusted_cells
+from raysweep.scaling.further import AS_RUN, Adjustment, adjusted_cells
 from raysweep.scaling.held_out import HeldOut, hold_out_largest
 from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import batch_table, choose_loss
-from raysweep.scaling.optima.further import Further, further_of
+from raysweep.scaling.optima.hyperparameters import (
+    HyperparameterOptimum,
+    hyperparameter_optima,
+)
 from raysweep.scaling.optima.literature import OptimumPrior, literature_prior, made_for
 from raysweep.scaling.optima.model import BENDS
 from raysweep.scaling.optima.noise_scale import (
@@ -378,15 +381,18 @@ class Fits(InNotebooks):
         return found
 
     @cached_property
-    def further(self) -> dict[str, dict[str, Further]]:
-        """Hyperparameters beside learning rate and batch in which runs of a cell differ, by set of
-        data and name: where each is best, and whether that moves with size."""
+    def hyperparameters(self) -> dict[str, dict[str, HyperparameterOptimum]]:
+        """Of hyperparameters beside learning rate and batch, in which runs of a cell differ: where
+        each is best and whether that moves with size, by set of data and name."""
+        named = [effect.column for effect in self.adjusted.effects] if self.adjusted else []
         found = {}
         for label, evidence in self.evidence.items():
-            trials = self.table.trials
-            own = trials[trials["cell"].isin(evidence.cells.index)]
-            if evidence.surface is not None and (known := further_of(evidence.surface, own)):
-                found[label] = known
+            own = self.table.trials[self.table.trials["cell"].isin(evidence.cells.index)]
+            if AS_RUN in own:
+                own = own.assign(loss=own[AS_RUN])
+            if evidence.surface is not None:
+                known = hyperparameter_optima(evidence.surface, own, named)
+                found |= {label: known} if known else {}
         return found
 
     @property
@@ -443,7 +449,7 @@ class Fits(InNotebooks):
             "allocation": self.allocation,
             "noise_scale": self.noise_scale,
             "noise_laws": self.noise_laws,
-            "further": self.further,
+            "hyperparameters": self.hyperparameters,
             "expert_load": self.expert_load,
             "prior": self.prior_table,
             "readings": self.readings if self.optima else {},

@@ -47,8 +47,8 @@ def summary(fits: Fits, everything: bool = False) -> str:
     lines += [f"  warning: {message}" for message in fits.messages]
     for label in fits.evidence:
         lines += _laws(fits, label)
-    if further := further_sentences(fits):
-        lines += ["", "Further hyperparameters", *(f"  {sentence}" for sentence in further)]
+    if found := hyperparameter_sentences(fits):
+        lines += ["", "Further hyperparameters", *(f"  {sentence}" for sentence in found)]
     lines += _losses(fits)
     lines += _held_out(fits)
     if everything:
@@ -92,10 +92,10 @@ def _laws(fits: Fits, label: str) -> list[str]:
     return lines
 
 
-def further_sentences(fits: Fits) -> list[str]:
+def hyperparameter_sentences(fits: Fits) -> list[str]:
     """Where each further hyperparameter is best, and whether that moves with size."""
     lines = []
-    for label, found in fits.further.items():
+    for label, found in fits.hyperparameters.items():
         for one in found.values():
             name = f"{one.name}{f' of {label}' if label else ''}"
             span = between(one.optimum.low, one.optimum.high, "rate")

@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.errors import UserError
-from raysweep.scaling.optima.further import Points, points_of
+from raysweep.scaling.optima.hyperparameters import Points, points_of
 from raysweep.scaling.optima.literature import OptimumPrior
 from raysweep.scaling.optima.model import DEFAULT, Settings
 from raysweep.scaling.optima.surface import Surface, fit_surface

@@ -12,7 +12,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
-from raysweep.scaling.optima.further import LEAST_RUNS, Parabola
+from raysweep.scaling.optima.hyperparameters import LEAST_RUNS, Parabola
 from raysweep.scaling.optima.surface import Surface
 from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
 from raysweep.study.shape import RunSize

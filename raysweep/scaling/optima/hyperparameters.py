@@ -1,4 +1,5 @@
 """Hyperparameters beside learning rate and batch: where each is best, and whether that moves.
+(What such columns do to losses, so that it can be taken off them: `scaling/further.py`.)
 
 The surface explains a run's loss by its size, learning rate and batch. What it leaves is regressed
 on a parabola in the (log of the) hyperparameter that all cells share, whose lowest point may move
@@ -13,7 +14,7 @@ with a weak prior, weighted by the surface's noise, so that few runs give wide a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Further:
+class HyperparameterOptimum:
     """What is known of one hyperparameter."""
 
     name: str
@@ -151,7 +152,7 @@ def points_of(
     return Points(*(np.concatenate(parts, axis=1) if parts else np.empty((4, 0))))
 
 
-def fit_further(name: str, points: Points) -> Further | None:
+def fit_optimum(name: str, points: Points) -> HyperparameterOptimum | None:
     """The optimum of a hyperparameter; None where too few runs tell of it."""
     values = points.value
     if len(values) < LEAST_RUNS or len(np.unique(values.round(12))) < LEAST_VALUES:
@@ -169,7 +170,7 @@ def fit_further(name: str, points: Points) -> Further | None:
     at_edge = ends[0] <= -0.999 or ends[2] >= 0.999
     status = "flat" if told < 0.95 else "edge" if at_edge else "inside"
     best = parabola.value(ends)
-    return Further(
+    return HyperparameterOptimum(
         name=name,
         log=log,
         low=low,
@@ -182,19 +183,26 @@ def fit_further(name: str, points: Points) -> Further | None:
     )
 
 
-def further_of(surface: Surface, trials: pd.DataFrame) -> dict[str, Further]:
-    """Every number of the recipe that runs of one cell differ in, with its optimum, by name.
+def hyperparameter_optima(
+    surface: Surface, trials: pd.DataFrame, named: Collection[str] = ()
+) -> dict[str, HyperparameterOptimum]:
+    """Every number of the recipe that runs of one cell differ in, with its optimum, by name: of
+    imported runs, which may keep anything there, those that are named.
 
-    `trials` are rows that count, of the surface's data, with the columns of `results.schema`."""
+    `trials` are rows that count, of the surface's data, with the columns of `results.schema`;
+    `loss` is as it was run."""
     recipes = pd.DataFrame([_numbers(text) for text in trials["recipe"]], index=trials.index)
+    imported = trials["source"].astype(str).str.startswith("import:")
     found = {}
     for name in recipes.columns:
+        if name not in named and recipes[name][~imported].nunique() < LEAST_VALUES:
+            continue
         value = recipes[name].astype(float)
         if value.groupby(trials["cell"]).nunique().max() < LEAST_VALUES:
             continue
         columns = (trials[c].to_numpy(float) for c in ("learning_rate", "batch_tokens", "loss"))
         cells = trials["cell"].astype(str).tolist()
-        one = fit_further(str(name), points_of(surface, cells, *columns, value.to_numpy(float)))
+        one = fit_optimum(str(name), points_of(surface, cells, *columns, value.to_numpy(float)))
         if one is not None:
             found[str(name)] = one
     return found

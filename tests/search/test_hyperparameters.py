@@ -63,7 +63,7 @@ def test_a_planted_optimum_is_found_and_whether_it_moves(exponent: float) -> Non
     off = np.abs(np.log(np.array(decays) / best))
     assert np.median(off[18:]) < 0.7 * np.median(off[:9])
     fits = fit(frame)
-    (found,) = fits.further[""].values()
+    (found,) = fits.hyperparameters[""].values()
     assert found.name == "weight_decay"
     assert found.status == "inside"
     assert found.optimum.low < 0.1 * (found.params / 4e6) ** exponent < found.optimum.high
@@ -71,12 +71,12 @@ def test_a_planted_optimum_is_found_and_whether_it_moves(exponent: float) -> Non
     assert found.exponent.covers(exponent)
     assert found.moves == bool(exponent)
     assert "weight_decay: best at" in fits.summary()
-    assert fits.to_dict()["further"]
+    assert fits.to_dict()["hyperparameters"]
 
 
 def test_a_hyperparameter_without_effect_is_called_flat() -> None:
     frame = searched(Study.from_dict(space(8)), 0.0, 24, depth=0.0)
-    (found,) = fit(frame).further[""].values()
+    (found,) = fit(frame).hyperparameters[""].values()
     assert found.status == "flat"
     assert not found.moves
 
