@@ -70,7 +70,8 @@ def test_no_import_hides_from_the_linter() -> None:
         for path in (REPO / "raysweep").rglob("*.py")
         if {"import_module", "__import__"} & set(re.findall(r"\w+", path.read_text()))
     }
-    assert hidden == {"raysweep/__init__.py"}
+    # The second one imports a user's code, by the name that a study file gives.
+    assert hidden == {"raysweep/__init__.py", "raysweep/training/user_code.py"}
 
 
 @pytest.mark.parametrize("name", ["Study", "Results", "Fits", "Comparison"])

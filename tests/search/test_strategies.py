@@ -18,7 +18,7 @@ SPACE = search_space(RATES, BATCHES)
 def new_study(strategy: str, seed: int = 0, trials: int = 9, **change) -> optuna.Study:
     options = {
         "cell": CELL,
-        "ladder": TrialHistory(),
+        "history": TrialHistory(),
         "learning_rate": RATES,
         "log2_batch": BATCHES,
         "sequence_length": 256,
