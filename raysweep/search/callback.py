@@ -141,7 +141,7 @@ class StudyCallback(tune.Callback):
         """A sign of life, or the last words of a trial that failed."""
         cell = self._study.cell(trial.config["cell"])
         if cell.own is not None and not cell.in_group and trial.trial_id not in self._reports:
-            self._hangs.started(trial.trial_id, cell.name)
+            self._hangs.started(trial.trial_id, cell.name, patient=True)
         self._hangs.heard(trial.trial_id)
         if FAILED in result:
             self._failed.add(trial.trial_id)

@@ -20,6 +20,7 @@ TIMES_AT_START = 6.0
 class _Running:
     cell: str
     heard: float
+    patient: bool
     reports: int = 0
 
 
@@ -37,9 +38,10 @@ class HangDetector:
         self._running: dict[str, _Running] = {}
         self._longest: dict[str, float] = {}
 
-    def started(self, trial: str, cell: str) -> None:
-        """A trial has begun, or begun again."""
-        self._running[trial] = _Running(cell, self._clock())
+    def started(self, trial: str, cell: str, *, patient: bool = False) -> None:
+        """A trial has begun, or begun again. One that reports as it likes is waited for longer, as
+        all are before their first report."""
+        self._running[trial] = _Running(cell, self._clock(), patient)
 
     def heard(self, trial: str) -> None:
         """A trial has reported."""
@@ -66,4 +68,5 @@ class HangDetector:
 
     def _limit(self, running: _Running) -> float:
         limit = max(self._seconds, TIMES_LONGEST * self._longest.get(running.cell, 0.0))
-        return limit if running.reports else TIMES_AT_START * limit
+        ready = running.reports and not running.patient
+        return limit if ready else TIMES_AT_START * limit

@@ -93,7 +93,9 @@ class Training(Section):
     settings: Settings = Field(default={})
     """Settings that all scales share, such as the optimizer: part of the recipe of each row."""
     timeout: Positive | None = None
-    """Seconds after which a trial is ended, and counts as crashed."""
+    """Seconds after which a trial is ended, and counts as crashed. Without it, one that has
+    reported progress is given up once it has been silent for six times `search.stall_seconds`; one
+    that has not is waited for."""
     data: str | None = None
     """Name of the data that the loss is measured on: studies of one name are fitted together.
     Default: the study's own."""

@@ -51,3 +51,16 @@ def test_nought_is_never() -> None:
     stalls.started("t", "cell")
     clock.now = 1e9
     assert stalls.hanging() == {}
+
+
+def test_one_that_reports_as_it_likes_is_waited_for_longer() -> None:
+    """A user's own training."""
+    clock = Clock()
+    stalls = HangDetector(100.0, clock)
+    for trial, patient in (("ours", False), ("own", True)):
+        stalls.started(trial, "cell", patient=patient)
+        stalls.heard(trial)
+    clock.now += 100.0 * TIMES_AT_START - 1
+    assert set(stalls.hanging()) == {"ours"}
+    clock.now += 2.0
+    assert set(stalls.hanging()) == {"ours", "own"}
