@@ -1,5 +1,6 @@
 """A user's own training on a real local Ray: rows of every kind of end, and processes killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -36,7 +37,8 @@ CODE = """
         if what == "nan":
             return float("nan")
         run.report(run.tokens / 2, 4.0)
-        return {"loss": loss(run.learning_rate, run.batch_tokens), "kind": what}
+        found = loss(run.learning_rate, run.batch_tokens)
+        return {"loss": found, "decay": run.settings["weight_decay"]}
 
     def together(run):
         import torch
@@ -114,7 +116,9 @@ def rows(results: Path) -> pd.DataFrame:
 
 def test_every_end_is_a_row_and_the_study_goes_on(code: Path, tmp_path: Path) -> None:
     training = {"function": "own_search_test:train", "timeout": 2, "settings": {"optimizer": "x"}}
-    study = Study.from_dict(space(training, "good", "raises", "nothing", "hangs", "nan"), code)
+    given = space(training, "good", "raises", "nothing", "hangs", "nan")
+    given["search"]["also"] = {"weight_decay": {"low": 0.01, "high": 1.0}}
+    study = Study.from_dict(given, code)
     run(study, results_uri=str(tmp_path / "results"))
     frame = rows(tmp_path / "results")
     assert frame["trial_key"].is_unique
@@ -122,9 +126,12 @@ def test_every_end_is_a_row_and_the_study_goes_on(code: Path, tmp_path: Path) ->
     good = by_scale["good"]
     assert set(good["status"]) == {"finished"}
     assert len(good) == 3
-    assert good["metrics"].tolist() == ['{"kind": "good"}'] * 3
     assert good["source"].tolist() == ["own"] * 3
-    assert '"optimizer": "x"' in good["recipe"].iloc[0]
+    recipes = [json.loads(text) for text in good["recipe"]]
+    assert {recipe["optimizer"] for recipe in recipes} == {"x"}
+    decays = [recipe["weight_decay"] for recipe in recipes]
+    assert decays == [json.loads(text)["decay"] for text in good["metrics"]]
+    assert len(set(decays)) == 3
     assert (good["params_active_non_embedding"] == 1e5).all()
     assert good["params_total"].isna().all()
     reasons = {
