@@ -174,7 +174,8 @@ class Progress:
         self.tokens, self.loss = tokens, loss
         step = round(tokens / self._spec.batch_tokens)
         if self._reports % self._stride == 0:
-            self.points.append((step, tokens, loss, learning_rate or math.nan, grad_norm or 0.0))
+            more = [math.nan if x is None else float(x) for x in (learning_rate, grad_norm)]
+            self.points.append((step, tokens, loss, *more))
             if len(self.points) > POINTS:
                 self.points, self._stride = self.points[::2], 2 * self._stride
         self._reports += 1

@@ -37,7 +37,8 @@ def test_huggingface_by_a_function(tmp_path: Path) -> None:
     assert frame["loss_se"].between(0.001, 0.5).all()
     assert frame["params_total"].gt(frame["params_total_non_embedding"]).all()
     curves = Results.open(tmp_path / "results").curves()
-    assert curves.groupby("trial_key").size().min() > 5
+    assert curves.groupby("trial_key").size().min() > 1
+    assert curves["grad_norm"].gt(0).all()
 
 
 def test_torchrun_by_a_command(tmp_path: Path) -> None:
