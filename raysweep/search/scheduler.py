@@ -363,8 +363,9 @@ class StudyScheduler:
         also = state.further(trial)
         fresh = self.study.space.seed + state.next_seed(learning_rate, log2_batch, also)
         seed = fresh if seed is None else seed
-        point = learning_rate, 2**log2_batch, seed, also
-        spec = self.study.trial(state.cell, self._data_hash, *point)
+        spec = self.study.trial(
+            state.cell, self._data_hash, learning_rate, 2**log2_batch, seed, also
+        )
         return Proposal(trial_id, trial.number, spec, repeat), trial
 
     def _maybe_extend(self, state: CellState) -> None:

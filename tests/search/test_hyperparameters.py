@@ -85,7 +85,7 @@ def test_a_study_goes_on_with_its_further_values(tmp_path: Path) -> None:
     study = Study.from_dict(space(3))
     results = Results.open(tmp_path / "results", create=True)
     for row in searched(study, 0.0, 5).to_dict("records"):
-        results.write(row)
+        results.write({str(name): value for name, value in row.items()})
     rows = results.to_pandas()
     scheduler = StudyScheduler(
         study, study.own_data, ResourcePool({"here": {"CPU": 1.0}}), rows=rows

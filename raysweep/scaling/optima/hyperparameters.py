@@ -200,9 +200,13 @@ def hyperparameter_optima(
         value = recipes[name].astype(float)
         if value.groupby(trials["cell"]).nunique().max() < LEAST_VALUES:
             continue
-        columns = (trials[c].to_numpy(float) for c in ("learning_rate", "batch_tokens", "loss"))
+        rate, batch, loss = (
+            trials[c].to_numpy(float) for c in ("learning_rate", "batch_tokens", "loss")
+        )
         cells = trials["cell"].astype(str).tolist()
-        one = fit_optimum(str(name), points_of(surface, cells, *columns, value.to_numpy(float)))
+        one = fit_optimum(
+            str(name), points_of(surface, cells, rate, batch, loss, value.to_numpy(float))
+        )
         if one is not None:
             found[str(name)] = one
     return found
