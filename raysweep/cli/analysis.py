@@ -342,18 +342,18 @@ def report_command(
     if output is not None:
         check_folder(output)
     if watch:
-        if output is None:
-            raise UserError("--watch needs a folder to write to: -o FOLDER")
         if group or where or also or without or literature or asked:
             raise UserError("--watch fits as the study says: leave out --group, --for and the like")
-        watch_report(results, output, png=png, until_eof=until_eof)
+        from raysweep.report.page import folder_of
+        from raysweep.results import Results
+
+        folder = output or folder_of(Results.open(results))
+        watch_report(results, folder, png=png, until_eof=until_eof)
         return
     runs = [_run_asked(text) for text in asked or ()]
     fits = fit_results(results, group, without, literature, where, also)
     page = write_report(results, output, fits=fits, png=png, asked=runs)
-    typer.echo(str(page))
-    if sys.stderr.isatty():
-        typer.echo(page.resolve().as_uri(), err=True)
+    typer.echo(page.resolve().as_uri() if sys.stdout.isatty() else str(page))
 
 
 def _run_asked(text: str) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -212,11 +211,11 @@ def watch_report(uri: str, folder: Path, *, png: bool = False, until_eof: bool =
 def live_report(uri: str, folder: Path, wanted: bool | None) -> Iterator[Callable[[], None]]:
     """Keep a report live for the time of the block, and say where it is.
 
-    Unless told, only where somebody looks on: in logs and in CI it would cost what nobody sees.
+    Unless told, not in CI, where it would cost what nobody sees.
     Yields a function to call before the last page is written.
     """
     if wanted is None:
-        wanted = sys.stderr.isatty() and not os.environ.get("CI")
+        wanted = not os.environ.get("CI")
     if not wanted:
         yield lambda: None
         return
