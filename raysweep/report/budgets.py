@@ -1,4 +1,4 @@
-"""How to spend: the compute-optimal split of a budget, and what serving the result costs."""
+"""How to spend: the compute-optimal split of a budget between parameters and tokens."""
 
 from __future__ import annotations
 
@@ -9,23 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.errors import UserError
-from raysweep.report.answers import Answer
 from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
 from raysweep.report.laws import FLOPS, SIZE_AXES, names_of
-from raysweep.report.style import ARCHITECTURE_COLOURS, MARKERS
 from raysweep.scaling.compute.allocation import (
     COUNT_NAMES,
     Allocation,
     read_minimum,
     token_cost,
 )
-from raysweep.scaling.compute.roofline import find_gpu
-from raysweep.scaling.compute.serving import FAR_BEYOND, Serving, Solution
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.loss.data import held_budgets
 from raysweep.scaling.loss.model import LossModel
-from raysweep.text import dollars, scientific, short, written
+from raysweep.text import scientific, short
 
 STEPS, AHEAD = 7, 10.0
 """Budgets at which the best split is told: from the smallest cell's to so many times the
@@ -33,19 +28,6 @@ largest's."""
 
 SLICES, WINDOW, CURVE = 4, 12.0, 41
 """Budgets at which the law is cut where none was held; to either side of the best size."""
-
-GPU, PRICE = "h100", 1.0
-"""Serving is priced in GPU-hours: one dollar an hour is a unit, not a price."""
-
-SMALLEST = 1e7
-"""Below so many parameters a GPU's roofline says nothing of what a model costs to serve."""
-
-KINDS = {
-    "loss-optimal": "loss-optimal",
-    "equal quality": "smaller, of equal quality",
-    "equal cost": "of equal serving cost",
-    "same quality, more compute": "of equal quality, with more compute",
-}
 
 
 @dataclass(frozen=True)
@@ -186,92 +168,4 @@ def split_rows(told: Splits) -> list[dict[str, Any]]:
         for name, allocations in told.found.items()
         for a in allocations
         if a.ok
-    ]
-
-
-# ---------------------------------------------------------------------- serving
-
-
-@dataclass(frozen=True)
-class Served:
-    """What one training budget buys with each number of experts; `why` says where nothing."""
-
-    flops: float = math.nan
-    solutions: tuple[Solution, ...] = ()
-    why: str = ""
-
-    @property
-    def shown(self) -> list[Solution]:
-        """Those that were found and can be served."""
-        return [s for s in self.solutions if s.status == "found" and s.cost.status == "fits"]
-
-
-def serve(fits: Fits, answers: Sequence[Answer]) -> Served:
-    """What the compute of the largest run asked about would buy."""
-    if not any(a.run.experts > 1 for a in answers):
-        return Served()
-    flops = float(f"{max(a.run.run.compute for a in answers):.3g}")
-    try:
-        solutions = fits.serve(flops, Serving(find_gpu(GPU), PRICE))
-    except UserError as error:
-        return Served(why=str(error))
-    largest = max(s.params_total for s in solutions if s.kind == "loss-optimal")
-    if largest < SMALLEST:
-        return Served(
-            why=f"{scientific(flops)} FLOPs buy at most {short(largest)} parameters: below "
-            f"{short(SMALLEST)} arithmetic and memory do not tell what serving costs"
-        )
-    served = Served(flops, tuple(solutions))
-    return served if served.shown else Served(why="no model of this budget fits the GPUs")
-
-
-def serving_figure(served: Served) -> PlotFigure | None:
-    """Loss against the cost of a million tokens, a line a kind of solution."""
-    if not served.shown:
-        return None
-    series: list[Series] = []
-    kinds = list(KINDS)[:3]
-    for kind, colour, marker in zip(kinds, ARCHITECTURE_COLOURS, MARKERS, strict=False):
-        own = sorted((s for s in served.shown if s.kind == kind), key=lambda s: s.experts)
-        if not own:
-            continue
-        x = np.array([s.cost.dollars_per_million for s in own])
-        y = np.array([s.loss for s in own])
-        tips = [
-            f"{s.experts:g} experts, {short(s.params_total)} parameters on {short(s.tokens)} tokens"
-            for s in own
-        ]
-        full = np.array([s.beyond <= FAR_BEYOND for s in own])
-        series += [
-            Line(KINDS[kind], x, y, colour, thin=True),
-            Points(KINDS[kind], x, y, colour, marker, full=full, tips=tips,
-                   names=[f"{s.experts:g} experts" for s in own], size=36),
-        ]  # fmt: skip
-    x = Axis("dollars a million generated tokens, at 1 dollar a GPU-hour", "rate")
-    panel = Panel(x, Axis("loss, nats a token", "loss", log=False), tuple(series))
-    return PlotFigure(
-        "serving",
-        "Loss against the cost of serving, for each number of experts",
-        (panel,),
-        width=7.4,
-        height=3.6,
-        key=("hollow: far outside what was fitted",),
-    )
-
-
-def serving_rows(served: Served) -> list[dict[str, Any]]:
-    """The solutions, written."""
-    return [
-        {
-            "experts": f"{s.experts:g}",
-            "kind": KINDS[s.kind],
-            "params": short(s.params),
-            "total": short(s.params_total),
-            "tokens": short(s.tokens),
-            "loss": written(s.loss, "loss"),
-            "training": written(s.training_share, "ratio"),
-            "cost": dollars(s.cost.dollars_per_million),
-            "gpus": str(s.cost.gpus),
-        }
-        for s in served.shown
     ]

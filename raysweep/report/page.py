@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from raysweep.errors import UserError
-from raysweep.report import budgets, facts, measured, trust
+from raysweep.report import budgets, facts, measured, serving, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
 from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
@@ -22,6 +22,7 @@ from raysweep.report.render import csv_text, relative, render, replace_file
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of
 from raysweep.report.trials import trial_table
 from raysweep.results.store import Results
+from raysweep.scaling.compute.serving import settings_of
 from raysweep.scaling.fits import Fits, fit
 from raysweep.text import written
 
@@ -103,7 +104,7 @@ def _context(
     """Everything that the template says, and its figures."""
     answers = ask(fits, studies, asked)
     split = budgets.splits(fits)
-    served = budgets.serve(fits, answers)
+    served = serving.serve(fits, settings_of(results.search_spaces()), answers)
     cells = cell_figures(fits)
     laws = law_figures(fits, answers)
     figures = by_name(
@@ -112,7 +113,7 @@ def _context(
             trust.held_out_figure(fits),
             trust.prior_figure(fits),
             budgets.split_figure(fits, split),
-            budgets.serving_figure(served),
+            *serving.figures(fits, served),
             measured.noise_figure(fits),
             measured.load_figure(fits),
         ]
@@ -149,9 +150,8 @@ def _context(
         "readings": trust.reading_rows(fits),
         "ahead": trust.ahead_rows(fits),
         "split_rows": budgets.split_rows(split),
-        "served": served,
-        "serving_rows": budgets.serving_rows(served),
-        "serving_kinds": list(budgets.KINDS.values())[:3],
+        "serving": serving.words(served),
+        "serving_rows": serving.rows(served),
         "noise_rows": measured.noise_rows(fits),
         "runs": runs,
         "utilisation": facts.utilisation(runs),

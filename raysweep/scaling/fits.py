@@ -22,7 +22,8 @@ from raysweep.scaling.compute.budgets import (
     best_splits,
     split_budget,
 )
-from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
+from raysweep.scaling.compute.candidates import candidates_of
+from raysweep.scaling.compute.serving import LossCurve, Serving, ServingLaw, Solution
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
 from raysweep.scaling.held_out import HeldOut, hold_out_largest
@@ -247,13 +248,29 @@ class Fits(InNotebooks):
 
     def serve(
         self,
-        flops: float,
+        flops: float | Sequence[float],
         serving: Serving,
-        experts: Sequence[float] = (2, 4, 8, 16, 32, 64),
-        reference: float | None = None,
+        experts: Sequence[float] = (),
+        reference: str | float | None = None,
+        law: str | None = None,
     ) -> list[Solution]:
-        """What a training budget buys with each number of experts, at equal quality and at equal
-        serving cost; see `serving.serving_solutions`.
+        """What training budgets buy with each architecture: loss-optimal, at equal quality, and at
+        a bounded serving cost; see `serving.Kind` and `serving_law`."""
+        budgets = np.atleast_1d(np.asarray(flops, dtype=float)).tolist()
+        return self.serving_law(serving, experts, reference, law).solutions(budgets)
+
+    def serving_law(
+        self,
+        serving: Serving,
+        experts: Sequence[float] = (),
+        reference: str | float | None = None,
+        law: str | None = None,
+    ) -> ServingLaw:
+        """Loss and serving cost of each architecture at any size and budget.
+
+        `experts` are the numbers to weigh, by default those trained; `reference` the architecture
+        (or its experts) that others are held against; `law` the key of the law of the loss, by
+        default the one that predicts best.
 
         Raises:
             UserError: no law over several numbers of experts is determined.
@@ -263,10 +280,12 @@ class Fits(InNotebooks):
             model = evidence.shared_loss
             if len(set(evidence.cells["experts"])) < 2:
                 whys.append("these results know one number of experts only")
-            elif not model.ok:
+            elif not model.ok and law is None:
                 whys.append(f"the law of the loss is not determined: {model.why}")
             else:
-                return serving_solutions(model, flops, serving, experts, reference)
+                curve = LossCurve.of(model, law)
+                candidates = candidates_of(evidence.cells, experts)
+                return ServingLaw.of(curve, serving, candidates, reference)
         raise UserError(
             f"serving weighs several numbers of experts, and {(whys or ['there is no cell'])[0]}"
         )

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
 from raysweep.study.fields import Count, Name, Positive, Section, Size, TokenIds
+from raysweep.study.serving import ServingSettings
 from raysweep.study.trials import Recipe, Search
 
 
@@ -110,6 +111,7 @@ class SearchSpace(Section):
     data: Data = Data()
     resources: Resources = Resources()
     targets: tuple[Target, ...] = ()
+    serving: ServingSettings = ServingSettings()
     literature: Annotated[tuple[LawKey, ...], Field(min_length=1)] | None = None
     """The published laws that the search and the fits start from; default: all."""
     without: tuple[LawKey, ...] = ()
@@ -131,6 +133,8 @@ class SearchSpace(Section):
             (f"scale {i}", a) for i, s in enumerate(self.scales) for a in s.architectures or ()
         ]
         named += [(f"target {i}", t.architecture) for i, t in enumerate(self.targets)]
+        if isinstance(self.serving.reference, str):
+            named.append(("serving.reference", self.serving.reference))
         for where, architecture in named:
             if architecture not in self.architectures:
                 raise ValueError(f"{where} names architecture {architecture!r}; known: {known}")
