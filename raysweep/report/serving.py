@@ -14,7 +14,14 @@ from raysweep.report.answers import Answer
 from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
 from raysweep.report.laws import MAX_ARCHITECTURES
 from raysweep.scaling.compute.allocation import COUNT_NAMES
-from raysweep.scaling.compute.serving import KINDS, CandidateCurves, Kind, Serving, ServingLaw, Solution
+from raysweep.scaling.compute.serving import (
+    KINDS,
+    CandidateCurves,
+    Kind,
+    Serving,
+    ServingLaw,
+    Solution,
+)
 from raysweep.scaling.compute.serving_words import assumptions, marks, share
 from raysweep.scaling.fits import Fits
 from raysweep.study.serving import ServingSettings
@@ -79,7 +86,10 @@ def serve(fits: Fits, settings: ServingSettings, answers: Sequence[Answer]) -> S
         middle = budgets[len(budgets) // 2]
     try:
         law = fits.serving_law(Serving.of(settings), reference=settings.reference)
-        best = [other.model(other.optimal_params(middle)).params_total for other in law.candidates.values()]
+        best = [
+            other.model(other.optimal_params(middle)).params_total
+            for other in law.candidates.values()
+        ]
         if max(best) < SMALLEST:
             return Served(
                 why=f"{scientific(middle)} FLOPs buy at most {short(max(best))} parameters: below "

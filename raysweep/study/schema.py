@@ -104,7 +104,8 @@ class SearchSpace(Section):
         default={"dense": Architecture()}
     )
     scales: Annotated[tuple[ScaleEntry, ...], Field(min_length=1)]
-    horizons: Annotated[tuple[Horizon, ...], Field(min_length=1)]
+    horizons: tuple[Horizon, ...] = ()
+    """Of every scale that names none of its own."""
     model: ModelSettings = ModelSettings()
     search: Search = Search()
     recipe: Recipe = Recipe()
@@ -124,6 +125,12 @@ class SearchSpace(Section):
     def _branches_run_to_their_end(self) -> Self:
         if self.recipe.branches and self.search.early_stopping is not None:
             raise ValueError("recipe.branches and search.early_stopping exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _every_scale_has_horizons(self) -> Self:
+        if not self.horizons and any(scale.horizons is None for scale in self.scales):
+            raise ValueError("horizons is missing: add it, or give each scale its own")
         return self
 
     @model_validator(mode="after")
