@@ -15,10 +15,13 @@ from raysweep.display import InNotebooks, Plots, plots_of
 from raysweep.errors import UserError
 from raysweep.results.store import Results
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
+from raysweep.scaling.claims import Claim, claims
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
 from raysweep.scaling.compute.allocation import Allocation
 from raysweep.scaling.compute.budgets import (
+    Exponents,
     Split,
+    allocation_exponents,
     best_splits,
     split_budget,
 )
@@ -307,6 +310,26 @@ class Fits(InNotebooks):
         return found
 
     @cached_property
+    def claims(self) -> dict[str, list[Claim]]:
+        """By MoE architecture, what Wang et al. claim of it against dense, and what is seen."""
+        found = {}
+        for name, ratios in self.comparison.items():
+            evidence = self.evidence_of(name)
+            dense = next(n for n in evidence.architectures if self.kind(n) == "dense")
+            found[name] = claims(evidence, dense, name, ratios, self.noise_scale)
+        return found
+
+    @cached_property
+    def exponents(self) -> list[Exponents]:
+        """How the best N and D of a budget grow with it, each architecture by its own cells, all in
+        one count of parameters; see `budgets.allocation_exponents`."""
+        return [
+            row
+            for name in self.architectures
+            for row in allocation_exponents(name, self.kind(name), self.cells_of(name))
+        ]
+
+    @cached_property
     def relations(self) -> dict[str, dict[str, LossRelation]]:
         """By architecture, the optimal batch and learning rate as power laws of the loss (Wang et
         al.: B = B0 / L^a); only those that are determined."""
@@ -389,7 +412,9 @@ class Fits(InNotebooks):
             "loss": {name: self.loss_model(name).to_dict() for name in self.architectures},
             "relations": self.relations,
             "comparison": self.comparison,
+            "claims": self.claims,
             "allocation": self.allocation,
+            "exponents": self.exponents,
             "noise_scale": self.noise_scale,
             "noise_laws": self.noise_laws,
             "expert_load": self.expert_load,
