@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from raysweep.errors import UserError
-from raysweep.report import budgets, facts, measured, serving, trust
+from raysweep.report import budgets, claims, facts, measured, serving, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
 from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
@@ -114,6 +114,7 @@ def _context(
             trust.prior_figure(fits),
             budgets.split_figure(fits, split),
             *serving.figures(fits, served),
+            claims.along_figure(fits),
             measured.noise_figure(fits),
             measured.load_figure(fits),
         ]
@@ -150,6 +151,8 @@ def _context(
         "readings": trust.reading_rows(fits),
         "ahead": trust.ahead_rows(fits),
         "split_rows": budgets.split_rows(split),
+        "claim_rows": claims.claim_rows(fits),
+        "exponent_rows": claims.exponent_rows(fits),
         "serving": serving.words(served),
         "serving_rows": serving.rows(served),
         "noise_rows": measured.noise_rows(fits),

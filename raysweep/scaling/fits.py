@@ -41,6 +41,7 @@ from raysweep.scaling.optima.noise_scale import (
     cell_expert_load,
     cell_noise_scale,
     fit_noise_scale,
+    noise_along,
 )
 from raysweep.scaling.optima.readings import Optimum, all_readings, readings_table
 from raysweep.scaling.optima.surface import EXPONENTS, TARGETS, Surface
@@ -350,6 +351,11 @@ class Fits(InNotebooks):
             )
             for name in self.architectures
         }
+
+    @cached_property
+    def noise_along(self) -> pd.DataFrame:
+        """The noise scale in each quarter of each cell's best runs, against the loss there."""
+        return noise_along(self.cells, self.table.trials)
 
     @cached_property
     def noise_laws(self) -> dict[str, NoiseLaw]:
