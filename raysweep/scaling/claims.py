@@ -110,7 +110,7 @@ def _saved(ratio: Estimate) -> Claim:
         "MoE uses data more efficiently at equal FLOPs a token",
         "share of tokens saved at equal loss",
         saved,
-        f"{TOKENS_SAVED:.2%}, by a convention that it does not state",
+        f"{TOKENS_SAVED:.2%}, by a convention not known to us",
         _verdict(saved, 0.0, below=False),
         note,
     )

@@ -239,6 +239,9 @@ def test_serving_is_that_of_the_fits(
         assert written(solution.loss, "loss") in page.text
         assert dollars(solution.cost.dollars_per_million) in page.text
     assert "a100-40gb at $1.5 an hour" in page.text
+    assert "Dense against MoE, as Wang et al. have it" in page.text
+    for claim in fits.claims["moe"]:
+        assert claim.claim in page.text
     drawn = {name for name in page.json["data-csv"] if name.startswith("serving-")}
     assert {"serving-loss", "serving-cost", "serving-optimal", "serving-sizes"} <= drawn
     assert "serving-bounded" in drawn
