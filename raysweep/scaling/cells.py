@@ -17,16 +17,7 @@ from raysweep.results.units import doubts
 from raysweep.scaling.datasets import data_sets, said_of
 from raysweep.scaling.joining import join_cells
 from raysweep.scaling.runs import size_of
-from raysweep.study.shape import RunSize
-
-COUNTS = (
-    "params_active_non_embedding",
-    "params_total_non_embedding",
-    "params_active",
-    "params_total",
-    "params_dense",
-)
-"""The parameter counts that a law may take as its N."""
+from raysweep.study.shape import COUNTS, RunSize
 
 REQUIRED = ("architecture", "params_active_non_embedding", "tokens", "loss")
 
