@@ -32,6 +32,9 @@ REACH, STEPS = 4.0, 81
 RIDGE = math.log(2.0)
 """The best rate is read at batches this far to either side of the optimum."""
 
+SLOPE_ERROR = 0.05
+"""A valley of one form for all cells tells the slope of its ridge no better than this."""
+
 Verdict = Literal["seen", "not seen", "not determined"]
 
 
@@ -195,8 +198,13 @@ def ridge_slopes(evidence: Evidence, run: RunSize, seed: int = 0) -> np.ndarray:
         [np.tile(optimum.mean[0] + off, 2), np.repeat(optimum.mean[1] + batches, len(off))], axis=1
     )
     rng = np.random.default_rng(seed)
-    gaps = surface.sample_cell(run, point, DRAWS, rng).gaps.reshape(DRAWS, 2, len(off))
-    best = off[gaps.argmin(axis=2)]
+    gaps = surface.sample_cell(run, point, DRAWS, rng).gaps.reshape(2 * DRAWS, len(off))
+    at = np.clip(gaps.argmin(axis=1), 1, len(off) - 2)
+    rows = np.arange(len(gaps))
+    left, middle, right = (gaps[rows, at + k] for k in (-1, 0, 1))
+    bend = np.maximum(left - 2 * middle + right, 1e-300)
+    shift = np.clip(0.5 * (left - right) / bend, -1.0, 1.0)
+    best = (off[at] + shift * (off[1] - off[0])).reshape(DRAWS, 2)
     return (best[:, 1] - best[:, 0]) / (2 * RIDGE)
 
 
@@ -230,7 +238,7 @@ def ridge_claim(evidence: Evidence, architecture: str, noise: pd.DataFrame) -> C
     seen, said = float(np.median(draws)), float(np.mean(predicted))
     low, high = np.quantile(draws, [0.025, 0.975]) - said
     scatter = float(np.std(predicted, ddof=1)) / math.sqrt(len(predicted))
-    half = float(stats.t.ppf(0.975, len(predicted) - 1)) * scatter
+    half = math.hypot(float(stats.t.ppf(0.975, len(predicted) - 1)) * scatter, SLOPE_ERROR)
     middle = seen - said
     value = Estimate(
         middle,
