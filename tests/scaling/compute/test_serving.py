@@ -436,15 +436,23 @@ def test_without_a_bound_on_sequences_experts_are_free(headlines: ServingLaw) ->
     assert find(found, "same quality", 16).cost_share < 1
 
 
-def test_yuns_law_comes_back_from_the_cells_of_its_search_space(yun: dict[str, float]) -> None:
-    """All ten coefficients, with N of the corresponding dense model; and it is what serves."""
+@pytest.fixture(scope="module")
+def yun_cells(yun: dict[str, float]) -> LossData:
+    """The planted losses of the cells of `yun2024.yaml`."""
     study = Study.load(Path(__file__).parents[3] / "search_spaces/yun2024.yaml")
     sizes = [cell.size for cell in study.cells]
     names = ("params_dense", "params_active_non_embedding", "params_total_non_embedding")
     names += ("params_active", "params_total", "tokens", "experts", "top_k", "flops")
     columns = {n: np.array([getattr(s, n) for s in sizes], dtype=float) for n in names}
     inputs = {**columns, "params": columns["params_dense"]}
-    model = choose_loss(LossData.of(columns, LOSS_LAWS["yun"].predict(yun, inputs)))
+    return LossData.of(columns, LOSS_LAWS["yun"].predict(yun, inputs))
+
+
+def test_yuns_law_comes_back_from_the_cells_of_its_search_space(
+    yun: dict[str, float], yun_cells: LossData
+) -> None:
+    """All ten coefficients, with N of the corresponding dense model; and it is what serves."""
+    model = choose_loss(yun_cells)
     assert model.law is not None
     assert (model.law.key, model.count) == ("yun", "params_dense")
     for name, value in yun.items():
@@ -453,3 +461,15 @@ def test_yuns_law_comes_back_from_the_cells_of_its_search_space(yun: dict[str, f
     assert LossCurve.of(model, "wang").law.key == "wang"
     with pytest.raises(UserError, match="choose from wang, yun"):
         LossCurve.of(model, "clark")
+
+
+def test_yuns_law_tells_a_scale_that_was_held_out(yun_cells: LossData) -> None:
+    """The largest dense size and its mixtures, from the three smaller ones with .3 % of noise."""
+    noise = 0.003 * np.random.default_rng(0).standard_normal(len(yun_cells))
+    noisy = replace(yun_cells, loss=yun_cells.loss * np.exp(noise))
+    held = noisy.columns["params_dense"] > 6e8
+    assert held.sum() == 20
+    model = choose_loss(noisy.select(~held), ["yun"]).require()
+    runs = {name: value[held] for name, value in noisy.columns.items()}
+    off = np.log(model.predict_mean(runs)[0] / noisy.loss[held])
+    assert float(np.sqrt((off**2).mean())) < 0.008
