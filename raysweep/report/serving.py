@@ -191,7 +191,7 @@ def _loss_optimal(served: Served) -> PlotFigure:
             by_training += _drawn(name, x, y, shade[name], mark[name], same)
     panels = [Panel(BUDGET, LOSS, tuple(by_budget)), Panel(COST, LOSS, tuple(by_cost))]
     if by_training:
-        y = Axis("FLOPs for the reference's loss, of its own", "ratio")
+        y = Axis("FLOPs for the reference's loss, ratio", "ratio")
         panels.append(Panel(BUDGET, y, tuple(by_training), neutral=1.0))
     return _named("serving-optimal", "Loss-optimal models over training budgets", panels,
                   served.names)  # fmt: skip
