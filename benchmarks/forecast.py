@@ -111,11 +111,13 @@ def outcome_text(told: Mapping[str, Any], found: Mapping[str, Any], fits: Fits) 
             continue
         for quantity, style in zip(QUANTITIES, (".2g", ".3g", ".4f"), strict=True):
             e = row[quantity]
-            cells.append(f"{e['value']:{style}} ({e['low']:{style}} to {e['high']:{style}})")
-            said = f"{own[quantity]:{style}}"
-            cells.append(said if own["inside"][quantity] else f"**{said}**")
+            known, said = math.isfinite(e["value"]), f"{own[quantity]:{style}}"
+            ends = f"({e['low']:{style}} to {e['high']:{style}})"
+            cells.append(f"{e['value']:{style}} {ends}" if known else "not determined")
+            cells.append(said if own["inside"][quantity] or not known else f"**{said}**")
         noise = f"± {1.96 * own['regret_sd']:.2%}" if math.isfinite(own["regret_sd"]) else ""
-        cells += [f"{own['loss_error']:+.2%}", f"{own['regret']:.2%} {noise}", str(own["trials"])]
+        error = f"{own['loss_error']:+.2%}" if math.isfinite(own["loss_error"]) else "–"
+        cells += [error, f"{own['regret']:.2%} {noise}", str(own["trials"])]
         lines.append(f"| {' | '.join(cells)} |")
     claims = ["```", *claims_text(fits.claims)[1:], "```"] if fits.claims else []
     return "\n".join([*lines, "", *claims]) + "\n"
@@ -142,7 +144,7 @@ def run_ladder(folder: Path, space: Path, overrides: Sequence[str]) -> Path:
         told = forecast(fit(Results.open(uri)), whole, largest)
         told["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         written.write_text(json.dumps(to_json(told), indent=1) + "\n", encoding="utf-8")
-    told = json.loads(written.read_text(encoding="utf-8"))
+    told = json.loads(written.read_text(encoding="utf-8"), object_hook=_with_nan)
     trials = max(TRIALS, whole.space.search.trials_per_cell)
     change = {"scales": entries[last:], "search.trials_per_cell": trials}
     run(_with(space, overrides, change), results_uri=uri)
@@ -160,6 +162,11 @@ def run_ladder(folder: Path, space: Path, overrides: Sequence[str]) -> Path:
     (folder / "outcome.json").write_text(json.dumps(to_json(found), indent=1) + "\n")
     (folder / "outcome.md").write_text(outcome_text(told, found, fits), encoding="utf-8")
     return report(results, folder, fits=fits)
+
+
+def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what was not determined stands as null."""
+    return {key: math.nan if value is None else value for key, value in record.items()}
 
 
 def _with(space: Path, overrides: Sequence[str], change: Mapping[str, object]) -> Study:

@@ -154,7 +154,7 @@ def _loss_against_tokens(fits: Fits, served: Served) -> PlotFigure | None:
                   names)  # fmt: skip
 
 
-def _cost_against_size(served: Served) -> PlotFigure:
+def _cost_against_size(served: Served) -> PlotFigure | None:
     """Figure 2."""
     law, names = served.law, served.names
     assert law is not None
@@ -169,7 +169,7 @@ def _cost_against_size(served: Served) -> PlotFigure:
     return _named("serving-cost", "Cost of serving against size", [panel], names, width=7.4)
 
 
-def _loss_optimal(served: Served) -> PlotFigure:
+def _loss_optimal(served: Served) -> PlotFigure | None:
     """Figure 3: what loss-optimal models of the budgets reach and cost."""
     shade, mark = colours(served.names), markers(served.names)
     by_budget: list[Series] = []
@@ -197,7 +197,7 @@ def _loss_optimal(served: Served) -> PlotFigure:
                   served.names)  # fmt: skip
 
 
-def _along_sizes(served: Served) -> PlotFigure:
+def _along_sizes(served: Served) -> PlotFigure | None:
     """Figure 4: one budget, spent on models of every size."""
     law, names = served.law, served.names
     assert law is not None

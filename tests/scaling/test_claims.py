@@ -40,8 +40,8 @@ def test_what_holds_is_seen(planted: Fits) -> None:
     assert "16.37%" in saved.source
     # loss = 1.7 + 480/(N E^.5)^.35 + 2000/D^.37, at N 2.7e8 and D 40 N and smaller cells
     own = []
-    for row in planted.cells_of("dense").itertuples():
-        n, d = row.params_active_non_embedding, row.tokens
+    sizes = planted.cells_of("dense")[["params_active_non_embedding", "tokens"]]
+    for n, d in sizes.to_numpy(float):
         term = 480 / n**0.35 * (1 - 8**-0.175) + 2000 / d**0.37
         own.append(1 - (2000 / term) ** (1 / 0.37) / d)
     assert saved.value.value == pytest.approx(np.mean(own), abs=0.06)

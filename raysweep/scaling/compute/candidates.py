@@ -31,7 +31,7 @@ def candidates_of(cells: pd.DataFrame, experts: Sequence[float] = ()) -> list[Ca
     with the most experts, with their number changed, and is not `trained`."""
     found = []
     for name, own in cells.groupby("architecture", sort=False):
-        largest = own.loc[own["params_active_non_embedding"].idxmax()]
+        largest = own.iloc[int(own["params_active_non_embedding"].to_numpy(float).argmax())]
         found.append(Candidate(str(name), served_model(largest)))
     found.sort(key=lambda c: c.experts)
     if not experts or not found:
