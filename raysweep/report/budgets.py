@@ -17,6 +17,7 @@ from raysweep.scaling.compute.allocation import (
     read_minimum,
     token_cost,
 )
+from raysweep.scaling.compute.budgets import splitting
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.loss.data import held_budgets
 from raysweep.scaling.loss.model import LossModel
@@ -71,7 +72,7 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
                 [(getattr(a, quantity), *a.intervals.get(quantity, (math.nan,) * 2)) for a in ok]
             ).T
             series.append(Line(f"{name}, law", x, y, shade[name], low, high))
-        model = fits.loss_model(name)
+        model = splitting(fits.loss_model(name))
         level = held_budgets(model.data.flops)
         cuts += _cuts(fits, name, model, ok, level, shade[name], mark[name])
         for quantity, series in best.items():
