@@ -250,7 +250,7 @@ def test_serving_is_that_of_the_fits(
     assert "Dense against MoE, as Wang et al. have it" in page.text
     for claim in fits.claims["moe"]:
         assert claim.claim in page.text
-    drawn = {name for name in page.json["data-csv"] if name.startswith("serving-")}
+    drawn = {name for name in page.json["figures"] if name.startswith("serving-")}
     assert {"serving-loss", "serving-cost", "serving-optimal", "serving-sizes"} <= drawn
     assert "serving-bounded" in drawn
 
