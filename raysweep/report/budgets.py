@@ -18,8 +18,9 @@ from raysweep.scaling.compute.allocation import (
     token_cost,
 )
 from raysweep.scaling.compute.budgets import splitting
+from raysweep.scaling.compute.isoflop import isoflop
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.loss.data import held_budgets
+from raysweep.scaling.loss.data import LossData, held_budgets
 from raysweep.scaling.loss.model import LossModel
 from raysweep.text import scientific, short
 
@@ -73,10 +74,13 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
             ).T
             series.append(Line(f"{name}, law", x, y, shade[name], low, high))
         model = splitting(fits.loss_model(name))
-        level = held_budgets(model.data.flops)
-        cuts += _cuts(fits, name, model, ok, level, shade[name], mark[name])
+        data = LossData.from_cells(fits.cells_of(name))
+        level = held_budgets(data.flops)
+        cuts += _cuts(fits, name, model, data, ok, level, shade[name], mark[name])
         for quantity, series in best.items():
-            if level is not None and (dots := _parabolas(model, level, quantity)) is not None:
+            if level is None:
+                continue
+            if (dots := _parabolas(model, data, level, quantity)) is not None:
                 series.append(Points(f"{name}, parabolas", *dots, shade[name], "P", size=46))
     count = "N, " + COUNT_NAMES[told.found[names[0]][0].count]
     size = Axis(count, "params")
@@ -99,16 +103,18 @@ def _cuts(
     fits: Fits,
     name: str,
     model: LossModel,
+    data: LossData,
     ok: Sequence[Allocation],
     level: np.ndarray | None,
     colour: str,
     marker: str,
 ) -> list[Series]:
-    """The law along fixed budgets: those that were held, with their runs, else a few."""
+    """The law along fixed budgets: those that were held, with their runs and the parabola through
+    them, else a few."""
     assert model.law is not None
-    params = model.data.inputs(model.law)[0]["params"]
+    params = data.inputs(model.law)[0]["params"]
     cost = token_cost(model)
-    flops = model.data.flops
+    flops = data.flops
     if level is not None:
         budgets = [float(flops[level == k].mean()) for k in range(level.max() + 1)]
     else:
@@ -130,27 +136,33 @@ def _cuts(
         end = f"{scientific(budget, 2)} FLOPs" if k % 2 == 0 else scientific(budget, 2)
         series.append(Line(f"{name}, law", n, y, colour, dashed=level is None, end=end))
     if level is not None:
+        fitted = isoflop(params, data.columns["tokens"], data.loss, flops)
+        for one in fitted.parabolas:
+            own = params[np.isclose(flops, one.flops, rtol=0.2)]
+            if one.status == "interior":
+                n = np.geomspace(own.min(), own.max(), CURVE)
+                series.append(Line(f"{name}, parabola", n, one.at(n), colour, dashed=True))
         tips = [
             f"{scientific(c)} FLOPs: N {short(n)}, loss {y:.4f}"
-            for c, n, y in zip(flops, params, model.data.loss, strict=True)
+            for c, n, y in zip(flops, params, data.loss, strict=True)
         ]
         series.append(
-            Points(f"{name}, runs", params, model.data.loss, colour, marker, tips=tips, size=12)
+            Points(f"{name}, runs", params, data.loss, colour, marker, tips=tips, size=12)
         )
     return series
 
 
 def _parabolas(
-    model: LossModel, level: np.ndarray, quantity: str
+    model: LossModel, data: LossData, level: np.ndarray, quantity: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(FLOPs, best N or D) of each held budget, by a parabola through its own runs."""
     assert model.law is not None
-    params, cost = model.data.inputs(model.law)[0]["params"], token_cost(model)
+    params, cost = data.inputs(model.law)[0]["params"], token_cost(model)
     found = []
     for k in range(level.max() + 1):
         own = level == k
-        flops = float(model.data.flops[own].mean())
-        n = read_minimum(params[own], model.data.loss[own])
+        flops = float(data.flops[own].mean())
+        n = read_minimum(params[own], data.loss[own])
         if math.isfinite(n):
             found.append((flops, n if quantity == "params" else flops / float(cost(n))))
     return (np.array(found).T[0], np.array(found).T[1]) if found else None
