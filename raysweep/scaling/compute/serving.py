@@ -307,10 +307,6 @@ class ServingLaw:
                 found += task.of(other)
         return found
 
-    def text_of_law(self) -> str:
-        """Which law tells the loss, and what its N is."""
-        return f"{self.curve.law.key} (N: {self.curve.count})"
-
 
 def _reference(candidates: Sequence[Candidate], wanted: str | float | None) -> str:
     if wanted is None:
@@ -455,12 +451,8 @@ class _Task:
         """The loss-optimal model of the least budget that reaches the reference's loss."""
         about = other.flops_for(self.loss, self.flops)
         if not math.isfinite(about):
-            reach = (
-                f"10^{DECADES_UP} times"
-                if other.loss(other.optimal_params(self.flops), self.flops) > self.loss
-                else f"10^-{DECADES_DOWN} of"
-            )
-            return self._unreachable(other, "same quality", f"not reached at {reach} the budget")
+            why = f"no budget of 10^-{DECADES_DOWN} to 10^{DECADES_UP} times this reaches that loss"
+            return self._unreachable(other, "same quality", why)
 
         def excess(log_flops: float) -> float:
             flops = math.exp(log_flops)
