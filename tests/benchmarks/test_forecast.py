@@ -20,8 +20,8 @@ def test_forecast_and_outcome_side_by_side(ladder: pd.DataFrame) -> None:
     large = ladder["params_active_non_embedding"] > 5e7
     before, after = fit(ladder[~large]), fit(ladder)
     name = str(after.cells.index[-1])
-    size = after.cells.loc[name]
-    told = before.recommend("dense", size["params_active_non_embedding"], size["tokens"])
+    n, d = after.cells[["params_active_non_embedding", "tokens"]].to_numpy(float)[-1].tolist()
+    told = before.recommend("dense", n, d)
     row = {"architecture": "dense", "verdict": told.verdict, "batch_sequences": 64}
     for quantity in ("learning_rate", "batch_tokens", "loss"):
         low, high = getattr(told, f"{quantity}_interval")
