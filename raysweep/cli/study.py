@@ -103,7 +103,8 @@ def plan_command(
         longest = max(cell.tokens for cell in study.cells)
         warning = expected_repeats(study.space.data, study.folder, longest)
     except UserError as error:
-        warning = str(error)
+        typer.echo(f"note: {error}", err=True)
+        return
     if warning:
         typer.echo(f"warning: {warning}", err=True)
 
