@@ -113,9 +113,9 @@ class TrialSpec:
     @property
     def key(self) -> str:
         """A hash of what determines the result: the study's name and the resources do not."""
-        recipe = self.recipe.model_dump(
-            exclude={"branches", "checkpoint_seconds", "compile", "noise_scale"}
-        )
+        recipe = self.recipe.record()
+        for name in ("branches", "checkpoint_seconds", "compile", "noise_scale"):
+            del recipe[name]
         settings = self.cell.settings.model_dump(
             include={"balance", "balance_loss", "router_z_loss"}
         )
@@ -123,7 +123,9 @@ class TrialSpec:
             settings["scores"] = self.cell.settings.scores
         if self.cell.settings.balance == "bias":
             settings["bias_motion"] = "by tokens"
-        if recipe["weight_decay"]:
+        if self.cell.settings.route_scale != 1:
+            settings["route_scale"] = self.cell.settings.route_scale
+        if recipe["weight_decay"] and self.recipe.weight_decay_on is None:
             recipe["weight_decay_on"] = "all matrices but embedding and routers"
         parts = {
             "shape": asdict(self.cell.shape),
@@ -286,8 +288,11 @@ def build_shape(
         size = architecture.expert_size
         width = d_ff / active if size == "matched" else d_ff * size
         expert_ff = round_to(width, math.lcm(model.ffn_multiple, EXPERT_MULTIPLE))
+        first = architecture.first_dense
+        if first >= layers:
+            raise UserError(f"first_dense {first} leaves no MoE layer of {layers}: lower it")
         moe_layers = tuple(
-            i for i in range(layers) if (layers - 1 - i) % architecture.moe_every == 0
+            i for i in range(first, layers) if (layers - 1 - i) % architecture.moe_every == 0
         )
     return ModelShape(
         d_model=d_model,

@@ -152,8 +152,7 @@ class _Run:
         self.learner.build()
         saved = None
         if self.checkpoints:
-            parts = self.learner.parameters.parts(self.learner.optimizer)
-            saved = self.checkpoints.load_on_all(parts)
+            saved = self.checkpoints.load_on_all(self.learner.parts())
         if saved is None:
             return
         wanted = {metrics.spec.key for metrics in self.state.horizons}
