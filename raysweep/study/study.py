@@ -97,6 +97,8 @@ class TrialSpec:
     learning_rate: float
     batch_sequences: int
     seed: int
+    validation_sets: tuple[str, ...] = ()
+    """Names of the validation sets, that of `loss` first. (The data's hash knows them.)"""
     least_batch_sequences: int | None = None
     """The smallest batch searched in the cell, for its trials to share one micro-batch, and so one
     compiled graph."""
@@ -226,6 +228,7 @@ class Study(InNotebooks):
             learning_rate=float(learning_rate),
             batch_sequences=int(batch_sequences),
             seed=int(seed),
+            validation_sets=self.space.data.validation_sets,
             least_batch_sequences=self.space.search.batch_sequences.low,
         )
 
@@ -377,4 +380,10 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
                         f"two cells are called {cell.name}: give the scales different names"
                     )
                 cells[cell.name] = cell
+    head_dims = sorted({cell.shape.head_dim for cell in cells.values()})
+    if space.recipe.parametrization != "standard" and len(head_dims) > 1:
+        raise UserError(  # scores of heads that grow would have to fall
+            f"recipe.parametrization {space.recipe.parametrization} wants heads of one size at all "
+            f"scales, and they have {', '.join(map(str, head_dims))}: change scales' heads"
+        )
     return tuple(sorted(cells.values(), key=lambda c: (c.flops, c.name)))

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from raysweep.data.corpus import Corpus
+from raysweep.data.tokens import TokenArray
 from raysweep.model import Decoder, Parametrization, build, initialise
 from raysweep.model.compiled import make_room
 from raysweep.study.study import TrialSpec
 from raysweep.training import memory, optimizer, runtime
 from raysweep.training.averaging import Average
-from raysweep.training.evaluate import Evaluation, evaluate
+from raysweep.training.evaluate import Evaluation, Evaluations, evaluate
 from raysweep.training.groups import groups_of
 from raysweep.training.muon import cuts_of
 from raysweep.training.outcome import WorkerOutOfMemory
@@ -149,11 +150,27 @@ class Learner:
         self.model.finish_step()
         return batch
 
-    def evaluate(self) -> Evaluation:
-        """Measure the model on the validation slice."""
+    def evaluate(self) -> Evaluations:
+        """Measure the model on the validation slice, and on those of the named sets."""
+        main, averaged = self._evaluate(self.corpus.validation), None
+        names = self.spec.validation_sets
+        named = {
+            name: self._evaluate(self.corpus.named_validation(name)) if place else main
+            for place, name in enumerate(names)
+        }
+        if self.average is not None:
+            if self.workers.sharded:
+                self.workers.reshard(self.model)
+            with self.average.in_place():
+                averaged = self._evaluate(self.corpus.validation)
+                if self.workers.sharded:
+                    self.workers.reshard(self.model)
+        return Evaluations(main, averaged, named)
+
+    def _evaluate(self, tokens: TokenArray) -> Evaluation:
         return evaluate(
             self.model,
-            self.corpus.validation,
+            tokens,
             sequences=self.spec.validation_sequences,
             batch_sequences=self.gradient.micro,
             workers=self.workers,
