@@ -41,6 +41,17 @@ class TestSchedule:
         assert self.rate(799, **recipe) == 2.0
         assert self.rate(900, **recipe) == pytest.approx(1.0)
 
+    def test_wsd_along_one_minus_the_root(self):
+        recipe = {"schedule": "wsd", "decay_shape": "1-sqrt", "final_lr_fraction": 0.0}
+        assert self.rate(800, **recipe) == 2.0
+        assert self.rate(850, **recipe) == pytest.approx(1.0)
+        assert self.rate(1000, **recipe) == 0
+
+    def test_a_line_to_zero(self):
+        recipe = {"schedule": "linear", "warmup_fraction": 0.2, "final_lr_fraction": 0.0}
+        assert self.rate(600, **recipe) == pytest.approx(1.0)
+        assert self.rate(1000, **recipe) == 0
+
     def test_constant(self):
         assert self.rate(999, schedule="constant") == 2.0
 
@@ -51,7 +62,7 @@ class TestSchedule:
     def test_all_warm_up(self):
         assert self.rate(1000, warmup_fraction=1.0) == pytest.approx(2.0)
 
-    @pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+    @pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
     def test_batch_size_does_not_change_the_learning_rate_spent(self, name):
         def spent(batch: int) -> float:
             middles = range(batch // 2, 1000, batch)
