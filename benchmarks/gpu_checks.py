@@ -25,10 +25,12 @@ from raysweep.study.study import TrialSpec
 from raysweep.training import memory
 from raysweep.training.loop import train
 
-CASE = {
+CASE: dict[str, Any] = {
     "d_model": 256, "layers": 2, "heads": 2, "d_ff": 512, "vocab_size": 512,
     "sequence_length": 128, "batch": 16, "steps": 20,
 }  # fmt: skip
+if not torch.cuda.is_available():  # bfloat16 is slow on most CPUs
+    CASE |= {"d_model": 32, "d_ff": 64, "vocab_size": 64, "sequence_length": 16, "steps": 8}
 
 
 def make(device: torch.device, **changes: Any) -> TrialSpec:

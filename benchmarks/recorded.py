@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
-from raysweep.results.importers import read_steplaw
+from raysweep.results.published import read_steplaw
 from raysweep.results.store import Results
 from raysweep.study.shape import RunSize
 

@@ -7,6 +7,7 @@ The public API, loaded on first use so that `import raysweep` costs neither torc
     raysweep.run(study)                                   # rows in results/laptop
     fits = raysweep.fit("results/laptop")
     print(fits.recommend(params="7B", tokens="1.4T"))
+    print(fits.score("held_out.csv"))                     # predicted against known losses
     fits.plot.optima()                                    # a Matplotlib Figure
     raysweep.report("results/laptop")                     # reports/laptop/index.html
 

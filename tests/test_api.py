@@ -174,7 +174,7 @@ def test_results_that_exist_are_imported(tmp_path: Path) -> None:
     answer = raysweep.fit(results).recommend(params="1M", tokens="20M")
     assert math.isfinite(answer.learning_rate)
     with pytest.raises(raysweep.UserError, match="unknown import format"):
-        raysweep.import_results(table, tmp_path / "results", "wandb")
+        raysweep.import_results(table, tmp_path / "results", "wandib")
 
 
 def test_dir_shows_the_api_only() -> None:

@@ -1,4 +1,4 @@
-"""Commands that read results: import, export, fit, recommend, split, serving, report, compare."""
+"""Commands that read results: import, fit, recommend, predict, score, split, report, ..."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import typer
 
 from raysweep.cli import complete
 from raysweep.cli.common import (
+    Also,
     AsJson,
     Group,
     Literature,
     ResultsArgument,
+    Where,
     Without,
     amount,
     app,
@@ -33,38 +35,50 @@ def import_command(
     format_: Annotated[
         str,
         typer.Argument(
-            help="steplaw, chinchilla, isoflop or csv.",
+            help="csv, jsonl or parquet (a table, one row a run); steplaw, chinchilla, isoflop "
+            "(published sweeps); wandb, mlflow, optuna, ray, losscast (other tools' runs).",
             metavar="FORMAT",
             autocompletion=complete.import_formats,
         ),
     ],
-    file: Annotated[Path, typer.Argument(help="File to read.", metavar="FILE")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="File; or ENTITY/PROJECT (wandb), URI (mlflow), STORAGE (optuna), FOLDER (ray, "
+            "losscast). URI#NAME is one experiment or study.",
+            metavar="SOURCE",
+            autocompletion=complete.paths,
+        ),
+    ],
     results: Annotated[str, typer.Option("--results", help="Results folder or URI.")],
     map_: Annotated[
         str | None,
         typer.Option(
             "--map",
-            help="For csv: column=name,... ours to the file's; column=name*1e9 converts units, "
-            "recipe.key=name keeps a hyperparameter.",
+            help="column=name,... ours to the source's, before what names tell; column=name*1e9 "
+            "converts units, column==text is a constant, recipe.key=name keeps a hyperparameter.",
         ),
     ] = None,
     study: Annotated[
         str | None,
-        typer.Option(help="Name of the rows' study; default: the format, or of csv the file."),
+        typer.Option(help="Name of the rows' study; default: the file, project or study."),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Name of the data; studies of one name are fitted together."),
     ] = None,
+    curves: Annotated[
+        bool, typer.Option(help="Loss curves of other tools, too; wandb asks once a run.")
+    ] = True,
 ) -> None:
-    """Bring results that exist already: published sweeps, or your own as CSV."""
+    """Bring runs that exist already: tables, published sweeps, or what other tools keep."""
     from raysweep.cli.imported import said_of_import
     from raysweep.results import Results
-    from raysweep.results.importers import read_file
+    from raysweep.results.importers import read_source
 
-    found = read_file(format_, file, map_, study=study, data=data)
+    found = read_source(format_, source, map_, study=study, data=data, curves=curves)
     store = Results.open(results, create=True)
-    new = store.write_many(found.rows)
+    new = store.write_many(found.rows, found.curves)
     out = int(found.rows["excluded"].notna().sum())
     typer.echo(f"{new} new rows of {len(found.rows)} in {store.uri}; {out} kept out of fits")
     for line in said_of_import(found, store.to_pandas(), results):
@@ -99,12 +113,14 @@ def fit_command(
         bool, typer.Option("--all", help="Cells, comparison, prior and checks too.")
     ] = False,
     group: Group = None,
+    where: Where = None,
+    also: Also = None,
     without: Without = None,
     literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit the optima and the laws, and print them."""
-    fits = fit_results(results, group, without, literature)
+    fits = fit_results(results, group, without, literature, where, also)
     typer.echo(json.dumps(fits.to_dict(), indent=1) if as_json else fits.summary(everything))
     if not (as_json or everything):
         typer.echo("\n--all shows the cells, the comparison, the prior and the checks")
@@ -134,6 +150,8 @@ def recommend_command(
         ),
     ] = None,
     group: Group = None,
+    where: Where = None,
+    also: Also = None,
     without: Without = None,
     literature: Literature = None,
     as_json: AsJson = False,
@@ -141,7 +159,7 @@ def recommend_command(
     """Recommend learning rate and batch size for a run, with the expected loss.
 
     Of several architectures each is answered for; then --json prints a list."""
-    fits = fit_results(results, group, without, literature)
+    fits = fit_results(results, group, without, literature, where, also)
     names = [architecture] if architecture is not None else fits.asked(experts, of)
     answers = [
         fits.recommend(name, params, tokens, experts=experts, top_k=top_k, group=of, within=within)
@@ -151,7 +169,76 @@ def recommend_command(
         said = [answer.to_dict() for answer in answers]
         typer.echo(json.dumps(said if len(said) > 1 else said[0], indent=1))
     else:
+        for choice in fits.choices:
+            typer.echo(choice)
         typer.echo("\n\n".join(map(str, answers)))
+
+
+Runs = Annotated[
+    str,
+    typer.Argument(
+        help="Table with one row a run (CSV, JSON lines, Parquet), or a results folder.",
+        metavar="FILE",
+        autocompletion=complete.paths,
+    ),
+]
+Map = Annotated[
+    str | None, typer.Option("--map", help="Of FILE: column=name,... as in 'raysweep import'.")
+]
+
+
+@app.command("predict")
+def predict_command(
+    results: ResultsArgument,
+    file: Runs,
+    map_: Map = None,
+    group: Group = None,
+    where: Where = None,
+    also: Also = None,
+    without: Without = None,
+    literature: Literature = None,
+    as_json: AsJson = False,
+) -> None:
+    """Expected final loss of configurations: N, D, learning rate and batch a row."""
+    from raysweep.results.mapping import parse_mapping
+    from raysweep.scaling.plain import to_json
+    from raysweep.scaling.prediction import predictions_text
+
+    columns = parse_mapping([map_] if map_ else [])
+    fits = fit_results(results, group, without, literature, where, also)
+    found = fits.predict_runs(file, columns)
+    if as_json:
+        typer.echo(json.dumps(to_json(found.to_dict("records")), indent=1))
+    else:
+        typer.echo("\n".join([*fits.choices, predictions_text(found)]))
+
+
+@app.command("score")
+def score_command(
+    results: ResultsArgument,
+    file: Runs,
+    map_: Map = None,
+    of: Annotated[
+        str | None,
+        typer.Option("--of", help="Only runs of FILE for which this holds.", metavar="CONDITION"),
+    ] = None,
+    group: Group = None,
+    where: Where = None,
+    also: Also = None,
+    without: Without = None,
+    literature: Literature = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold predicted losses against the known ones of runs: error, ranks, coverage, by group."""
+    from raysweep.results.mapping import parse_mapping
+
+    columns = parse_mapping([map_] if map_ else [])
+    fits = fit_results(results, group, without, literature, where, also)
+    found = fits.score(file, columns, where=of)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        typer.echo("\n".join([*fits.choices, str(found)]))
 
 
 @app.command("split")
@@ -244,6 +331,8 @@ def report_command(
     ] = False,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
     group: Group = None,
+    where: Where = None,
+    also: Also = None,
     without: Without = None,
     literature: Literature = None,
 ) -> None:
@@ -253,18 +342,18 @@ def report_command(
     if output is not None:
         check_folder(output)
     if watch:
-        if output is None:
-            raise UserError("--watch needs a folder to write to: -o FOLDER")
-        if group or without or literature or asked:
+        if group or where or also or without or literature or asked:
             raise UserError("--watch fits as the study says: leave out --group, --for and the like")
-        watch_report(results, output, png=png, until_eof=until_eof)
+        from raysweep.report.page import folder_of
+        from raysweep.results import Results
+
+        folder = output or folder_of(Results.open(results))
+        watch_report(results, folder, png=png, until_eof=until_eof)
         return
     runs = [_run_asked(text) for text in asked or ()]
-    fits = fit_results(results, group, without, literature)
+    fits = fit_results(results, group, without, literature, where, also)
     page = write_report(results, output, fits=fits, png=png, asked=runs)
-    typer.echo(str(page))
-    if sys.stderr.isatty():
-        typer.echo(page.resolve().as_uri(), err=True)
+    typer.echo(page.resolve().as_uri() if sys.stdout.isatty() else str(page))
 
 
 def _run_asked(text: str) -> tuple[str, str]:
@@ -309,6 +398,8 @@ def compare_command(
         typer.Option(help="Its token budget; default: the largest shared.", parser=size),
     ] = None,
     group: Group = None,
+    where: Where = None,
+    also: Also = None,
     without: Without = None,
     literature: Literature = None,
     png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
@@ -323,6 +414,8 @@ def compare_command(
         group=listed(group),
         params=params,
         tokens=tokens,
+        where=where,
+        also=listed(also),
         **published(without, literature),
     )
     if output is not None:

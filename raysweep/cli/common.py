@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -62,6 +61,23 @@ Group = Annotated[
         "--group",
         help="Columns, or keys of the recipe, by which runs differ (optimizer, schedule): one "
         "valley, offsets of their own. Repeatable.",
+        metavar="COLUMN,...",
+    ),
+]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        help="Only rows for which this holds: 'optimizer == \"adamw\" and tokens > 1e9'.",
+        metavar="CONDITION",
+    ),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        help="Further columns, or keys of the recipe, to adjust losses for (weight_decay, "
+        "warmup_steps). Repeatable.",
         metavar="COLUMN,...",
     ),
 ]
@@ -151,12 +167,20 @@ def fit_results(
     group: list[str] | None = None,
     without: list[str] | None = None,
     literature: list[str] | None = None,
+    where: str | None = None,
+    also: list[str] | None = None,
 ) -> Fits:
     from raysweep.results import Results
     from raysweep.scaling.fits import fit
 
     results = Results.open(uri)
-    fits = fit(results, group=listed(group), **published(without, literature))
+    fits = fit(
+        results,
+        group=listed(group),
+        where=where,
+        also=listed(also),
+        **published(without, literature),
+    )
     for problem in results.problems:
         typer.echo(f"warning: {problem}", err=True)
     return fits
@@ -187,11 +211,11 @@ def watch_report(uri: str, folder: Path, *, png: bool = False, until_eof: bool =
 def live_report(uri: str, folder: Path, wanted: bool | None) -> Iterator[Callable[[], None]]:
     """Keep a report live for the time of the block, and say where it is.
 
-    Unless told, only where somebody looks on: in logs and in CI it would cost what nobody sees.
+    Unless told, not in CI, where it would cost what nobody sees.
     Yields a function to call before the last page is written.
     """
     if wanted is None:
-        wanted = sys.stderr.isatty() and not os.environ.get("CI")
+        wanted = not os.environ.get("CI")
     if not wanted:
         yield lambda: None
         return

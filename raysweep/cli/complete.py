@@ -18,6 +18,11 @@ def spaces(incomplete: str) -> list[str]:
     ]
 
 
+def paths(incomplete: str) -> list[str]:
+    """Files and folders."""
+    return [name for name, _ in _under(incomplete)]
+
+
 def results(incomplete: str) -> list[str]:
     """Folders, results folders first."""
     folders = [(name, path) for name, path in _under(incomplete) if path.is_dir()]
@@ -58,9 +63,9 @@ def cells(incomplete: str) -> list[str]:
 
 def import_formats(incomplete: str) -> list[str]:
     """What `import` reads."""
-    from raysweep.results.importers import IMPORTERS
+    from raysweep.results.importers import FORMATS
 
-    return [name for name in (*IMPORTERS, "csv") if name.startswith(incomplete)]
+    return [name for name in FORMATS if name.startswith(incomplete)]
 
 
 def export_formats(incomplete: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `raysweep import` says of a file: its rows, cells, ranges and doubts, and what is next."""
+"""What `raysweep import` says: rows, cells, columns, ranges and doubts, and what is next."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
+from raysweep.results.columns import recipe_columns
 from raysweep.results.importers import Imported
+from raysweep.results.schema import FINISHED
 from raysweep.scaling.cells import CellTable, cell_table
 from raysweep.scaling.datasets import data_sets
 from raysweep.text import short
@@ -21,18 +23,26 @@ _RANGES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
 
 
 def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[str]:
-    """Lines on a file just imported; `everything` are all rows of the folder `uri`."""
+    """Lines on what was just imported; `everything` are all rows of the folder `uri`."""
     rows = found.rows
     lines = [
         f"  {count} kept out of fits: {reason}"
         for reason, count in rows["excluded"].value_counts().items()
     ]
+    over = rows["status"][rows["excluded"].isna() & (rows["status"] != FINISHED)]
+    lines += [f"  {count} {status}" for status, count in over.value_counts().items()]
     table = cell_table(rows)
     lines += [_cells(table), *_ranges(table.trials)]
     lines.append("columns used: " + (", ".join(found.used) or "none"))
+    if found.guessed:
+        told = ", ".join(f"{ours}={theirs}" for ours, theirs in found.guessed.items())
+        lines.append(f"  guessed by their names (--map changes it): {told}")
     if found.ignored:
         lines.append("columns ignored: " + ", ".join(found.ignored))
-    lines += [f"warning: {text}" for text in table.messages]
+    if len(found.curves):
+        count = _many(found.curves["trial_key"].nunique(), "run")
+        lines.append(f"curves of {count}, {len(found.curves)} points")
+    lines += [f"warning: {text}" for text in (*found.notes, *table.messages)]
     sets = data_sets(everything.reset_index(drop=True))
     if sets.nunique() > max(1, data_sets(rows.reset_index(drop=True)).nunique()):
         names = ", ".join(sorted(set(sets)))
@@ -40,6 +50,8 @@ def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[
             f"the folder now holds {sets.nunique()} sets of data ({names}), fitted apart; import "
             "with --data NAME what shares data"
         )
+    kinds = [k for k in ("optimizer", "schedule") if _values(table.trials, k) > 1]
+    uri += f" --group {','.join(kinds)}" if kinds else ""
     lines.append(f"next: raysweep fit {uri}")
     lines.append(f"      raysweep report {uri}")
     if len(table.trials) and table.cells["n_searched"].any():
@@ -48,6 +60,11 @@ def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[
         size = f"--params {short(params)} --tokens {short(tokens)}"
         lines.append(f"      raysweep recommend {uri} {size}")
     return lines
+
+
+def _values(trials: pd.DataFrame, key: str) -> int:
+    recipes = recipe_columns(trials)
+    return int(recipes[key].nunique()) if key in recipes else 0
 
 
 def _cells(table: CellTable) -> str:

@@ -36,12 +36,14 @@ def run_command(
         bool | None,
         typer.Option(
             "--live/--no-live",
-            help="Keep the report up to date meanwhile; default: where a terminal shows progress.",
+            help="Keep the report up to date meanwhile; default: yes, but in CI.",
         ),
     ] = None,
 ) -> None:
     """Search every cell of a study, fit the laws, write the report. Run again to continue."""
-    from raysweep.report.write import check_folder, write_report
+    from raysweep.report.write import check_folder, opening_answers, write_report
+    from raysweep.results import Results
+    from raysweep.scaling.fits import fit
     from raysweep.search.interruption import Interrupted
     from raysweep.search.run import run
 
@@ -56,11 +58,15 @@ def run_command(
             for problem in summary.results.problems:
                 typer.echo(f"warning: {problem}", err=True)
             typer.echo("fitting the laws and writing the report", err=True)
-            page = write_report(summary.results.uri, folder)
+            opened = Results.open(summary.results.uri)
+            fits = fit(opened)
+            page = write_report(opened, folder, fits=fits)
     except Interrupted as interrupted:
         typer.echo(f"interrupted: {interrupted}", err=True)
         raise typer.Exit(interrupted.exit_code) from None
-    typer.echo(str(page))
+    if answers := opening_answers(opened, fits):
+        typer.echo("\n" + "\n\n".join(answers) + "\n")
+    typer.echo(page.resolve().as_uri())
 
 
 @app.command("plan")

@@ -20,6 +20,7 @@ from raysweep.scaling.compute.allocation import (
     read_minimum,
     token_cost,
 )
+from raysweep.scaling.compute.budgets import splitting
 from raysweep.scaling.compute.roofline import find_gpu
 from raysweep.scaling.compute.serving import FAR_BEYOND, Serving, Solution
 from raysweep.scaling.fits import Fits
@@ -89,7 +90,7 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
                 [(getattr(a, quantity), *a.intervals.get(quantity, (math.nan,) * 2)) for a in ok]
             ).T
             series.append(Line(f"{name}, law", x, y, shade[name], low, high))
-        model = fits.loss_model(name)
+        model = splitting(fits.loss_model(name))
         level = held_budgets(model.data.flops)
         cuts += _cuts(fits, name, model, ok, level, shade[name], mark[name])
         for quantity, series in best.items():

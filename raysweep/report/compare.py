@@ -24,15 +24,16 @@ from raysweep.report.figure import (
     listed_height,
     markers,
 )
+from raysweep.report.interactive import library, packed_figures
 from raysweep.report.laws import FLOPS, QUANTITIES, SIZE_AXES, paths_along, told_along
-from raysweep.report.render import csv_text, render, replace_file
+from raysweep.report.render import render, replace_file
 from raysweep.scaling.compare import EQUALS, Arm, Ratio, compare_arms, needed
 from raysweep.scaling.optima.surface import TARGETS
 from raysweep.scaling.recommend import Recommendation, answer
 from raysweep.scaling.runs import AXES, RunMaker
 from raysweep.text import estimated, written
 
-SCRIPTS = ("common.js", "figures.js")
+SCRIPTS = ("common.js", "figures.js", "plots.js")
 """What the page runs, in order."""
 
 WORDS = {
@@ -83,7 +84,8 @@ def write_comparison(
         "apart": apart or {},
         "figures": figures,
         "drawings": {name: f.draw().svg for name, f in figures.items()},
-        "csv": {name: csv_text(f.to_pandas()) for name, f in figures.items()},
+        "packed": packed_figures(figures.values()),
+        "library": library(),
         "command": command,
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,12 @@ class Points:
     size: float = 26
     fills: Sequence[str] = ()
     """Colour roles of the single dots, in place of `colour`."""
+    legend: str = ""
+    """What the page's legend has it under; by default the name as far as its first comma."""
+    keys: Sequence[str] = ()
+    """Keys of the trials that the dots are: the page opens them, and knows them when brushed."""
+    shades: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Sizes by which the page can colour the dots: N and D [n]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,7 @@ class Line:
     dashed: bool = False
     thin: bool = False
     end: str = ""
+    legend: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +133,8 @@ class PlotFigure:
     key: tuple[str, ...] = ()
     """Words on what marks mean, beside the architectures' colours."""
     ratios: tuple[float, ...] = ()
+    choose: tuple[str, ...] = ()
+    """Names of the panels where the page shows one at a time, larger."""
     fixed: bool = False
     """Whether margins are those of a cell's figure, not fitted to its labels: quicker by half."""
 
@@ -284,13 +293,13 @@ def _draw_contours(axes: Axes, s: Contours) -> None:
 
 
 def _scale(axes: Axes, one: Panel) -> None:
-    """Limits from points and lines, not from their intervals, and the ticks."""
+    """Limits and ticks."""
     for which, axis in (("x", one.x), ("y", one.y)):
         set_limits = axes.set_xlim if which == "x" else axes.set_ylim
         if axis.names:
             set_limits(len(axis.names) - 0.5, -0.5)
             continue
-        low, high = axis.limits or _limits(one, which, axis)
+        low, high = limits(one, which, axis)
         set_limits(low, high)
         if axis.log:
             log_axis(axes, which, axis.style, 4 if axis.style == "flops" else 5)
@@ -303,7 +312,10 @@ def _scale(axes: Axes, one: Panel) -> None:
             (axes.invert_xaxis if which == "x" else axes.invert_yaxis)()
 
 
-def _limits(one: Panel, which: str, axis: Axis) -> tuple[float, float]:
+def limits(one: Panel, which: str, axis: Axis) -> tuple[float, float]:
+    """From where to where an axis goes: by points and lines, not by their intervals."""
+    if axis.limits:
+        return axis.limits
     values: list[np.ndarray] = []
     whiskers: list[np.ndarray] = []
     listed = bool(one.y.names)

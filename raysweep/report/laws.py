@@ -83,14 +83,17 @@ def law_figures(fits: Fits, answers: Sequence[Answer]) -> list[PlotFigure]:
             continue
         axes = [a for a in SIZE_AXES if np.ptp(np.log(own[a].to_numpy(float))) > APART]
         axes = axes or [FLOPS]
+        across = [SIZE_AXES[a].label.split(",")[0] for a in axes]
         panels = [
             _panel(fits, own, quantity, axis, {n: paths[n].get(axis, ()) for n in names}, answers)
             for axis in axes
         ]
         if quantity != "loss" and (last := _against_loss(fits, own, quantity)) is not None:
             panels.append(last)
+            across.append("loss")
         if quantity == "loss" and (rest := _left_over(fits, own)) is not None:
             panels.append(rest)
+            across.append("C, above the law")
         word = QUANTITIES[quantity][0]
         drawn = tuple(n for n in names if (own["architecture"] == n).any())
         figures.append(
@@ -100,6 +103,7 @@ def law_figures(fits: Fits, answers: Sequence[Answer]) -> list[PlotFigure]:
                 tuple(panels),
                 drawn,
                 height=2.7 if len(panels) > 2 else 3.0,
+                choose=tuple(across),
             )
         )
     return figures
@@ -141,7 +145,7 @@ def _panel(
                 Points(
                     "asked", np.array([at]), np.array([value]), shade[a.run.architecture], "*",
                     np.array([low]), np.array([high]), tips=[tip], names=[a.run.architecture],
-                    size=110,
+                    size=110, legend="run asked about",
                 )
             )  # fmt: skip
     if quantity in TARGETS:
@@ -168,8 +172,12 @@ def _cell_points(
         y * np.exp(-half), y * np.exp(half), full,
         tips=[f"{c}: {written(v, style)}" for c, v in zip(own.index, y, strict=True)],
         names=[str(c) for c in own.index],
-        size=26 if len(own) < 60 else 13,
+        size=26 if len(own) < 60 else 13, shades=_shades(own),
     )  # fmt: skip
+
+
+def _shades(own: pd.DataFrame) -> dict[str, np.ndarray]:
+    return {a: own[AXES[a]].to_numpy(float) for a in "ND"}
 
 
 def told_along(evidence: Evidence, name: str, path: Path, quantity: str) -> np.ndarray:
@@ -200,7 +208,10 @@ def _published(
         y[~((y > low) & (y < high))] = math.nan
         if law.covers(path.runs[0]) and np.isfinite(y).sum() > 1:
             name = law.source.split(",")[0].replace(" et al.", "")
-            lines.append(Line(law.source, path.along(axis), y, "faint", thin=True, end=name))
+            lines.append(
+                Line(law.source, path.along(axis), y, "faint", thin=True, end=name,
+                     legend="published laws")
+            )  # fmt: skip
     return lines
 
 
@@ -240,6 +251,7 @@ def _left_over(fits: Fits, cells: pd.DataFrame) -> Panel | None:
                 mark[str(name)],
                 tips=[f"{c}: {v:+.2f} %" for c, v in zip(own.index, rest, strict=True)],
                 names=[str(c) for c in own.index], size=26 if len(own) < 60 else 13,
+                shades=_shades(own),
             )
         )  # fmt: skip
     if not series:

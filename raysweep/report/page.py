@@ -17,21 +17,22 @@ from raysweep.errors import UserError
 from raysweep.report import budgets, facts, measured, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
+from raysweep.report.interactive import library, packed_figures
 from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
-from raysweep.report.render import csv_text, relative, render, replace_file
-from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of
-from raysweep.report.trials import trial_table
+from raysweep.report.render import relative, render, replace_file
+from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of, picture
+from raysweep.report.trials import MAX_ROWS, trial_table
 from raysweep.results.store import Results
 from raysweep.scaling.fits import Fits, fit
 from raysweep.text import written
 
-LARGEST = 3_000_000
+LARGEST = 4_000_000
 """Bytes that the page should not exceed."""
 
 FOLDER = "reports"
 """Where a page goes that nobody names a folder for, in one of its study's name."""
 
-SCRIPTS = ("common.js", "figures.js", "answer.js", "page.js")
+SCRIPTS = ("common.js", "figures.js", "plots.js", "answer.js", "parallel.js", "page.js")
 """What the page runs, in order."""
 
 _STUDY = re.compile(r'<meta name="raysweep-study" content="([^"]*)">')
@@ -70,20 +71,26 @@ def report(
     page = target / "index.html"
     _refuse_another(page, names)
     fits = fit(results) if fits is None else fits
-    context, drawn = _context(results, frame, fits, studies, asked)
+    context, drawn, shown = _context(results, frame, fits, studies, asked)
     context |= {
         "title": title or _title(names),
         "study": _key(names),
         "live": live,
-        "command": _command(results.uri, target, png, asked),
+        "command": _command(results.uri, target, png, asked, fits.options),
     }
     target.mkdir(parents=True, exist_ok=True)
-    html = render("page.html", SCRIPTS, context).encode()
-    for rows in (2000, 200):  # the table of trials is what grows without bound
+    html = b""
+    for most in (MAX_ROWS, 2000, 200):  # the table of trials is what grows without bound
+        trials = trial_table(frame, results.curves(), fits, most)
+        rows = (
+            {str(key): i for i, key in enumerate(trials["columns"][0]["values"])}
+            if trials["shown"]
+            else {}
+        )
+        context |= {"trials": trials, "packed": packed_figures(shown, rows)}
+        html = render("page.html", SCRIPTS, context).encode()
         if len(html) <= LARGEST:
             break
-        context["trials"] = trial_table(frame, results.curves(), fits, rows)
-        html = render("page.html", SCRIPTS, context).encode()
     replace_file(page, html)
     if png:
         for figure in drawn:
@@ -99,8 +106,8 @@ def _context(
     fits: Fits,
     studies: Sequence[Mapping[str, Any]],
     asked: Asked,
-) -> tuple[dict[str, Any], list[PlotFigure]]:
-    """Everything that the template says, and its figures."""
+) -> tuple[dict[str, Any], list[PlotFigure], list[PlotFigure]]:
+    """What the template says but for the trials, the figures under names of files, and as shown."""
     answers = ask(fits, studies, asked)
     split = budgets.splits(fits)
     served = budgets.serve(fits, answers)
@@ -136,10 +143,10 @@ def _context(
         "laws": [f.name for f in laws],
         "figures": figures,
         "drawings": {name: f.draw().svg for name, f in figures.items()},
-        "csv": {name: csv_text(f.to_pandas()) for name, f in figures.items()},
         "law_tables": _law_tables(fits),
         "groups": group_rows(fits),
-        "cell_figures": [(c, c.figure.draw().svg) for c in cells],
+        "cell_figures": [(c, picture(c, whole=c is cells[-1]).draw().svg) for c in cells],
+        "library": library(),
         "cells_drawn": drawn_of(fits),
         "gaps": GAPS,
         "checks": trust.checks(fits),
@@ -148,6 +155,8 @@ def _context(
         "literature": trust.literature_rows(fits),
         "readings": trust.reading_rows(fits),
         "ahead": trust.ahead_rows(fits),
+        "parabolas": "budgets" in figures
+        and "parabolas" in " ".join(s.name for p in figures["budgets"].panels for s in p.series),
         "split_rows": budgets.split_rows(split),
         "served": served,
         "serving_rows": budgets.serving_rows(served),
@@ -158,11 +167,11 @@ def _context(
         "failures": facts.failures(frame),
         "provenance": facts.provenance(frame, results.runs()),
         "problems": results.problems,
-        "trials": trial_table(frame, results.curves(), fits),
         "data_results": relative(results.uri),
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    return context, [*figures.values(), *_named(cells)]
+    shown = [*figures.values(), *(c.figure for c in cells)]
+    return context, [*figures.values(), *_named(cells)], shown
 
 
 def _side_by_side(fits: Fits, answers: Sequence[Answer]) -> list[dict[str, Any]]:
@@ -208,6 +217,12 @@ def _title(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def folder_of(results: Results) -> Path:
+    """`reports/STUDY`, by the first study of the results."""
+    studies = facts.studies(results.to_pandas(), results.search_spaces())
+    return Path(FOLDER) / _file_name([str(s["name"]) for s in studies])
+
+
 def _file_name(names: Sequence[str]) -> str:
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", names[0] if names else "").strip("._")
     return safe or "results"
@@ -232,9 +247,9 @@ def _refuse_another(page: Path, names: Sequence[str]) -> None:
         )
 
 
-def _command(uri: str, folder: Path, png: bool, asked: Asked) -> str:
+def _command(uri: str, folder: Path, png: bool, asked: Asked, options: Sequence[str] = ()) -> str:
     """The command that makes this page again, with paths as short as they can be said."""
     parts = ["raysweep", "report", relative(uri), "-o", relative(os.fspath(folder))]
     for params, tokens in asked:
         parts += ["--for", f"{params}@{tokens}"]
-    return shlex.join(parts + (["--png"] if png else []))
+    return shlex.join([*parts, *options, *(["--png"] if png else [])])

@@ -9,14 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from raysweep.report.style import DARK, LIGHT
 from raysweep.text import between, estimated, written
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def environment() -> Environment:
@@ -70,12 +67,3 @@ def relative(path: str) -> str:
     path = path.removeprefix("file://")
     found = os.path.relpath(path)
     return path if found.startswith("..") else found
-
-
-def csv_text(data: pd.DataFrame) -> str:
-    """A figure's data as CSV, without columns that say nothing, nor text that a spreadsheet
-    would take for a formula."""
-    plain = data.dropna(axis="columns", how="all").map(
-        lambda value: f"'{value}" if isinstance(value, str) and value[:1] in _FORMULA else value
-    )
-    return plain.to_csv(index=False, float_format="%.6g")

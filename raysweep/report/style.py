@@ -71,7 +71,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 _PLACES = {"d", "x", "y", "width", "height", "points", "transform", "style"}
-"""Attributes that place things: a hundredth of a point is enough."""
+"""Attributes that place things: a hundredth of a point is enough, a tenth in `LONG` paths."""
+
+LONG = 300
+"""Characters of a path that is drawn large, unlike a marker."""
 
 _ROLE = {value: name for name, value in LIGHT.items()}
 assert len(_ROLE) == len(LIGHT) == len(DARK)
@@ -201,7 +204,10 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
             del element.attrib["id"]
     for element in root.iter():
         for key in _PLACES & element.attrib.keys():
-            element.set(key, re.sub(r"-?\d+\.\d{3,}", _rounded, element.attrib[key]))
+            text = " ".join(element.attrib[key].split())
+            digits = 1 if len(text) > LONG else 2
+            found = re.sub(r"-?\d+\.\d{2,}", lambda m, n=digits: _rounded(m, n), text)
+            element.set(key, re.sub(r" ?([A-Z]) ", r"\1", found) if key == "d" else found)
     width, height = (float(root.attrib.pop(k).removesuffix("pt")) for k in ("width", "height"))
     root.set("viewBox", f"0 0 {width:g} {height:g}")
     root.set("role", "img")
@@ -217,8 +223,8 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
     return re.sub(r">\s+<", "><", text)
 
 
-def _rounded(match: re.Match[str]) -> str:
-    return f"{float(match.group()):.2f}".rstrip("0").rstrip(".")
+def _rounded(match: re.Match[str], digits: int) -> str:
+    return f"{float(match.group()):.{digits}f}".rstrip("0").rstrip(".")
 
 
 def _as_variable(match: re.Match[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,13 +23,13 @@ MAX_CELLS = 24
 MAX_DOTS = 8000
 """Trials drawn in all cells together; of more, each cell's are thinned evenly by loss."""
 
-MAX_TIPS = 2500
-"""Trials with a hover text; beyond this many in the page none has one."""
-
 REGION = 5.991
 """Chi-squared of two degrees of freedom at 95 %."""
 
-GRID = 33
+GRID = 25
+
+SURFACE_INCHES = 3.9
+"""Width of the picture of a surface alone."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,36 @@ def cell_figures(fits: Fits) -> list[CellFigure]:
     if len(every) > MAX_CELLS:
         spread = np.unique(np.linspace(0, len(every) - 1, MAX_CELLS).round().astype(int))
         names = [every[i] for i in spread]
-    tips = sum(len(searched[n].loss) for n in names) <= MAX_TIPS
     dots = max(MAX_DOTS // max(len(names), 1), 40)
-    return [_one(fits, searched, name, k, dots, tips) for k, name in enumerate(names)]
+    keys = _keys(fits)
+    return [
+        _one(fits, searched, name, k, dots, keys.get(name, ([], [])))
+        for k, name in enumerate(names)
+    ]
 
 
 def cell_figure(fits: Fits, name: str) -> CellFigure:
     """The figure of one searched cell, with all its trials."""
     searched = {t.name: t for t in fits.table.searched()}
-    return _one(fits, searched, name, 0, len(searched[name].loss), tips=False)
+    return _one(fits, searched, name, 0, len(searched[name].loss))
+
+
+def picture(cell: CellFigure, whole: bool) -> PlotFigure:
+    """What stands in the page without scripts: the surface, and its slices where `whole`."""
+    if whole:
+        return cell.figure
+    return replace(cell.figure, panels=cell.figure.panels[:1], ratios=(), width=SURFACE_INCHES)
+
+
+def _keys(fits: Fits) -> dict[str, tuple[list[str], list[str]]]:
+    """Of each searched cell the keys of its trials that count and of those that diverged."""
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    trials, failed = fits.table.trials, fits.table.failed
+    known = trials[(trials["learning_rate"] > 0) & (trials["batch_tokens"] > 0)]
+    for k, rows in enumerate((known, failed)):
+        for name, own in rows.groupby("cell", sort=False)["trial_key"]:
+            found.setdefault(str(name), ([], []))[k].extend(own.astype(str))
+    return found
 
 
 def _one(
@@ -69,7 +90,7 @@ def _one(
     name: str,
     number: int,
     dots: int,
-    tips: bool,
+    keys: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> CellFigure:
     row = fits.cells.loc[[name]].to_dict("records")[0]
     architecture = str(row["architecture"])
@@ -77,7 +98,8 @@ def _one(
     box = _box([searched[str(n)] for n in same if str(n) in searched])
     evidence = fits.evidence_of(architecture)
     optimum = fits.optima["model"][name]
-    figure = _figure(searched[name], evidence, optimum, float(row["loss"]), box, number, dots, tips)
+    best = float(row["loss"])
+    figure = _figure(searched[name], evidence, optimum, best, box, number, dots, keys)
     n, d = float(row["params_active_non_embedding"]), float(row["tokens"])
     return CellFigure(name, architecture, n, d, optimum, figure)
 
@@ -90,39 +112,33 @@ def _figure(
     box: np.ndarray,
     number: int,
     dots: int,
-    tips: bool,
+    keys: tuple[Sequence[str], Sequence[str]],
 ) -> PlotFigure:
     gap = trials.loss / best - 1
     order = np.argsort(-gap, kind="stable")
     if len(order) > dots:
         order = order[np.linspace(0, len(order) - 1, dots).round().astype(int)]
-    rate, batch, loss, above = (
-        a[order] for a in (trials.learning_rate, trials.batch_tokens, trials.loss, gap)
-    )
-    said = [
-        f"lr {written(r, 'rate')}, batch {short(b)}, loss {x:.4f} ({100 * g:+.2f} %)"
-        for r, b, x, g in zip(rate, batch, loss, above, strict=True)
-    ]
+    rate, batch, above = (a[order] for a in (trials.learning_rate, trials.batch_tokens, gap))
     fills = [f"h{i}" for i in np.searchsorted(GAPS, above, side="right")]
     size = float(np.clip(600 / max(len(gap), 1), 10, 38))
     series: list[Series] = _contours(trials, evidence, best)
     series.append(
-        Points("trials", rate, batch, "h0", tips=said if tips else (), size=size, fills=fills)
-    )
+        Points("trials", rate, batch, "h0", size=size, fills=fills,
+               keys=[keys[0][i] for i in order] if keys[0] else ())
+    )  # fmt: skip
     if len(trials.failed_learning_rate):
-        lost = [
-            f"diverged: lr {written(r, 'rate')}, batch {short(b)}"
-            for r, b in zip(trials.failed_learning_rate, trials.failed_batch_tokens, strict=True)
-        ]
         series.append(
             Points("diverged", trials.failed_learning_rate, trials.failed_batch_tokens, "bad", "x",
-                   tips=lost if tips else (), size=20)
+                   size=20, keys=keys[1])
         )  # fmt: skip
     series += _optimum(optimum)
     low, high = np.exp(box)
     x = Axis("learning rate", "rate", limits=(low[0], high[0]))
     y = Axis("batch, tokens", "batch", limits=(low[1], high[1]))
-    panels = [Panel(x, y, tuple(series)), *_slices(trials, evidence, optimum, best, (x, y))]
+    panels = [
+        Panel(x, y, tuple(series)),
+        *_slices(trials, evidence, optimum, best, (x, y), keys[0]),
+    ]
     return PlotFigure(
         f"cell{number}",
         f"Loss of the trials of {trials.name} over learning rate and batch",
@@ -160,12 +176,20 @@ def _optimum(optimum: Optimum) -> list[Series]:
         values, vectors = np.linalg.eigh(optimum.covariance)
         turn = np.linspace(0, 2 * np.pi, 60)
         ring = (vectors * np.sqrt(np.maximum(values, 0) * REGION)) @ [np.cos(turn), np.sin(turn)]
-        found.append(Line("region", at[0] * np.exp(ring[0]), at[1] * np.exp(ring[1]), "c1"))
+        found.append(
+            Line("95 % region of the optimum", at[0] * np.exp(ring[0]), at[1] * np.exp(ring[1]),
+                 "c1", legend="optimum")
+        )  # fmt: skip
     return found
 
 
 def _slices(
-    trials: CellTrials, evidence: Evidence, optimum: Optimum, best: float, axes: Sequence[Axis]
+    trials: CellTrials,
+    evidence: Evidence,
+    optimum: Optimum,
+    best: float,
+    axes: Sequence[Axis],
+    keys: Sequence[str],
 ) -> list[Panel]:
     """The loss along the learning rate at the best batch, and along the batch at the best rate,
     with every trial."""
@@ -187,8 +211,8 @@ def _slices(
         loss, sd = surface.predict(trials.name, *((x, other) if k == 0 else (other, x)))
         low_end = min(best, float(trials.loss.min()))
         y = Axis("loss", "loss", limits=(low_end * 0.996, top))
-        line = Line("slice", x, loss, "c0", loss - 1.96 * sd, loss + 1.96 * sd)
-        dots = Points("trials", values[k], trials.loss, "muted", size=11)
+        line = Line("slice", x, loss, "c0", loss - 1.96 * sd, loss + 1.96 * sd, legend="surface")
+        dots = Points("trials", values[k], trials.loss, "muted", size=11, keys=keys)
         panels.append(
             Panel(Axis(axis.label, axis.style, limits=(low[k], high[k])), y, (line, dots))
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,15 @@ from raysweep.scaling.fits import Fits
 MAX_ROWS = 8000
 """Rows in the page. Beyond it the worst losses of each cell are left to the Parquet table."""
 
-CURVE_NUMBERS = 50_000
+CURVE_NUMBERS = 30_000
 """Points of curves in the page, shared by all trials that have one."""
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "trial_key": ("trial", "key"),
     "cell": ("cell", "text"),
     "architecture": ("architecture", "text"),
+    "params_active_non_embedding": ("N", "params"),
+    "tokens": ("D", "tokens"),
     "learning_rate": ("learning rate", "rate"),
     "batch_tokens": ("batch", "batch"),
     "loss": ("loss", "loss"),
@@ -37,8 +40,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
 def trial_table(
     frame: pd.DataFrame, curves: pd.DataFrame, fits: Fits, most: int = MAX_ROWS
 ) -> dict[str, Any]:
-    """{"columns": [...], "rows": n, "shown": n, "curves": [...]} of a table of trials and their
-    loss curves; text columns are coded as words and indices."""
+    """{"columns": [...], "rows": n, "shown": n, "curves": [...], "cells": [...], "of": [...]} of a
+    table of trials and their loss curves; text columns are coded as words and indices. `of` is each
+    trial's place in `cells`, those of the fit, -1 where it does not count."""
     finished = frame["status"].astype(str) == FINISHED
     loss = pd.to_numeric(frame["loss"], errors="coerce").astype(float).where(finished)
     best = loss.where(frame["excluded"].isna()).groupby(frame["cell"]).transform("min")
@@ -62,7 +66,20 @@ def trial_table(
         "rows": len(frame),
         "shown": len(table),
         "curves": _curves(table["trial_key"], curves),
+        "cells": list(order),
+        "of": table["trial_key"]
+        .astype(str)
+        .map(_cell_of(fits, order))
+        .fillna(-1)
+        .astype(int)
+        .tolist(),
     }
+
+
+def _cell_of(fits: Fits, order: Mapping[str, int]) -> dict[str, int]:
+    """The place of each trial's cell by its key."""
+    rows = pd.concat([fits.table.trials, fits.table.failed])[["trial_key", "cell"]]
+    return {str(k): order[str(c)] for k, c in rows.itertuples(index=False) if str(c) in order}
 
 
 def _curves(keys: pd.Series, curves: pd.DataFrame) -> list[list[float] | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def write_report(
     if folder is not None:
         check_folder(Path(folder))
     return report(results, folder, fits=fits, title=title, png=png, live=live, asked=asked)
+
+
+def opening_answers(results: Results, fits: Fits) -> list[str]:
+    """What the page opens with, for a terminal: no published laws, which the page shows."""
+    from raysweep.report.answers import ask
+    from raysweep.report.facts import studies
+
+    answers = ask(fits, studies(results.to_pandas(), results.search_spaces()))
+    return [str(replace(a.run, published=())) for a in answers]
 
 
 def check_folder(folder: Path) -> None:

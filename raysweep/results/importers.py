@@ -1,285 +1,63 @@
-"""Other people's sweeps as rows of the results table: Step Law, Chinchilla, IsoFLOP, any CSV."""
+"""import_results(...): other people's runs, from files and trackers, into a results folder."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
-from raysweep.results.flags import flags
-from raysweep.results.schema import COLUMNS, FINISHED, SCHEMA_VERSION, STATUSES
+from raysweep.results.mapping import (
+    guess,
+    map_columns,
+    near,
+    numbers,
+    outliers,
+    parse_mapping,
+    reasons,
+    recipes,
+)
+from raysweep.results.published import (
+    PUBLISHED,
+    USED,
+)
+from raysweep.results.rows import finish, first_line, read_table
+from raysweep.results.schema import CURVE_SCHEMA, FINISHED
+from raysweep.results.shapes import count_shapes
 from raysweep.results.store import Results
-from raysweep.results.units import doubts
-from raysweep.study.trials import Recipe
-from raysweep.text import read_number, short
+from raysweep.results.trackers import RUN, TRACKERS
+from raysweep.results.trend import off_trend
 
-STEP_LAW_SEQUENCE_LENGTH = 2048
-
-WHOLE = 0.98
-"""A run that ends before this share of its steps or tokens was cut short: its learning rate had not
-come down yet."""
-
-_NUMERIC = tuple(n for n, c in COLUMNS.items() if str(c.type) in ("int64", "double"))
-_WHOLE = tuple(n for n, c in COLUMNS.items() if str(c.type) == "int64")
-_TEXT = tuple(n for n, c in COLUMNS.items() if str(c.type) == "string")
-
-
-def read_steplaw(path: str | os.PathLike[str], study: str = "steplaw") -> pd.DataFrame:
-    """Step Law's released grids (arXiv 2503.04715), dense or MoE, one row a run.
-
-    `smooth loss`, the smoothed final training loss, becomes `loss`; `N` is non-embedding and, in
-    the MoE file, total with `Na` active; batches are in sequences of 2048 tokens (or `seq_len`).
-    Every number of experts and top-k is an architecture of its own. UserError where a column is
-    missing.
-    """
-    table = _read(path)
-    _need(table, ("h", "ffnh", "numh", "numl", "lr", "bs", "ti", "smooth loss", "N", "D"), path)
-    moe = "nume" in table
-    if moe:
-        _need(table, ("nume", "topk", "Na"), path)
-    get = _numbers(table)
-    length = get("seq_len").fillna(STEP_LAW_SEQUENCE_LENGTH)
-    experts, top_k = get("nume").fillna(1).clip(lower=1), get("topk").fillna(1).clip(lower=1)
-    sparse = experts > 1
-    rows = {
-        "architecture": "steplaw-" + _routing(experts, top_k),
-        "d_model": get("h"),
-        "layers": get("numl"),
-        "heads": get("numh"),
-        "d_ff": get("ffnh"),
-        "sequence_length": length,
-        "experts": experts,
-        "top_k": top_k,
-        "shared_experts": (get("sed") > 0).astype(float).where(sparse, 0.0),
-        "expert_ff": get("moeh").where(sparse, 0.0),
-        "params_total_non_embedding": get("N"),
-        "params_active_non_embedding": get("Na").where(sparse, get("N")) if moe else get("N"),
-        "tokens": get("D"),
-        "learning_rate": get("lr"),
-        "batch_sequences": get("bs"),
-        "batch_tokens": get("bs") * length,
-        "steps": get("ti"),
-        "tokens_seen": get("ti") * get("bs") * length,
-        "loss": get("smooth loss"),
-        "train_loss": get("smooth loss"),
-        "recipe": json.dumps({"loss": "smoothed final training loss"}),
-    }
-    return _finish(table, rows, "steplaw", study, hyperparameters=True)
-
-
-def read_chinchilla(path: str | os.PathLike[str], study: str = "chinchilla") -> pd.DataFrame:
-    """Chinchilla's points as read off its figure 4 (arXiv 2404.10102): D = FLOPs / (6 N).
-
-    They tell neither learning rate nor batch, so they enter laws of the loss only. How `Model
-    Size` was counted is not stated: it fills every count. UserError where a column is missing.
-    """
-    table = _read(path)
-    _need(table, ("Model Size", "Training FLOP", "loss"), path)
-    get = _numbers(table)
-    params, flops = get("Model Size"), get("Training FLOP")
-    rows = {
-        "architecture": pd.Series("chinchilla", index=table.index),
-        **_every_count(params),
-        "tokens": flops / (6 * params),
-        "flops": flops,
-        "flops_per_token": 6 * params,
-        "loss": get("loss"),
-    }
-    return _finish(table, rows, "chinchilla", study)
-
-
-def read_isoflop(path: str | os.PathLike[str], study: str = "isoflop") -> pd.DataFrame:
-    """IsoFLOP runs (arXiv 2603.22339): `tokens, params, budget, loss`, and `outlier, reason` if
-    there.
-
-    Flagged outliers stay, excluded with their reason, if any. Experiments do not share data, so
-    each `experiment` is an architecture and a set of data of its own. They enter laws of the loss
-    only. How `params` were counted is not stated: they fill every count. UserError where a column
-    is missing.
-    """
-    table = _read(path)
-    _need(table, ("tokens", "params", "budget", "loss"), path)
-    get = _numbers(table)
-    params, tokens = get("params"), get("tokens")
-    name = table["experiment"] if "experiment" in table else pd.Series("isoflop", index=table.index)
-    rows = {
-        "architecture": name.astype(object).fillna("isoflop"),
-        **_every_count(params),
-        "tokens": tokens,
-        "flops": get("budget"),
-        "flops_per_token": get("budget") / tokens,
-        "loss": get("loss"),
-        "excluded": _outliers(table),
-        "data_hash": table.get("experiment"),
-    }
-    return _finish(table, rows, "isoflop", study)
-
-
-def read_csv(
-    path: str | os.PathLike[str], mapping: Mapping[str, str], study: str = "csv"
-) -> pd.DataFrame:
-    """Any table with one row a run (CSV or Parquet). `mapping`: our column -> the file's.
-
-    A value that starts with "=" is a constant: {"tokens": "D", "status": "=finished"}; one that
-    ends in "*" and a number is a column times it: {"tokens": "D*1e9"}. Columns of the file that
-    bear our names, or those of our recipes' keys (optimizer, schedule, weight_decay, ...), need no
-    mapping; "recipe.NAME" keeps any other of the recipe's. `loss`, `tokens` and
-    `params_active_non_embedding` must come from one or the other; batches in tokens and sequences
-    complete each other through `sequence_length`. Rows whose numbers cannot be in the units of
-    their columns are excluded, and a file of such rows is refused. Without `status` rows count as
-    finished; without `experts` as dense; without `architecture` each routing is one, such as
-    moe-e8k2. Rows flagged in a column `outlier` stay, excluded, with the file's `reason`, if any.
-
-    UserError names a column of ours or of the file that does not exist, and what is near it.
-    """
-    table = _read(path)
-    rows, recipe = _mapped(table, mapping, path)
-    if "outlier" in table:
-        rows["excluded"] = _outliers(table)
-    elif "excluded" in rows:
-        rows["excluded"] = _reasons(rows["excluded"])
-    if recipe:
-        found = _recipes(pd.DataFrame(recipe), rows.get("recipe"))
-        rows["recipe"] = pd.Series(found, index=table.index, dtype=object)
-    for needed in ("loss", "tokens", "params_active_non_embedding"):
-        if needed not in rows:
-            near = _near(needed, table.columns)
-            raise UserError(f"{path} has no column {needed!r}: map one with {needed}=NAME{near}")
-    for name in _NUMERIC:
-        if name in rows:
-            rows[name] = pd.to_numeric(rows[name], errors="coerce")
-    length, batch = rows.get("sequence_length"), rows.get("batch_tokens")
-    sequences = rows.get("batch_sequences")
-    if length is not None and sequences is not None and batch is None:
-        rows["batch_tokens"] = sequences * length
-    if length is not None and batch is not None and sequences is None:
-        rows["batch_sequences"] = (batch / length).round()
-    searched = "learning_rate" in rows and "batch_tokens" in rows
-    return _finish(table, rows, "csv", study, hyperparameters=searched)
-
-
-def _mapped(
-    table: pd.DataFrame, mapping: Mapping[str, str], path: str | os.PathLike[str]
-) -> tuple[dict[str, pd.Series], dict[str, pd.Series]]:
-    """Columns of ours, and keys of the recipe, from a file's table."""
-    rows: dict[str, pd.Series] = {}
-    recipe: dict[str, pd.Series] = {}
-    for ours, theirs in mapping.items():
-        key = ours.removeprefix(_RECIPE)
-        if ours not in COLUMNS and (key == ours or not key):
-            raise UserError(f"--map: there is no column {ours!r} of results{_near(ours, COLUMNS)}")
-        name, factor = _scaled(theirs, table)
-        if theirs.startswith("="):
-            found = pd.Series(theirs[1:], index=table.index, dtype=object)
-        elif name not in table:
-            raise UserError(f"{path} has no column {name!r}{_near(name, table.columns)}")
-        elif factor is not None:
-            found = pd.to_numeric(table[name], errors="coerce") * factor
-        else:
-            found = table[name]
-        if ours in COLUMNS:
-            rows[ours] = found
-        else:
-            recipe[key] = found
-    own = [n for n in COLUMNS if n in table and n not in rows and n not in _FIXED]
-    rows |= {n: table[n] for n in own}
-    kept = [n for n in Recipe.model_fields if n in table and n not in recipe]
-    recipe |= {n: table[n] for n in kept}
-    return rows, recipe
-
-
-_RECIPE = "recipe."
-_FIXED = ("trial_key", "schema_version", "source")
-
-
-def _scaled(theirs: str, table: pd.DataFrame) -> tuple[str, float | None]:
-    """The column and factor of "NAME*1e9"; the text itself where that is a column."""
-    name, star, factor = theirs.rpartition("*")
-    if theirs in table or not star:
-        return theirs, None
-    try:
-        return name.strip(), float(factor)
-    except ValueError:
-        return theirs, None
-
-
-def _recipes(values: pd.DataFrame, given: pd.Series | None) -> list[str | None]:
-    """Recipes as JSON, a row each: what the file's own say, and these values."""
-    known = list(given) if given is not None else [None] * len(values)
-    found = []
-    for text, row in zip(known, values.astype(object).to_dict("records"), strict=True):
-        try:
-            own = json.loads(text) if isinstance(text, str) else {}
-        except ValueError:
-            own = {}
-        own = own if isinstance(own, dict) else {}
-        own |= {str(k): v for k, v in row.items() if not pd.isna(v)}
-        found.append(json.dumps(own, sort_keys=True, default=str) if own else None)
-    return found
-
-
-def _outliers(table: pd.DataFrame) -> pd.Series:
-    """Why flagged rows are excluded: their flag counts, whatever the reason says."""
-    if "outlier" not in table:
-        return pd.Series(None, index=table.index, dtype=object)
-    flagged = flags(table["outlier"])
-    why = pd.Series("", index=table.index, dtype=object)
-    if "reason" in table:
-        why = table["reason"].astype(object).where(flags(table["reason"]), "")
-    text = ("outlier: " + why.astype(str)).where(why != "", "outlier")
-    return text.astype(object).where(flagged, None)
-
-
-def _reasons(excluded: pd.Series) -> pd.Series:
-    """Texts of a column `excluded`, which may hold flags instead."""
-    said = flags(excluded)
-    text = excluded.astype(str).str.strip()
-    bare = (
-        text.str.lower().isin(("true", "yes", "y", "t"))
-        | pd.to_numeric(text, errors="coerce").notna()
-    )
-    return text.astype(object).mask(bare, "flagged in the file").where(said, None)
-
-
-def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
-    """`["loss=val_loss,tokens=D", "architecture==dense"]` as the mapping that `read_csv` takes."""
-    mapping = {}
-    for part in (p.strip() for text in texts for p in text.split(",")):
-        ours, equals, theirs = part.partition("=")
-        if not (ours and equals and theirs):
-            raise UserError(f"--map: {part!r} is not column=name (or column==constant)")
-        mapping[ours.strip()] = theirs.strip()
-    return mapping
-
-
-IMPORTERS: dict[str, Callable[..., pd.DataFrame]] = {
-    "steplaw": read_steplaw,
-    "chinchilla": read_chinchilla,
-    "isoflop": read_isoflop,
-}
-"""By format, beside `csv`. Every row of a file becomes a row; what cannot be used is `excluded`."""
+TABLES = ("csv", "jsonl", "parquet")
+"""Files with one row a run; their names tell them apart, whatever the format is called."""
+FORMATS = (*PUBLISHED, *TABLES, *TRACKERS)
+NEEDED = ("loss", "tokens", "params_active_non_embedding")
 
 
 @dataclass(frozen=True)
 class Imported:
-    """The rows of a file, and which of its columns they were read from."""
+    """Rows of the schema, and what became of a table's columns.
+
+    `used` and `ignored` are its columns; `guessed` says of ours that nobody told which of its they
+    were taken from; `notes` are sentences on what a reader must know. `curves` are loss curves with
+    `CURVE_SCHEMA`'s columns, where the source has them.
+    """
 
     rows: pd.DataFrame
     used: tuple[str, ...]
     ignored: tuple[str, ...]
+    guessed: Mapping[str, str]
+    notes: tuple[str, ...]
+    curves: pd.DataFrame
 
 
 def import_results(
-    file: str | os.PathLike[str],
+    source: str | os.PathLike[str] | pd.DataFrame,
     results: str | os.PathLike[str] | Results,
     format: str = "csv",
     *,
@@ -287,23 +65,27 @@ def import_results(
     study: str | None = None,
     data: str | None = None,
 ) -> Results:
-    """Bring the runs of a file into a results folder, which is made where there is none.
+    """Bring runs that exist already into a results folder, which is made where there is none.
 
     Args:
-        file: a CSV or Parquet table with one row a run, or a published sweep of another `format`.
+        source: a DataFrame or table (CSV, JSON lines, Parquet) with one row a run; a published
+            sweep of another `format`; or what a tracker is told by: ENTITY/PROJECT of W&B, a
+            tracking URI of MLflow, an Optuna storage, a results folder of Ray Tune or LossCast.
         results: the folder or URI.
-        format: csv, steplaw, chinchilla or isoflop.
-        columns: for csv, our columns to the file's: {"tokens": "D*1e9", "loss": "val_loss"}.
-        study: name of the rows' study; by default the format's, or of csv the file's.
+        format: csv (any table), steplaw, chinchilla, isoflop, wandb, mlflow, optuna, ray, losscast.
+        columns: our columns to the source's, before what their names tell:
+            {"tokens": "D*1e9", "loss": "val_loss"}.
+        study: name of the rows' study; by default the format's, or of a table the file's, or of a
+            tracker that of its project, experiment, study or folder.
         data: name of the data; studies of one name are fitted together.
 
     Raises:
-        UserError: the file will not do, or its numbers cannot be in the units of their columns.
+        UserError: the source will not do, or its numbers cannot be in the units of their columns.
     """
     mapping = ",".join(f"{ours}={theirs}" for ours, theirs in (columns or {}).items())
-    found = read_file(format, file, mapping or None, study=study, data=data)
+    found = read_source(format, source, mapping or None, study=study, data=data)
     store = results if isinstance(results, Results) else Results.open(results, create=True)
-    store.write_many(found.rows)
+    store.write_many(found.rows, found.curves)
     return store
 
 
@@ -315,213 +97,254 @@ def import_file(
     study: str | None = None,
     data: str | None = None,
 ) -> pd.DataFrame:
-    """Read a file of a named format; see `read_file`."""
-    return read_file(format, path, mapping, study=study, data=data).rows
+    """The rows that `read_source` reads."""
+    return read_source(format, path, mapping, study=study, data=data).rows
 
 
-def read_file(
+def read_source(
     format: str,
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | pd.DataFrame,
     mapping: str | None = None,
     *,
     study: str | None = None,
     data: str | None = None,
+    curves: bool = True,
 ) -> Imported:
-    """Read a file of a named format; `mapping` is the text of `--map`, for `csv` only.
+    """Read a table, a published sweep or a tracker; `mapping` is the text of `--map`.
 
-    `study` names the rows' study; by default the format, or for `csv` and `isoflop`, where no two
-    files need have anything in common, the file's name. `data` names the data of rows that do not
-    tell theirs: studies that share data are fitted together. Raises UserError where the file will
-    not do, or its numbers cannot be in the units of their columns.
+    `study` and `data` are those of `import_results`; `curves` asks a tracker for its curves.
+
+    Raises:
+        UserError: the source will not do, or its numbers cannot be in the units of their columns.
     """
-    if format not in (*IMPORTERS, "csv"):
-        known = ", ".join((*IMPORTERS, "csv"))
-        raise UserError(f"unknown import format {format!r}; known: {known}")
-    if mapping and format != "csv":
-        raise UserError(f"--map goes with csv only: the columns of {format} are known")
-    name = study or (Path(path).stem if format in ("csv", "isoflop") else format)
-    names = [str(c) for c in _read(path).columns]
-    if format == "csv":
-        known = parse_mapping([mapping] if mapping else [])
-        rows = read_csv(path, known, name)
-        table = pd.DataFrame(columns=names)
-        sources = {_scaled(theirs, table)[0] for theirs in known.values()}
-        own = {n for n in COLUMNS if n not in known and n not in _FIXED}
-        used = sources | own | set(Recipe.model_fields) | {"outlier"}
+    if format not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(f"unknown import format {format!r}{near(format, FORMATS)}; known: {known}")
+    if format in PUBLISHED:
+        if mapping:
+            raise UserError(f"--map goes with tables and trackers: {format}'s columns are known")
+        if isinstance(source, pd.DataFrame):
+            raise UserError(f"{format} is read from a file: a DataFrame is of format csv")
+        found = _published(format, source, study)
     else:
-        rows = IMPORTERS[format](path, name)
-        used = set(_USED[format])
+        told = parse_mapping([mapping] if mapping else [])
+        if isinstance(source, pd.DataFrame):
+            table = source.reset_index(drop=True).rename(columns=lambda c: str(c).strip())
+            found = read_rows(table, told, "the table", study or "table")
+        elif format in TABLES:
+            table, name = read_table(source), study or Path(source).stem
+            found = read_rows(table, told, str(source), name, first_line=first_line(source))
+        else:
+            found = _tracked(format, os.fspath(source), told, study, curves)
     if study is not None:
-        rows["study"] = study
+        found.rows["study"] = study
     if data is not None:
-        rows["data_hash"] = rows["data_hash"].where(rows["data_hash"].notna(), data)
+        known = found.rows["data_hash"]
+        found.rows["data_hash"] = known.where(known.notna(), data)
+    return found
+
+
+def read_runs(
+    source: str | os.PathLike[str] | pd.DataFrame,
+    mapping: str | None = None,
+    *,
+    needed: Sequence[str] = NEEDED,
+) -> pd.DataFrame:
+    """Runs to hold against a fit: of a table (see `read_rows`), a DataFrame, or a results folder.
+
+    Raises:
+        UserError: the source will not do.
+    """
+    if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+        return Results.open(source).to_pandas()
+    if isinstance(source, pd.DataFrame):
+        if "trial_key" in source and mapping is None:
+            return source  # rows of results already
+        table, where, line = source.reset_index(drop=True), "the table", 1
+    else:
+        table, where, line = read_table(source), str(source), first_line(source)
+    told = parse_mapping([mapping] if mapping else [])
+    return read_rows(table, told, where, "runs", first_line=line, needed=needed).rows
+
+
+def read_csv(
+    path: str | os.PathLike[str], mapping: Mapping[str, str], study: str = "csv"
+) -> pd.DataFrame:
+    """The rows of a table with one row a run; see `read_rows`."""
+    table = read_table(path)
+    return read_rows(table, mapping, str(path), study, first_line=first_line(path)).rows
+
+
+def read_rows(
+    table: pd.DataFrame,
+    mapping: Mapping[str, str],
+    where: str,
+    study: str,
+    source: str = "csv",
+    first_line: int = 1,
+    needed: Sequence[str] = NEEDED,
+) -> Imported:
+    """Any table with one row a run. `mapping`: our column -> the table's.
+
+    A value that starts with "=" is a constant: {"tokens": "D", "status": "=finished"}; one that
+    ends in "*" and a number is a column times it: {"tokens": "D*1e9"}. Columns of the table that
+    bear our names, those of our recipes' keys (optimizer, schedule, weight_decay, ...) or common
+    ones (`mapping.COMMON_NAMES`) need no mapping; "recipe.NAME" keeps any other of the recipe's.
+    Each of `needed` must come from one of these, or N from the shape and D from steps and batch;
+    batches in tokens and sequences complete each other through `sequence_length`. Rows whose
+    numbers cannot be in the units of their columns are excluded, and a table of such rows is
+    refused; so are rows far below the trend of the others. Without `status` rows count as finished;
+    without `experts` as dense; without `architecture` each routing is one, such as moe-e8k2. Rows
+    flagged in a column `outlier` stay, excluded, with the `reason`, if any.
+
+    UserError names a column of ours or of the table that does not exist, and what is near it.
+    """
+    known = map_columns(table, mapping, where, first_line)
+    rows, notes = dict(known.rows), list(known.notes)
+    if "outlier" in table:
+        rows["excluded"] = outliers(table)
+    elif "excluded" in rows:
+        rows["excluded"] = reasons(rows["excluded"])
+    if known.recipe:
+        said = recipes(pd.DataFrame(known.recipe), rows.get("recipe"))
+        rows["recipe"] = pd.Series(said, index=table.index, dtype=object)
+    notes += _complete(rows)
+    counted, said = count_shapes(rows, known.recipe)
+    rows |= counted
+    notes += said
+    for name in needed:
+        if name not in rows:
+            raise UserError(
+                f"{where} has no column {name!r}: map one with {name}=NAME"
+                f"{near(name, table.columns)}"
+            )
+    searched = "learning_rate" in rows and "batch_tokens" in rows
+    made = finish(table, rows, source, study, hyperparameters=searched)
+    notes += _suspects(made, table, first_line)
+    used = {*known.sources.values(), *({"outlier", "reason"} if "outlier" in table else ())}
+    columns = [str(c) for c in table.columns]
+    return Imported(
+        made,
+        used=tuple(n for n in columns if n in used),
+        ignored=tuple(n for n in columns if n not in used),
+        guessed=known.guessed,
+        notes=tuple(notes),
+        curves=CURVE_SCHEMA.empty_table().to_pandas(),
+    )
+
+
+def _published(format: str, path: str | os.PathLike[str], study: str | None) -> Imported:
+    # No two IsoFLOP files need have anything in common.
+    name = study or (Path(path).stem if format == "isoflop" else format)
+    rows = PUBLISHED[format](path, name)
+    columns = [str(c) for c in read_table(path).columns]
     return Imported(
         rows,
-        used=tuple(n for n in names if n in used),
-        ignored=tuple(n for n in names if n not in used),
+        used=tuple(n for n in columns if n in USED[format]),
+        ignored=tuple(n for n in columns if n not in USED[format]),
+        guessed={},
+        notes=(),
+        curves=CURVE_SCHEMA.empty_table().to_pandas(),
     )
 
 
-_USED = {
-    "steplaw": (
-        "h", "ffnh", "numh", "numl", "lr", "bs", "ti", "smooth loss", "N", "D", "seq_len",
-        "nume", "topk", "sed", "moeh", "Na",
-    ),
-    "chinchilla": ("Model Size", "Training FLOP", "loss"),
-    "isoflop": ("tokens", "params", "budget", "loss", "experiment", "outlier", "reason"),
-}  # fmt: skip
-
-
-# --- shared ------------------------------------------------------------------------------------
-
-
-def _read(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A table with at least one row, or a UserError that says what is wrong with the file."""
-    file = Path(path)
-    try:
-        table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
-    except FileNotFoundError:
-        raise UserError(f"{file} not found: check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{file} is a folder: name the file in it") from None
-    except (OSError, ValueError, UnicodeDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file} cannot be read as a table: {first}") from None
-    if not len(table):
-        raise UserError(f"{file} has no rows")
-    return table.rename(columns=lambda c: str(c).strip())
-
-
-def _need(table: pd.DataFrame, names: Sequence[str], path: str | os.PathLike[str]) -> None:
-    missing = [n for n in names if n not in table]
-    if missing:
-        listed = ", ".join(f"{n!r}{_near(n, table.columns)}" for n in missing)
-        raise UserError(f"{path} lacks the column{'s' * (len(missing) > 1)} {listed}")
-
-
-def _near(name: str, known: Sequence[str] | pd.Index | Mapping[str, object]) -> str:
-    found = difflib.get_close_matches(name, [str(k) for k in known], n=2, cutoff=0.5)
-    return f" (near: {', '.join(found)})" if found else ""
-
-
-def _numbers(table: pd.DataFrame) -> Callable[[str], pd.Series]:
-    """A column as numbers, NaN where it holds none or is not there."""
-
-    def get(name: str) -> pd.Series:
-        if name not in table:
-            return pd.Series(np.nan, index=table.index)
-        column = table[name]
-        if not pd.api.types.is_numeric_dtype(column):
-            column = column.map(_number)
-        return column.astype(float)
-
-    return get
-
-
-def _number(value: object) -> float:
-    """As people write it; NaN for what is none."""
-    try:
-        return read_number(value) if isinstance(value, str | float | int) else math.nan
-    except UserError:
-        return math.nan
-
-
-def _every_count(params: pd.Series) -> dict[str, pd.Series]:
-    names = [n for n in COLUMNS if n.startswith("params_") and n != "params_dense"]
-    return dict.fromkeys(names, params)
-
-
-def _finish(
-    table: pd.DataFrame,
-    rows: Mapping[str, object],
-    source: str,
-    study: str,
-    hyperparameters: bool = False,
-) -> pd.DataFrame:
-    """Rows of the schema: names derived, keys given, unusable rows excluded with a reason."""
-    frame = pd.DataFrame(dict(rows), index=table.index).reindex(columns=list(COLUMNS))
-    for name in _TEXT:
-        frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
-    for name in _NUMERIC:
-        frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
-    frame["experts"] = frame["experts"].fillna(1.0)
-    frame["top_k"] = frame["top_k"].fillna(1.0)
-    kind = pd.Series(np.where(frame["experts"] > 1, "moe", "dense"), index=frame.index)
-    frame["architecture_kind"] = frame["architecture_kind"].fillna(kind)
-    routing = _routing(frame["experts"], frame["top_k"])
-    frame["architecture"] = frame["architecture"].fillna(routing)
-    frame["status"] = frame["status"].fillna(FINISHED)
-    frame["study"] = frame["study"].fillna(study)
-    frame["scale"] = frame["scale"].fillna(frame["params_active_non_embedding"].map(_named))
-    horizon = frame["tokens"].map(_named) + "tok"
-    frame["cell"] = frame["cell"].fillna(
-        frame["architecture"] + "-" + frame["scale"] + "-" + horizon
+def _tracked(
+    format: str, place: str, told: Mapping[str, str], study: str | None, curves: bool
+) -> Imported:
+    tracked = TRACKERS[format](place, curves)
+    found = read_rows(tracked.table, told, place, study or format, source=format)
+    notes = list(found.notes)
+    if tracked.running:
+        notes.append(f"{_many(tracked.running, 'run')} not over, left out: import again later")
+    made = _curves(
+        tracked.curves, found.rows, dict(zip(tracked.table[RUN], found.rows.index, strict=True))
     )
-    rough = 6 * frame["params_active_non_embedding"] * frame["tokens_seen"].fillna(frame["tokens"])
-    frame["flops_6nd"] = frame["flops_6nd"].fillna(rough)
-    frame["schema_version"] = SCHEMA_VERSION
-    frame["source"] = f"import:{source}"
-    for doubt in doubts(frame[frame["excluded"].isna()]):
-        if doubt.impossible and doubt.most:
-            raise UserError(doubt.text)
-        if doubt.impossible:
-            frame.loc[doubt.rows, "excluded"] = f"{doubt.column} is in another unit than elsewhere"
-    frame["trial_key"], copies = _keys(table, source)
-    frame["excluded"] = _excluded(frame, hyperparameters, copies)
-    frame["started_at"] = pd.to_datetime(frame["started_at"], utc=True, errors="coerce")
-    for name in _WHOLE:
-        finite = frame[name].where(np.isfinite(frame[name]))
-        frame[name] = finite.round().astype("Int64")
-    return frame
+    ignored = tuple(n for n in found.ignored if n != RUN)
+    return replace(found, notes=tuple(notes), ignored=ignored, curves=made)
 
 
-def _routing(experts: pd.Series, top_k: pd.Series) -> pd.Series:
-    """Names of architectures by routing: every number of experts and top-k is one of its own."""
-    names = "moe-e" + experts.map("{:g}".format) + "k" + top_k.map("{:g}".format)
-    return names.where(experts > 1, "dense")
+def _curves(points: pd.DataFrame, rows: pd.DataFrame, at: Mapping[str, int]) -> pd.DataFrame:
+    """A tracker's points with the columns of `CURVE_SCHEMA`; tokens follow from the steps."""
+    empty = CURVE_SCHEMA.empty_table().to_pandas()
+    if not len(points):
+        return empty
+    row = rows.loc[points[RUN].map(at)].reset_index(drop=True)
+    points = points.reset_index(drop=True)
+    each = row["tokens"] / row["steps"].astype(float)
+    each = each.where(np.isfinite(each), row["batch_tokens"])
+    guessed = guess(points, set(), {RUN, "step"})
+    loss = [guessed[n] for n in ("train_loss", "loss") if n in guessed]
+    if not loss:
+        return empty
+    made: dict[str, Any] = {"trial_key": row["trial_key"], "step": numbers(points["step"])}
+    made["tokens"] = made["step"] * each
+    made["train_loss"] = points[loss].apply(numbers).bfill(axis=1).iloc[:, 0]
+    rate = guessed.get("learning_rate")
+    made["learning_rate"] = numbers(points[rate]) if rate else np.nan
+    norm = next((n for n in points if n in ("grad_norm", "gradient_norm")), None)
+    made["grad_norm"] = numbers(points[norm]) if norm else np.nan
+    found = pd.DataFrame(made)
+    found = found[np.isfinite(found["train_loss"]) & found["step"].notna()]
+    # A tracker may have a row a metric: the last of each step is as good as any.
+    found = found.drop_duplicates(["trial_key", "step"], keep="last")
+    return found.assign(step=found["step"].round().astype("int64")).reset_index(drop=True)
 
 
-def _named(value: float) -> str:
-    return short(value) if np.isfinite(value) and value > 0 else "unknown"
+def _complete(rows: dict[str, pd.Series]) -> list[str]:
+    """Fill in place what follows from other columns; say of the horizon that it does, and of
+    batches that nothing follows."""
+    length, batch = rows.get("sequence_length"), rows.get("batch_tokens")
+    sequences = rows.get("batch_sequences")
+    if length is not None and sequences is not None:
+        made = sequences * length
+        rows["batch_tokens"] = made if batch is None else batch.where(batch.notna(), made)
+    if length is not None and batch is not None and sequences is None:
+        rows["batch_sequences"] = (batch / length).round()
+    said = []
+    if sequences is not None and length is None and batch is None:
+        said.append(
+            "batches are in sequences and their length is not told: without it no run tells its "
+            "batch (--map sequence_length==2048, say)"
+        )
+    if "tokens" in rows or "steps" not in rows or "batch_tokens" not in rows:
+        return said
+    rows["tokens"] = rows["steps"] * rows["batch_tokens"]
+    return ["tokens are steps x batch"]
 
 
-def _keys(table: pd.DataFrame, source: str) -> tuple[list[str], pd.Series]:
-    """A key a row, hashed from its content and the number of equal rows before; and that number."""
-    columns = sorted(table.columns)
-    values = table[columns].itertuples(index=False, name=None)
-    lines = pd.Series(["\x1f".join(map(str, row)) for row in values], index=table.index)
-    copies = lines.groupby(lines).cumcount()
-    head = f"{source}\x1f" + "\x1f".join(columns)
-    keys = [
-        hashlib.sha256(f"{head}\x1e{line}\x1e{copy}".encode()).hexdigest()[:20]
-        for line, copy in zip(lines, copies, strict=True)
-    ]
-    return keys, copies
+def _suspects(rows: pd.DataFrame, table: pd.DataFrame, first_line: int) -> list[str]:
+    """Keep out, in place, rows far below the trend of their kind; name them, and those above."""
+    counted = rows[(rows["status"] == FINISHED) & rows["excluded"].isna()]
+    off = off_trend(counted).dropna()
+    below, above = off[off < 0], off[off > 0]
+    rows.loc[below.index, "excluded"] = "suspect: its loss is far below the trend of N and D"
+    said = []
+    for part, where in ((below, "below"), (above, "above")):
+        if not len(part):
+            continue
+        worst = part.abs().sort_values(ascending=False).index[:_NAMED]
+        told = [
+            f"{_called(table, i, first_line)} (loss {rows.at[i, 'loss']:.4g}, "
+            f"{np.exp(off[i]):.2f} of the trend's)"
+            for i in worst
+        ]
+        rest = f" and {len(part) - len(worst)} more" if len(part) > len(worst) else ""
+        kept = "kept out" if where == "below" else "still counted: exclude what is wrong"
+        said.append(
+            f"suspects: {_many(len(part), 'row')} far {where} the trend of loss against N and D, "
+            f"{kept}: {', '.join(told)}{rest}"
+        )
+    return said
 
 
-def _excluded(frame: pd.DataFrame, hyperparameters: bool, copies: pd.Series) -> pd.Series:
-    """Why a finished row is kept out of fits; None where it counts."""
-    excluded = frame["excluded"].copy()
+_NAMED = 5
 
-    def leave_out(bad: pd.Series, why: str) -> None:
-        nonlocal excluded
-        excluded = excluded.mask(bad & excluded.isna(), why)
 
-    finished = frame["status"] == FINISHED
-    leave_out(~frame["status"].isin(STATUSES), "its status is none of " + ", ".join(STATUSES))
-    numbers = ["params_active_non_embedding", "tokens", "loss"]
-    numbers += ["learning_rate", "batch_tokens"] if hyperparameters else []
-    for name in numbers:
-        value = frame[name]
-        lost = name == "loss"
-        where = finished if lost else pd.Series(True, index=frame.index)
-        leave_out(where & value.isna(), f"{name} is missing or not a number")
-        leave_out(where & ~np.isfinite(value) & value.notna(), f"{name} is not finite")
-        leave_out(where & (value <= 0), f"{name} is zero or negative")
-    leave_out(copies > 0, "the same as an earlier row of the file")
-    short = finished & (frame["step"] < WHOLE * frame["steps"])
-    leave_out(short, f"cut short: step is below {WHOLE:.0%} of steps")
-    counted = frame["source"] == "import:csv"  # in others it is computed from planned steps
-    short = finished & counted & (frame["tokens_seen"] < WHOLE * frame["tokens"])
-    leave_out(short, f"cut short: tokens_seen is below {WHOLE:.0%} of tokens")
-    return excluded.where(excluded.notna(), None)
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _called(table: pd.DataFrame, row: int, first_line: int) -> str:
+    if RUN in table:
+        return str(table.at[row, RUN])
+    return f"line {int(row) + first_line}"

@@ -124,13 +124,17 @@ class Results(InNotebooks):
             self._curves.write(table, f"{key}.parquet")
         self._trials.write(row_table([dict(row)]), _row_file(key, str(row["study"])))
 
-    def write_many(self, rows: pd.DataFrame) -> int:
-        """Write many rows as one file, as imports do. Rows that stand already are not repeated.
+    def write_many(self, rows: pd.DataFrame, curves: pd.DataFrame | None = None) -> int:
+        """Write many rows, and their curves, as one file each, as imports do. Rows that stand
+        already are not repeated.
 
         Returns how many rows were new.
         """
         known = set(self.to_pandas()["trial_key"])
         fresh = rows[~rows["trial_key"].isin(known)].drop_duplicates("trial_key")
+        if curves is not None and len(curves):
+            own = curves[curves["trial_key"].isin(set(fresh["trial_key"]))]
+            self._curves.write(pa.Table.from_pandas(own, schema=CURVE_SCHEMA, preserve_index=False))
         if len(fresh):
             table = pa.Table.from_pandas(
                 fresh.reindex(columns=list(COLUMNS)), schema=ARROW_SCHEMA, preserve_index=False
@@ -279,7 +283,7 @@ def _nothing_at(storage: Storage) -> str:
                 f"{shown} is a search-space file, no results folder: 'raysweep run {shown}' makes "
                 f"its results, in results/{path.stem} unless told"
             )
-        if path.suffix in (".csv", ".parquet"):
+        if path.suffix in (".csv", ".parquet", ".jsonl"):
             return f"{shown} is a file: 'raysweep import csv {shown} --results FOLDER' reads it"
         return f"{shown} is a file: name a results folder"
     found = _results_in(path) if path.exists() else {}

@@ -56,9 +56,12 @@ def doubts(frame: pd.DataFrame) -> list[Doubt]:
     found: list[Doubt] = []
     for check in (_params, _tokens, _ratio, _budget, _batch, _rate, _loss):
         doubt = check(rows) if len(rows) else None
-        culprits = {d.column for d in found}
         # One wrong unit puts all that is computed from it in doubt: the first one told is enough.
-        if doubt is not None and not culprits & {*_RESTS_ON.get(doubt.column, ()), doubt.column}:
+        if doubt is not None and not any(
+            d.column in (*_RESTS_ON.get(doubt.column, ()), doubt.column)
+            and (d.most or len(d.rows.intersection(doubt.rows)))
+            for d in found
+        ):
             found.append(doubt)
     return found
 
@@ -177,6 +180,11 @@ def _batch(rows: pd.DataFrame) -> Doubt | None:
             "batch_tokens", bad & known, batch, impossible, lambda where: f"{what} {where}: {mend}"
         )
 
+    sequences = _get(rows, "batch_sequences")
+    torn = (batch - sequences * length).abs() > 0.51 * length  # a batch may be rounded to sequences
+    product = of(torn, False, "batch_tokens is not batch_sequences x sequence_length")
+    if product and product.most:
+        return product
     short = of(
         batch < length, True, "batch_tokens is below the sequence length, so it is in sequences,"
     )

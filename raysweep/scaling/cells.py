@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,22 +9,14 @@ import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.results.columns import named_column
 from raysweep.results.flags import flags
 from raysweep.results.schema import COLUMNS, FINISHED
 from raysweep.results.units import doubts
 from raysweep.scaling.datasets import data_sets, said_of
 from raysweep.scaling.joining import join_cells
 from raysweep.scaling.runs import size_of
-from raysweep.study.shape import RunSize
-
-COUNTS = (
-    "params_active_non_embedding",
-    "params_total_non_embedding",
-    "params_active",
-    "params_total",
-    "params_dense",
-)
-"""The parameter counts that a law may take as its N."""
+from raysweep.study.shape import COUNTS, RunSize
 
 REQUIRED = ("architecture", "params_active_non_embedding", "tokens", "loss")
 
@@ -148,7 +138,7 @@ def cell_table(frame: pd.DataFrame, group: Sequence[str] = ()) -> CellTable:
     rows = frame.reindex(columns=list(dict.fromkeys((*COLUMNS, *frame.columns)))).reset_index(
         drop=True
     )
-    groups = _groups(frame.reset_index(drop=True), group)
+    groups = group_values(frame.reset_index(drop=True), group)
     rows = rows.assign(
         **{n: pd.to_numeric(rows[n], errors="coerce").astype(float) for n in _NUMERIC if n in rows}
     )
@@ -226,35 +216,14 @@ def _why_left_out(rows: pd.DataFrame) -> pd.Series:
     return why.mask(again, "the same trial in another study")
 
 
-def _groups(frame: pd.DataFrame, group: Sequence[str]) -> pd.Series:
+def group_values(frame: pd.DataFrame, group: Sequence[str]) -> pd.Series:
     """The group of each row: the values of these columns, or of these keys of `recipe`."""
     if not group:
         return pd.Series("", index=frame.index, dtype=object)
-    recipes = pd.DataFrame([_recipe(t) for t in frame.get("recipe", [None] * len(frame))])
-    recipes.index = frame.index
-    said = []
-    for name in group:
-        if name in frame:
-            values = frame[name]
-        elif name in recipes:
-            values = recipes[name]
-        else:
-            known = [str(c) for c in (*frame.columns, *recipes.columns)]
-            near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
-            hint = f" (near: {', '.join(near)})" if near else ""
-            raise UserError(f"group: the results table lacks the column {name!r}{hint}")
-        said.append([_value(name, v) for v in values])
+    said = [[_value(name, v) for v in named_column(frame, name, "group")] for name in group]
     return pd.Series(
         [", ".join(v) for v in zip(*said, strict=True)], index=frame.index, dtype=object
     )
-
-
-def _recipe(text: object) -> dict[str, object]:
-    try:
-        found = json.loads(text) if isinstance(text, str) else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _value(name: str, value: object) -> str:
@@ -317,7 +286,10 @@ def _mark_far(rows: pd.DataFrame) -> str:
 
 
 def _cell_rows(rows: pd.DataFrame, usable: pd.Series) -> pd.DataFrame:
-    sized = rows[_positive(rows["tokens"]) & _positive(rows["params_active_non_embedding"])]
+    # Of rows that are excluded the sizes may be what is wrong: they make no cell of their own.
+    told = usable | rows["excluded"].isna()
+    told = told.groupby(rows["cell"]).transform("any")
+    sized = rows[_positive(rows["tokens"]) & _positive(rows["params_active_non_embedding"]) & told]
     sized = sized.assign(granularity=sized.get("granularity", np.nan))
     grouped = sized.groupby("cell", sort=False)
     text = ("study", "architecture", "architecture_kind", "scale", "dataset", "group")

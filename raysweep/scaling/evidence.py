@@ -58,7 +58,7 @@ class Evidence:
     shared_loss: LossModel
     own_loss: dict[str, LossModel]
 
-    @property
+    @cached_property
     def architectures(self) -> list[str]:
         """Their names, dense ones first."""
         kinds = self.cells.groupby("architecture", sort=False)["architecture_kind"].first()

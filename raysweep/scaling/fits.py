@@ -13,6 +13,8 @@ import pandas as pd
 
 from raysweep.display import InNotebooks, Plots, plots_of
 from raysweep.errors import UserError
+from raysweep.results.columns import recipe_columns, rows_where
+from raysweep.results.importers import read_runs
 from raysweep.results.store import Results
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
@@ -25,12 +27,13 @@ from raysweep.scaling.compute.budgets import (
 from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
+from raysweep.scaling.further import Adjustment, adjusted_cells
 from raysweep.scaling.held_out import HeldOut, hold_out_largest
 from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import batch_table, choose_loss
-from raysweep.scaling.optima.literature import OptimumPrior, literature_prior
+from raysweep.scaling.optima.literature import OptimumPrior, literature_prior, made_for
 from raysweep.scaling.optima.model import BENDS
 from raysweep.scaling.optima.noise_scale import (
     NoiseLaw,
@@ -41,6 +44,8 @@ from raysweep.scaling.optima.noise_scale import (
 from raysweep.scaling.optima.readings import Optimum, all_readings, readings_table
 from raysweep.scaling.optima.surface import EXPONENTS, TARGETS, Surface
 from raysweep.scaling.plain import to_json
+from raysweep.scaling.prediction import NEEDED as SIZED
+from raysweep.scaling.prediction import Score, predict_runs, score_runs
 from raysweep.scaling.recommend import BATCH_WITHIN, Recommendation, recommend
 from raysweep.scaling.relations import LossRelation, loss_relation
 from raysweep.scaling.summary import summary
@@ -62,7 +67,9 @@ class Fits(InNotebooks):
     sizes, numbers of trials, `loss` at the optimum (`loss_from` says what told it) and its
     `loss_se`, `learning_rate`, `batch_tokens` and `status` of the optimum. `optima[way][cell]` are
     the optima by the model and by the readings that check it. `noise_scale` and `expert_load` are
-    what trials measured beside their loss. `group` are the columns that results were grouped by.
+    what trials measured beside their loss. `group` are the columns that results were grouped by,
+    `where` the condition on rows, `adjusted` the effects of further columns that losses were
+    adjusted for, if any, and `choices` say these two in sentences.
     """
 
     n_rows: int
@@ -76,10 +83,20 @@ class Fits(InNotebooks):
     noise_scale: pd.DataFrame
     expert_load: pd.DataFrame
     table: CellTable
+    where: str = ""
+    adjusted: Adjustment | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> list[str]:
+        """The words of a command line that fit the same."""
+        also = [e.column for e in self.adjusted.effects] if self.adjusted else []
+        said = {"--group": ",".join(self.group), "--where": self.where, "--also": ",".join(also)}
+        return [word for option, value in said.items() if value for word in (option, value)]
 
     # ------------------------------------------------------------------ what there is
 
-    @property
+    @cached_property
     def architectures(self) -> list[str]:
         """Names of the architectures, dense ones first."""
         names = [name for e in self.evidence.values() for name in e.architectures]
@@ -200,6 +217,16 @@ class Fits(InNotebooks):
         found = self.recommend(
             architecture, params, tokens, experts=experts, top_k=top_k, group=group
         )
+        return self.loss_at(found, learning_rate, batch_tokens)
+
+    def loss_at(
+        self, found: Recommendation, learning_rate: Many, batch_tokens: Many
+    ) -> pd.DataFrame:
+        """What `predict` tells, of the run of a recommendation.
+
+        Raises:
+            UserError: no trial tells its learning rate and batch.
+        """
         evidence = self.evidence_of(found.architecture)
         if evidence.surface is None:
             raise UserError("no trial tells its learning rate and batch: only the loss of cells")
@@ -223,6 +250,35 @@ class Fits(InNotebooks):
                     "cost": np.expm1(gap),
                 }
             )
+
+    def predict_runs(
+        self, runs: str | PathLike[str] | pd.DataFrame, columns: Mapping[str, str] | None = None
+    ) -> pd.DataFrame:
+        """The expected final loss of many configurations, with 95 % intervals; see
+        `prediction.predict_runs`.
+
+        `runs` is a table with one row a configuration (CSV, JSON lines, Parquet), a DataFrame, or a
+        results folder; `columns` are our columns to its own, where their names do not tell.
+
+        Raises:
+            UserError: the table will not do.
+        """
+        return predict_runs(self, read_runs(runs, _mapping(columns), needed=SIZED))
+
+    def score(
+        self,
+        runs: str | PathLike[str] | pd.DataFrame,
+        columns: Mapping[str, str] | None = None,
+        *,
+        where: str | None = None,
+    ) -> Score:
+        """The predictions of `predict_runs` against the runs' known losses.
+
+        Raises:
+            UserError: the table will not do, or no run of it can be scored.
+        """
+        frame = read_runs(runs, _mapping(columns))
+        return score_runs(self, rows_where(frame, where) if where else frame)
 
     def split(self, flops: float | str | Sequence[float | str]) -> dict[str, list[Allocation]]:
         """By architecture, the compute-optimal N and D of each training budget.
@@ -362,6 +418,7 @@ class Fits(InNotebooks):
             "left_out": self.left_out,
             "messages": self.messages,
             "group": self.group,
+            "choices": self.choices,
             "cells": self.cells,
             "optima": self.optima["model"] if self.optima else {},
             "laws": {
@@ -448,6 +505,8 @@ def fit(
     results: str | PathLike[str] | Results | pd.DataFrame,
     *,
     group: str | Sequence[str] = (),
+    where: str | None = None,
+    also: str | Sequence[str] = (),
     without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
     loss_law: str | None = None,
@@ -458,6 +517,9 @@ def fit(
         results: a results folder or URI, opened or not, or a DataFrame with the schema's columns.
         group: columns by which runs differ in their group (optimizer, schedule, ...): they share
             one valley, and have offsets of their own.
+        where: only the rows for which this holds, such as 'optimizer == "adamw"'.
+        also: further columns (weight_decay, warmup, ...) whose effect on the loss is taken off it;
+            see `further`.
         without: keys of published laws to leave out of the prior.
         literature: keys of the only published laws to make the prior of. What is not given here
             is as the search spaces of the results say, if they agree.
@@ -479,7 +541,16 @@ def fit(
         without = out if without is None else without
         literature = trusted if literature is None else literature
     prior = literature_prior(without or (), literature)
+    choices = []
+    if where:
+        taken = rows_where(frame, where)
+        choices.append(f"only rows where {where}: {len(taken)} of {len(frame)}")
+        frame = taken
     table = cell_table(frame, group=columns)
+    adjusted = None
+    if also:
+        adjusted, table = adjusted_cells(frame, table, columns, also, prior)
+        choices.append(str(adjusted))
     trials = table.searched()
     evidence = {}
     for label in dict.fromkeys(table.cells["dataset"]):
@@ -510,7 +581,14 @@ def fit(
         noise_scale=cell_noise_scale(cells, table.trials),
         expert_load=cell_expert_load(cells, table.trials),
         table=table,
+        where=where or "",
+        adjusted=adjusted,
+        choices=tuple(choices),
     )
+
+
+def _mapping(columns: Mapping[str, str] | None) -> str | None:
+    return ",".join(f"{ours}={theirs}" for ours, theirs in columns.items()) if columns else None
 
 
 def _laws_to_trust(
@@ -612,6 +690,9 @@ def _messages(
         said.append("no finished trial with a loss counts: nothing can be fitted")
     elif not trials:
         said.append("no trial tells its learning rate and batch: only laws of the loss are fitted")
+    recipes = recipe_columns(table.trials)
+    if trials and "optimizer" in recipes:
+        said += [told] if (told := made_for(recipes["optimizer"].dropna().astype(str))) else []
     statuses = pd.Series([o.status for o in optima.values()], dtype=object).value_counts()
     outside = {str(k): int(v) for k, v in statuses.items() if k != "interior"}
     if outside:

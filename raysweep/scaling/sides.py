@@ -12,6 +12,7 @@ import pandas as pd
 
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
+from raysweep.results.columns import rows_where
 from raysweep.results.store import Results
 from raysweep.scaling.compare import Arm, Ratio, compare_arms, shared_sizes
 from raysweep.scaling.datasets import data_sets
@@ -150,6 +151,8 @@ def compare(
     group: str | Sequence[str] = (),
     params: float | str | None = None,
     tokens: float | str | None = None,
+    where: str | None = None,
+    also: str | Sequence[str] = (),
     without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
 ) -> Comparison:
@@ -162,6 +165,7 @@ def compare(
         group: columns whose values are sides too.
         params, tokens: the size at which the sides' recommendations stand side by side; by default
             the largest that all measured, or else that lies within the range of all.
+        where, also: which rows of each source, and further columns to adjust for; see `fit`.
         without, literature: published laws to leave out, or to trust only; see `fit`.
 
     Raises:
@@ -171,7 +175,13 @@ def compare(
     for each in sources:
         listed += list(each) if isinstance(each, list | tuple) else [each]  # type: ignore[list-item]
     arms = arms_of(
-        *listed, architectures=architectures, group=group, without=without, literature=literature
+        *listed,
+        architectures=architectures,
+        group=group,
+        where=where,
+        also=also,
+        without=without,
+        literature=literature,
     )
     if (params is None) != (tokens is None):
         raise UserError("a size to compare at is both: params and tokens")
@@ -185,6 +195,8 @@ def arms_of(
     *sources: Source,
     architectures: Iterable[str] = (),
     group: str | Sequence[str] = (),
+    where: str | None = None,
+    also: str | Sequence[str] = (),
     without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
 ) -> list[Arm]:
@@ -200,12 +212,12 @@ def arms_of(
     parts = [
         part
         for source in sources
-        for part in _parts(source, alone=len(sources) == 1, grouped=bool(group))
+        for part in _parts(source, alone=len(sources) == 1, grouped=bool(group), where=where)
     ]
     labels = _shared_data([frame for _, frame, _ in parts])
     found: list[tuple[str, Arm]] = []
     for (name, frame, made), data in zip(parts, labels, strict=True):
-        fits = made or fit(frame, group=group, without=without, literature=literature)
+        fits = made or fit(frame, group=group, also=also, without=without, literature=literature)
         for architecture in fits.architectures:
             if wanted and architecture not in wanted:
                 continue
@@ -231,7 +243,7 @@ def arms_of(
 
 
 def _parts(
-    source: Source, *, alone: bool, grouped: bool
+    source: Source, *, alone: bool, grouped: bool, where: str | None = None
 ) -> list[tuple[str, pd.DataFrame, Fits | None]]:
     """(name, rows, fits if there are any) of what a source holds."""
     if isinstance(source, Fits):
@@ -244,6 +256,7 @@ def _parts(
     else:
         name, results = source.uri.rstrip("/").split("/")[-1], source
     frame = results.to_pandas()
+    frame = rows_where(frame, where) if where else frame
     studies = frame["study"].astype(str)
     if study and not (studies == study).any():
         known = ", ".join(dict.fromkeys(studies)) or "none"

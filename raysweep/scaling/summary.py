@@ -37,6 +37,7 @@ def summary(fits: Fits, everything: bool = False) -> str:
     counted = fits.n_rows - sum(fits.left_out.values())
     n = len(fits.cells)
     lines = [f"{n} cell{'s' * (n != 1)}; {counted} of {fits.n_rows} rows count"]
+    lines += [f"  {choice}" for choice in fits.choices]
     # What a message says of these is not said twice.
     lines += [
         f"  {n} left out: {why}"

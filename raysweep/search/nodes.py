@@ -29,6 +29,8 @@ class NodeReport:
     """Why it cannot."""
     gpu_bytes: tuple[int, ...] = ()
     """Memory of each GPU that PyTorch can use."""
+    mps: bool = False
+    """Whether NVIDIA's Multi-Process Service runs there."""
 
 
 def fingerprint() -> str:
@@ -73,6 +75,11 @@ def problems(reports: Iterable[NodeReport], cells: Sequence[Cell], own: str) -> 
                     f"node {node.name}: {has / 1e9:.0f} GB of GPU memory a worker, and cell "
                     f"{largest.name} needs {needs / 1e9:.0f} GB: give it more workers and "
                     "strategy: fsdp, or drop its scale"
+                )
+            elif not node.mps and any(c.resources.gpus_per_worker < 1 for c in on_gpus):
+                lines.append(
+                    f"node {node.name}: trials that share a GPU take turns on it; start "
+                    "nvidia-cuda-mps-control -d there, and they run side by side"
                 )
     return lines
 
@@ -123,6 +130,8 @@ def _make_look() -> Callable[[], dict[str, Any]]:
                 found["gpu_bytes"] = tuple(
                     torch.cuda.get_device_properties(i).total_memory for i in range(count)
                 )
+            pipes = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+            found["mps"] = os.path.exists(f"{pipes}/control")
         except (ImportError, RuntimeError) as error:
             found["error"] = f"PyTorch: {error}"
         return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -36,48 +37,85 @@ COLUMNS = {
 """Of the table of cells, each with the width from which it is shown."""
 
 
+SLOPE, SLOPE_SD = 0.5, 0.2
+"""Exponent of a trial's seconds in its FLOPs, before any is known: tiny models take time a step,
+large ones a FLOP."""
+
+PACE_SD, CELL_SD, TRIAL_SD = 0.5, 0.3, 0.4
+"""How far architectures, their cells, and trials of one cell stray from that law, in logs."""
+
+MEMORY = 0.35
+"""Share of the time gone over which the estimate of the end is averaged."""
+
+
 @dataclass
 class Timing:
-    """How long trials take, to say when a study will end."""
+    """How long trials take, to say when a study will end.
+
+    Seconds follow a power law of FLOPs, each architecture at its own pace, each cell a little off;
+    what is known of each is weighed as a Gaussian process does, so that one slow trial, or the
+    first of another size, moves the estimate little.
+    """
 
     begun: float = field(default_factory=time.monotonic)
-    seconds: dict[float, list[float]] = field(default_factory=dict)
-    """Durations of finished trials by FLOPs of their cell."""
+    known: dict[tuple[str, float], list[float]] = field(default_factory=dict)
+    """Logs of the durations of finished trials by architecture and FLOPs of their cell."""
+    _solved: tuple[float, float, np.ndarray] | None = None
+    _end: tuple[float, float] | None = None
+    """Seconds gone when it was last asked, and the log of the whole time that it said then."""
 
-    def add(self, flops: float, seconds: float) -> None:
+    def add(self, flops: float, seconds: float, architecture: str = "") -> None:
         """Note one finished trial."""
-        self.seconds.setdefault(flops, []).append(seconds)
+        self.known.setdefault((architecture, flops), []).append(math.log(max(seconds, 1e-3)))
+        self._solved = None
 
-    def one(self, flops: float) -> float:
-        """Seconds expected of a trial: its cell's mean, or a power law through the other cells.
+    def one(self, flops: float, architecture: str = "") -> float:
+        """Seconds expected of a trial; at least one must be known."""
+        if self._solved is None:
+            means = np.array([sum(v) / len(v) for v in self.known.values()])
+            x = np.log([f for _, f in self.known])
+            noise = np.diag([TRIAL_SD**2 / len(v) for v in self.known.values()])
+            rest = means - SLOPE * x
+            level, centre = float(rest.mean()), float(x.mean())
+            covariance = self._shared(list(self.known), centre) + noise
+            self._solved = level, centre, np.linalg.solve(covariance, rest - level)
+        level, centre, weights = self._solved
+        off = float(self._shared([(architecture, flops)], centre)[0] @ weights)
+        return math.exp(level + SLOPE * math.log(flops) + off + TRIAL_SD**2 / 2)
 
-        Tiny models take time a step and large ones a FLOP, so the exponent is learned, between
-        0.3 and 1.1; the line goes through the nearest cell known.
-        """
-        if flops in self.seconds:
-            return _mean(self.seconds[flops])
-        known = {math.log(f): math.log(_mean(s)) for f, s in self.seconds.items()}
-        x, near = math.log(flops), min(known, key=lambda k: abs(k - math.log(flops)))
-        spread = sum((k - _mean(known)) ** 2 for k in known)
-        slope = 0.7
-        if spread > 0:
-            level = _mean(known.values())
-            slope = sum((k - _mean(known)) * (v - level) for k, v in known.items()) / spread
-        return math.exp(known[near] + min(1.1, max(0.3, slope)) * (x - near))
+    def _shared(self, cells: Sequence[tuple[str, float]], centre: float) -> np.ndarray:
+        """Covariance [n, known] of the logs of seconds of cells with those that are known."""
+        return np.array(
+            [
+                [
+                    4.0
+                    + SLOPE_SD**2 * (math.log(f) - centre) * (math.log(g) - centre)
+                    + PACE_SD**2 * (a == b)
+                    + CELL_SD**2 * ((a, f) == (b, g))
+                    for b, g in self.known
+                ]
+                for a, f in cells
+            ]
+        )
 
     def left(self, scheduler: StudyScheduler) -> float | None:
         """Seconds until the end at the present pace; None before the first trial is through."""
-        if not self.seconds:
+        if not self.known:
             return None
         work = sum(
-            self.one(s.cell.flops) * (s.wanted + 0.5 * len(s.running))
+            self.one(s.cell.flops, s.cell.architecture) * (s.wanted + 0.5 * len(s.running))
             for s in scheduler.states.values()
         )
-        return work / max(1.0, scheduler.workers)
+        return self.smoothed(work / max(1.0, scheduler.workers), time.monotonic() - self.begun)
 
-
-def _mean(values: Collection[float]) -> float:
-    return sum(values) / len(values)
+    def smoothed(self, left: float, gone: float) -> float:
+        """What is said of `left`: the end moves as slowly as the time gone allows."""
+        whole = math.log(max(gone + left, 1e-3))
+        if self._end is not None:
+            before, said = self._end
+            whole = said + (whole - said) * -math.expm1(-(gone - before) / (MEMORY * gone + 1e-9))
+        self._end = gone, whole
+        return max(left / 2, math.exp(whole) - gone)
 
 
 class Progress:
@@ -105,7 +143,8 @@ class Progress:
     def trial_done(self, cell: str, status: str, seconds: float) -> None:
         """Note one concluded trial."""
         if status == "finished":
-            self._timing.add(self._scheduler.states[cell].cell.flops, seconds)
+            own = self._scheduler.states[cell].cell
+            self._timing.add(own.flops, seconds, own.architecture)
 
     def refresh(self, *, force: bool = False) -> None:
         """Draw again, at most five times a second; or print a line now and then."""

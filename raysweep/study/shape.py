@@ -19,6 +19,15 @@ from dataclasses import dataclass, replace
 
 from raysweep.errors import UserError
 
+COUNTS = (
+    "params_active_non_embedding",
+    "params_total_non_embedding",
+    "params_active",
+    "params_total",
+    "params_dense",
+)
+"""The parameter counts that a law may take as its N."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:

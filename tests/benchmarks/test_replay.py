@@ -63,10 +63,10 @@ def test_every_strategy_replays(strategy: str):
 def test_the_ladder_finds_planted_optima_where_others_have_not():
     ladder = summarise([replay(GRIDS, "ladder", 3, seed) for seed in range(2)])
     chance = summarise([replay(GRIDS, "random", 3, seed) for seed in range(2)])
-    assert ladder["recommended_denoised"]["mean"] < 0.1
+    assert ladder["recommended_denoised"]["mean"] < 0.06
     # The answer is the model's; the trials also serve the law, not their cell alone.
     answers = ladder["recommended_denoised"]["mean"], chance["recommended_denoised"]["mean"]
-    assert answers[0] < 0.2 * answers[1]
+    assert answers[0] < 0.1 * answers[1]
     assert ladder["found"]["mean"] < 0.5 * chance["found"]["mean"]
 
 
@@ -102,11 +102,11 @@ def test_on_the_public_dense_sweep_four_trials_a_cell_reach_the_optimum(shared_d
     assert len(grids) == 15
     assert [g.cell.compute for g in grids] == sorted(g.cell.compute for g in grids)
     table = summarise([replay(grids, "ladder", 4, seed) for seed in range(3)])
-    assert table["found"]["mean"] <= 0.05
+    assert table["found"]["mean"] <= 0.035
     # Against a smooth fit of the grid: the best recorded run of a cell is a lucky one.
-    assert table["recommended_denoised"]["mean"] <= 0.03
-    assert table["recommended_denoised"]["p90"] <= 0.10
-    assert table["laws"]["mean"] <= 0.096
+    assert table["recommended_denoised"]["mean"] <= 0.02
+    assert table["recommended_denoised"]["p90"] <= 0.08
+    assert table["laws"]["mean"] <= 0.08
 
 
 def test_the_command_prints_and_writes_its_table(shared_data, tmp_path, capsys):

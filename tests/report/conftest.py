@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import hashlib
 import json
 import re
@@ -195,7 +197,8 @@ class Page(HTMLParser):
         self.handlers += [name for name in given if name.startswith("on")]
         self.ids += [str(given["id"])] if given.get("id") else []
         self.links += [str(given[a]) for a in ("href", "src", "action") if given.get(a)]
-        self._json = given.get("id") if given.get("type") == "application/json" else None
+        held = given.get("type") == "application/json" or given.get("id") == "figures"
+        self._json = given.get("id") if held else None
         self._quiet = tag in ("script", "style")
 
     def handle_endtag(self, tag: str) -> None:
@@ -204,7 +207,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._json is not None:
-            self.json[self._json] = json.loads(data)
+            text = gzip.decompress(base64.b64decode(data)) if self._json == "figures" else data
+            self.json[self._json] = json.loads(text)
         if not self._quiet:
             self.words.append(data)
 
@@ -255,7 +259,7 @@ FLAGS = (
     "--disable-extensions",
     "--hide-scrollbars",
     "--window-size=1200,900",
-    "--virtual-time-budget=20000",
+    "--virtual-time-budget=1000000",
 )
 WATCH = """<script>
 window.seen = { errors: [], blocked: [] };

@@ -14,7 +14,7 @@ import pytest
 from raysweep.errors import UserError
 from raysweep.report import report
 from raysweep.report.answers import WITHIN, answer_grid, ask
-from raysweep.results import importers
+from raysweep.results import published
 from raysweep.results.store import Results
 from raysweep.scaling.fits import Fits, fit
 from raysweep.scaling.recommend import INSIDE, Recommendation
@@ -126,7 +126,7 @@ def test_one_size_names_what_the_cells_do_not_span(
 @pytest.mark.browser
 def test_an_import_of_losses_alone(shared_data: Path, tmp_path: Path, drive: Drive) -> None:
     results = Results.open(tmp_path / "results", create=True)
-    results.write_many(importers.read_isoflop(shared_data / "isoflop_llama3.csv"))
+    results.write_many(published.read_isoflop(shared_data / "isoflop_llama3.csv"))
     fits = fit(results.to_pandas())
     page = report(results, tmp_path / "out", fits=fits)
     asked = questions(fits, 6)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import math
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from raysweep.report import report
@@ -221,27 +222,28 @@ def test_table_sorts_filters_and_pages(ladder: Ladder, drive: Drive) -> None:
     assert not set(seen["first"]) & set(seen["second"])
 
 
-def test_hover_values_and_csv(ladder: Ladder, drive: Drive) -> None:
-    seen = drive(
+def test_data_can_be_downloaded(ladder: Ladder, drive: Drive) -> None:
+    texts = drive(
         ladder[1],
         """
         const saved = [];
         URL.createObjectURL = (blob) => { saved.push(blob); return "#saved"; };
-        for (const button of document.querySelectorAll("[data-csv]")) button.click();
-        const texts = await Promise.all(saved.map((b) => b.text()));
-        const titles = document.querySelectorAll(".cell svg title").length;
-        const point = document.querySelector(".cell svg title").parentNode;
-        point.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
-        const tip = document.getElementById("tip");
-        return { texts, titles, tip: tip.hidden ? null : tip.textContent };
+        const buttons = document.querySelectorAll("[data-csv]");
+        for (const button of buttons) button.click();
+        for (let i = 0; i < 15000 && saved.length < buttons.length; i++)
+          await new Promise((done) => setTimeout(done, 50));
+        const evil = kit.csv.text([["=1+1", "@x", "-x", 'a "b", c', -1, null]]);
+        return [...await Promise.all(saved.map((b) => b.text())), evil];
         """,
     )
-    assert seen["titles"] == 72 + 8  # every trial, and each optimum
-    assert seen["tip"].startswith(("lr ", "diverged: lr "))
-    names = [text.split("\n", 1)[0].split(",") for text in seen["texts"]]
-    assert all(len(text.splitlines()) > 2 for text in seen["texts"])
-    assert any("learning_rate" in n and "loss" in n for n in names)
-    assert any("what" in n and "low" in n for n in names)
+    *texts, evil = (pd.read_csv(io.StringIO(text)) for text in texts)
+    assert list(evil.columns[:5]) == ["'=1+1", "'@x", "'-x", 'a "b", c', "-1"]
+    assert all(len(data) > 2 for data in texts)
+    assert any({"learning_rate", "loss"} <= set(data.columns) for data in texts)
+    laws = next(d for d in texts if "y_is" in d and "optimal learning rate" in set(d["y_is"]))
+    cells = ladder[0].cells
+    own = laws[laws["name"].isin(cells.index)].drop_duplicates("name").set_index("name")
+    assert own.loc[cells.index, "y"].to_numpy() == pytest.approx(cells["learning_rate"], rel=1e-5)
 
 
 def test_curves_open_and_close(ladder: Ladder, drive: Drive) -> None:
@@ -343,8 +345,8 @@ def test_forty_cells_and_two_thousand_trials(
     assert page.stat().st_size < 4_000_000
     seen = drive(
         page,
-        "return [document.querySelectorAll('.cell').length,"
-        " performance.getEntriesByType('navigation')[0].domInteractive];",
+        "return [document.querySelectorAll('.cell').length, kit.read('data-trials').shown,"
+        " document.querySelectorAll('#parallel path').length];",
     )
-    assert seen[0] == 24
-    assert math.isfinite(seen[1])
+    assert seen[:2] == [24, 2000]
+    assert seen[2] == 4

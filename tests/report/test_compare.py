@@ -41,7 +41,7 @@ def test_table_of_sides_comes_first(
             style = "number" if ratio.quantity == "loss" else "ratio"
             assert written(ratio.ratio.value, style) in page.text
             assert between(ratio.ratio.low, ratio.ratio.high, style) in page.text
-    assert set(page.json["data-csv"]) == {"ratios", "sides"}
+    assert set(page.json["figures"]) == {"ratios", "sides"}
     assert {p.name for p in path.parent.iterdir()} == {"index.html", "ratios.png", "sides.png"}
     assert "raysweep compare x" in page.text
 
@@ -56,11 +56,12 @@ def test_losses_of_other_data_are_not_compared(
     page = open_page(path)
     assert "Losses are not compared: The data differ." in page.text
     assert "dense, moe and elsewhere" in page.text
-    lines = page.json["data-csv"]["ratios"].splitlines()
-    theirs = [line for line in lines if "elsewhere over dense" in line]
+    (panel,) = page.json["figures"]["ratios"]["panels"]
+    told = {s["name"]: [panel["y"]["names"][round(y)] for y in s["y"]] for s in panel["series"]}
+    theirs = told["elsewhere over dense"]
     assert theirs
-    assert not any("loss" in line or "FLOPs at" in line for line in theirs)
-    assert any("loss at equal" in line for line in lines if "moe over dense" in line)
+    assert not any("loss" in row or "FLOPs at" in row for row in theirs)
+    assert any("loss at equal" in row for row in told["moe over dense"])
 
 
 def test_sides_without_rates_or_overlap(make_rows: Make, open_page: Make, tmp_path: Path) -> None:

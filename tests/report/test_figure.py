@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raysweep.report.figure import Axis, Contours, Line, Panel, PlotFigure, Points
-from raysweep.report.render import csv_text, sentence
+from raysweep.report.render import sentence
 from raysweep.report.style import (
     LIGHT,
     ShownFigure,
@@ -114,14 +113,6 @@ def test_labels_are_kept_apart_in_order(values: list[float]) -> None:
 def test_labels_with_room_stay() -> None:
     values = np.array([3.0, 1.0, 2.0])
     assert spread(values, 0.5).tolist() == values.tolist()
-
-
-def test_text_of_a_download_is_no_formula() -> None:
-    text = csv_text(pd.DataFrame({"name": ["=1+1", "@x", "+x", "-x", "plain", None], "v": -1.0}))
-    assert [line.split(",")[0] for line in text.splitlines()[1:]] == [
-        *("'=1+1", "'@x", "'+x", "'-x", "plain", ""),
-    ]
-    assert text.count("-1") == 6
 
 
 def test_sentences_are_plain() -> None:

@@ -15,13 +15,14 @@ from raysweep.report import budgets, report, trust
 from raysweep.report.answers import ask
 from raysweep.report.laws import law_figures, law_rows
 from raysweep.report.page import LARGEST
-from raysweep.results import importers
+from raysweep.results import published
 from raysweep.results.store import Results
 from raysweep.scaling.compute.roofline import find_gpu
 from raysweep.scaling.compute.serving import Serving
+from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.fits import Fits, fit
 from raysweep.scaling.recommend import Recommendation
-from raysweep.text import dollars, estimated, written
+from raysweep.text import between, dollars, written
 
 Make = Callable[..., Any]
 
@@ -38,8 +39,9 @@ def test_page_is_whole_and_needs_nothing_else(ladder: tuple[Fits, Path], open_pa
     drawn = {i.removeprefix("figure-") for i in page.ids if i.startswith("figure-")}
     assert drawn >= {"learning-rate", "batch-tokens", "loss", "held-out", "prior", "budgets"}
     assert drawn >= {"noise", "load"}
-    assert drawn == set(page.json["data-csv"])
-    assert all(text.count("\n") > 1 for text in page.json["data-csv"].values())
+    shown = page.json["figures"]
+    assert drawn == {name for name in shown if not name.startswith("cell")}
+    assert all(f["panels"] and all(p["series"] for p in f["panels"]) for f in shown.values())
     for link in page.links:
         if link.startswith("#"):
             assert link[1:] in page.ids, link
@@ -56,7 +58,7 @@ def test_no_sentence_is_said_twice(ladder: tuple[Fits, Path], open_page: Make) -
     assert len(said) == len(set(said))
 
 
-def test_card_table_star_and_csv_say_what_recommend_says(
+def test_card_table_and_star_say_what_recommend_says(
     ladder: tuple[Fits, Path], open_page: Make
 ) -> None:
     fits, path = ladder
@@ -74,15 +76,20 @@ def test_card_table_star_and_csv_say_what_recommend_says(
             ("loss", told.loss),
         ):
             stars = [
-                line.split(",")
-                for line in page.json["data-csv"][quantity].splitlines()
-                if f",asked,{name}," in line
+                s["y"]
+                for panel in page.json["figures"][quantity]["panels"]
+                for s in panel["series"]
+                if s["name"] == "asked" and s["names"] == [name]
             ]
             assert stars
-            assert {float(star[-3]) for star in stars} == {float(f"{value:.6g}")}
+            assert {y for ys in stars for y in ys} == {float(f"{value:.6g}")}
     first = fits.recommend("dense", 1e9, 2e10)
     assert isinstance(first, Recommendation)
     assert written(first.largest_batch, "batch") in text
+
+
+def _beside(e: Estimate, style: str) -> str:
+    return f"{written(e.value, style)} {between(e.low, e.high, style)}"
 
 
 def test_tables_hold_the_fitted_numbers(ladder: tuple[Fits, Path], open_page: Make) -> None:
@@ -92,9 +99,9 @@ def test_tables_hold_the_fitted_numbers(ladder: tuple[Fits, Path], open_page: Ma
     assert surface is not None
     for target in ("learning_rate", "batch_tokens"):
         for name in ("params", "tokens", "sparsity"):
-            assert estimated(surface.laws.exponent(target, name), style="exponent") in text
+            assert _beside(surface.laws.exponent(target, name), "exponent") in text
     for value in fits.loss_model("dense").coefficients.values():
-        assert estimated(value, style="coefficient") in text
+        assert _beside(value, "coefficient") in text
     held = fits.held_out
     assert held is not None
     checks = dict(trust.checks(fits))
@@ -215,10 +222,11 @@ def test_budgets_that_were_held_have_parabolas(
     shared_data: Path, open_page: Make, tmp_path: Path
 ) -> None:
     results = Results.open(tmp_path / "results", create=True)
-    results.write_many(importers.read_isoflop(shared_data / "isoflop_llama3.csv"))
+    results.write_many(published.read_isoflop(shared_data / "isoflop_llama3.csv"))
     page = open_page(report(results, tmp_path / "out"))
-    lines = page.json["data-csv"]["budgets"].splitlines()
-    assert sum("parabolas" in line for line in lines) >= 8
+    panels = page.json["figures"]["budgets"]["panels"]
+    read = [len(s["x"]) for p in panels for s in p["series"] if "parabolas" in s["name"]]
+    assert sum(read) >= 8
     assert "surfaces" not in page.ids
     assert "outlier" in page.text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -173,11 +174,11 @@ def test_building_takes_a_bounded_share_of_the_time(
 
 def test_ctrl_c_ends_it_cleanly(study: Results, rows: list[Row], tmp_path: Path) -> None:
     study.write(rows[0])
-    folder = tmp_path / "page"
-    command = [sys.executable, "-m", "raysweep.cli", "report", study.uri, "-o", str(folder)]
+    folder = tmp_path / "reports" / "ladder"  # where it goes that nobody names a folder for
     child = subprocess.Popen(
-        [*command, "--watch"],
-        cwd=REPO,
+        [sys.executable, "-m", "raysweep.cli", "report", study.uri, "--watch"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -7,15 +7,9 @@ import pandas as pd
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.results.importers import (
-    import_file,
-    parse_mapping,
-    read_chinchilla,
-    read_csv,
-    read_file,
-    read_isoflop,
-    read_steplaw,
-)
+from raysweep.results.importers import import_file, read_csv, read_source
+from raysweep.results.mapping import parse_mapping
+from raysweep.results.published import read_chinchilla, read_isoflop, read_steplaw
 from raysweep.results.schema import COLUMNS
 from raysweep.results.store import Results
 from raysweep.results.units import doubts
@@ -259,6 +253,10 @@ def test_units_that_cannot_be_right_are_refused(tmp_path, columns, message):
         ({"steps": 15258}, "tokens / (batch_tokens * steps) is 0.5 and should be 1 in 4 of 4 rows"),
         ({"tokens": 5e5, "batch_tokens": 1e4}, "fewer than one token for 100 parameters in 4 of 4"),
         ({"learning_rate": 30.0}, "learning_rate is above 10 in 4 of 4 rows"),
+        (
+            {"batch_sequences": 64, "sequence_length": 2048},
+            "batch_tokens is not batch_sequences x sequence_length in 4 of 4 rows",
+        ),
         ({"loss": [20.0, 21.0, 22.0, 23.0]}, "loss is above 13 in 4 of 4 rows"),
     ],
 )
@@ -298,7 +296,7 @@ def test_a_mapping_can_convert_units(tmp_path):
 def test_hyperparameters_are_kept_in_the_recipe(tmp_path):
     frame = runs(optimizer=["adamw", "muon", None, "muon"], z=[1, 2, 3, 4], note="x")
     path = write(tmp_path, frame)
-    found = read_file("csv", path, "recipe.z_loss_weight=z")
+    found = read_source("csv", path, "recipe.z_loss_weight=z")
     recipes = [json.loads(text) for text in found.rows["recipe"]]
     assert recipes[0] == {"optimizer": "adamw", "z_loss_weight": 1}
     assert recipes[2] == {"z_loss_weight": 3}
@@ -396,9 +394,9 @@ def test_an_unknown_status_is_kept_out(tmp_path):
 
 def test_unknown_formats_and_a_stray_map_are_refused(tmp_path):
     path = write(tmp_path, step_law_rows())
-    with pytest.raises(UserError, match="unknown import format 'wandb'; known: steplaw"):
-        import_file("wandb", path)
-    with pytest.raises(UserError, match="--map goes with csv only"):
+    with pytest.raises(UserError, match=r"unknown import format 'wandib' \(near: wandb\)"):
+        import_file("wandib", path)
+    with pytest.raises(UserError, match="--map goes with tables and trackers"):
         import_file("steplaw", path, "loss=loss")
 
 

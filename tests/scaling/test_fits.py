@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.results.importers import read_chinchilla, read_isoflop, read_steplaw
+from raysweep.results.published import read_chinchilla, read_isoflop, read_steplaw
 from raysweep.scaling.fits import Fits, fit
 from raysweep.scaling.recommend import EXTRAPOLATED, INSIDE, NOT_DETERMINED, usable_batch
 from raysweep.scaling.runs import describe_run

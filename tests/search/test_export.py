@@ -8,7 +8,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from raysweep.errors import UserError
-from raysweep.results.importers import read_steplaw
+from raysweep.results.published import read_steplaw
 from raysweep.search.export import export_optuna
 
 

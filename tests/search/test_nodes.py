@@ -53,6 +53,17 @@ def test_nothing_is_said_of_nodes_that_will_do(cells):
     assert len(problems([small], cells, "f")) == 1
 
 
+def test_shared_gpus_want_the_multi_process_service(cells):
+    half = [
+        dataclasses.replace(c, resources=c.resources.model_copy(update={"gpus_per_worker": 0.5}))
+        for c in cells[:1]
+    ]
+    (line,) = problems([GOOD], half, "f")
+    assert "nvidia-cuda-mps-control" in line
+    assert problems([dataclasses.replace(GOOD, mps=True)], half, "f") == []
+    assert problems([GOOD], cells, "f") == []
+
+
 @pytest.mark.ray
 def test_a_node_that_claims_a_gpu(repo, cells):
     import ray

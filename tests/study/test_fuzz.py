@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raysweep.errors import UserError
-from raysweep.results.importers import parse_mapping
+from raysweep.results.mapping import parse_mapping
 from raysweep.study import Study
 from raysweep.study.plan import make_plan
 from raysweep.study.schema import SearchSpace

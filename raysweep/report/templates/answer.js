@@ -97,7 +97,7 @@ const answers = (() => {
 (() => {
   const form = document.getElementById("ask");
   if (!form) return;
-  const { make, draw, styles, short } = kit;
+  const { make, draw, styles, short, ticks } = kit;
   const page = kit.read("data-page");
   const field = (name) => form.elements[name];
   const outs = (name) => document.querySelectorAll(`[data-out="${name}"]`);
@@ -111,8 +111,7 @@ const answers = (() => {
     const plain = text.trim();
     const comma = /^([-+]?[0-9]+),([0-9]+) ?([kmbt]?)$/i.exec(plain);
     if (comma && (comma[3] || comma[2].length !== 3)) return `${name}: write ${comma[1]}.${comma[2]}${comma[3]}`;
-    const match = /^([0-9]+(?:\.[0-9]*)?|\.[0-9]+|[0-9]{1,3}(?:[,_ ][0-9]{3})+)(e[+-]?[0-9]+)? ?([kmbt]?)$/i.exec(plain);
-    const value = match ? Number(match[1].replaceAll(/[,_ ]/g, "") + (match[2] ?? "")) * { "": 1, k: 1e3, m: 1e6, b: 1e9, t: 1e12 }[match[3].toLowerCase()] : NaN;
+    const value = kit.amount(plain);
     if (!(value > 0 && Number.isFinite(value))) return `${name} must be a number above zero, such as ${name === "Tokens" ? "1.4T" : "7B"}`;
     return value < 1000 ? `${name} ${plain}: did you mean ${plain}${name === "Tokens" ? "T" : "B"}?` : value;
   };
@@ -141,7 +140,8 @@ const answers = (() => {
       const text = (word) => (/^[\w./:@%+-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
       const parts = ["raysweep recommend", text(page.results), "--params", a.params, "--tokens", a.tokens, "--architecture", text(a.entry.architecture)];
       if (a.entry.experts > 1) parts.push("--experts", a.entry.experts, "--top-k", a.entry.top_k);
-      if (a.entry.group) parts.push("--group", text(a.entry.group));
+      if (a.entry.group) parts.push("--of", text(a.entry.group));
+      parts.push(...page.options.map(text));
       return parts.join(" ");
     },
     json: (a) => JSON.stringify(plain(a), null, 2),
@@ -175,19 +175,6 @@ const answers = (() => {
     });
 
   // --- charts: along compute at the asked tokens a parameter ------------------------------------
-  const ticks = (low, high, most) => {
-    const decades = [];
-    for (let p = Math.floor(low / Math.LN10); p <= Math.ceil(high / Math.LN10); p++) decades.push(p);
-    const within = (steps) => decades.flatMap((p) => steps.map((s) => s * 10 ** p)).filter((v) => Math.log(v) >= low && Math.log(v) <= high);
-    if (high - low < Math.log(3)) {
-      const [a, b] = [Math.exp(low), Math.exp(high)];
-      const step = [1, 2, 5, 10].map((s) => s * 10 ** Math.floor(Math.log10((b - a) / most))).find((s) => (b - a) / s <= most);
-      return Array.from({ length: most + 2 }, (_, i) => (Math.floor(a / step) + i) * step).filter((v) => v >= a && v <= b).map((v) => Number(v.toPrecision(6)));
-    }
-    const whole = within([1]);
-    if (whole.length > most) return whole.filter((_, i) => i % Math.ceil(whole.length / most) === 0);
-    return [[1, 2, 5], [1, 3]].map(within).find((t) => t.length <= most) ?? whole;
-  };
   const QUANTITIES = [["rate", "learning rate", "rate"], ["batch", "batch, tokens", "batch"], ["loss", "loss", "loss"]];
   const halves = { rate: "rate_half", batch: "batch_half" };
   const ends = (entry, name, x, y) => {
@@ -229,7 +216,7 @@ const answers = (() => {
     [low, high] = [Math.min(low, ...near.map((p) => p.y)), Math.max(high, ...near.map((p) => p.y))];
     const margin = 0.08 * (high - low) + 0.004;
     low -= margin; high += margin;
-    const [W, H, L, T] = [470, last ? 156 : 126, 62, 18], bottom = last ? 38 : 8;
+    const [W, H, L, T] = [Math.max(280, document.getElementById("ask-charts").clientWidth || 470), last ? 156 : 126, 62, 18], bottom = last ? 38 : 8;
     const [from, to] = [points[0].flops, points.at(-1).flops];
     const px = (v) => L + ((W - L - 10) * (v - from)) / (to - from), py = (v) => T + (H - T - bottom) * (1 - (v - low) / (high - low));
     const svg = draw(null, "svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${label} against training FLOPs` });
@@ -343,6 +330,11 @@ const answers = (() => {
     for (const [key, name] of [["e", "routing"], ["g", "group"]])
       if (given.get(key) && [...field(name).options].some((o) => o.value === given.get(key))) field(name).value = given.get(key);
   };
+  let drawn_for = 0;
+  new ResizeObserver(([{ contentRect }]) => {
+    if (drawn_for && Math.abs(contentRect.width - drawn_for) > 1 && shown) charts(shown);
+    drawn_for = contentRect.width;
+  }).observe(document.getElementById("ask-charts"));
   form.addEventListener("input", (event) => {
     if (event.target.name === "architecture") { field("group").value = ""; choices(); }
     update(true);

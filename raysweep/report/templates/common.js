@@ -33,6 +33,48 @@ const kit = (() => {
     flops: (v) => scientific(v), loss: (v) => v.toFixed(4), count: String,
     percent: (v) => `${(100 * v).toFixed(2)} %`, seconds: (v) => significant(v, 3), text: String, key: String,
   };
-  const csv = {}; // further data to download: name -> function that gives the text
-  return { read, make, draw, styles, short, scientific, csv };
+  /** A number as people write it: 7e9, 7B, 1.4T, 1,400,000; NaN where it is none. */
+  const amount = (text) => {
+    const match = /^([0-9]+(?:\.[0-9]*)?|\.[0-9]+|[0-9]{1,3}(?:[,_ ][0-9]{3})+)(e[+-]?[0-9]+)? ?([kmbt]?)$/i.exec(text.trim());
+    return match ? Number(match[1].replaceAll(/[,_ ]/g, "") + (match[2] ?? "")) * { "": 1, k: 1e3, m: 1e6, b: 1e9, t: 1e12 }[match[3].toLowerCase()] : NaN;
+  };
+
+  const exact = (value) => (value >= 1e3 ? short(value, 4) : String(Number(value.toPrecision(4)))); // as `amount` reads it
+
+  /** A few round numbers between two ends, given as their logarithms: what stands beside an axis. */
+  const ticks = (low, high, most) => {
+    const decades = [];
+    for (let p = Math.floor(low / Math.LN10); p <= Math.ceil(high / Math.LN10); p++) decades.push(p);
+    const within = (steps) => decades.flatMap((p) => steps.map((s) => s * 10 ** p)).filter((v) => Math.log(v) >= low && Math.log(v) <= high);
+    if (high - low < Math.log(3)) {
+      const [a, b] = [Math.exp(low), Math.exp(high)];
+      const step = [1, 2, 5, 10].map((s) => s * 10 ** Math.floor(Math.log10((b - a) / most))).find((s) => (b - a) / s <= most);
+      return Array.from({ length: most + 2 }, (_, i) => (Math.floor(a / step) + i) * step).filter((v) => v >= a && v <= b).map((v) => Number(v.toPrecision(6)));
+    }
+    const whole = within([1]);
+    if (whole.length > most) return whole.filter((_, i) => i % Math.ceil(whole.length / most) === 0);
+    return [[1, 2, 5], [1, 3]].map(within).find((t) => t.length <= most) ?? whole;
+  };
+  /** A round number beside an axis. */
+  const tick = (value, style) =>
+    ["rate", "flops", "coefficient"].includes(style) ? scientific(value) : ["loss", "number"].includes(style) ? significant(value, 6) : short(value);
+
+  /** What stands packed in the page (gzip in base64), as text. */
+  const unpack = async (id) => {
+    const packed = atob(document.getElementById(id).textContent.trim());
+    const bytes = new Uint8Array(packed.length);
+    for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
+  let figures = null;
+  const figure = async (name) => (await (figures ??= unpack("figures").then(JSON.parse)))[name];
+
+  const quoted = (v) => {
+    if (v === null || v === undefined) return "";
+    if (typeof v === "string" && /^[=+\-@\t\r]/.test(v)) v = `'${v}`; // no formula
+    return /[",\n]/.test(v) ? `"${String(v).replaceAll('"', '""')}"` : v;
+  };
+  // Data to download beside those of figures: name -> function that gives the text.
+  const csv = { text: (rows) => rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n" };
+  return { read, make, unpack, figure, draw, styles, short, scientific, significant, amount, exact, ticks, tick, csv };
 })();

@@ -9,8 +9,21 @@
       other.querySelector(".pick").setAttribute("aria-pressed", String(other === cell));
     }
   };
+  const touched = (cell) => { choose(cell); plots.show(cell); };
   strip.classList.add("strip");
-  for (const cell of cells) cell.addEventListener("click", () => choose(cell));
+  for (const cell of cells)
+    cell.addEventListener("click", () => { if (!cell.classList.contains("on")) touched(cell); });
+  document.addEventListener("cell", ({ detail }) => {
+    const cell = cells.find((c) => c.dataset.cell === detail);
+    if (!cell) return;
+    touched(cell);
+    if (matchMedia("(pointer: fine)").matches) strip.scrollIntoView({ block: "nearest" }); // a tap is to read
+  });
+  document.addEventListener("trial", ({ detail: { row, figure } }) => {
+    figure.querySelector(".opened")?.remove();
+    const opened = kit.opened?.(row);
+    if (opened) figure.append(opened);
+  });
   choose(cells.find((cell) => "first" in cell.dataset) ?? cells[0]);
 })();
 
@@ -21,18 +34,7 @@
   const columns = trials.columns;
   const value = (column, row) =>
     column.values ? column.values[row] : column.codes[row] < 0 ? null : column.words[column.codes[row]];
-  const csvOfTrials = () => {
-    const cell = (v) => {
-      if (v === null) return "";
-      if (typeof v === "string" && /^[=+\-@\t\r]/.test(v)) v = `'${v}`; // no formula
-      return /[",\n]/.test(v) ? `"${String(v).replaceAll('"', '""')}"` : v;
-    };
-    const lines = [columns.map((c) => c.name).join(",")];
-    for (let row = 0; row < trials.shown; row++) lines.push(columns.map((c) => cell(value(c, row))).join(","));
-    return lines.join("\n") + "\n";
-  };
-
-  kit.csv.trials = csvOfTrials;
+  kit.csv.trials = () => kit.csv.text([columns.map((c) => c.name), ...Array.from({ length: trials.shown }, (_, row) => columns.map((c) => value(c, row)))]);
 
   const table = document.getElementById("trial-table");
   if (!table) return;
@@ -40,6 +42,7 @@
   const PAGE = 8;
   let sorted = null, descending = false, page = 0;
   let rows = [...Array(trials.shown).keys()];
+  let picked = null; // rows selected in a surface
 
   for (const name of ["cell", "status"]) {
     const column = columns.find((c) => c.name === name);
@@ -49,9 +52,27 @@
       form.elements[name].append(option);
     }
   }
+  // From and to of what is a size, a setting or the loss; the parallel axes write them too.
+  const RANGES = ["params_active_non_embedding", "tokens", "learning_rate", "batch_tokens", "loss"];
+  const ranged = RANGES.map((name) => columns.find((c) => c.name === name)).filter(Boolean);
+  for (const column of ranged) {
+    const label = make("span", column.heading);
+    for (const end of ["from", "to"]) {
+      const input = make("input");
+      Object.assign(input, { name: `${end}_${column.name}`, placeholder: end, autocomplete: "off", ariaLabel: `${column.heading} ${end}` });
+      label.append(input);
+    }
+    document.getElementById("trial-ranges").append(label);
+  }
+  const limits = (column) => ["from", "to"].map((end, i) => {
+    const value = kit.amount(form.elements[`${end}_${column.name}`].value);
+    return Number.isNaN(value) ? [-Infinity, Infinity][i] : value;
+  });
+
+  const isNumber = (column) => !["text", "key"].includes(column.kind);
   const head = make("tr");
   for (const column of columns) {
-    const numeric = !["text", "key"].includes(column.kind);
+    const numeric = isNumber(column);
     const cell = make("th", undefined, numeric ? "num" : "");
     cell.scope = "col";
     const button = make("button", column.heading);
@@ -121,13 +142,59 @@
     const wanted = { cell: form.elements.cell.value, status: form.elements.status.value };
     const words = columns.filter((c) => c.kind === "text" || c.kind === "key");
     const exact = columns.filter((c) => wanted[c.name]);
+    const between = ranged.map((c) => [c, ...limits(c)]).filter(([, low, high]) => low > -Infinity || high < Infinity);
     rows = [];
     for (let row = 0; row < trials.shown; row++) {
       if (exact.some((c) => value(c, row) !== wanted[c.name])) continue;
+      if (picked && !picked.has(row)) continue;
+      if (between.some(([c, low, high]) => { const v = value(c, row); return v === null || v < low || v > high; })) continue;
       if (text && !words.some((c) => String(value(c, row) ?? "").toLowerCase().includes(text))) continue;
       rows.push(row);
     }
+    document.getElementById("trial-clear").hidden = !(text || exact.length || between.length || picked);
+    tell(rows.length < trials.shown);
   };
+  // Surfaces, laws and parallel axes show what is kept: after a moment, for it costs a drawing.
+  let waiting = 0;
+  const tell = (some) => {
+    const detail = some ? { rows: new Set(rows), cells: new Set(rows.map((r) => trials.cells[trials.of[r]])) } : null;
+    kit.parallel?.show(rows, ranged.map(limits));
+    clearTimeout(waiting);
+    waiting = setTimeout(() => document.dispatchEvent(new CustomEvent("brush", { detail })), 120);
+  };
+  const lineOf = (row) => {
+    const line = make("tr");
+    for (const column of columns) {
+      const v = value(column, row);
+      const text = v === null ? "–" : styles[column.kind](v);
+      const cell = make("td", column.kind === "key" ? text.slice(0, 8) : text, isNumber(column) ? "num" : column.name === "why" ? "wrap" : "");
+      if (column.kind === "key") {
+        cell.title = text;
+        if (trials.curves[row]) cell.replaceChildren(curveButton(line, row, v));
+      }
+      line.append(cell);
+    }
+    return line;
+  };
+  /** A trial's row and curve, to stand where its dot was clicked; nothing where it is not here. */
+  kit.opened = (row) => {
+    if (row < 0) return null;
+    const box = make("div", undefined, "scroll opened"), small = make("table"), top = make("tr");
+    for (const column of columns) top.append(make("th", column.heading, isNumber(column) ? "num" : ""));
+    small.createTHead().append(top);
+    small.createTBody().append(lineOf(row));
+    box.append(small);
+    small.querySelector("tbody button")?.click();
+    return box;
+  };
+
+  /** What a dot says of its trial. */
+  kit.said = (row) => {
+    const tell = (name, word) => { const c = named(name), v = c && value(c, row); return v === null || v === undefined ? [] : [`${word}${styles[c.kind](v)}`]; };
+    const status = named("status");
+    return [...(status && value(status, row) !== "finished" ? [value(status, row)] : []), ...tell("learning_rate", "lr "), ...tell("batch_tokens", "batch "), ...tell("loss", "loss "), ...tell("gap", "above best ")].join(", ");
+  };
+
   const update = () => {
     keep();
     if (sorted) {
@@ -145,21 +212,7 @@
     const pages = Math.max(1, Math.ceil(rows.length / PAGE));
     page = Math.min(Math.max(page, 0), pages - 1);
     const body = make("tbody");
-    for (const row of rows.slice(page * PAGE, (page + 1) * PAGE)) {
-      const line = make("tr");
-      for (const column of columns) {
-        const v = value(column, row);
-        const numeric = !["text", "key"].includes(column.kind);
-        const text = v === null ? "–" : styles[column.kind](v);
-        const cell = make("td", column.kind === "key" ? text.slice(0, 8) : text, numeric ? "num" : column.name === "why" ? "wrap" : "");
-        if (column.kind === "key") {
-          cell.title = text;
-          if (trials.curves[row]) cell.replaceChildren(curveButton(line, row, v));
-        }
-        line.append(cell);
-      }
-      body.append(line);
-    }
+    for (const row of rows.slice(page * PAGE, (page + 1) * PAGE)) body.append(lineOf(row));
     table.tBodies[0].replaceWith(body);
     document.getElementById("trial-count").textContent = `${rows.length} of ${trials.shown} trials`;
     document.getElementById("trial-page").textContent = `page ${page + 1} of ${pages}`;
@@ -167,6 +220,24 @@
     document.getElementById("trial-on").disabled = page >= pages - 1;
   };
   form.addEventListener("input", update);
+  document.addEventListener("picked", ({ detail }) => {
+    picked = detail.length ? new Set(detail) : null;
+    update();
+  });
+  document.getElementById("trial-clear").addEventListener("click", () => {
+    form.reset();
+    picked = null;
+    update();
+  });
+  kit.parallel = ranged.length > 1 && parallel(document.getElementById("parallel"), {
+    axes: ranged.map((c) => ({ label: c.heading, style: c.kind, values: c.values })),
+    colours: (row) => read("data-page").colours[value(named("architecture"), row)] ?? "c0",
+    shown: trials.shown,
+    keep: (k, ends) => {
+      ["from", "to"].forEach((end, i) => { form.elements[`${end}_${ranged[k].name}`].value = ends ? kit.exact(ends[i]) : ""; });
+      update();
+    },
+  });
   form.addEventListener("submit", (event) => event.preventDefault());
   document.getElementById("trial-back").addEventListener("click", () => { page--; draw(); });
   document.getElementById("trial-on").addEventListener("click", () => { page++; draw(); });

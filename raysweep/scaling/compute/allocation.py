@@ -19,10 +19,11 @@ from scipy.stats import t as student
 
 from raysweep.errors import UserError
 from raysweep.scaling.estimate import NOT_DETERMINED, Estimate
-from raysweep.scaling.loss.data import COUNTS, held_budgets
+from raysweep.scaling.loss.data import held_budgets
 from raysweep.scaling.loss.model import LEVEL, LossModel
 from raysweep.scaling.loss.posterior import LawPosterior
 from raysweep.scaling.loss.selection import LEVELS_AHEAD, fit_data
+from raysweep.study.shape import COUNTS
 
 Interval = tuple[float, float]
 

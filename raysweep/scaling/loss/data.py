@@ -14,16 +14,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from raysweep.errors import UserError
 from raysweep.scaling.loss.expression import Inputs
 from raysweep.scaling.loss.laws import Law
-from raysweep.study.shape import RunSize
-
-COUNTS = (
-    "params_active_non_embedding",
-    "params_total_non_embedding",
-    "params_active",
-    "params_total",
-    "params_dense",
-)
-"""The parameter counts that a law may take as its N."""
+from raysweep.study.shape import COUNTS, RunSize
 
 COLUMNS = (
     *COUNTS,

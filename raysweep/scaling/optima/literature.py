@@ -105,6 +105,23 @@ def published_answers(run: RunSize) -> list[dict[str, object]]:
     return [a for a in said if a["learning_rate"] is not None or a["batch_tokens"] is not None]
 
 
+def made_for(optimizers: Iterable[str]) -> str:
+    """One sentence where some of these optimizers are of another kind than the published laws';
+    else empty. Adam's own variants count as Adam."""
+    foreign = []
+    for name in dict.fromkeys(optimizers):
+        plain = _plain(name)
+        if plain and plain != "unknown" and "adam" not in plain:
+            of = [key for key, law in PUBLISHED_LAWS.items() if plain in _plain(law.recipe)]
+            foreign.append(name + (f" (but for {', '.join(of)})" if of else ""))
+    if not foreign:
+        return ""
+    return (
+        "the published laws, and the prior made of them, are of Adam and its kin: no guide to "
+        + ", ".join(foreign)
+    )
+
+
 def law_keys(names: Iterable[str]) -> tuple[str, ...]:
     """The keys that a user means by `names`: case, blanks, dashes and underscores don't count.
 

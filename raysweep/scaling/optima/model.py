@@ -54,7 +54,7 @@ class Settings:
     level_bend_weight: float = 4.0
     shift_guess: float = 0.1  # a cell's own effect on its optimum, in ln lr and ln batch
     shift_weight: float = 2.0
-    level_guess: float = 0.006  # a cell's own effect on its ln loss
+    level_guess: float = 0.004  # a cell's own effect on its ln loss; full sweeps show .003 to .0045
     level_weight: float = 6.0
     routing_guess: tuple[float, float, float] = (0.01, 0.15, 0.15)  # level, ln lr, ln batch
     group_guess: tuple[float, float, float] = (0.02, 0.6, 0.3)

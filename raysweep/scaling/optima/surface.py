@@ -325,7 +325,7 @@ class Surface:
         run, index = self._find(cell)
         layout = self._layout
         parameters, covariance = self._one_cell(index)
-        noise = rng.standard_normal((count, len(parameters)))
+        noise = _matched_normals(count, len(parameters), rng)
         draws = parameters + noise @ jittered_cholesky(covariance).T
         x = self.design.matrix([run])
         laws = np.stack([draws[:, law] for law in layout.law], 1)
@@ -443,6 +443,19 @@ class Surface:
             return np.r_[mode.shared, mode.own[index]], covariance
         covariance[range(size, size + 3), range(size, size + 3)] = mode.widths.own**2
         return np.r_[mode.shared, np.zeros(3)], covariance
+
+
+def _matched_normals(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """[count, size], normal draws whose sample mean and covariance are exactly 0 and 1.
+
+    What is regressed across a hundred draws of some fifty parameters would otherwise rest on chance
+    correlations. Too few draws for that stay as they are.
+    """
+    draws = rng.standard_normal((count, size))
+    if count < 1.25 * size:
+        return draws
+    draws -= draws.mean(0)
+    return np.linalg.solve(np.linalg.cholesky(draws.T @ draws / count), draws.T).T
 
 
 def fit_surface(

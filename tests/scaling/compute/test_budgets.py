@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.results.importers import read_chinchilla, read_isoflop
+from raysweep.results.published import read_chinchilla, read_isoflop
 from raysweep.scaling.compute.roofline import find_gpu
 from raysweep.scaling.compute.serving import Serving
 from raysweep.scaling.fits import fit

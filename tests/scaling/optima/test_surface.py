@@ -118,6 +118,11 @@ def test_prediction_is_lowest_at_the_optimum_and_draws_agree_with_it(fitted: Sur
     # The posterior of an optimum holds the fine grain of a cell besides.
     spread = np.linalg.eigvalsh(posterior.covariance - np.cov(draws.optima.T))
     assert spread[0] > -2e-4
+    # A hundred draws have the posterior's own mean and covariance, by construction.
+    few = fitted.sample_cell(cell, point, 128, np.random.default_rng(1)).optima
+    np.testing.assert_allclose(few.mean(0), posterior.mean, atol=1e-6)
+    between = np.cov(few.T, bias=True)[0, 1]
+    assert between == pytest.approx(posterior.covariance[0, 1], rel=1e-3)
     assert spread[1] < 0.05
 
 

@@ -1,0 +1,76 @@
+"""Columns of a results table as users name them: its own, and the keys of its recipes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+
+import pandas as pd
+
+from raysweep.errors import UserError
+
+
+def recipe_of(text: object) -> dict[str, object]:
+    """A row's recipe; empty where it is not readable."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def recipe_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """The keys of the recipes as columns, indexed as `frame`."""
+    if "recipe" not in frame:
+        return pd.DataFrame(index=frame.index)
+    texts = frame["recipe"].astype(object)
+    known = {text: recipe_of(text) for text in texts.dropna().unique()}
+    return pd.DataFrame([known.get(t, {}) for t in texts], index=frame.index)
+
+
+def named_column(frame: pd.DataFrame, name: str, option: str) -> pd.Series:
+    """A column, or a key of the recipes.
+
+    Raises:
+        UserError: there is none, with what is near; `option` is what asked for it.
+    """
+    if name in frame:
+        return frame[name]
+    recipes = recipe_columns(frame)
+    if name in recipes:
+        return recipes[name]
+    known = [str(c) for c in (*frame.columns, *recipes.columns)]
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    hint = f" (near: {', '.join(near)})" if near else ""
+    raise UserError(f"{option}: the results table lacks the column {name!r}{hint}")
+
+
+def rows_where(frame: pd.DataFrame, condition: str) -> pd.DataFrame:
+    """The rows for which a condition holds, in the language of `DataFrame.query`, of columns and
+    keys of the recipes: `optimizer == "adamw" and tokens > 1e9`.
+
+    Raises:
+        UserError: no such condition, one that no row fulfils, or a column that does not exist.
+    """
+    recipes = recipe_columns(frame)
+    own = recipes[[c for c in recipes.columns if c not in frame]]
+    wide = pd.concat([frame, own], axis=1).reset_index(drop=True)
+    hint = "compare columns, as in 'optimizer == \"adamw\" and tokens > 1e9'"
+    if "@" in condition or "__" in condition:
+        raise UserError(f"--where {condition}: {hint}")
+    try:
+        held = wide.eval(condition, engine="python", local_dict={}, global_dict={})
+    except Exception as error:  # it raises whatever Python's own parser and operators do
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        name = re.match("name '(.*)' is not defined", said)
+        known = [str(c) for c in wide]
+        near = difflib.get_close_matches(name[1], known, n=2, cutoff=0.4) if name else ()
+        more = f" (near: {', '.join(near)})" if near else f": {hint}"
+        raise UserError(f"--where {condition}: {said}{more}") from None
+    if not isinstance(held, pd.Series) or held.dtype.kind not in "bO":
+        raise UserError(f"--where {condition}: that is no condition: {hint}")
+    found = frame[held.fillna(False).astype(bool).to_numpy()]
+    if not len(found):
+        raise UserError(f"--where {condition}: no row of {len(frame)} is such")
+    return found.reset_index(drop=True)

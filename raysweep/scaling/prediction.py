@@ -1,0 +1,262 @@
+"""Expected final losses of given configurations, and how they do against known ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from raysweep.errors import UserError
+from raysweep.scaling.cells import cell_table, group_values
+from raysweep.scaling.plain import to_json
+from raysweep.text import short, written
+
+if TYPE_CHECKING:
+    from raysweep.scaling.fits import Fits
+
+N = "params_active_non_embedding"
+NEEDED = (N, "tokens")
+SAME_SIZE = 0.005
+"""Configurations whose ln N and ln D agree so well are answered for as one run."""
+FEWEST_RANKED = 3
+
+
+def predict_runs(fits: Fits, runs: pd.DataFrame) -> pd.DataFrame:
+    """The expected final loss of each run, in the order of `runs`.
+
+    `runs` has the schema's columns. Returned are `architecture`, `group`, `params`, `tokens`,
+    `learning_rate`, `batch_tokens`, `loss` with its 95 % interval `low` and `high`, `cost` (the
+    share by which it lies above the loss at the optimum), and `why`, empty where there is a loss.
+    A run that tells neither learning rate nor batch is taken at its optimum.
+    """
+    runs = runs.reset_index(drop=True)
+    frame = pd.DataFrame(
+        {
+            "architecture": _text(runs, "architecture"),
+            "group": group_values(runs, fits.group),
+            "params": _number(runs, N),
+            "tokens": _number(runs, "tokens"),
+            "learning_rate": _number(runs, "learning_rate"),
+            "batch_tokens": _number(runs, "batch_tokens"),
+            "loss": math.nan,
+            "low": math.nan,
+            "high": math.nan,
+            "cost": math.nan,
+            "why": "its size is not told: N and D",
+        }
+    )
+    experts = _number(runs, "experts").fillna(1).astype(int)
+    top_k = _number(runs, "top_k").fillna(1).astype(int)
+    sized = frame[(frame["params"] > 0) & (frame["tokens"] > 0)]
+    at = (np.log(sized[["params", "tokens"]]) / SAME_SIZE).round()
+    keys = [frame["architecture"], frame["group"], experts, top_k, at["params"], at["tokens"]]
+    for _, part in sized.groupby([k[sized.index] for k in keys], sort=False):
+        first = part.index[0]
+        try:
+            found = _one_size(fits, part, int(experts[first]), int(top_k[first]))
+        except UserError as error:
+            frame.loc[part.index, "why"] = str(error)
+            continue
+        frame.loc[part.index, found.columns] = found
+    if fits.adjusted is not None:
+        factor = np.exp(fits.adjusted.offset(runs))
+        frame = frame.assign(**{n: frame[n] * factor for n in ("loss", "low", "high")})
+    return frame
+
+
+def _one_size(fits: Fits, part: pd.DataFrame, experts: int, top_k: int) -> pd.DataFrame:
+    """Columns of `predict_runs` for runs of one size."""
+    params, tokens = (float(np.exp(np.log(part[n]).mean())) for n in ("params", "tokens"))
+    name, group = str(part["architecture"].iloc[0]), str(part["group"].iloc[0])
+    known = name if name in fits.architectures else None
+    # A table that names a MoE need not repeat its routing.
+    told = experts > 1 or known is None or fits.kind(known) == "dense"
+    routing = {"experts": experts, "top_k": top_k} if told else {}
+    best = fits.recommend(known, params, tokens, **routing, group=group or None)
+    evidence = fits.evidence_of(best.architecture)
+    made = pd.DataFrame(index=part.index)
+    made["loss"], (made["low"], made["high"]) = best.loss, best.loss_interval
+    made["cost"], made["why"] = math.nan, ""
+    rate, batch = part["learning_rate"], part["batch_tokens"]
+    if evidence.surface is not None:
+        if evidence.surface.batch_rule is not None:
+            # No cell varied the batch: it makes no difference.
+            batch = batch.where(batch.notna() | rate.isna(), 1.0)
+        both = (rate > 0) & (batch > 0)
+        if both.any():
+            found = fits.loss_at(best, rate[both].to_numpy(), batch[both].to_numpy())
+            for column in ("loss", "low", "high", "cost"):
+                made.loc[both, column] = found[column].to_numpy()
+        half = ((rate > 0) | (batch > 0)) & ~both
+        made.loc[half, ["loss", "low", "high"]] = math.nan
+        made.loc[half, "why"] = "only one of learning rate and batch is told"
+    if not math.isfinite(best.loss):
+        made["why"] = "; ".join(best.warnings) or "the loss is not determined"
+    return made
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """How predicted losses did on the runs of one group."""
+
+    group: str
+    n: int
+    mae: float
+    """Mean of |predicted - known|, nats a token."""
+    median: float
+    """Its median: runs far off the optimum weigh on the mean."""
+    bias: float
+    """Mean of predicted - known."""
+    rank_correlation: float
+    """Spearman's; NaN of fewer than three runs, or of equal losses."""
+    covered: int
+    """Runs whose known loss lies in the 95 % interval."""
+
+    @property
+    def coverage(self) -> float:
+        return self.covered / self.n if self.n else math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Predicted losses against known ones.
+
+    `overall` is over all runs, `groups` over those of each architecture and group; `runs` are those
+    of `predict_runs` with `known`. `fitted` of them are among the rows that the fit was made of,
+    `skipped` counts runs that could not be scored, by reason.
+    """
+
+    overall: GroupScore
+    groups: tuple[GroupScore, ...]
+    runs: pd.DataFrame
+    fitted: int
+    skipped: dict[str, int]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values: what `raysweep score --json` prints."""
+        rows = [{**vars(g), "coverage": g.coverage} for g in (self.overall, *self.groups)]
+        said = {
+            "overall": rows[0],
+            "groups": rows[1:],
+            "fitted": self.fitted,
+            "skipped": self.skipped,
+            "runs": self.runs.to_dict("records"),
+        }
+        found = to_json(said)
+        assert isinstance(found, dict)
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{self.overall.n} runs, predicted from their N, D, learning rate and batch"]
+        lines += [f"  {count} not scored: {why}" for why, count in self.skipped.items()]
+        if self.fitted:
+            lines.append(
+                f"  warning: {self.fitted} of them are among the rows that were fitted: hold runs "
+                "out (--where) to see how far to trust it"
+            )
+        wide = max(len(g.group) for g in (self.overall, *self.groups))
+        head = (
+            f"{'':<{wide}}  {'runs':>5}  {'MAE':>7}  {'bias':>8}  {'rank corr.':>10}  inside 95 %"
+        )
+        lines.append(head)
+        for g in (*self.groups, self.overall):
+            rank = f"{g.rank_correlation:.3f}" if math.isfinite(g.rank_correlation) else "-"
+            lines.append(
+                f"{g.group:<{wide}}  {g.n:>5}  {g.mae:>7.4f}  {g.median:>7.4f}  {g.bias:>+8.4f}  "
+                f"{rank:>10}  {g.covered} of {g.n}"
+            )
+        return "\n".join(lines)
+
+
+def score_runs(fits: Fits, runs: pd.DataFrame) -> Score:
+    """Hold predictions against the known losses of runs with the schema's columns: of those that
+    would count in a fit.
+
+    Raises:
+        UserError: no run with a loss can be predicted.
+    """
+    table = cell_table(runs, group=fits.group)
+    counted = table.trials
+    found = predict_runs(fits, counted).assign(known=counted["loss"].to_numpy(float))
+    skipped = pd.concat([table.left_out["why"], found["why"][found["why"] != ""]]).value_counts()
+    done = found[found["why"] == ""].drop(columns="why")
+    if not len(done):
+        first = f": {skipped.index[0]}" if len(skipped) else ""
+        raise UserError(f"no run can be scored{first}")
+    keys = set(fits.table.trials["trial_key"].dropna())
+    fitted = int(counted["trial_key"].isin(keys).sum())
+    names = [
+        name + (f", {group}" if group else "")
+        for name, group in zip(done["architecture"], done["group"], strict=True)
+    ]
+    groups = [_scored(str(n), part) for n, part in done.groupby(names, sort=False)]
+    return Score(
+        overall=_scored("all", done),
+        groups=tuple(groups) if len(groups) > 1 else (),
+        runs=done,
+        fitted=fitted,
+        skipped={str(k): int(v) for k, v in skipped.items()},
+    )
+
+
+def _scored(name: str, runs: pd.DataFrame) -> GroupScore:
+    off = runs["loss"] - runs["known"]
+    rank = math.nan
+    if len(runs) >= FEWEST_RANKED and runs["known"].nunique() > 1 and runs["loss"].nunique() > 1:
+        rank = float(stats.spearmanr(runs["loss"], runs["known"]).statistic)
+    inside = (runs["low"] <= runs["known"]) & (runs["known"] <= runs["high"])
+    return GroupScore(
+        group=name,
+        n=len(runs),
+        mae=float(off.abs().mean()),
+        median=float(off.abs().median()),
+        bias=float(off.mean()),
+        rank_correlation=rank,
+        covered=int(inside.sum()),
+    )
+
+
+def predictions_text(found: pd.DataFrame) -> str:
+    """Predictions as a table for a terminal."""
+    head = ("architecture", "N", "D", "learning rate", "batch", "loss", "95 %", "over the optimum")
+    rows: list[Sequence[str]] = [head]
+    for row in found.to_dict("records"):
+        of = row["architecture"] + (f", {row['group']}" if row["group"] else "")
+        ends = f"{written(row['low'], 'loss')} to {written(row['high'], 'loss')}"
+        rows.append(
+            (
+                of,
+                _or_dash(row["params"], short),
+                _or_dash(row["tokens"], short),
+                _or_dash(row["learning_rate"], lambda v: written(v, "rate")),
+                _or_dash(row["batch_tokens"], lambda v: written(v, "batch")),
+                _or_dash(row["loss"], lambda v: written(v, "loss")),
+                row["why"] or ends,
+                _or_dash(row["cost"], lambda v: written(v, "percent")),
+            )
+        )
+    wide = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, wide, strict=True)).rstrip() for row in rows
+    )
+
+
+def _or_dash(value: float, show: object) -> str:
+    return show(value) if math.isfinite(value) else "-"  # type: ignore[operator]
+
+
+def _number(frame: pd.DataFrame, name: str) -> pd.Series:
+    if name not in frame:
+        return pd.Series(math.nan, index=frame.index)
+    return pd.to_numeric(frame[name], errors="coerce").astype(float)
+
+
+def _text(frame: pd.DataFrame, name: str) -> pd.Series:
+    if name not in frame:
+        return pd.Series("", index=frame.index, dtype=object)
+    return frame[name].astype(object).where(frame[name].notna(), "").astype(str)

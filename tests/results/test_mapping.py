@@ -1,0 +1,206 @@
+"""Columns by common names, counts from shapes, malformed columns, and rows off the trend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from raysweep.errors import UserError
+from raysweep.results.columns import rows_where
+from raysweep.results.importers import read_rows, read_source
+from raysweep.results.store import Results
+from raysweep.study.shape import ModelShape, count
+
+
+def table(n: int = 6, **columns: object) -> pd.DataFrame:
+    """A spreadsheet in other people's words."""
+    frame = pd.DataFrame(
+        {
+            "val_loss": np.linspace(3.0, 3.1, n),
+            "train_tokens": 2e9,
+            "n_params": 1e8,
+            "lr": np.geomspace(1e-3, 2e-3, n),
+            "bs": 128,
+            "seq_len": 2048,
+        }
+    )
+    return frame.assign(**columns)
+
+
+def read(frame: pd.DataFrame, **mapping: str):
+    return read_rows(frame, mapping, "sweep.csv", "mine", first_line=2)
+
+
+def test_common_names_need_no_map_and_are_told() -> None:
+    found = read(table(wd=0.1, optimizer_name="muon", comment="x"))
+    assert found.rows["excluded"].isna().all()
+    assert set(found.rows["batch_tokens"]) == {128 * 2048}
+    assert found.guessed == {
+        "loss": "val_loss",
+        "learning_rate": "lr",
+        "batch_sequences": "bs",
+        "sequence_length": "seq_len",
+        "tokens": "train_tokens",
+        "params_active_non_embedding": "n_params",
+        "recipe.optimizer": "optimizer_name",
+        "recipe.weight_decay": "wd",
+    }
+    assert found.ignored == ("comment",)
+    assert json.loads(found.rows["recipe"][0]) == {"optimizer": "muon", "weight_decay": 0.1}
+
+
+def test_what_is_told_goes_before_what_is_guessed() -> None:
+    found = read(table(smooth=2.5, D=1e9), loss="smooth", tokens="D")
+    assert set(found.rows["loss"]) == {2.5}
+    assert set(found.rows["tokens"]) == {1e9}
+    assert not {"loss", "tokens"} & set(found.guessed)
+    own = read(table(loss=2.7))  # a column that bears our name
+    assert set(own.rows["loss"]) == {2.7}
+    assert "val_loss" in own.ignored
+
+
+def test_a_batch_size_in_tokens_is_seen_to_be() -> None:
+    found = read(table(bs=262144))
+    assert found.guessed["batch_tokens"] == "bs"
+    assert set(found.rows["batch_tokens"]) == {262144}
+
+
+def test_tokens_follow_from_steps_and_batch() -> None:
+    found = read(table(max_steps=1000).drop(columns="train_tokens"))
+    assert set(found.rows["tokens"]) == {1000 * 128 * 2048}
+    assert "tokens are steps x batch" in found.notes
+
+
+def test_batches_in_sequences_of_no_known_length_are_told_of() -> None:
+    found = read(table().drop(columns="seq_len"))
+    assert found.rows["batch_tokens"].isna().all()
+    assert any("their length is not told" in note for note in found.notes)
+    found = read(table().drop(columns="seq_len"), sequence_length="=2048")
+    assert set(found.rows["batch_tokens"]) == {128 * 2048}
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    found = read(table(n_params="100M", train_tokens="2B"))
+    assert set(found.rows["params_active_non_embedding"]) == {1e8}
+    assert set(found.rows["tokens"]) == {2e9}
+
+
+def test_a_malformed_column_is_refused_with_its_line() -> None:
+    rates: list[object] = ["fast", "slow", 1e-3, "slow", "slow", "slow"]
+    with pytest.raises(UserError) as error:
+        read(table(lr=rates), learning_rate="lr")
+    assert str(error.value) == (
+        "line 2 of sweep.csv: lr 'fast' is no number, as learning_rate must be (in 5 rows it is "
+        "none)"
+    )
+    rates = [1e-3, 2e-3, "fast", 1e-3, 3e-3, 1e-3]
+    found = read(table(lr=rates))
+    assert found.rows["excluded"].notna().tolist() == [k == 2 for k in range(6)]
+    assert "line 4 of sweep.csv: lr 'fast' is no number" in found.notes
+
+
+def test_json_lines_and_frames(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    rows = table().rename(columns={"lr": "optimizer"}).to_dict("records")
+    lines = [json.dumps({**row, "optimizer": {"lr": row["optimizer"]}}) for row in rows]
+    path.write_text("\n".join(lines))
+    found = read_source("jsonl", path)
+    assert found.guessed["learning_rate"] == "optimizer.lr"
+    assert list(found.rows["learning_rate"]) == pytest.approx(list(table()["lr"]))
+    path.write_text('{"val_loss": 3}\n{"val_loss": ')
+    with pytest.raises(UserError, match="cannot be read as a table: line 2: "):
+        read_source("jsonl", path)
+    import raysweep
+
+    store = raysweep.import_results(table(), tmp_path / "results", study="mine")
+    assert isinstance(store, Results)
+    assert set(store.to_pandas()["study"]) == {"mine"}
+
+
+DENSE = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_ff": 2048, "vocab_size": 50257}
+MOE = {**DENSE, "num_experts": 8, "top_k": 2, "moe_intermediate_size": 1024}
+
+
+@pytest.mark.parametrize("shape", [DENSE, MOE])
+def test_a_missing_count_comes_from_the_shape(shape: dict[str, int]) -> None:
+    found = read(table(**shape).drop(columns="n_params"))
+    moe = "num_experts" in shape
+    true = count(
+        ModelShape(
+            d_model=768, layers=12, heads=12, kv_heads=12, d_ff=2048, vocab_size=50257,
+            sequence_length=2048, qk_norm=False, experts=8 if moe else 1, top_k=2 if moe else 1,
+            expert_ff=1024 if moe else 0, moe_layers=tuple(range(12)) if moe else (),
+        )
+    )  # fmt: skip
+    row = found.rows.iloc[0]
+    for name in ("params_active_non_embedding", "params_total", "params_active", "flops_per_token"):
+        assert row[name] == getattr(true, name), name
+    assert found.rows["excluded"].isna().all()
+    assert any(note.startswith("N of 6 rows is counted from the shape") for note in found.notes)
+
+
+def test_a_count_that_holds_embeddings_is_told_of() -> None:
+    found = read(table(**DENSE, n_params=162e6))
+    assert set(found.rows["params_active_non_embedding"]) == {162e6}  # as given
+    assert any("1.91 times what the shape counts without embeddings" in n for n in found.notes)
+
+
+def spread(n: int = 60) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    size = rng.choice([3e7, 1e8, 3e8, 1e9], n)
+    tokens = size * rng.choice([20, 40], n)
+    loss = 1.7 + 420 / size**0.34 + 1700 / tokens**0.36
+    return table(n, n_params=size, train_tokens=tokens, val_loss=loss * rng.uniform(1, 1.05, n))
+
+
+def test_rows_off_the_trend_are_named_and_those_far_below_kept_out() -> None:
+    frame = spread()
+    frame.loc[7, "val_loss"] *= 0.7
+    frame.loc[9, "val_loss"] *= 1.6
+    frame.loc[9, "lr"] = frame["lr"].min() / 2  # no case of a learning rate too high
+    found = read(frame)
+    assert list(found.rows.index[found.rows["excluded"].notna()]) == [7]
+    below, above = (n for n in found.notes if n.startswith("suspects"))
+    assert "1 row far below" in below
+    assert "line 9 (loss" in below
+    assert "1 row far above" in above
+    assert "line 11 (loss" in above
+    assert not [n for n in read(spread()).notes if n.startswith("suspects")]
+
+
+def test_runs_cut_short_by_their_steps_and_batch_are_kept_out() -> None:
+    steps = np.full(60, 2e9 / (128 * 2048))
+    steps[:3] *= 0.5
+    found = read(spread().assign(train_tokens=2e9, n_params=1e8, max_steps=steps))
+    assert list(found.rows.index[found.rows["excluded"].notna()]) == [0, 1, 2]
+    assert found.rows["excluded"][0] == "cut short: steps x batch is below 98% of tokens"
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("optimzer == 'muon'", r"name 'optimzer' is not defined \(near: optimizer"),
+        ("optimizer = 'muon'", "no condition"),
+        ("loss", "no condition"),
+        ("loss >", "compare columns"),
+        ("loss > 99", "no row of 6 is such"),
+        ("@table", "compare columns"),
+        ("loss.__class__", "compare columns"),
+    ],
+)
+def test_a_bad_condition_is_one_line(condition: str, message: str) -> None:
+    rows = read(table(optimizer=["muon", "adamw"] * 3)).rows
+    with pytest.raises(UserError, match=message) as error:
+        rows_where(rows, condition)
+    assert "\n" not in str(error.value)
+
+
+def test_conditions_read_columns_and_recipes() -> None:
+    rows = read(table(optimizer=["muon", "adamw"] * 3, wd=[0.1, None] * 3)).rows
+    assert len(rows_where(rows, "optimizer == 'muon' and loss < 3.05")) == 2
+    assert len(rows_where(rows, "weight_decay > 0")) == 3
+    assert list(rows_where(rows, "optimizer == 'adamw'").columns) == list(rows.columns)
