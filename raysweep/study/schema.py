@@ -151,8 +151,8 @@ class SearchSpace(Section):
     def _head_of_its_own(self) -> Self:
         if self.recipe.parametrization != "standard" and self.model.tie_embeddings:
             raise ValueError(
-                f"recipe.parametrization {self.recipe.parametrization} trains embedding and head at "
-                "different rates: set model.tie_embeddings to false"
+                f"recipe.parametrization {self.recipe.parametrization} has rates of their own for "
+                "embedding and head: set model.tie_embeddings to false"
             )
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class Learner:
             self.parameters,
             spec.recipe,
             spec.batch_tokens,
-            cuts=self._cuts(),
+            cuts=cuts_of(self.model),
             muon_dtype=self.model.dtype or torch.float32,
         )
         self.average = None
@@ -87,11 +86,6 @@ class Learner:
         if workers.sharded:
             self.model.reset_buffers()
             initialise(self.model, **drawn)
-
-    def _cuts(self) -> dict[torch.Tensor, Sequence[int]]:
-        """Widths of the matrices that lie side by side in a parameter."""
-        found = {p: cuts_of(name, self.model.shape) for name, p in self.model.named_parameters()}
-        return {parameter: cuts for parameter, cuts in found.items() if cuts is not None}
 
     def _fit_memory(self) -> None:
         """Try on this device what it has memory for, beside weights, moments and gradients."""

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from raysweep.model import Decoder
 from raysweep.model.initial import local_part
-from raysweep.study.shape import ModelShape
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -89,17 +89,17 @@ class Muon(torch.optim.Optimizer):
             exchange.scatter()
 
 
-def cuts_of(name: str, shape: ModelShape) -> tuple[int, ...] | None:
-    """Widths of the matrices that lie side by side in a decoder's parameter; None if it is one."""
-    if name.endswith("qkv"):
-        heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-        return tuple(n * shape.head_dim for n in heads)
-    if name.endswith("gate_up"):
-        width = shape.d_ff
-        if int(name.split(".")[1]) in (shape.moe_layers if shape.is_moe else ()):
-            width = shape.expert_ff * (shape.shared_experts if "shared" in name else 1)
-        return (width, width)
-    return None
+def cuts_of(model: Decoder) -> dict[Tensor, Sequence[int]]:
+    """Widths of the matrices that lie side by side in a decoder's parameters."""
+    shape = model.shape
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    found: dict[Tensor, Sequence[int]] = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith("qkv"):
+            found[parameter] = [n * shape.head_dim for n in heads]
+        elif name.endswith("gate_up"):
+            found[parameter] = [parameter.shape[-1] // 2] * 2
+    return found
 
 
 def orthogonalise(pieces: Sequence[Tensor], dtype: torch.dtype) -> None:

@@ -69,8 +69,7 @@ def test_what_lies_side_by_side_is_orthogonalised_apart_and_experts_each(spec):
     named = dict(model.named_parameters())
     flat = FlatParameters(model, groups_of(trial))
     before = {name: p.detach().clone() for name, p in named.items()}
-    cuts = {p: c for name, p in named.items() if (c := cuts_of(name, shape)) is not None}
-    optimizer = Optimizers(flat, trial.recipe, 64, cuts=cuts)
+    optimizer = Optimizers(flat, trial.recipe, 64, cuts=cuts_of(model))
     for gradient in flat.gradients():
         gradient.normal_(generator=torch.Generator().manual_seed(0))
     optimizer.step(0.01)

@@ -106,11 +106,10 @@ def test_a_multiplier_in_the_weights_is_one_of_the_output(spec, name, multiplier
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(5, 3, generator=generator)
     papers, ours = values.clone().requires_grad_(), (values * multiplier).requires_grad_()
-    common = {"betas": (0.9, 0.95)}
     decay = trial.recipe.weight_decay / rate
-    one = torch.optim.AdamW([papers], lr=0.01 * rate, eps=0.1 * eps, weight_decay=decay, **common)
+    one = torch.optim.AdamW([papers], lr=0.01 * rate, eps=0.1 * eps, weight_decay=decay)
     other = torch.optim.AdamW(
-        [ours], lr=0.01 * group.rate, eps=group.eps, weight_decay=group.weight_decay, **common
+        [ours], lr=0.01 * group.rate, eps=group.eps, weight_decay=group.weight_decay
     )
     for _ in range(4):
         gradient = torch.randn(5, 3, generator=generator)
