@@ -34,7 +34,12 @@ def recipe_columns(frame: pd.DataFrame) -> pd.DataFrame:
         {**plain, **known[text]} if own and text in known else known.get(text, {})
         for text, own in zip(texts, ours, strict=True)
     ]
-    return pd.DataFrame(found, index=frame.index)
+    return pd.DataFrame([{k: _plain(v) for k, v in r.items()} for r in found], index=frame.index)
+
+
+def _plain(value: object) -> object:
+    """A value that can be told from others: of rates by group, say, their text."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
 
 
 def named_column(frame: pd.DataFrame, name: str, option: str) -> pd.Series:
