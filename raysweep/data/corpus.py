@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -80,11 +80,20 @@ class Corpus:
 
     @cached_property
     def train(self) -> np.ndarray | ShardedTokens:
-        return open_shards(self._shards("train"), self.dtype)
+        return open_shards(self._located(self.manifest["train"]), self.dtype)
 
     @cached_property
     def validation(self) -> np.ndarray | ShardedTokens:
-        return open_shards(self._shards("validation"), self.dtype)
+        return open_shards(self._located(self.manifest["validation"]), self.dtype)
+
+    def named_validation(self, name: str) -> np.ndarray | ShardedTokens:
+        """A validation set beside that of `validation`, by its name in the search-space file."""
+        return self._named[name]
+
+    @cached_property
+    def _named(self) -> dict[str, np.ndarray | ShardedTokens]:
+        found = self.manifest.get("named", {})
+        return {name: open_shards(self._located(found[name]), self.dtype) for name in found}
 
     def epochs(self, tokens: float) -> float:
         """How many passes over the training tokens a horizon means."""
@@ -98,7 +107,9 @@ class Corpus:
 
     def missing(self) -> Path | None:
         """The first shard that is not on this node, or shorter than the manifest says."""
-        for shard in (*self._shards("train"), *self._shards("validation")):
+        named = self.manifest.get("named", {}).values()
+        splits = (self.manifest["train"], self.manifest["validation"], *named)
+        for shard in (shard for split in splits for shard in self._located(split)):
             try:
                 if shard.path.stat().st_size < (shard.start + shard.count) * self.item_bytes:
                     return shard.path
@@ -109,10 +120,10 @@ class Corpus:
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
 
-    def _shards(self, split: str) -> list[Shard]:
+    def _located(self, split: Mapping[str, Any]) -> list[Shard]:
         return [
             Shard(self.path / shard["path"], shard["start"], shard["count"])
-            for shard in self.manifest[split]["shards"]
+            for shard in split["shards"]
         ]
 
 
@@ -183,12 +194,12 @@ def prepare(
         build=lambda work: build.build(plan, work, progress or (lambda line: None)),
     )
     windows_per_epoch(corpus.train_tokens, sequence_length)
-    if corpus.validation_tokens <= data.validation_sequences * sequence_length:
-        raise UserError(
-            too_small_for_validation(
-                corpus.validation_tokens, data.validation_sequences, sequence_length
-            )
-        )
+    named = corpus.manifest.get("named", {})
+    sizes = {name: named[name]["tokens"] for name in named}
+    for name, tokens in {"": corpus.validation_tokens, **sizes}.items():
+        if tokens <= data.validation_sequences * sequence_length:
+            said = too_small_for_validation(tokens, data.validation_sequences, sequence_length)
+            raise UserError(f"data.validation.{name}: {said}" if name else said)
     return corpus
 
 
@@ -198,4 +209,7 @@ def _sound(corpus: Corpus) -> bool:
     size = (corpus.train_tokens + corpus.validation_tokens) * corpus.item_bytes
     if corpus.manifest["in_place"] or size > VERIFY_BYTES:
         return True
-    return fingerprint(corpus.train, corpus.validation)[0] == corpus.hash
+    names = tuple(corpus.manifest.get("named", {}))
+    others = (corpus.named_validation(name) for name in names)
+    digest = fingerprint(corpus.train, corpus.validation, *others)[0]
+    return digest == corpus.manifest.get("content", corpus.hash)

@@ -34,8 +34,13 @@ class Architecture(Section):
     experts together as wide as it, so that active parameters equal the dense twin's."""
     moe_every: Count = 1
     """Every how-manieth layer is a MoE layer, counted so that the last one is."""
+    first_dense: Annotated[int, Field(ge=0, le=MAX_LAYERS)] = 0
+    """So many first layers stay dense (DeepSeekMoE, arXiv 2401.06066)."""
     scores: Literal["softmax", "sigmoid"] = "softmax"
     """How the router scores experts: against each other, or each on its own (DeepSeek-V3)."""
+    route_scale: Positive = 1.0
+    """Factor of the routed experts' output (DeepSeek-V3, arXiv 2412.19437, takes 2.5: normalised
+    weights make it smaller than that of the shared experts)."""
     balance: Literal["loss", "bias", "none"] = "loss"
     """How expert load is balanced: an auxiliary loss, a router bias without loss (it moves in
     proportion to tokens, whatever the batch size), or not at all."""

@@ -40,6 +40,11 @@ class Data(Section):
     """Needed with `source: tokens`; otherwise the tokenizer's."""
     validation_paths: tuple[str, ...] = ()
     """Held-out files; default: a share of the documents chosen by hash."""
+    validation: dict[Name, tuple[str, ...]] = Field(default={})
+    """Several validation sets by name: the files or folders of each; none ([]) for a share of the
+    corpus, as without. Each gives the columns `loss.NAME` and `loss_se.NAME`."""
+    minimise: Name | None = None
+    """The named set that gives a trial's `loss`, which the search minimises; default: the first."""
     validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     validation_sequences: Count = 256
     """Size of the one validation slice that all trials of a study are measured on."""
@@ -54,11 +59,29 @@ class Data(Section):
             raise ValueError(
                 "data source machine takes no paths: set source to text, or drop paths"
             )
+        if self.validation and self.validation_paths:
+            raise ValueError("validation and validation_paths exclude each other: drop one")
+        if sum(not paths for paths in self.validation.values()) > 1:
+            raise ValueError("only one set of validation can be a share of the corpus ([])")
+        if self.minimise is not None and self.minimise not in self.validation:
+            known = ", ".join(self.validation) or "none"
+            raise ValueError(f"minimise {self.minimise!r} is no set of validation: {known}")
         if self.source == "tokens" and self.vocab_size is None:
             raise ValueError("data source tokens needs vocab_size")
         if self.source != "tokens" and self.vocab_size is not None:
             raise ValueError("vocab_size follows from the tokenizer: drop it")
         return self
+
+    @property
+    def validation_sets(self) -> tuple[str, ...]:
+        """Names of the validation sets, that which is minimised first; none if there is only one
+        set, without a name."""
+        return tuple(sorted(self.validation, key=lambda name: name != self.minimise))
+
+    @property
+    def held_out(self) -> tuple[tuple[str, ...], ...]:
+        """Files and folders of each validation set, in that order; () for a share of the corpus."""
+        return tuple(self.validation[n] for n in self.validation_sets) or (self.validation_paths,)
 
 
 class Target(Section):
@@ -131,6 +154,15 @@ class SearchSpace(Section):
     def _every_scale_has_horizons(self) -> Self:
         if not self.horizons and any(scale.horizons is None for scale in self.scales):
             raise ValueError("horizons is missing: add it, or give each scale its own")
+        return self
+
+    @model_validator(mode="after")
+    def _head_of_its_own(self) -> Self:
+        if self.recipe.parametrization != "standard" and self.model.tie_embeddings:
+            raise ValueError(
+                f"recipe.parametrization {self.recipe.parametrization} has rates of their own for "
+                "embedding and head: set model.tie_embeddings to false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -97,6 +97,8 @@ class TrialSpec:
     learning_rate: float
     batch_sequences: int
     seed: int
+    validation_sets: tuple[str, ...] = ()
+    """Names of the validation sets, that of `loss` first. (The data's hash knows them.)"""
     least_batch_sequences: int | None = None
     """The smallest batch searched in the cell, for its trials to share one micro-batch, and so one
     compiled graph."""
@@ -113,9 +115,9 @@ class TrialSpec:
     @property
     def key(self) -> str:
         """A hash of what determines the result: the study's name and the resources do not."""
-        recipe = self.recipe.model_dump(
-            exclude={"branches", "checkpoint_seconds", "compile", "noise_scale"}
-        )
+        recipe = self.recipe.record()
+        for name in ("branches", "checkpoint_seconds", "compile", "noise_scale"):
+            del recipe[name]
         settings = self.cell.settings.model_dump(
             include={"balance", "balance_loss", "router_z_loss"}
         )
@@ -123,7 +125,9 @@ class TrialSpec:
             settings["scores"] = self.cell.settings.scores
         if self.cell.settings.balance == "bias":
             settings["bias_motion"] = "by tokens"
-        if recipe["weight_decay"]:
+        if self.cell.settings.route_scale != 1:
+            settings["route_scale"] = self.cell.settings.route_scale
+        if recipe["weight_decay"] and self.recipe.weight_decay_on is None:
             recipe["weight_decay_on"] = "all matrices but embedding and routers"
         parts = {
             "shape": asdict(self.cell.shape),
@@ -224,6 +228,7 @@ class Study(InNotebooks):
             learning_rate=float(learning_rate),
             batch_sequences=int(batch_sequences),
             seed=int(seed),
+            validation_sets=self.space.data.validation_sets,
             least_batch_sequences=self.space.search.batch_sequences.low,
         )
 
@@ -286,8 +291,11 @@ def build_shape(
         size = architecture.expert_size
         width = d_ff / active if size == "matched" else d_ff * size
         expert_ff = round_to(width, math.lcm(model.ffn_multiple, EXPERT_MULTIPLE))
+        first = architecture.first_dense
+        if first >= layers:
+            raise UserError(f"first_dense {first} leaves no MoE layer of {layers}: lower it")
         moe_layers = tuple(
-            i for i in range(layers) if (layers - 1 - i) % architecture.moe_every == 0
+            i for i in range(first, layers) if (layers - 1 - i) % architecture.moe_every == 0
         )
     return ModelShape(
         d_model=d_model,
@@ -369,6 +377,12 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
                         f"two cells are called {cell.name}: give the scales different names"
                     )
                 cells[cell.name] = cell
+    head_dims = sorted({cell.shape.head_dim for cell in cells.values()})
+    if space.recipe.parametrization != "standard" and len(head_dims) > 1:
+        raise UserError(  # scores of heads that grow would have to fall
+            f"recipe.parametrization {space.recipe.parametrization} wants heads of one size at all "
+            f"scales, and they have {', '.join(map(str, head_dims))}: change scales' heads"
+        )
     return tuple(sorted(cells.values(), key=_order))
 
 

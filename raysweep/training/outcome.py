@@ -64,6 +64,11 @@ class TrialOutcome:
     """Mean over the validation slice, of finished runs."""
     loss_se: float | None
     """Its standard error, from the spread of the sequences' losses."""
+    loss_ema: float | None
+    """That of the averaged weights, where `recipe.ema_tokens` is set."""
+    loss_ema_se: float | None
+    named_losses: dict[str, tuple[float, float]]
+    """Loss and standard error on each named validation set."""
     bits_per_byte: float | None
     train_loss: float | None
     """Mean over the last twentieth of the steps."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def cell_columns(cell: Cell) -> dict[str, Any]:
     """The columns that a cell fixes: shape, counts and horizon."""
-    shape, counts = cell.shape, cell.counts
+    shape, counts, settings = cell.shape, cell.counts, cell.settings
+    routed = shape.is_moe
     return {
         "cell": cell.name,
         "architecture": cell.architecture,
@@ -40,6 +41,10 @@ def cell_columns(cell: Cell) -> dict[str, Any]:
         "shared_experts": shape.shared_experts,
         "expert_ff": shape.expert_ff,
         "moe_layers": len(shape.moe_layers),
+        "first_dense": settings.first_dense if routed else None,
+        "scores": settings.scores if routed else None,
+        "balance": settings.balance if routed else None,
+        "route_scale": settings.route_scale if routed else None,
         "params_total": counts.params_total,
         "params_active": counts.params_active,
         "params_total_non_embedding": counts.params_total_non_embedding,
@@ -62,7 +67,7 @@ def spec_columns(spec: TrialSpec) -> dict[str, Any]:
         "batch_tokens": spec.batch_tokens,
         "seed": spec.seed,
         "steps": spec.steps,
-        "recipe": json.dumps(spec.recipe.model_dump(), sort_keys=True),
+        "recipe": json.dumps(spec.recipe.record(), sort_keys=True),
         "data_hash": spec.data_hash,
         "validation_sequences": spec.validation_sequences,
         "git_revision": git_revision(),
@@ -109,6 +114,9 @@ def outcome_columns(spec: TrialSpec, outcome: TrialOutcome, *, train_tokens: int
         flops_6nd=counts.flops_6nd(outcome.tokens_seen),
         loss=outcome.loss,
         loss_se=outcome.loss_se,
+        loss_ema=outcome.loss_ema,
+        loss_ema_se=outcome.loss_ema_se,
+        named_losses=json.dumps(outcome.named_losses) if outcome.named_losses else None,
         train_loss=outcome.train_loss,
         bits_per_byte=outcome.bits_per_byte,
         noise_scale_tokens=outcome.noise_scale_tokens,

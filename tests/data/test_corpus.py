@@ -29,8 +29,8 @@ def split(path: Path, texts: list[bytes], fraction: float) -> tuple[list[bytes],
     with DocumentSpool(path) as spool:
         for text in texts:
             spool.add(text)
-        parts = spool.split(fraction)
-        train, validation = ([t for chunk in p.chunks(100) for t in chunk] for p in parts)
+        first, (second,) = spool.split(fraction)
+        train, validation = ([t for c in p.chunks(100) for t in c] for p in (first, second))
     assert not path.exists()
     return train, validation
 

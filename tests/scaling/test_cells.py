@@ -160,6 +160,18 @@ def test_groups_split_cells_by_columns_and_by_the_recipe():
     assert sorted(by_number["group"]) == ["weight_decay 0.1", "weight_decay 1"]
 
 
+def test_keys_that_rows_of_ours_leave_out_have_their_default():
+    """Rows that were written before a key existed, and rows that say it."""
+    mup = json.dumps({"optimizer": "adamw", "parametrization": "mup"})
+    frame = joined(
+        sweep(recipe=json.dumps({"optimizer": "adamw"})).assign(source="raysweep"),
+        sweep(recipe=mup).assign(source="raysweep"),
+        sweep(recipe=json.dumps({"optimizer": "adamw"})).assign(source="import:csv"),
+    )
+    found = cell_table(frame, group=("parametrization",)).cells["group"]
+    assert set(found) == {"standard", "mup", "unknown"}
+
+
 def test_a_group_column_that_is_not_there_is_named():
     frame = sweep(optimizer="adamw", recipe=json.dumps({"schedule": "cosine"}))
     with pytest.raises(UserError, match=r"'optimiser' \(near: optimizer\)"):

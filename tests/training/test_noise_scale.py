@@ -8,6 +8,7 @@ import torch
 
 from raysweep.data.batches import train_batch
 from raysweep.model import build
+from raysweep.training.groups import groups_of
 from raysweep.training.loop import train
 from raysweep.training.noise_scale import NoiseScale, trace_of_pair, trace_of_workers
 from raysweep.training.optimizer import FlatParameters
@@ -20,9 +21,9 @@ BATCH, STEPS = 8, 300
 @pytest.fixture(scope="module")
 def measured(corpus, spec):
     """A gradient maker over an epoch's worth of sequences, and their true trace and |G|^2."""
-    cell = spec(scale={"layers": 1}).cell
-    model = build(cell.shape, cell.settings, rope_base=1e4, seed=0)
-    parameters = FlatParameters(model)
+    trial = spec(scale={"layers": 1})
+    model = build(trial.cell.shape, trial.cell.settings, rope_base=1e4, seed=0)
+    parameters = FlatParameters(model, groups_of(trial))
     maker = GradientAccumulator(
         model=model,
         parameters=parameters,
@@ -40,7 +41,7 @@ def measured(corpus, spec):
         )
         parameters.zero()
         model(torch.from_numpy(inputs), torch.from_numpy(targets)).objective.backward()
-        gradients.append(parameters.grad.numpy().copy())
+        gradients.append(parameters.gradients()[0].numpy().copy())
     everything = np.array(gradients, dtype=np.float64)
     mean = everything.mean(0)
     trace = ((everything - mean) ** 2).sum() / (len(everything) - 1)
@@ -66,10 +67,10 @@ def test_measuring_leaves_the_gradient_alone(measured):
     maker, _, _ = measured
     maker.micro = BATCH
     plain = maker(3, want_trace=False)
-    gradient = maker.parameters.grad.clone()
+    gradient = maker.parameters.gradients()[0].clone()
     measured_too = maker(3, want_trace=True)
     assert plain.trace is None
-    torch.testing.assert_close(maker.parameters.grad, gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(maker.parameters.gradients()[0], gradient, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(measured_too.numbers, plain.numbers)
 
 
