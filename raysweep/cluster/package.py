@@ -111,7 +111,8 @@ def _data_files(study: Study) -> list[str]:
     """Relative paths of data and tokenizer in a search space."""
     data = study.space.data
     tokenizer = None if data.tokenizer == "bytes" else data.tokenizer.file
-    named = (*data.paths, *data.validation_paths, *([tokenizer] if tokenizer else []))
+    held_out = [path for paths in data.held_out for path in paths]
+    named = (*data.paths, *held_out, *([tokenizer] if tokenizer else []))
     return [name for name in named if not os.path.isabs(os.path.expanduser(name))]
 
 

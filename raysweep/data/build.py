@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.data import machine
-from raysweep.data.existing_tokens import describe_shards
+from raysweep.data.existing_tokens import describe_shards, splits
 from raysweep.data.sources import Format, ReadStats, boundary, find_files, read_documents
 from raysweep.data.spool import Documents, DocumentSpool
 from raysweep.data.tokenizer import (
@@ -30,7 +30,9 @@ from raysweep.text import size as bytes_written
 FORMAT = 1
 """Raised whenever the same settings would give other tokens, so that old caches are not used."""
 MANIFEST = "manifest.json"
-_SHOWN = ("source", "paths", "text_column", "validation_paths", "max_megabytes")
+_SHOWN = ("source", "paths", "text_column", "validation_paths", "validation", "max_megabytes")
+_NOT_OF_THE_TOKENS = {"validation_sequences", "paths", "validation", "minimise"}
+"""Settings that say nothing of them, or of files that are listed by themselves."""
 
 Say = Callable[[str], None]
 
@@ -42,7 +44,8 @@ class Plan:
     data: Data
     files: dict[Path, bool]
     """Training files; whether each is named outright."""
-    held_out: dict[Path, bool]
+    held_out: tuple[dict[Path, bool], ...]
+    """Those of each validation set; none for a share of the corpus."""
     tokenizer_file: Path | None
     vocab_size: int
     key: str
@@ -56,23 +59,28 @@ class Plan:
 def plan(data: Data, folder: Path) -> Plan:
     """Find the files, and the key under which the corpus is cached. Reads no content."""
     form: Format = "text" if data.source == "machine" else data.source
-    held_out = find_files(data.validation_paths, folder, form, "data.validation_paths")
+    keys = [f"data.validation.{name}" for name in data.validation_sets] or ["data.validation_paths"]
+    held_out = tuple(
+        find_files(paths, folder, form, key) for key, paths in zip(keys, data.held_out, strict=True)
+    )
     files = find_files(data.paths, folder, form, "data.paths")
-    files = {path: named for path, named in files.items() if path not in held_out}
+    files = {path: named for path, named in files.items() if not any(path in s for s in held_out)}
     if data.paths and not files:
-        raise UserError("every file of data.paths is also in data.validation_paths: add others")
+        raise UserError(f"every file of data.paths is also in {' or '.join(keys)}: add others")
     vocab_size = vocabulary_size(data, folder)
     tokenizer_file = None
     if data.tokenizer != "bytes" and data.tokenizer.file is not None:
         tokenizer_file = folder / data.tokenizer.file
     identity = {
         "format": FORMAT,
-        "settings": data.model_dump(mode="json", exclude={"validation_sequences", "paths"}),
+        "settings": data.model_dump(mode="json", exclude=_NOT_OF_THE_TOKENS),
         "files": [[*_identity(path), named] for path, named in files.items()],
-        "held_out": [[*_identity(path), named] for path, named in held_out.items()],
+        "held_out": [[*_identity(path), named] for s in held_out for path, named in s.items()],
         "machine": machine.machine_identity() if data.source == "machine" else None,
         "tokenizer": _identity(tokenizer_file) if tokenizer_file else None,
     }
+    if data.validation:
+        identity["sets"] = [[n, list(map(str, s))] for n, s in zip(keys, held_out, strict=True)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     return Plan(data, files, held_out, tokenizer_file, vocab_size, key)
 
@@ -81,7 +89,7 @@ def build(plan: Plan, work: Path, say: Say) -> None:
     """Fill the folder `work` with token shards and, last, the manifest."""
     began = time.monotonic()
     contents = (
-        describe_shards(plan.data, list(plan.files), list(plan.held_out), say)
+        describe_shards(plan.data, list(plan.files), [list(s) for s in plan.held_out], say)
         if plan.data.source == "tokens"
         else _from_text(plan, work, say)
     )
@@ -101,35 +109,44 @@ def _from_text(plan: Plan, work: Path, say: Say) -> dict[str, Any]:
     with DocumentSpool(work / "text.bin") as spool:
         for text in _reported(_training_documents(plan, stats), say):
             spool.add(text)
-        for text in read_documents(
-            plan.held_out, plan.held_out_format, plan.data.text_column, held_out_stats
-        ):
-            spool.add(text, held_out=True)
+        for number, files in enumerate(plan.held_out, start=1):
+            read = read_documents(
+                files, plan.held_out_format, plan.data.text_column, held_out_stats
+            )
+            begun = spool.bytes
+            for text in read:
+                spool.add(text, held_out=number)
+            if files and plan.data.validation and spool.bytes == begun:
+                name = plan.data.validation_sets[number - 1]
+                raise UserError(f"data.validation.{name} holds no text: name other files")
         if not spool.bytes:
             raise UserError(f"data source {plan.data.source} holds no text: {_hint(plan)}")
-        train, validation = spool.split(plan.data.validation_fraction)
+        train, held_out = spool.split(plan.data.validation_fraction, len(plan.held_out))
         encoder = _encoder(plan, train, work, say)
         dtype = smallest_dtype(plan.vocab_size)
-        manifest: dict[str, Any] = {"in_place": False, "dtype": dtype}
-        arrays = []
-        for name, documents in (("train", train), ("validation", validation)):
-            file = f"{name}.bin"
+        entries, arrays = [], []
+        for place, documents in enumerate((train, *held_out)):
+            file = f"{('train', 'validation')[place] if place < 2 else f'validation{place}'}.bin"
             count = write_tokens(documents, encoder, work / file)
-            manifest[name] = {
+            entry = {
                 "tokens": count,
                 "documents": len(documents),
                 "bytes": documents.bytes,
                 "shards": [{"path": file, "start": 0, "count": count}] if count else [],
             }
+            entries.append(entry)
             arrays.append(open_shards([Shard(work / file, 0, count)] if count else [], dtype))
     digest, largest = fingerprint(*arrays)
     assert largest < plan.vocab_size
-    tokens = manifest["validation"]["tokens"]
-    return manifest | {
-        "hash": digest,
-        "bytes_per_token": validation.bytes / tokens if tokens else None,
+    return {
+        "in_place": False,
+        "dtype": dtype,
+        **splits(plan.data, entries, digest),
+        "bytes_per_token": entries[1]["bytes"] / entries[1]["tokens"]
+        if entries[1]["tokens"]
+        else None,
         "read": stats.as_dict(),
-        "held_out": held_out_stats.as_dict() if plan.held_out else None,
+        "held_out": held_out_stats.as_dict() if any(plan.held_out) else None,
     }
 
 

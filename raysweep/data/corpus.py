@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from raysweep.data import build, cache_folder
 from raysweep.data.batches import too_small_for_validation, windows_per_epoch
+from raysweep.data.machine import MAX_MEGABYTES
 from raysweep.data.tokens import Shard, ShardedTokens, fingerprint, open_shards
 from raysweep.errors import UserError
 from raysweep.study.schema import Data
@@ -79,11 +80,20 @@ class Corpus:
 
     @cached_property
     def train(self) -> np.ndarray | ShardedTokens:
-        return open_shards(self._shards("train"), self.dtype)
+        return open_shards(self._located(self.manifest["train"]), self.dtype)
 
     @cached_property
     def validation(self) -> np.ndarray | ShardedTokens:
-        return open_shards(self._shards("validation"), self.dtype)
+        return open_shards(self._located(self.manifest["validation"]), self.dtype)
+
+    def named_validation(self, name: str) -> np.ndarray | ShardedTokens:
+        """A validation set beside that of `validation`, by its name in the search-space file."""
+        return self._named[name]
+
+    @cached_property
+    def _named(self) -> dict[str, np.ndarray | ShardedTokens]:
+        found = self.manifest.get("named", {})
+        return {name: open_shards(self._located(found[name]), self.dtype) for name in found}
 
     def epochs(self, tokens: float) -> float:
         """How many passes over the training tokens a horizon means."""
@@ -93,15 +103,13 @@ class Corpus:
         """What to tell the user where a horizon is longer than the corpus."""
         if tokens <= self.train_tokens:
             return None
-        return (
-            f"a horizon of {short(tokens)} tokens is {self.epochs(tokens):.2f} passes over the "
-            f"{short(self.train_tokens)} training tokens: repeated text teaches less than new "
-            "text, so laws fitted on it do not hold for fresh data"
-        )
+        return _repeats(tokens, f"{self.epochs(tokens):.2f}", f"the {short(self.train_tokens)}")
 
     def missing(self) -> Path | None:
         """The first shard that is not on this node, or shorter than the manifest says."""
-        for shard in (*self._shards("train"), *self._shards("validation")):
+        named = self.manifest.get("named", {}).values()
+        splits = (self.manifest["train"], self.manifest["validation"], *named)
+        for shard in (shard for split in splits for shard in self._located(split)):
             try:
                 if shard.path.stat().st_size < (shard.start + shard.count) * self.item_bytes:
                     return shard.path
@@ -112,11 +120,45 @@ class Corpus:
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
 
-    def _shards(self, split: str) -> list[Shard]:
+    def _located(self, split: Mapping[str, Any]) -> list[Shard]:
         return [
             Shard(self.path / shard["path"], shard["start"], shard["count"])
-            for shard in self.manifest[split]["shards"]
+            for shard in split["shards"]
         ]
+
+
+def _repeats(tokens: float, passes: str, held: str) -> str:
+    return (
+        f"a horizon of {short(tokens)} tokens is {passes} passes over {held} training tokens: "
+        "repeated text teaches less than new text, so laws fitted on it do not hold for fresh data"
+    )
+
+
+BYTES_PER_TOKEN = 4.0
+"""Of text in a byte-pair tokenizer, roughly."""
+PACKED = 2.5
+"""Bytes of text in a byte of Parquet, roughly."""
+
+
+def expected_repeats(data: Data, folder: Path, tokens: float) -> str | None:
+    """What to tell of a horizon before the corpus is built: by the size of its files, roughly.
+
+    Raises UserError where they are missing."""
+    files = build.plan(data, folder).files
+    size = float(sum(path.stat().st_size for path in files))
+    if data.source == "machine":
+        size = MAX_MEGABYTES * 1e6
+    elif data.source == "parquet":
+        size *= PACKED
+    if data.max_megabytes is not None:
+        size = min(size, data.max_megabytes * 1e6)
+    each = 1.0 if data.tokenizer == "bytes" else BYTES_PER_TOKEN
+    if data.source == "tokens":
+        each = np.dtype(data.token_dtype).itemsize
+    held = size / each
+    if tokens <= held:
+        return None
+    return _repeats(tokens, f"about {short(tokens / held, 2)}", f"about {short(held, 2)}")
 
 
 def prepare(
@@ -152,12 +194,12 @@ def prepare(
         build=lambda work: build.build(plan, work, progress or (lambda line: None)),
     )
     windows_per_epoch(corpus.train_tokens, sequence_length)
-    if corpus.validation_tokens <= data.validation_sequences * sequence_length:
-        raise UserError(
-            too_small_for_validation(
-                corpus.validation_tokens, data.validation_sequences, sequence_length
-            )
-        )
+    named = corpus.manifest.get("named", {})
+    sizes = {name: named[name]["tokens"] for name in named}
+    for name, tokens in {"": corpus.validation_tokens, **sizes}.items():
+        if tokens <= data.validation_sequences * sequence_length:
+            said = too_small_for_validation(tokens, data.validation_sequences, sequence_length)
+            raise UserError(f"data.validation.{name}: {said}" if name else said)
     return corpus
 
 
@@ -167,4 +209,7 @@ def _sound(corpus: Corpus) -> bool:
     size = (corpus.train_tokens + corpus.validation_tokens) * corpus.item_bytes
     if corpus.manifest["in_place"] or size > VERIFY_BYTES:
         return True
-    return fingerprint(corpus.train, corpus.validation)[0] == corpus.hash
+    names = tuple(corpus.manifest.get("named", {}))
+    others = (corpus.named_validation(name) for name in names)
+    digest = fingerprint(corpus.train, corpus.validation, *others)[0]
+    return digest == corpus.manifest.get("content", corpus.hash)

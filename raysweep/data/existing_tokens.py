@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,41 +24,56 @@ _HEADERS = {
 
 
 def describe_shards(
-    data: Data, files: Sequence[Path], held_out: Sequence[Path], say: Callable[[str], None]
+    data: Data,
+    files: Sequence[Path],
+    held_out: Sequence[Sequence[Path]],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The part of the manifest that says which tokens are training and which validation.
 
-    Validation is the held-out files, else the last `validation_fraction` of the tokens. All
-    tokens are read once, for their hash and to check that they are below the vocabulary size.
+    A validation set is its files, else the last `validation_fraction` of the tokens. All tokens are
+    read once, for their hash and to check that they are below the vocabulary size.
     """
     train = [_shard(path, data.token_dtype) for path in files]
     if data.max_megabytes is not None:
         limit = int(data.max_megabytes * 1e6) // np.dtype(data.token_dtype).itemsize
         train = _cut(train, 0, limit)
-    if held_out:
-        validation = [_shard(path, data.token_dtype) for path in held_out]
-    else:
+    sets = [[_shard(path, data.token_dtype) for path in paths] for paths in held_out]
+    if not all(sets):
         total = _count(train)
         border = total - int(total * data.validation_fraction)
-        train, validation = _cut(train, 0, border), _cut(train, border, total)
+        share, train = _cut(train, border, total), _cut(train, 0, border)
+        sets = [shards or share for shards in sets]
     assert data.vocab_size is not None
-    say(f"corpus: checking {_count(train) + _count(validation):,} tokens")
-    splits = (train, validation)
-    digest, largest = fingerprint(*(open_shards(split, data.token_dtype) for split in splits))
+    everything = (train, *sets)
+    say(f"corpus: checking {sum(map(_count, everything)):,} tokens")
+    digest, largest = fingerprint(*(open_shards(split, data.token_dtype) for split in everything))
     if largest >= data.vocab_size:
+        shards = [shard for split in everything for shard in split]
         raise UserError(
-            f"{_holder(largest, (*train, *validation), data.token_dtype)} holds token {largest}, "
+            f"{_holder(largest, shards, data.token_dtype)} holds token {largest}, "
             f"but data.vocab_size is {data.vocab_size}: raise it, or check data.token_dtype "
             f"({data.token_dtype})"
         )
     return {
         "in_place": True,
         "dtype": data.token_dtype,
-        "train": _entry(train),
-        "validation": _entry(validation),
-        "hash": digest,
+        **splits(data, [_entry(split) for split in everything], digest),
         "bytes_per_token": None,
     }
+
+
+def splits(data: Data, entries: Sequence[dict[str, Any]], digest: str) -> dict[str, Any]:
+    """The manifest's splits: training, the set that is minimised, the others by name; and the hash,
+    which knows the names."""
+    train, validation, *others = entries
+    found = {"train": train, "validation": validation, "hash": digest}
+    names = data.validation_sets
+    if names:
+        found["named"] = dict(zip(names[1:], others, strict=True))
+        found["content"] = digest
+        found["hash"] = hashlib.sha256(repr((digest, names)).encode()).hexdigest()[:32]
+    return found
 
 
 def _shard(path: Path, dtype: str) -> Shard:

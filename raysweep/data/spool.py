@@ -27,7 +27,7 @@ class DocumentSpool:
         self._file = path.open("wb")
         self._ends = array("q", [0])
         self._digests = array("Q")
-        self._held_out = array("b")
+        self._sets = array("h")
 
     def __enter__(self) -> DocumentSpool:
         return self
@@ -40,47 +40,58 @@ class DocumentSpool:
     def bytes(self) -> int:
         return self._ends[-1]
 
-    def add(self, text: bytes, *, held_out: bool = False) -> None:
+    def add(self, text: bytes, *, held_out: int = 0) -> None:
+        """Append a document, of training or of the held-out set of a number from 1 on."""
         self._file.write(text)
         self._ends.append(self._ends[-1] + len(text))
         self._digests.append(_digest(text))
-        self._held_out.append(held_out)
+        self._sets.append(held_out)
 
-    def split(self, fraction: float) -> tuple[Documents, Documents]:
-        """Training and validation documents, each in the order they came in.
+    def split(self, fraction: float, sets: int = 1) -> tuple[Documents, list[Documents]]:
+        """Training documents and those of each held-out set, each in the order they came in.
 
-        Held-out documents, where there are any, are the validation; training documents of the
-        same content are dropped. Otherwise the documents of lowest content hash are, until they
-        make up `fraction` of the bytes: equal documents land on one side, and one that stays in
-        the corpus as it grows hardly ever changes sides. A document longer than an eighth of the
-        corpus, which would unbalance the split, is cut at line ends into pieces first.
+        Training documents of the same content as held-out ones are dropped. A set without documents
+        gets those of lowest content hash, until they make up `fraction` of the training bytes:
+        equal documents land on one side, and one that stays in the corpus as it grows hardly ever
+        changes sides. A document longer than an eighth of the corpus, which would unbalance the
+        split, is cut at line ends into pieces first.
         """
         self._file.flush()
         ends = np.frombuffer(self._ends, dtype=np.int64)
         starts, ends = ends[:-1], ends[1:]
         digests = np.frombuffer(self._digests, dtype=np.uint64)
-        held_out = np.frombuffer(self._held_out, dtype=np.int8).astype(bool)
-        if held_out.any():
-            validation = held_out
-            train = ~held_out & ~np.isin(digests, digests[held_out])
-        else:
-            if len(ends):
-                starts, ends, digests = self._cut_long(starts, ends, digests, fraction)
-            order = np.argsort(digests, kind="stable")
-            filled = np.cumsum((ends - starts)[order])
-            last = np.searchsorted(filled, fraction * self.bytes)
-            validation = digests <= digests[order[last]] if len(ends) > 1 else digests < 0
-            train = ~validation
+        of_set = np.frombuffer(self._sets, dtype=np.int16)
+        held_out = [
+            Documents(self._path, starts[of_set == number], ends[of_set == number])
+            for number in range(1, sets + 1)
+        ]
+        train = (of_set == 0) & ~np.isin(digests, digests[of_set > 0])
+        starts, ends, digests = starts[train], ends[train], digests[train]
+        if all(map(len, held_out)):
+            return Documents(self._path, starts, ends), held_out
+        total = int((ends - starts).sum())
+        if len(ends):
+            starts, ends, digests = self._cut_long(starts, ends, digests, fraction, total)
+        order = np.argsort(digests, kind="stable")
+        filled = np.cumsum((ends - starts)[order])
+        last = np.searchsorted(filled, fraction * total)
+        share = digests <= digests[order[last]] if len(ends) > 1 else digests < 0
+        own = Documents(self._path, starts[share], ends[share])
         return (
-            Documents(self._path, starts[train], ends[train]),
-            Documents(self._path, starts[validation], ends[validation]),
+            Documents(self._path, starts[~share], ends[~share]),
+            [documents if len(documents) else own for documents in held_out],
         )
 
     def _cut_long(
-        self, starts: np.ndarray, ends: np.ndarray, digests: np.ndarray, fraction: float
+        self,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        digests: np.ndarray,
+        fraction: float,
+        total: int,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        target = fraction * self.bytes
-        longest = max(target, self.bytes / _LONG_SHARE)
+        target = fraction * total
+        longest = max(target, total / _LONG_SHARE)
         piece = int(min(_LARGEST_PIECE, max(_SMALLEST_PIECE, target / 4)))
         columns: list[tuple[np.ndarray, ...]] = []
         done = 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from raysweep.model.initial import initialise
+from raysweep.model.parametrization import Parametrization
 from raysweep.model.transformer import Decoder, Losses, RouterStats
 from raysweep.study.cells import Architecture
 from raysweep.study.shape import ModelShape
 
-__all__ = ["Decoder", "Losses", "RouterStats", "build", "initialise"]
+__all__ = ["Decoder", "Losses", "Parametrization", "RouterStats", "build", "initialise"]
 
 
 def build(
@@ -17,7 +18,7 @@ def build(
     settings: Architecture,
     *,
     rope_base: float,
-    init_std: float | None = None,
+    parametrization: Parametrization | None = None,
     z_loss: float = 0.0,
     seed: int,
     device: torch.device | str = "cpu",
@@ -25,11 +26,12 @@ def build(
 ) -> Decoder:
     """A decoder with weights drawn from `seed` alone; `study.shape.count` counts it exactly.
 
-    `settings` gives how routing is balanced, `z_loss` the weight of the output z-loss. Weights are
-    made on the device, with so many threads.
+    `settings` gives how routing is balanced, `z_loss` the weight of the output z-loss;
+    `parametrization`, by default the standard one, how wide weights are drawn. They are made on the
+    device, with so many threads.
     """
     with torch.device(device):
         model = Decoder(shape, settings, rope_base=rope_base, z_loss=z_loss)
     model.reset_buffers()
-    initialise(model, shape, init_std=init_std, seed=seed, threads=threads)
+    initialise(model, parametrization or Parametrization(shape), seed=seed, threads=threads)
     return model

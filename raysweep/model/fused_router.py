@@ -29,6 +29,8 @@ def route(
         bias = bias_E
     arguments = logits_NE, top_k, share, bias, settings.router_z_loss
     weights, loss, experts, probs = _Route.apply(*arguments)  # type: ignore[misc]
+    if settings.route_scale != 1:
+        weights = weights * settings.route_scale
     return Routing(experts, weights, probs, loss)
 
 

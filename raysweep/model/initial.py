@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from raysweep.study.shape import ModelShape
+from raysweep.model.parametrization import Parametrization
 
 CHUNK = 1 << 20
 """Numbers of a parameter that one generator draws."""
@@ -20,16 +20,12 @@ CHUNK = 1 << 20
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module, shape: ModelShape, *, init_std: float | None, seed: int, threads: int = 1
+    model: nn.Module, parametrization: Parametrization, *, seed: int, threads: int = 1
 ) -> None:
-    """Gaussian weights; gains of one.
+    """Gaussian weights, as wide as the parametrization says; gains of one.
 
     Each chunk of each parameter comes from a generator seeded by the trial's seed, the parameter's
     name and the chunk's number: a worker that holds a part of a parameter draws that part alone.
-
-    The standard deviation is `init_std`, or 1/sqrt(fan-in) of each matrix. Projections that write
-    to the residual stream are scaled down by 1/sqrt(2 layers) (GPT-2). An untied embedding has
-    standard deviation 1 (its fan-in is one token), a tied one 1/sqrt(d_model), for the head's sake.
     """
     with ThreadPoolExecutor(threads) as pool:
         for name, parameter in model.named_parameters():
@@ -37,12 +33,7 @@ def initialise(
             if parameter.ndim == 1:
                 local.fill_(1.0)
                 continue
-            fan_in = shape.d_model if shape.tie_embeddings else 1
-            if name != "embedding":
-                fan_in = parameter.shape[-2]
-            std = init_std if init_std is not None else 1 / math.sqrt(fan_in)
-            if name.endswith((".out", "down")):
-                std /= math.sqrt(2 * shape.layers)
+            std = parametrization.std(name, parameter.shape[-2])
             _fill(local.view(-1), start, std, f"{seed}/{name}", pool)
 
 

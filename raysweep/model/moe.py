@@ -44,8 +44,9 @@ def route(
     """Choose `top_k` experts a token by score (plus bias, which gets no gradient).
 
     Scores are a softmax, or with `scores: sigmoid` each expert's own (DeepSeek-V3, arXiv
-    2412.19437), then divided by their sum to give probabilities. The chosen weights sum to one;
-    with one expert a token the weight is its score, so that the router learns (Switch Transformer).
+    2412.19437), then divided by their sum to give probabilities. The chosen weights sum to
+    `route_scale`; with one expert a token the weight is its score, times that, so that the router
+    learns (Switch Transformer).
     The balance loss is Switch's `E sum_e f_e P_e`, summed over layers by the caller. f_e is the
     share of the *previous* global batch, a constant in the gradient anyway: so the loss is a mean
     over tokens, and the same however a batch is split.
@@ -63,6 +64,8 @@ def route(
     weights = _Choose.apply(scores, experts)
     if top_k > 1:
         weights = weights / weights.sum(-1, keepdim=True)  # type: ignore[union-attr]
+    if settings.route_scale != 1:
+        weights = weights * settings.route_scale  # type: ignore[operator]
     loss = wide.new_zeros(())
     if settings.balance == "loss":
         loss = loss + settings.balance_loss * len(share_E) * (

@@ -9,6 +9,7 @@ import re
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.study.trials import YOUNGER, Recipe
 
 
 def recipe_of(text: object) -> dict[str, object]:
@@ -21,12 +22,24 @@ def recipe_of(text: object) -> dict[str, object]:
 
 
 def recipe_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """The keys of the recipes as columns, indexed as `frame`."""
+    """The keys of the recipes as columns, indexed as `frame`; in rows of our own runs, a key that
+    the row leaves out has its default (`Recipe.record`)."""
     if "recipe" not in frame:
         return pd.DataFrame(index=frame.index)
     texts = frame["recipe"].astype(object)
     known = {text: recipe_of(text) for text in texts.dropna().unique()}
-    return pd.DataFrame([known.get(t, {}) for t in texts], index=frame.index)
+    plain = Recipe().model_dump(mode="json", include=set(YOUNGER))
+    ours = frame["source"] == "raysweep" if "source" in frame else [False] * len(frame)
+    found = [
+        {**plain, **known[text]} if own and text in known else known.get(text, {})
+        for text, own in zip(texts, ours, strict=True)
+    ]
+    return pd.DataFrame([{k: _plain(v) for k, v in r.items()} for r in found], index=frame.index)
+
+
+def _plain(value: object) -> object:
+    """A value that can be told from others: of rates by group, say, their text."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
 
 
 def named_column(frame: pd.DataFrame, name: str, option: str) -> pd.Series:

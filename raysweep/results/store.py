@@ -143,7 +143,8 @@ class Results(InNotebooks):
         return len(fresh)
 
     def to_pandas(self, study: str | None = None) -> pd.DataFrame:
-        """One row a trial, in order of writing; columns as in `schema.COLUMNS`.
+        """One row a trial, in order of writing; columns as in `schema.COLUMNS`, and of each named
+        validation set `loss.NAME` and `loss_se.NAME`.
 
         Where a trial of a study stands more than once (a retry, or a merge that was cut off), a
         finished row counts before any other, then the latest.
@@ -154,7 +155,8 @@ class Results(InNotebooks):
         order = frame.assign(_finished=frame["status"] == FINISHED)
         order = order.sort_values(["_finished", "started_at"], kind="stable", na_position="first")
         kept = order.drop_duplicates(["study", "trial_key"], keep="last").drop(columns="_finished")
-        return kept.sort_values(["started_at", "trial_key"], kind="stable").reset_index(drop=True)
+        kept = kept.sort_values(["started_at", "trial_key"], kind="stable").reset_index(drop=True)
+        return kept.join(_named_losses(kept["named_losses"]))
 
     def find(self, trial_key: str, study: str) -> dict[str, Any] | None:
         """The row in the own file of a study's trial, or None; merged rows are not looked for."""
@@ -251,6 +253,21 @@ class Results(InNotebooks):
             except UnicodeDecodeError:
                 self._damaged[name] = f"{folder}/{name} is unreadable and was left out"
         return found
+
+
+def _named_losses(texts: pd.Series) -> pd.DataFrame:
+    """Losses on named validation sets and their standard errors, a column each."""
+    if not texts.notna().any():
+        return pd.DataFrame(index=texts.index)
+    found = [
+        {
+            f"{column}.{name}": value
+            for name, values in (json.loads(text) if isinstance(text, str) else {}).items()
+            for column, value in zip(("loss", "loss_se"), values, strict=True)
+        }
+        for text in texts
+    ]
+    return pd.DataFrame(found, index=texts.index)
 
 
 def _nothing_at(storage: Storage) -> str:

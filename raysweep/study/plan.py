@@ -161,7 +161,10 @@ def with_times(plan: Plan, study: Study, calibration: Calibration) -> Plan:
         pace = _pace_at(calibration.paces, cell)
         trained = planned.flops_per_trial / cell.counts.flops_per_token
         steps = trained * share / cell.sequence_length
-        validation = study.space.data.validation_sequences * cell.sequence_length
+        sets = max(1, len(study.space.data.validation)) + (
+            study.space.recipe.ema_tokens is not None
+        )
+        validation = sets * study.space.data.validation_sequences * cell.sequence_length
         tokens = trained + EVALUATION * validation
         trial = pace.seconds_fixed + TRIAL_SECONDS + steps * pace.seconds_per_step
         trial += tokens * pace.seconds_per_token

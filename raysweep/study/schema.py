@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
 from raysweep.study.fields import Count, Name, Positive, Section, Size, TokenIds
 from raysweep.study.own import Training
+from raysweep.study.serving import ServingSettings
 from raysweep.study.trials import Recipe, Search
 
 
@@ -41,6 +42,11 @@ class Data(Section):
     """Needed with `source: tokens`; otherwise the tokenizer's."""
     validation_paths: tuple[str, ...] = ()
     """Held-out files; default: a share of the documents chosen by hash."""
+    validation: dict[Name, tuple[str, ...]] = Field(default={})
+    """Several validation sets by name: the files or folders of each; none ([]) for a share of the
+    corpus, as without. Each gives the columns `loss.NAME` and `loss_se.NAME`."""
+    minimise: Name | None = None
+    """The named set that gives a trial's `loss`, which the search minimises; default: the first."""
     validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     validation_sequences: Count = 256
     """Size of the one validation slice that all trials of a study are measured on."""
@@ -55,11 +61,29 @@ class Data(Section):
             raise ValueError(
                 "data source machine takes no paths: set source to text, or drop paths"
             )
+        if self.validation and self.validation_paths:
+            raise ValueError("validation and validation_paths exclude each other: drop one")
+        if sum(not paths for paths in self.validation.values()) > 1:
+            raise ValueError("only one set of validation can be a share of the corpus ([])")
+        if self.minimise is not None and self.minimise not in self.validation:
+            known = ", ".join(self.validation) or "none"
+            raise ValueError(f"minimise {self.minimise!r} is no set of validation: {known}")
         if self.source == "tokens" and self.vocab_size is None:
             raise ValueError("data source tokens needs vocab_size")
         if self.source != "tokens" and self.vocab_size is not None:
             raise ValueError("vocab_size follows from the tokenizer: drop it")
         return self
+
+    @property
+    def validation_sets(self) -> tuple[str, ...]:
+        """Names of the validation sets, that which is minimised first; none if there is only one
+        set, without a name."""
+        return tuple(sorted(self.validation, key=lambda name: name != self.minimise))
+
+    @property
+    def held_out(self) -> tuple[tuple[str, ...], ...]:
+        """Files and folders of each validation set, in that order; () for a share of the corpus."""
+        return tuple(self.validation[n] for n in self.validation_sets) or (self.validation_paths,)
 
 
 class Target(Section):
@@ -105,7 +129,8 @@ class SearchSpace(Section):
         default={"dense": Architecture()}
     )
     scales: Annotated[tuple[ScaleEntry, ...], Field(min_length=1)]
-    horizons: Annotated[tuple[Horizon, ...], Field(min_length=1)]
+    horizons: tuple[Horizon, ...] = ()
+    """Of every scale that names none of its own."""
     model: ModelSettings = ModelSettings()
     search: Search = Search()
     training: Training | None = None
@@ -114,6 +139,7 @@ class SearchSpace(Section):
     data: Data = Data()
     resources: Resources = Resources()
     targets: tuple[Target, ...] = ()
+    serving: ServingSettings = ServingSettings()
     literature: Annotated[tuple[LawKey, ...], Field(min_length=1)] | None = None
     """The published laws that the search and the fits start from; default: all."""
     without: tuple[LawKey, ...] = ()
@@ -185,12 +211,29 @@ class SearchSpace(Section):
         return self
 
     @model_validator(mode="after")
+    def _every_scale_has_horizons(self) -> Self:
+        if not self.horizons and any(scale.horizons is None for scale in self.scales):
+            raise ValueError("horizons is missing: add it, or give each scale its own")
+        return self
+
+    @model_validator(mode="after")
+    def _head_of_its_own(self) -> Self:
+        if self.recipe.parametrization != "standard" and self.model.tie_embeddings:
+            raise ValueError(
+                f"recipe.parametrization {self.recipe.parametrization} has rates of their own for "
+                "embedding and head: set model.tie_embeddings to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_known(self) -> Self:
         known = ", ".join(self.architectures)
         named = [
             (f"scale {i}", a) for i, s in enumerate(self.scales) for a in s.architectures or ()
         ]
         named += [(f"target {i}", t.architecture) for i, t in enumerate(self.targets)]
+        if isinstance(self.serving.reference, str):
+            named.append(("serving.reference", self.serving.reference))
         for where, architecture in named:
             if architecture not in self.architectures:
                 raise ValueError(f"{where} names architecture {architecture!r}; known: {known}")

@@ -121,6 +121,8 @@ class TrialSpec:
     learning_rate: float
     batch_sequences: int
     seed: int
+    validation_sets: tuple[str, ...] = ()
+    """Names of the validation sets, that of `loss` first. (The data's hash knows them.)"""
     least_batch_sequences: int | None = None
     """The smallest batch searched in the cell, for its trials to share one micro-batch, and so one
     compiled graph."""
@@ -148,7 +150,7 @@ class TrialSpec:
     def recipe_values(self) -> dict[str, Any]:
         """How the model is trained, as plain values: what a row keeps as its recipe."""
         if self.training is None:
-            return self.recipe.model_dump()
+            return self.recipe.record()
         return {"training": self.training.name, **self.training.settings, **dict(self.also)}
 
     def values(self) -> dict[str, Any]:
@@ -195,9 +197,9 @@ class TrialSpec:
         return self._point() | own
 
     def _determined(self) -> dict[str, Any]:
-        recipe = self.recipe.model_dump(
-            exclude={"branches", "checkpoint_seconds", "compile", "noise_scale"}
-        )
+        recipe = self.recipe.record()
+        for name in ("branches", "checkpoint_seconds", "compile", "noise_scale"):
+            del recipe[name]
         settings = self.cell.settings.model_dump(
             include={"balance", "balance_loss", "router_z_loss"}
         )
@@ -205,7 +207,9 @@ class TrialSpec:
             settings["scores"] = self.cell.settings.scores
         if self.cell.settings.balance == "bias":
             settings["bias_motion"] = "by tokens"
-        if recipe["weight_decay"]:
+        if self.cell.settings.route_scale != 1:
+            settings["route_scale"] = self.cell.settings.route_scale
+        if recipe["weight_decay"] and self.recipe.weight_decay_on is None:
             recipe["weight_decay_on"] = "all matrices but embedding and routers"
         return {
             **self._point(),
@@ -310,6 +314,7 @@ class Study(InNotebooks):
             scales[cell.architecture, cell.scale] = ScaleEntry(
                 name=cell.scale,
                 architectures=(cell.architecture,),
+                horizons=entry.horizons,
                 resources=entry.resources,
                 settings=entry.settings or {},
                 params_active=counts.params_active_non_embedding,
@@ -343,6 +348,7 @@ class Study(InNotebooks):
             learning_rate=float(learning_rate),
             batch_sequences=int(batch_sequences),
             seed=int(seed),
+            validation_sets=self.space.data.validation_sets,
             least_batch_sequences=self.space.search.batch_sequences.low,
             training=self.space.training,
             also=tuple(also.items()),
@@ -407,8 +413,11 @@ def build_shape(
         size = architecture.expert_size
         width = d_ff / active if size == "matched" else d_ff * size
         expert_ff = round_to(width, math.lcm(model.ffn_multiple, EXPERT_MULTIPLE))
+        first = architecture.first_dense
+        if first >= layers:
+            raise UserError(f"first_dense {first} leaves no MoE layer of {layers}: lower it")
         moe_layers = tuple(
-            i for i in range(layers) if (layers - 1 - i) % architecture.moe_every == 0
+            i for i in range(first, layers) if (layers - 1 - i) % architecture.moe_every == 0
         )
     return ModelShape(
         d_model=d_model,
@@ -463,11 +472,14 @@ def _expand(space: SearchSpace, folder: Path) -> tuple[Cell, ...]:
     vocab_size = 0
     if space.training is None:
         vocab_size = vocabulary_size(space.data, folder)
-    shapes = sum(len(e.architectures or space.architectures) for e in space.scales)
-    if shapes * len(space.horizons) > MAX_CELLS:
+    number = sum(
+        len(e.architectures or space.architectures) * len(e.horizons or space.horizons)
+        for e in space.scales
+    )
+    if number > MAX_CELLS:
         raise UserError(
-            f"the study would have {shapes * len(space.horizons)} cells, over {MAX_CELLS}: drop "
-            "scales, architectures or horizons"
+            f"the study would have {number} cells, over {MAX_CELLS}: drop scales, architectures or "
+            "horizons"
         )
     if space.training is not None:
         length = space.model.sequence_length
@@ -481,6 +493,7 @@ def _expand(space: SearchSpace, folder: Path) -> tuple[Cell, ...]:
             if (index, name) in own:
                 model = own[index, name]
                 params, scale = model.params_dense, _own_name(entry)
+                per_token = model.counts.flops_per_token
             else:
                 try:
                     model = build_shape(entry, architecture, space.model, vocab_size)
@@ -490,25 +503,19 @@ def _expand(space: SearchSpace, folder: Path) -> tuple[Cell, ...]:
                 except UserError as error:
                     raise UserError(f"scales.{index} as {name}: {error}") from None
                 params = count(model.dense_twin()).params_active_non_embedding
+                per_token = count(model).flops_per_token
                 scale = entry.name or (
                     short(entry.params) if entry.params else f"d{model.d_model}x{model.layers}"
                 )
-            for horizon in space.horizons:
-                if horizon.tokens_per_param is not None:
-                    tokens, label = (
-                        horizon.tokens_per_param * params,
-                        f"{horizon.tokens_per_param:g}tpp",
-                    )
-                else:
-                    assert horizon.tokens is not None
-                    tokens, label = horizon.tokens, f"{short(horizon.tokens)}tok"
+            for horizon in entry.horizons or space.horizons:
+                tokens = horizon.tokens_of(params, per_token)
                 if not model.sequence_length <= tokens < 1e18:
                     raise UserError(
                         f"scales.{index}: a horizon of {short(tokens)} tokens is out of range "
                         f"({model.sequence_length} to 1e18): change horizons"
                     )
                 cell = Cell(
-                    name=f"{name}-{scale}-{label}",
+                    name=f"{name}-{scale}-{horizon.label}",
                     architecture=name,
                     settings=architecture,
                     scale=scale,
@@ -521,4 +528,16 @@ def _expand(space: SearchSpace, folder: Path) -> tuple[Cell, ...]:
                         f"two cells are called {cell.name}: give the scales different names"
                     )
                 cells[cell.name] = cell
-    return tuple(sorted(cells.values(), key=lambda c: (c.flops, c.name)))
+    head_dims = sorted({c.shape.head_dim for c in cells.values() if c.own is None})
+    if space.recipe.parametrization != "standard" and len(head_dims) > 1:
+        raise UserError(  # scores of heads that grow would have to fall
+            f"recipe.parametrization {space.recipe.parametrization} wants heads of one size at all "
+            f"scales, and they have {', '.join(map(str, head_dims))}: change scales' heads"
+        )
+    return tuple(sorted(cells.values(), key=_order))
+
+
+def _order(cell: Cell) -> tuple[float, float, str]:
+    """Least compute first; of one budget of FLOPs, which whole tokens only nearly meet, the
+    smallest model."""
+    return float(f"{cell.flops:.4g}"), float(cell.params_dense), cell.name

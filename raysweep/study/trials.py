@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -107,10 +107,29 @@ class Search(Section):
     of life. 0 is never."""
 
 
+Role = Literal["embedding", "head", "matrices", "router", "norms"]
+"""What a parameter is for: `matrices` are those of attention, feed-forwards and experts."""
+
+
+class GroupRates(Section):
+    """Learning rates as fixed ratios to the one that is searched."""
+
+    embedding: Positive = 1.0
+    head: Positive = 1.0
+    matrices: Positive = 1.0
+    router: Positive = 1.0
+    norms: Positive = 1.0
+
+
 class Recipe(Section):
     """How a model is trained, apart from learning rate and batch size."""
 
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` trains matrices by orthogonalised momentum (Jordan et al. 2024), a step's size being
+    that of AdamW's at the same rate (Moonlight, arXiv 2502.16982); AdamW trains the rest."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Of Muon (Nesterov's)."""
+    group_rates: GroupRates = GroupRates()
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     beta2_rule: Literal["fixed", "batch"] = "fixed"
@@ -119,20 +138,42 @@ class Recipe(Section):
     beta2_reference_tokens: Positive = 524288.0
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
-    """Decoupled: each step shrinks matrices by learning_rate * weight_decay. Not on embedding,
-    routers and norm gains."""
+    """Decoupled, by `weight_decay_rule`."""
+    weight_decay_rule: Literal["fixed", "independent", "timescale"] = "fixed"
+    """What a step shrinks weights by. `fixed`: learning_rate * weight_decay, as PyTorch does.
+    `independent`: weight_decay times the schedule, whatever the peak (Loshchilov & Hutter 2019;
+    Wortsman et al., arXiv 2309.14322, take 1e-4). `timescale`: batch / (tau * horizon) at the peak,
+    so that tau = batch / (learning_rate * weight_decay * horizon), the share of a run that weights
+    average over, is the same in all trials (Wang & Aitchison, arXiv 2405.13698)."""
+    weight_decay_timescale: Positive = 0.2
+    """Tau of `weight_decay_rule: timescale`. Power Lines (arXiv 2505.13738) finds its optimum at
+    1.084 (D/N)^-0.527: 0.22 at 20 tokens a parameter."""
+    weight_decay_on: Annotated[tuple[Role, ...], Field(min_length=1)] | None = None
+    """What decays. Default: matrices and head with `weight_decay_rule: fixed`, else matrices."""
+    parametrization: Literal["standard", "mup", "completep"] = "standard"
+    """How initial weights and learning rates follow width and depth, so that one searched rate
+    suits all: `mup` in width (Yang et al., arXiv 2203.03466), `completep` in depth as well (Dey et
+    al., arXiv 2505.01618). At the base shape both are `standard`."""
+    base_d_model: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Width of the base shape; needed with `mup` and `completep`."""
+    base_layers: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Depth of the base shape; needed with `completep`."""
     clip_norm: Positive | None = 1.0
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warm-up: a half cosine or a line down to the final rate; constant, with a decay
+    over the last `decay_fraction` (WSD); or constant."""
     warmup_fraction: Fraction = 0.05
     """Linear warm-up over this share of the horizon's tokens, unless `warmup_tokens` is given."""
     warmup_tokens: Positive | None = None
     decay_fraction: Fraction = 0.2
     """Share of the horizon spent decaying, for `wsd`."""
+    decay_shape: Literal["linear", "1-sqrt"] = "linear"
+    """Of the decay of `wsd`; `1-sqrt` falls faster at first (Hägele et al., arXiv 2405.18392)."""
     branches: bool = False
     """With `wsd` and several horizons: one trial trains the stable phase of the longest, and runs
     the decay of each shorter one from it. One trial gives a row in each cell of its scale."""
     final_lr_fraction: Fraction = 0.1
-    """Final learning rate over peak, unless `final_lr` is given."""
+    """Final learning rate over peak, unless `final_lr` is given; 0 decays to zero."""
     final_lr: NonNegative | None = None
     """A fixed final learning rate, the same for all peaks (never above the peak)."""
     z_loss: NonNegative = 0.0
@@ -140,6 +181,9 @@ class Recipe(Section):
     init_std: Positive | None = None
     """Standard deviation of initial weights; default: 1/sqrt(fan-in), residual outputs scaled
     down by 1/sqrt(2 layers)."""
+    ema_tokens: Positive | None = None
+    """Tokens over which weights are averaged (an exponential moving average, corrected for its
+    start); the loss of the averaged weights is measured besides, as `loss_ema`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and products; weights are kept in float32. `auto` is bfloat16 on GPUs that
     have it, and float32 on others and on CPUs."""
@@ -166,7 +210,39 @@ class Recipe(Section):
             raise ValueError(f"branches need schedule: wsd, not {self.schedule}")
         if self.branches and self.warmup_tokens is None:
             raise ValueError("branches need warmup_tokens: a share of the horizon is not shared")
+        if self.branches and self.weight_decay_rule == "timescale":
+            raise ValueError(
+                "branches share steps, and weight_decay_rule timescale differs by horizon: set it "
+                "to fixed or independent"
+            )
+        if self.weight_decay_rule == "independent" and self.weight_decay > 0.01:
+            raise ValueError(
+                f"weight_decay {self.weight_decay:g} with weight_decay_rule independent would "
+                "shrink weights by that share a step: set it to 1e-4 or so"
+            )
+        if self.decay_shape != "linear" and self.schedule != "wsd":
+            raise ValueError(f"decay_shape is of schedule: wsd, not {self.schedule}: drop it")
+        if self.parametrization != "standard" and self.base_d_model is None:
+            raise ValueError(f"parametrization {self.parametrization} needs base_d_model")
+        if self.parametrization == "completep" and self.base_layers is None:
+            raise ValueError("parametrization completep needs base_layers")
         return self
+
+    @property
+    def decays_on(self) -> tuple[Role, ...]:
+        """What weight decay applies to."""
+        if self.weight_decay_on is not None:
+            return self.weight_decay_on
+        return ("matrices", "head") if self.weight_decay_rule == "fixed" else ("matrices",)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values of all keys; of those that are younger than the first rows, such as differ
+        from the default: so what rows and their keys say of a recipe stays as it was."""
+        found = self.model_dump(mode="json")
+        for name in YOUNGER:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del found[name]
+        return found
 
     def warmup(self, horizon: float) -> float:
         """Tokens of warm-up in a run of that many."""
@@ -181,3 +257,18 @@ class Recipe(Section):
         if self.schedule == "wsd":
             return max(self.warmup(horizon), (1 - self.decay_fraction) * horizon)
         return self.warmup(horizon)
+
+
+YOUNGER = (
+    "momentum",
+    "group_rates",
+    "weight_decay_rule",
+    "weight_decay_timescale",
+    "weight_decay_on",
+    "parametrization",
+    "base_d_model",
+    "base_layers",
+    "decay_shape",
+    "ema_tokens",
+)
+"""Keys of a recipe that came after the first rows had been written."""

@@ -207,6 +207,7 @@ def _step(study: Study, cell: Cell, batch_sequences: int) -> tuple[float, float]
             study.trial(dataclasses.replace(cell, tokens=tokens), "calibration",
                         1e-4, batch_sequences, 0),
             validation_sequences=1,
+            validation_sets=(),
             recipe=recipe,
         )  # fmt: skip
         clock, begun = _Clock(), time.perf_counter()

@@ -251,7 +251,8 @@ def last_words(log: Path) -> str:
     named = [line for line in lines if _is_error(line)]
     # What starts workers (torchrun) names its own error after theirs.
     own = [line for line in named if "ChildFailedError" not in line]
-    return (own or named or lines or ["it said nothing"])[-1][:MAX_REASON]
+    died = [line for line in lines if line.startswith("traceback : Signal")]
+    return (own or died or named or lines or ["it said nothing"])[-1][:MAX_REASON]
 
 
 def _is_error(line: str) -> bool:

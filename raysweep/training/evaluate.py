@@ -32,6 +32,18 @@ class Evaluation:
     """Probability given to the chosen experts together, mean over tokens and MoE layers."""
 
 
+@dataclass(frozen=True)
+class Evaluations:
+    """All that is measured of a model at the end of a run."""
+
+    main: Evaluation
+    """Of the weights, on the set that the search minimises."""
+    averaged: Evaluation | None
+    """Of the averaged weights, on the same; None where none are kept."""
+    named: dict[str, Evaluation]
+    """Of the weights, on each set that has a name."""
+
+
 def check_validation(tokens: TokenArray, sequences: int, length: int, workers: Workers) -> None:
     """Raises UserError, before any training, where the slice cannot be evaluated."""
     if len(tokens) < sequences * length + 1:

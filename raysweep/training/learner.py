@@ -7,11 +7,15 @@ from typing import Any
 import torch
 
 from raysweep.data.corpus import Corpus
-from raysweep.model import Decoder, build, initialise
+from raysweep.data.tokens import TokenArray
+from raysweep.model import Decoder, Parametrization, build, initialise
 from raysweep.model.compiled import make_room
 from raysweep.study.study import TrialSpec
 from raysweep.training import memory, optimizer, runtime
-from raysweep.training.evaluate import Evaluation, evaluate
+from raysweep.training.averaging import Average
+from raysweep.training.evaluate import Evaluation, Evaluations, evaluate
+from raysweep.training.groups import groups_of
+from raysweep.training.muon import cuts_of
 from raysweep.training.outcome import WorkerOutOfMemory
 from raysweep.training.parallel import Workers
 from raysweep.training.step import BatchGradient, GradientAccumulator
@@ -34,7 +38,16 @@ class Learner:
         """
         spec, device, workers = self.spec, self.device, self.workers
         self._make_model()
-        self.optimizer = optimizer.build_optimizer(self.parameters, spec.recipe, spec.batch_tokens)
+        self.optimizer = optimizer.Optimizers(
+            self.parameters,
+            spec.recipe,
+            spec.batch_tokens,
+            cuts=cuts_of(self.model),
+            muon_dtype=self.model.dtype or torch.float32,
+        )
+        self.average = None
+        if spec.recipe.ema_tokens is not None:
+            self.average = Average(self.parameters, spec.recipe.ema_tokens, spec.batch_tokens)
         self.gradient = GradientAccumulator(
             model=self.model,
             parameters=self.parameters,
@@ -58,7 +71,7 @@ class Learner:
         recipe, shape = spec.recipe, spec.cell.shape
         options: dict[str, Any] = {"rope_base": spec.model.rope_base, "z_loss": recipe.z_loss}
         drawn: dict[str, Any] = {
-            "init_std": recipe.init_std,
+            "parametrization": Parametrization.of(recipe, shape),
             "seed": spec.seed,
             "threads": max(1, int(spec.cell.resources.cpus_per_worker)),
         }
@@ -69,17 +82,17 @@ class Learner:
             self.model = build(shape, spec.cell.settings, **options, **drawn, device=device)
         self.model.dtype = runtime.compute_dtype(device, recipe)
         self.model.compiled = self.compiled
-        self.parameters = workers.distribute(self.model, device)
+        self.parameters = workers.distribute(self.model, device, groups_of(spec))
         if workers.sharded:
             self.model.reset_buffers()
-            initialise(self.model, shape, **drawn)
+            initialise(self.model, **drawn)
 
     def _fit_memory(self) -> None:
         """Try on this device what it has memory for, beside weights, moments and gradients."""
         spec, device, workers, model = self.spec, self.device, self.workers, self.model
         reserve = 0.0
         if spec.recipe.noise_scale:  # keeps a copy of the gradient
-            reserve = sum(g.nbytes for _, g in self.parameters.parts(self.optimizer).values()) / 3
+            reserve = float(sum(value.nbytes for value in self.parameters.values()))
         tried = model
         if workers.sharded:
             reserve *= 2  # there is no gradient yet either
@@ -125,17 +138,33 @@ class Learner:
         limit = self.spec.recipe.clip_norm
         if limit is not None:
             optimizer.clip(self.parameters.gradients(), batch.numbers[1].sqrt(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(rate)
+        if self.average is not None:
+            self.average.add(step + 1)
         self.model.finish_step()
         return batch
 
-    def evaluate(self) -> Evaluation:
-        """Measure the model on the validation slice."""
+    def evaluate(self) -> Evaluations:
+        """Measure the model on the validation slice, and on those of the named sets."""
+        main, averaged = self._evaluate(self.corpus.validation), None
+        names = self.spec.validation_sets
+        named = {
+            name: self._evaluate(self.corpus.named_validation(name)) if place else main
+            for place, name in enumerate(names)
+        }
+        if self.average is not None:
+            if self.workers.sharded:
+                self.workers.reshard(self.model)
+            with self.average.in_place():
+                averaged = self._evaluate(self.corpus.validation)
+                if self.workers.sharded:
+                    self.workers.reshard(self.model)
+        return Evaluations(main, averaged, named)
+
+    def _evaluate(self, tokens: TokenArray) -> Evaluation:
         return evaluate(
             self.model,
-            self.corpus.validation,
+            tokens,
             sequences=self.spec.validation_sequences,
             batch_sequences=self.gradient.micro,
             workers=self.workers,
@@ -147,7 +176,16 @@ class Learner:
         return {
             "micro": self.gradient.micro,
             "buffers": self.model.routing_state(),
-            "parts": self.parameters.parts(self.optimizer),
+            "parts": self.parts(),
+        }
+
+    def parts(self) -> optimizer.Parts:
+        """What this worker holds of weights, moments and averages: views, to be read or written."""
+        values = self.parameters.named(self.parameters.values())
+        return {
+            **{f"value/{name}": part for name, part in values.items()},
+            **self.parameters.moments(self.optimizer),
+            **(self.average.parts() if self.average is not None else {}),
         }
 
     def load(self, state: dict[str, Any], step: int) -> None:
@@ -159,6 +197,6 @@ class Learner:
         with torch.no_grad():
             for name, value in state["buffers"].items():
                 buffers[name].copy_(value)
-            for name, (_, part) in self.parameters.parts(self.optimizer).items():
+            for name, (_, part) in self.parts().items():
                 part.copy_(state["parts"][name][1])
-        optimizer.set_step(self.optimizer, step)
+        self.optimizer.set_step(step)

@@ -63,7 +63,9 @@ def train(
             f"{workers.world_size} workers: raise search.batch_sequences.low, or use fewer workers"
         )
     length = spec.cell.shape.sequence_length
-    check_validation(corpus.validation, spec.validation_sequences, length, workers)
+    others = (corpus.named_validation(name) for name in spec.validation_sets[1:])
+    for tokens in (corpus.validation, *others):
+        check_validation(tokens, spec.validation_sequences, length, workers)
     with runtime.clean_slate(
         device,
         threads,
@@ -152,8 +154,7 @@ class _Run:
         self.learner.build()
         saved = None
         if self.checkpoints:
-            parts = self.learner.parameters.parts(self.learner.optimizer)
-            saved = self.checkpoints.load_on_all(parts)
+            saved = self.checkpoints.load_on_all(self.learner.parts())
         if saved is None:
             return
         wanted = {metrics.spec.key for metrics in self.state.horizons}
@@ -167,14 +168,14 @@ class _Run:
         if ended is None:
             return None
         status, reason = ended
-        evaluation = None
+        evaluations = None
         if status == "finished":
             started = time.perf_counter()
-            evaluation = learner.evaluate()
+            evaluations = learner.evaluate()
             state.seconds += time.perf_counter() - started
-            if not math.isfinite(evaluation.loss):
-                status, reason, evaluation = "diverged", "non-finite validation loss", None
-        return make_outcome(state, learner, state.metrics, status, reason, evaluation)
+            if not math.isfinite(evaluations.main.loss):
+                status, reason, evaluations = "diverged", "non-finite validation loss", None
+        return make_outcome(state, learner, state.metrics, status, reason, evaluations)
 
     def _fork(self) -> None:
         """Leave the run for the branch whose decay begins here."""

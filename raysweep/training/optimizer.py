@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from raysweep.model.initial import local_part
 from raysweep.study.trials import Recipe
 from raysweep.training import schedule
+from raysweep.training.groups import Group, GroupOf
+from raysweep.training.muon import Muon
 
 MAX_DOT = 1 << 30
 """CUDA's dot product takes fewer than 2^31 elements."""
@@ -27,99 +30,128 @@ whole."""
 class Parameters(Protocol):
     """What the loop does to parameters and gradients as a whole."""
 
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]]
-    """Those that decay, and those that do not (`decays`)."""
+    groups: list[tuple[Group, list[nn.Parameter]]]
+    """Parameters that are trained alike; those that decay come first."""
 
     def gradients(self) -> list[Tensor]:
         """This worker's gradient tensors, together all it holds."""
+        ...
+
+    def values(self) -> list[Tensor]:
+        """This worker's values, together all it holds."""
         ...
 
     def zero(self) -> None:
         """Set the gradient to zero."""
         ...
 
-    def parts(self, optimizer: torch.optim.Optimizer) -> Parts:
-        """What this worker holds of all values and moments: views, to be read or written."""
+    def named(self, tensors: list[Tensor]) -> Parts:
+        """Tensors that lie as `values` do, by parameter: views."""
+        ...
+
+    def moments(self, optimizer: Optimizers) -> Parts:
+        """What this worker holds of the optimizer's moments: views, to be read or written."""
         ...
 
 
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices but the embedding and the routers."""
-    return parameter.ndim > 1 and name != "embedding" and not name.endswith("router.weight")
-
-
 class FlatParameters:
-    """One buffer of values and one of gradients; the model's own become views of them."""
+    """One buffer of values and one of gradients; the model's own become views of them, and so does
+    a parameter for each group that AdamW trains."""
 
-    def __init__(self, model: nn.Module) -> None:
-        named = dict(model.named_parameters())
-        order = sorted(named, key=lambda name: not decays(name, named[name]))
+    def __init__(self, model: nn.Module, group_of: GroupOf) -> None:
+        self._named = dict(model.named_parameters())
+        by_group = _by_group(self._named, group_of)
         self._spans: dict[str, slice] = {}
-        end, n_decaying = 0, 0
-        for name in order:
-            self._spans[name] = slice(end, end + named[name].numel())
-            end += -(-named[name].numel() // _ALIGN) * _ALIGN
-            n_decaying = end if decays(name, named[name]) else n_decaying
-        self.values = named[order[0]].new_zeros(end, requires_grad=False)
-        self.grad = torch.zeros_like(self.values)
+        bounds, end = [], 0
+        for names in by_group.values():
+            start = end
+            for name in names:
+                count = self._named[name].numel()
+                self._spans[name] = slice(end, end + count)
+                end += -(-count // _ALIGN) * _ALIGN
+            bounds.append((start, end))
+        first = next(iter(self._named.values()))
+        self._values = first.new_zeros(end, requires_grad=False)
+        self._grad = torch.zeros_like(self._values)
         for name, span in self._spans.items():
-            parameter = named[name]
-            self.values[span] = parameter.detach().flatten()
-            parameter.data = self.values[span].view_as(parameter)
-            parameter.grad = self.grad[span].view_as(parameter)
-        self.groups = ([], [])
-        self._starts = (0, n_decaying)
-        for group, span in zip(
-            self.groups, (slice(0, n_decaying), slice(n_decaying, end)), strict=True
-        ):
-            part = nn.Parameter(self.values[span])
-            part.grad = self.grad[span]
-            group.append(part)
+            parameter = self._named[name]
+            self._values[span] = parameter.detach().flatten()
+            parameter.data = self._values[span].view_as(parameter)
+            parameter.grad = self._grad[span].view_as(parameter)
+        self.groups = []
+        self._flat: dict[str, tuple[nn.Parameter, int]] = {}
+        for (group, names), (start, end) in zip(by_group.items(), bounds, strict=True):
+            if group.muon:
+                self.groups.append((group, [self._named[name] for name in names]))
+                continue
+            part = nn.Parameter(self._values[start:end])
+            part.grad = self._grad[start:end]
+            self.groups.append((group, [part]))
+            self._flat |= dict.fromkeys(names, (part, start))
 
     def gradients(self) -> list[Tensor]:
-        return [self.grad]
+        return [self._grad]
+
+    def values(self) -> list[Tensor]:
+        return [self._values]
 
     def zero(self) -> None:
-        self.grad.zero_()
+        self._grad.zero_()
 
-    def parts(self, optimizer: torch.optim.Optimizer) -> Parts:
+    def named(self, tensors: list[Tensor]) -> Parts:
+        return {name: (0, tensors[0][span]) for name, span in self._spans.items()}
+
+    def moments(self, optimizer: Optimizers) -> Parts:
         parts: Parts = {}
         for name, span in self._spans.items():
-            group = int(span.start >= self._starts[1])
-            state, begin = optimizer.state[self.groups[group][0]], self._starts[group]
-            parts[f"value/{name}"] = 0, self.values[span]
-            for moment in MOMENTS:
-                parts[f"{moment}/{name}"] = 0, state[moment][span.start - begin : span.stop - begin]
+            parameter, start = self._flat.get(name, (self._named[name], span.start))
+            own = slice(span.start - start, span.stop - start)
+            for moment, tensor in optimizer.moments(parameter).items():
+                parts[f"{moment}/{name}"] = 0, tensor.view(-1)[own]
         return parts
 
 
 class ShardedParameters:
     """The model's own parameters, each spread over the workers (FSDP2)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, group_of: GroupOf) -> None:
         self._named = dict(model.named_parameters())
-        self.groups = ([], [])
-        for name, parameter in self._named.items():
-            self.groups[not decays(name, parameter)].append(parameter)
+        self.groups = [
+            (group, [self._named[name] for name in names])
+            for group, names in _by_group(self._named, group_of).items()
+        ]
 
     def gradients(self) -> list[Tensor]:
-        both = (p for group in self.groups for p in group)
-        return [p.grad.to_local() for p in both if p.grad is not None]  # type: ignore[attr-defined]
+        every = (p.grad for _, group in self.groups for p in group)
+        return [grad.to_local() for grad in every if grad is not None]  # type: ignore[attr-defined]
+
+    def values(self) -> list[Tensor]:
+        return [local_part(p)[0] for p in self._named.values()]
 
     def zero(self) -> None:
-        for group in self.groups:
-            for parameter in group:
-                parameter.grad = None
+        for parameter in self._named.values():
+            parameter.grad = None
 
-    def parts(self, optimizer: torch.optim.Optimizer) -> Parts:
-        parts: Parts = {}
-        for name, parameter in self._named.items():
-            local, start = local_part(parameter)
-            parts[f"value/{name}"] = start, local.view(-1)
-            for moment in MOMENTS:
-                held, _ = local_part(optimizer.state[parameter][moment])
-                parts[f"{moment}/{name}"] = start, held.view(-1)
-        return parts
+    def named(self, tensors: list[Tensor]) -> Parts:
+        return {
+            name: (local_part(parameter)[1], tensor.view(-1))
+            for (name, parameter), tensor in zip(self._named.items(), tensors, strict=True)
+        }
+
+    def moments(self, optimizer: Optimizers) -> Parts:
+        return {
+            f"{moment}/{name}": (local_part(parameter)[1], local_part(tensor)[0].view(-1))
+            for name, parameter in self._named.items()
+            for moment, tensor in optimizer.moments(parameter).items()
+        }
+
+
+def _by_group(named: dict[str, nn.Parameter], group_of: GroupOf) -> dict[Group, list[str]]:
+    """Names by group; groups that decay come first."""
+    found: dict[Group, list[str]] = {}
+    for name, parameter in named.items():
+        found.setdefault(group_of(name, parameter), []).append(name)
+    return dict(sorted(found.items(), key=lambda item: not item[0].weight_decay))
 
 
 def squared_norm(gradients: list[Tensor]) -> Tensor:
@@ -137,31 +169,55 @@ def clip(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
         gradient.mul_(factor)
 
 
-def build_optimizer(parameters: Parameters, recipe: Recipe, batch_tokens: int) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) as the recipe has it; set the learning rate each step.
+class Optimizers:
+    """AdamW (Loshchilov & Hutter 2019), and Muon where the recipe has it, as one.
 
-    Its moments are made here, not at the first step: what memory is left is known at once.
+    Their moments are made here, not at the first step: what memory is left is known at once.
     """
-    decaying, others = parameters.groups
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decaying, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=0.0,
-        betas=(recipe.beta1, schedule.beta2(recipe, batch_tokens)),
-        eps=recipe.eps,
-        fused=True,
-    )
-    for parameter in (*decaying, *others):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
-        }
-    return optimizer
 
+    def __init__(
+        self,
+        parameters: Parameters,
+        recipe: Recipe,
+        batch_tokens: int,
+        *,
+        cuts: dict[Tensor, Sequence[int]] | None = None,
+        muon_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`cuts` are the widths of matrices side by side, as `Muon` takes them."""
+        groups: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+        for group, members in parameters.groups:
+            settings = {"params": members, "weight_decay": group.weight_decay, "rate": group.rate}
+            groups[group.muon].append(settings | ({} if group.muon else {"eps": group.eps}))
+        beta2 = schedule.beta2(recipe, batch_tokens)
+        self._adamw = torch.optim.AdamW(
+            groups[False], lr=0.0, betas=(recipe.beta1, beta2), fused=True
+        )
+        self._all: list[torch.optim.Optimizer] = [self._adamw]
+        for group in groups[False]:
+            for parameter in group["params"]:
+                self._adamw.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
+                }
+        if groups[True]:
+            self._all.append(
+                Muon(groups[True], momentum=recipe.momentum, cuts=cuts or {}, dtype=muon_dtype)
+            )
 
-def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Have the optimizer go on as after so many steps."""
-    for state in optimizer.state.values():
-        state["step"].fill_(step)
+    def step(self, learning_rate: float) -> None:
+        """One step at this learning rate, of which each group has its share."""
+        for optimizer in self._all:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group["rate"]
+            optimizer.step()
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Moments of one of the parameters, by their names."""
+        found = next(o.state[parameter] for o in self._all if parameter in o.state)
+        return {name: tensor for name, tensor in found.items() if name != "step"}
+
+    def set_step(self, step: int) -> None:
+        """Go on as after so many steps."""
+        for state in self._adamw.state.values():
+            state["step"].fill_(step)

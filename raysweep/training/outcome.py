@@ -64,6 +64,11 @@ class TrialOutcome:
     """Mean over the validation slice, of finished runs."""
     loss_se: float | None
     """Its standard error, from the spread of the sequences' losses."""
+    loss_ema: float | None
+    """That of the averaged weights, where `recipe.ema_tokens` is set."""
+    loss_ema_se: float | None
+    named_losses: dict[str, tuple[float, float]]
+    """Loss and standard error on each named validation set."""
     bits_per_byte: float | None
     train_loss: float | None
     """Mean over the last twentieth of the steps."""
@@ -83,6 +88,9 @@ class TrialOutcome:
     noise_grad_sq: float | None
     noise_trace: float | None
     """tr S of the gradient of one sequence."""
+    noise_quarters: str | None = None
+    """Of each quarter of the run the mean training `loss`, `grad_sq` and `trace`, as JSON; None
+    where they were not measured."""
     expert_load_entropy: float | None
     """Over the validation slice, mean of the MoE layers, as a share of its maximum."""
     expert_load_max_over_mean: float | None

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from raysweep.errors import UserError
 from raysweep.model import Decoder
 from raysweep.model.transformer import Experts
+from raysweep.training.groups import GroupOf
 from raysweep.training.optimizer import FlatParameters, Parameters, ShardedParameters
 
 
@@ -96,7 +97,7 @@ class Workers:
         """A sum over the whole model from each worker's over what it holds, in place."""
         return self.sum(local).div_(self.replicas) if self.sharded else local
 
-    def distribute(self, model: Decoder, device: torch.device) -> Parameters:
+    def distribute(self, model: Decoder, device: torch.device, group_of: GroupOf) -> Parameters:
         """Spread the model, on the meta device if it is to be sharded, and take hold of its
         parameters: of a sharded one not yet filled.
 
@@ -104,7 +105,7 @@ class Workers:
         routers stay in float32 throughout.
         """
         if not self.sharded:
-            return FlatParameters(model)
+            return FlatParameters(model, group_of)
         shards = self.world_size // self.replicas
         sizes = (self.replicas, shards) if self.replicas > 1 else (shards,)
         names = ("replicate", "shard")[-len(sizes) :]
@@ -123,7 +124,7 @@ class Workers:
         fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
         register_fsdp_forward_method(model, "evaluate")
         model.to_empty(device=device)
-        return ShardedParameters(model)
+        return ShardedParameters(model, group_of)
 
     def reshard(self, model: Decoder) -> None:
         """Let go of what an evaluation has left gathered: before parameters are written to."""

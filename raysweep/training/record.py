@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysweep.study import Cell, TrialSpec
+from raysweep.study import Architecture, Cell, TrialSpec
 from raysweep.study.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -33,14 +33,15 @@ def cell_columns(cell: Cell) -> dict[str, Any]:
         "sequence_length": cell.sequence_length,
         "experts": cell.model.experts,
         "top_k": cell.model.top_k,
-        **(_shape_columns(cell.shape) if cell.own is None else {}),
+        **(_shape_columns(cell.shape, cell.settings) if cell.own is None else {}),
         **counts,
         "params_dense": cell.params_dense,
         "tokens": cell.tokens,
     }
 
 
-def _shape_columns(shape: ModelShape) -> dict[str, Any]:
+def _shape_columns(shape: ModelShape, settings: Architecture) -> dict[str, Any]:
+    routed = shape.is_moe
     return {
         "d_model": shape.d_model,
         "layers": shape.layers,
@@ -51,6 +52,10 @@ def _shape_columns(shape: ModelShape) -> dict[str, Any]:
         "shared_experts": shape.shared_experts,
         "expert_ff": shape.expert_ff,
         "moe_layers": len(shape.moe_layers),
+        "first_dense": settings.first_dense if routed else None,
+        "scores": settings.scores if routed else None,
+        "balance": settings.balance if routed else None,
+        "route_scale": settings.route_scale if routed else None,
     }
 
 
@@ -115,11 +120,15 @@ def outcome_columns(
         flops_6nd=counts.flops_6nd(outcome.tokens_seen),
         loss=outcome.loss,
         loss_se=outcome.loss_se,
+        loss_ema=outcome.loss_ema,
+        loss_ema_se=outcome.loss_ema_se,
+        named_losses=json.dumps(outcome.named_losses) if outcome.named_losses else None,
         train_loss=outcome.train_loss,
         bits_per_byte=outcome.bits_per_byte,
         noise_scale_tokens=outcome.noise_scale_tokens,
         noise_grad_sq=outcome.noise_grad_sq,
         noise_trace=outcome.noise_trace,
+        noise_quarters=outcome.noise_quarters,
         expert_load_entropy=outcome.expert_load_entropy,
         expert_load_max_over_mean=outcome.expert_load_max_over_mean,
         router_confidence=outcome.router_confidence,

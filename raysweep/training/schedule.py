@@ -10,11 +10,12 @@ from raysweep.study.trials import Recipe
 def learning_rate(recipe: Recipe, peak: float, tokens: float, horizon: float) -> float:
     """The learning rate at a point of the run, `tokens` of `horizon`.
 
-    Linear warm-up from zero to the peak, then by `recipe.schedule`: a half cosine to the final
-    rate; constant; or constant with a linear decay to the final rate over the last
-    `decay_fraction` (WSD, Hu et al. 2024, arXiv 2404.06395). All are continuous in tokens; a
-    step takes the value at the middle of its batch, so that runs of different batch size follow
-    one curve.
+    Linear warm-up from zero to the peak, then by `recipe.schedule`: a half cosine or a line to the
+    final rate (Bergsma et al. 2025, arXiv 2502.15938, on lines to zero); constant; or constant with
+    a decay to the final rate over the last `decay_fraction` (WSD, Hu et al. 2024, arXiv
+    2404.06395), along a line or 1 - sqrt(t) (Hägele et al. 2024, arXiv 2405.18392). All are
+    continuous in tokens; a step takes the value at the middle of its batch, so that runs of
+    different batch size follow one curve.
     """
     warmup = recipe.warmup(horizon)
     if tokens < warmup:
@@ -27,7 +28,10 @@ def learning_rate(recipe: Recipe, peak: float, tokens: float, horizon: float) ->
     if tokens <= start:
         return peak
     done = min(1.0, (tokens - start) / (horizon - start)) if horizon > start else 1.0
-    share = (1 + math.cos(math.pi * done)) / 2 if recipe.schedule == "cosine" else 1 - done
+    if recipe.schedule == "cosine":
+        share = (1 + math.cos(math.pi * done)) / 2
+    else:
+        share = 1 - (math.sqrt(done) if recipe.decay_shape == "1-sqrt" else done)
     return final + (peak - final) * share
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from raysweep.training import runtime
-from raysweep.training.evaluate import Evaluation
+from raysweep.training.evaluate import Evaluation, Evaluations
 from raysweep.training.horizon_metrics import HorizonMetrics
 from raysweep.training.learner import Learner
 from raysweep.training.outcome import Status, TrialOutcome
@@ -18,12 +18,14 @@ def make_outcome(
     metrics: HorizonMetrics,
     status: Status,
     reason: str | None,
-    evaluation: Evaluation | None = None,
+    evaluations: Evaluations | None = None,
 ) -> TrialOutcome:
     """The outcome at a horizon: the current one, or one that waited and is lost with the run.
 
     All workers must call this.
     """
+    evaluation = evaluations and evaluations.main
+    averaged = evaluations and evaluations.averaged
     spec, workers, device, micro = metrics.spec, learner.workers, learner.device, learner.micro
     current = metrics is state.metrics
     # One that diverged was told of no steps after, though the run may have made some.
@@ -40,6 +42,11 @@ def make_outcome(
         tokens_trained=trained,
         loss=evaluation and evaluation.loss,
         loss_se=evaluation and evaluation.loss_se,
+        loss_ema=averaged and averaged.loss,
+        loss_ema_se=averaged and averaged.loss_se,
+        named_losses={n: (e.loss, e.loss_se) for n, e in evaluations.named.items()}
+        if evaluations
+        else {},
         bits_per_byte=evaluation and _bits_per_byte(evaluation, learner.corpus.bytes_per_token),
         train_loss=metrics.monitor.final_loss,
         seconds_train=state.seconds if current else 0.0,
@@ -51,6 +58,7 @@ def make_outcome(
         noise_scale_tokens=noise_sequences and noise_sequences * spec.cell.shape.sequence_length,
         noise_grad_sq=metrics.noise.grad_sq,
         noise_trace=metrics.noise.trace,
+        noise_quarters=metrics.noise.along,
         expert_load_entropy=evaluation and evaluation.load_entropy,
         expert_load_max_over_mean=evaluation and evaluation.load_max_over_mean,
         router_confidence=evaluation and evaluation.confidence,

@@ -89,7 +89,9 @@ def main():
             result = {"val_loss": cross_entropy(logits, held_out[1:]).item(), "started_at": first}
         (args.folder / "metrics.json").write_text(json.dumps(result))
         print(result["val_loss"])
-    if several:
+    if several:  # all end together: one that left first would break the others' connections
+        del trained
+        distributed.barrier()
         distributed.destroy_process_group()
 
 

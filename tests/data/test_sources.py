@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,34 @@ def test_reading_stops_after_max_megabytes(build, text_folder: Path) -> None:
     assert 19_000 < kept <= 20_000
 
 
+def test_named_validation_sets(build, text_folder: Path) -> None:
+    sets = {"own": [], "first": ["texts/03.txt"], "deep": ["texts/deeper/04.txt"]}
+    corpus = build(source="text", paths=["texts"], validation=sets, minimise="first")
+
+    def texts(tokens) -> set[bytes]:
+        return set(bytes(tokens[0 : len(tokens)]).split(b"\0")) - {b""}
+
+    first, own, deep = (corpus.validation, *map(corpus.named_validation, ("own", "deep")))
+    assert texts(first) == {(text_folder / "03.txt").read_bytes()}
+    assert texts(deep) == {(text_folder / "deeper" / "04.txt").read_bytes()}
+    every = [texts(part) for part in (corpus.train, first, own, deep)]
+    assert 1 < len(every[2]) < 10
+    assert sum(map(len, every)) == len(set.union(*every)) == 60
+    assert pickle.loads(pickle.dumps(corpus)).named_validation("own")[0] == own[0]
+    again = build(source="text", paths=["texts"], validation=sets, minimise="first")
+    assert again.path == corpus.path, "from the cache, found sound"
+    other = {"own": [], "last": ["texts/03.txt"], "deep": ["texts/deeper/04.txt"]}
+    renamed = build(source="text", paths=["texts"], validation=other, minimise="last")
+    assert renamed.hash != corpus.hash, "columns of rows bear the names"
+
+
+def test_a_named_set_without_text_or_too_small_is_named(build, text_folder: Path) -> None:
+    for text, said in (("", "data.validation.b holds no text"), ("few", "data.validation.b: ")):
+        (text_folder.parent / "b.txt").write_text(text)
+        with pytest.raises(UserError, match=said):
+            build(source="text", paths=["texts"], validation={"a": [], "b": ["b.txt"]})
+
+
 def test_validation_paths_are_held_out(build, text_folder: Path) -> None:
     twin = (text_folder / "03.txt").read_text(encoding="utf-8")
     (text_folder / "twin.txt").write_text(twin, encoding="utf-8")
@@ -224,6 +253,18 @@ class TestExistingTokens:
         )
         assert (corpus.train_tokens, corpus.validation_tokens) == (4000, 4000)
         assert np.array_equal(corpus.validation, np.arange(4000, 8000))
+
+    def test_named_sets(self, build, shards: Path) -> None:
+        settings = {"source": "tokens", "paths": ["shards"], "vocab_size": 8000}
+        sets = {"own": [], "b": ["shards/b.bin"]}
+        corpus = build(validation=sets, **settings)
+        assert corpus.train_tokens == 3800
+        assert np.array_equal(corpus.validation, np.arange(3800, 4000))
+        assert np.array_equal(corpus.named_validation("b"), np.arange(4000, 8000))
+        turned = build(validation=sets, minimise="b", **settings)
+        assert np.array_equal(turned.validation, np.arange(4000, 8000))
+        assert np.array_equal(turned.named_validation("own"), np.arange(3800, 4000))
+        assert len({corpus.hash, turned.hash, build(**settings).hash}) == 3
 
     def test_uint32_and_a_limit(self, build, tmp_path: Path) -> None:
         np.arange(70_000, 90_000, dtype="<u4").tofile(tmp_path / "wide.bin")

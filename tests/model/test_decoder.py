@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysweep.model import build, functional
+from raysweep.model import Parametrization, build, functional
 from raysweep.model.transformer import Decoder
 from raysweep.study import Architecture, Study
 from raysweep.study.shape import ModelShape, count
@@ -97,7 +97,9 @@ def test_weights_come_from_the_seed_alone():
 def test_initial_scale():
     wide = shape(d_model=256, d_ff=640, heads=8, kv_heads=8)
     model = build(wide, Architecture(), rope_base=1e4, seed=0)
-    fixed = build(wide, Architecture(), rope_base=1e4, init_std=0.02, seed=0)
+    fixed = build(
+        wide, Architecture(), rope_base=1e4, parametrization=Parametrization(wide, 0.02), seed=0
+    )
     for name, expected in (
         ("embedding", 1.0),
         ("attention.0.qkv", 1 / 16),

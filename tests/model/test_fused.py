@@ -119,7 +119,9 @@ class TestFiniteDifferences:
 @pytest.mark.parametrize("balance", ["loss", "bias", "none"])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_route_equals_plain_code(top_k, balance, z_loss):
-    settings = Architecture(experts=7, top_k=top_k, balance=balance, router_z_loss=z_loss)
+    settings = Architecture(
+        experts=7, top_k=top_k, balance=balance, router_z_loss=z_loss, route_scale=2.5
+    )
     logits, share, bias = double(40, 7), torch.rand(7).double(), torch.rand(7) / 5
     pull = torch.randn(40, top_k, dtype=torch.float64)
     found = []

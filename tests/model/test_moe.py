@@ -28,6 +28,14 @@ def test_best_experts_with_weights_that_sum_to_one():
     torch.testing.assert_close(routing.weights_NK[:, 1] / routing.weights_NK[:, 0], ratio)
 
 
+def test_route_scale_multiplies_the_weights_and_nothing_else():
+    for scores in ("softmax", "sigmoid"):
+        plain, scaled = route(scores=scores), route(scores=scores, route_scale=2.5)
+        torch.testing.assert_close(scaled.weights_NK, 2.5 * plain.weights_NK)
+        assert torch.equal(scaled.confidence(), plain.confidence())
+        assert scaled.loss == plain.loss
+
+
 def test_one_expert_keeps_its_probability_so_that_the_router_learns():
     routing = route(top_k=1)
     torch.testing.assert_close(routing.weights_NK[:, 0], LOGITS.softmax(1).amax(1))

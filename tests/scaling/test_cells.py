@@ -160,6 +160,18 @@ def test_groups_split_cells_by_columns_and_by_the_recipe():
     assert sorted(by_number["group"]) == ["weight_decay 0.1", "weight_decay 1"]
 
 
+def test_keys_that_rows_of_ours_leave_out_have_their_default():
+    """Rows that were written before a key existed, and rows that say it."""
+    mup = json.dumps({"optimizer": "adamw", "parametrization": "mup"})
+    frame = joined(
+        sweep(recipe=json.dumps({"optimizer": "adamw"})).assign(source="raysweep"),
+        sweep(recipe=mup).assign(source="raysweep"),
+        sweep(recipe=json.dumps({"optimizer": "adamw"})).assign(source="import:csv"),
+    )
+    found = cell_table(frame, group=("parametrization",)).cells["group"]
+    assert set(found) == {"standard", "mup", "unknown"}
+
+
 def test_a_group_column_that_is_not_there_is_named():
     frame = sweep(optimizer="adamw", recipe=json.dumps({"schedule": "cosine"}))
     with pytest.raises(UserError, match=r"'optimiser' \(near: optimizer\)"):
@@ -377,3 +389,10 @@ def test_public_grids_make_the_cells_that_they_were_made_as(shared_data):
     frame = frame.assign(cell=None, tokens=frame["tokens_seen"])
     assert frame.groupby(["params_active_non_embedding", "tokens"]).ngroups == 88
     assert list(cell_table(frame).cells["n_trials"]) == list(table.cells["n_trials"])
+
+
+def test_cells_that_repeat_their_corpus_are_told_of():
+    frame = joined(sweep(epochs=1.0), sweep((8e9,), epochs=3.5))
+    (said,) = (m for m in cell_table(frame).messages if "corpus" in m)
+    assert "1 of 2 cells repeat their corpus, up to 3.5 passes" in said
+    assert not [m for m in cell_table(sweep(epochs=1.0)).messages if "corpus" in m]

@@ -14,6 +14,7 @@ from raysweep.model import build, compiled
 from raysweep.study import Architecture, Recipe, Study
 from raysweep.study.shape import ModelShape
 from raysweep.training import calibrate, memory, optimizer, runtime, schedule
+from raysweep.training.groups import groups_of
 from raysweep.training.monitor import Monitor
 
 SHAPE = ModelShape(
@@ -40,6 +41,17 @@ class TestSchedule:
         assert self.rate(799, **recipe) == 2.0
         assert self.rate(900, **recipe) == pytest.approx(1.0)
 
+    def test_wsd_along_one_minus_the_root(self):
+        recipe = {"schedule": "wsd", "decay_shape": "1-sqrt", "final_lr_fraction": 0.0}
+        assert self.rate(800, **recipe) == 2.0
+        assert self.rate(850, **recipe) == pytest.approx(1.0)
+        assert self.rate(1000, **recipe) == 0
+
+    def test_a_line_to_zero(self):
+        recipe = {"schedule": "linear", "warmup_fraction": 0.2, "final_lr_fraction": 0.0}
+        assert self.rate(600, **recipe) == pytest.approx(1.0)
+        assert self.rate(1000, **recipe) == 0
+
     def test_constant(self):
         assert self.rate(999, schedule="constant") == 2.0
 
@@ -50,7 +62,7 @@ class TestSchedule:
     def test_all_warm_up(self):
         assert self.rate(1000, warmup_fraction=1.0) == pytest.approx(2.0)
 
-    @pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+    @pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
     def test_batch_size_does_not_change_the_learning_rate_spent(self, name):
         def spent(batch: int) -> float:
             middles = range(batch // 2, 1000, batch)
@@ -67,13 +79,12 @@ class TestSchedule:
 
 
 class TestFlatParameters:
-    def test_same_steps_as_one_tensor_a_parameter(self):
-        recipe = Recipe(weight_decay=0.1)
-        settings = Architecture(experts=4, top_k=2)
-        routed = dataclasses.replace(SHAPE, experts=4, top_k=2, expert_ff=8, moe_layers=(0,))
-        flat_model, model = (build(routed, settings, rope_base=1e4, seed=0) for _ in "ab")
-        flat = optimizer.FlatParameters(flat_model)
-        steps = optimizer.build_optimizer(flat, recipe, 64)
+    def test_same_steps_as_one_tensor_a_parameter(self, spec):
+        trial = spec("moe")
+        cell = trial.cell
+        flat_model, model = (build(cell.shape, cell.settings, rope_base=1e4, seed=0) for _ in "ab")
+        flat = optimizer.FlatParameters(flat_model, groups_of(trial))
+        steps = optimizer.Optimizers(flat, trial.recipe, 64)
         decaying, others = [], []
         for name, parameter in model.named_parameters():
             exempt = parameter.ndim == 1 or name == "embedding" or "router" in name
@@ -89,25 +100,27 @@ class TestFlatParameters:
         )
         tokens = torch.randint(0, 20, (4, 9))
         for rate in (0.01, 0.02, 0.005):
-            for one, opt in ((flat_model, steps), (model, plain)):
-                opt.zero_grad() if opt is plain else flat.zero()
+            for one in (flat_model, model):
+                flat.zero() if one is flat_model else plain.zero_grad()
                 one(tokens[:, :-1], tokens[:, 1:]).objective.backward()
-                for group in opt.param_groups:
-                    group["lr"] = rate
-                opt.step()
+            for group in plain.param_groups:
+                group["lr"] = rate
+            steps.step(rate)
+            plain.step()
         for a, b in zip(flat_model.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
-    def test_clipping(self):
-        model = build(SHAPE, Architecture(), rope_base=1e4, seed=0)
-        flat = optimizer.FlatParameters(model)
+    def test_clipping(self, spec):
+        trial = spec()
+        model = build(trial.cell.shape, Architecture(), rope_base=1e4, seed=0)
+        flat = optimizer.FlatParameters(model, groups_of(trial))
         for parameter in model.parameters():
             assert parameter.grad is not None
             parameter.grad.fill_(2.0)
         count = sum(p.numel() for p in model.parameters())
         norm = optimizer.squared_norm(flat.gradients()).sqrt()
         assert norm.item() == pytest.approx(2 * math.sqrt(count))
-        optimizer.clip(flat.gradients(), norm, 100.0)  # below the limit: nothing happens
+        optimizer.clip(flat.gradients(), norm, 1000.0)  # below the limit: nothing happens
         assert model.embedding.grad is not None
         assert model.embedding.grad[0, 0] == 2.0
         optimizer.clip(flat.gradients(), norm, 1.0)
