@@ -98,6 +98,8 @@ def plan_command(
         typer.echo(json.dumps(plan.to_dict(), indent=1))
         return
     render_plan(plan)
+    if study.space.training is not None:
+        return
     try:
         from raysweep.data.corpus import expected_repeats
 

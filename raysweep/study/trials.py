@@ -59,6 +59,13 @@ class AlsoRange(Section):
     log: bool = True
     """Whether it is searched, and its parabola lies, in its logarithm."""
 
+    @property
+    def middle(self) -> float:
+        """Of the range, as it is searched."""
+        if self.log:
+            return math.sqrt(self.low * self.high)
+        return 0.5 * (self.low + self.high)
+
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.low < self.high:

@@ -33,6 +33,8 @@ def train_one(
 ) -> dict[str, Any]:
     """Train one trial of a cell here and return its row; keep it if `results_uri` is given.
 
+    Further hyperparameters that the study searches are in the middle of their ranges.
+
     Raises:
         UserError: unknown cell, a learning rate that is not positive, or a batch that is no whole
             number of sequences.
@@ -57,6 +59,7 @@ def train_one(
         learning_rate,
         batch_tokens // length,
         study.space.seed if seed is None else seed,
+        {name: given.middle for name, given in study.space.search.also.items()},
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
     if corpus is None:
