@@ -18,7 +18,6 @@ from raysweep.cli.common import (
     ResultsArgument,
     Where,
     Without,
-    amount,
     app,
     fit_results,
     listed,
@@ -267,24 +266,33 @@ def split_command(
 def serving_command(
     results: ResultsArgument,
     flops: Annotated[
-        float, typer.Option(help="Training budget in FLOPs, e.g. 1e22.", parser=amount)
-    ],
-    gpu: Annotated[
-        str, typer.Option(help="GPU to serve on, e.g. h100.", autocompletion=complete.gpus)
-    ],
-    dollars: Annotated[float, typer.Option(help="Price of one GPU an hour.")],
-    experts: Annotated[
-        str, typer.Option(help="Numbers of experts to weigh.", metavar="E,E,...")
-    ] = "2,4,8,16,32,64",
-    reference: Annotated[
-        float | None, typer.Option(help="Experts of the model to match; default: the fewest.")
+        str | None,
+        typer.Option(help="Training budgets in FLOPs, e.g. 1e21,3e21.", metavar="C,C,..."),
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Experts a token is sent to.")] = 2,
-    moe_share: Annotated[
-        float, typer.Option(help="Share of a dense model that experts replace.")
-    ] = 1 / 3,
-    prompt: Annotated[float, typer.Option(help="Tokens a request brings.")] = 1024,
-    generated: Annotated[float, typer.Option(help="Tokens a request gets.")] = 256,
+    gpu: Annotated[
+        str | None, typer.Option(help="GPU to serve on, e.g. h100.", autocompletion=complete.gpus)
+    ] = None,
+    dollars: Annotated[float | None, typer.Option(help="Price of one GPU an hour.")] = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="Numbers of GPUs that may share one model.", metavar="G,...")
+    ] = None,
+    max_sequences: Annotated[
+        float | None, typer.Option(help="Sequences that a server holds at once.")
+    ] = None,
+    prompt: Annotated[float | None, typer.Option(help="Tokens a request brings.")] = None,
+    generated: Annotated[float | None, typer.Option(help="Tokens a request gets.")] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(help="Numbers of experts to weigh; default: those trained.", metavar="E,..."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Architecture, or its experts, to match; default: the smallest mixture."),
+    ] = None,
+    law: Annotated[
+        str | None,
+        typer.Option(help="Law of the loss: wang, yun, joint_moe, sparsity; default: the best."),
+    ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(help="CSV of measured latencies, in place of the GPU's roofline."),
@@ -293,25 +301,34 @@ def serving_command(
     literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Weigh quality against the cost of serving: loss-optimal and over-trained models."""
-    from raysweep.scaling.compute.roofline import Profile, ServedModel, find_gpu
-    from raysweep.scaling.compute.serving import GPU_COUNTS, Serving, serving_dict, serving_text
+    """Weigh quality against the cost of serving: loss-optimal, over-trained and bounded models.
 
-    latency = Profile.read(profile) if profile else None
-    serving = Serving(
-        find_gpu(gpu),
-        dollars,
-        latency=latency,
-        prompt=prompt,
-        generated=generated,
-        gpu_counts=latency.gpus if latency else GPU_COUNTS,
-        model=ServedModel(1e9, top_k=top_k, moe_share=moe_share),
-    )
+    What is not given is as the study's `serving` section says."""
+    from raysweep.results import Results
+    from raysweep.scaling.compute.roofline import Profile, find_gpu
+    from raysweep.scaling.compute.serving import Serving, settings_of
+    from raysweep.scaling.compute.serving_words import serving_dict, serving_text
+
+    said = settings_of(Results.open(results).search_spaces())
+    given = {
+        "gpu": gpu and find_gpu(gpu).name,
+        "dollars": dollars,
+        "gpus": gpus and tuple(int(g) for g in _numbers(gpus, "--gpus")),
+        "max_sequences": max_sequences,
+        "prompt": prompt,
+        "generated": generated,
+    }
+    said = said.model_copy(update={k: v for k, v in given.items() if v is not None})
+    budgets = _numbers(flops, "--flops") if flops else said.budgets
+    if not budgets:
+        raise UserError("no training budget: give --flops, or serving.budgets in the study's file")
+    serving = Serving.of(said, Profile.read(profile) if profile else None)
+    counts = _numbers(experts, "--experts") if experts else ()
     fits = fit_results(results, None, without, literature)
-    solutions = fits.serve(flops, serving, _numbers(experts, "--experts"), reference)
+    found = fits.serving_law(serving, counts, reference or said.reference, law)
     show = serving_dict if as_json else serving_text
-    said = show(solutions, serving, flops)
-    typer.echo(json.dumps(said, indent=1) if as_json else said)
+    told = show(found.solutions(budgets), found)
+    typer.echo(json.dumps(told, indent=1) if as_json else told)
 
 
 @app.command("report")

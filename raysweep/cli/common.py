@@ -14,7 +14,7 @@ import typer
 
 from raysweep.cli import complete
 from raysweep.errors import UserError
-from raysweep.text import read_number, read_size
+from raysweep.text import read_size
 
 if TYPE_CHECKING:
     from raysweep.scaling.fits import Fits
@@ -113,19 +113,11 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def amount(text: str) -> float:
-    """A number as people write it: 7e9, 7B, 1.4T, 20_000."""
-    return _read(read_number, text)
-
-
 def size(text: str) -> float:
-    """Parameters or tokens of a run, as `amount`; 7 alone is asked about."""
-    return _read(read_size, text)
-
-
-def _read(read: Callable[[str], float], text: str) -> float:
+    """Parameters or tokens of a run as people write them: 7e9, 7B, 1.4T; 7 alone is asked
+    about."""
     try:
-        return read(text)
+        return read_size(text)
     except UserError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -95,8 +95,18 @@ def plan_command(
             typer.echo(f"note: {error} (--no-calibrate leaves this out)", err=True)
     if as_json:
         typer.echo(json.dumps(plan.to_dict(), indent=1))
-    else:
-        render_plan(plan)
+        return
+    render_plan(plan)
+    try:
+        from raysweep.data.corpus import expected_repeats
+
+        longest = max(cell.tokens for cell in study.cells)
+        warning = expected_repeats(study.space.data, study.folder, longest)
+    except UserError as error:
+        typer.echo(f"note: {error}", err=True)
+        return
+    if warning:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 @app.command("train")

@@ -13,6 +13,7 @@ import numpy as np
 
 from raysweep.data import build, cache_folder
 from raysweep.data.batches import too_small_for_validation, windows_per_epoch
+from raysweep.data.machine import MAX_MEGABYTES
 from raysweep.data.tokens import Shard, ShardedTokens, fingerprint, open_shards
 from raysweep.errors import UserError
 from raysweep.study.schema import Data
@@ -102,11 +103,7 @@ class Corpus:
         """What to tell the user where a horizon is longer than the corpus."""
         if tokens <= self.train_tokens:
             return None
-        return (
-            f"a horizon of {short(tokens)} tokens is {self.epochs(tokens):.2f} passes over the "
-            f"{short(self.train_tokens)} training tokens: repeated text teaches less than new "
-            "text, so laws fitted on it do not hold for fresh data"
-        )
+        return _repeats(tokens, f"{self.epochs(tokens):.2f}", f"the {short(self.train_tokens)}")
 
     def missing(self) -> Path | None:
         """The first shard that is not on this node, or shorter than the manifest says."""
@@ -128,6 +125,40 @@ class Corpus:
             Shard(self.path / shard["path"], shard["start"], shard["count"])
             for shard in split["shards"]
         ]
+
+
+def _repeats(tokens: float, passes: str, held: str) -> str:
+    return (
+        f"a horizon of {short(tokens)} tokens is {passes} passes over {held} training tokens: "
+        "repeated text teaches less than new text, so laws fitted on it do not hold for fresh data"
+    )
+
+
+BYTES_PER_TOKEN = 4.0
+"""Of text in a byte-pair tokenizer, roughly."""
+PACKED = 2.5
+"""Bytes of text in a byte of Parquet, roughly."""
+
+
+def expected_repeats(data: Data, folder: Path, tokens: float) -> str | None:
+    """What to tell of a horizon before the corpus is built: by the size of its files, roughly.
+
+    Raises UserError where they are missing."""
+    files = build.plan(data, folder).files
+    size = float(sum(path.stat().st_size for path in files))
+    if data.source == "machine":
+        size = MAX_MEGABYTES * 1e6
+    elif data.source == "parquet":
+        size *= PACKED
+    if data.max_megabytes is not None:
+        size = min(size, data.max_megabytes * 1e6)
+    each = 1.0 if data.tokenizer == "bytes" else BYTES_PER_TOKEN
+    if data.source == "tokens":
+        each = np.dtype(data.token_dtype).itemsize
+    held = size / each
+    if tokens <= held:
+        return None
+    return _repeats(tokens, f"about {short(tokens / held, 2)}", f"about {short(held, 2)}")
 
 
 def prepare(

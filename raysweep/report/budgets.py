@@ -1,4 +1,4 @@
-"""How to spend: the compute-optimal split of a budget, and what serving the result costs."""
+"""How to spend: the compute-optimal split of a budget between parameters and tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.errors import UserError
-from raysweep.report.answers import Answer
 from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
 from raysweep.report.laws import FLOPS, SIZE_AXES, names_of
-from raysweep.report.style import ARCHITECTURE_COLOURS, MARKERS
 from raysweep.scaling.compute.allocation import (
     COUNT_NAMES,
     Allocation,
@@ -21,12 +18,11 @@ from raysweep.scaling.compute.allocation import (
     token_cost,
 )
 from raysweep.scaling.compute.budgets import splitting
-from raysweep.scaling.compute.roofline import find_gpu
-from raysweep.scaling.compute.serving import FAR_BEYOND, Serving, Solution
+from raysweep.scaling.compute.isoflop import isoflop
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.loss.data import held_budgets
+from raysweep.scaling.loss.data import LossData, held_budgets
 from raysweep.scaling.loss.model import LossModel
-from raysweep.text import dollars, scientific, short, written
+from raysweep.text import scientific, short
 
 STEPS, AHEAD = 7, 10.0
 """Budgets at which the best split is told: from the smallest cell's to so many times the
@@ -34,19 +30,6 @@ largest's."""
 
 SLICES, WINDOW, CURVE = 4, 12.0, 41
 """Budgets at which the law is cut where none was held; to either side of the best size."""
-
-GPU, PRICE = "h100", 1.0
-"""Serving is priced in GPU-hours: one dollar an hour is a unit, not a price."""
-
-SMALLEST = 1e7
-"""Below so many parameters a GPU's roofline says nothing of what a model costs to serve."""
-
-KINDS = {
-    "loss-optimal": "loss-optimal",
-    "equal quality": "smaller, of equal quality",
-    "equal cost": "of equal serving cost",
-    "same quality, more compute": "of equal quality, with more compute",
-}
 
 
 @dataclass(frozen=True)
@@ -91,10 +74,13 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
             ).T
             series.append(Line(f"{name}, law", x, y, shade[name], low, high))
         model = splitting(fits.loss_model(name))
-        level = held_budgets(model.data.flops)
-        cuts += _cuts(fits, name, model, ok, level, shade[name], mark[name])
+        data = LossData.from_cells(fits.cells_of(name))
+        level = held_budgets(data.flops)
+        cuts += _cuts(fits, name, model, data, ok, level, shade[name], mark[name])
         for quantity, series in best.items():
-            if level is not None and (dots := _parabolas(model, level, quantity)) is not None:
+            if level is None:
+                continue
+            if (dots := _parabolas(model, data, level, quantity)) is not None:
                 series.append(Points(f"{name}, parabolas", *dots, shade[name], "P", size=46))
     count = "N, " + COUNT_NAMES[told.found[names[0]][0].count]
     size = Axis(count, "params")
@@ -117,16 +103,18 @@ def _cuts(
     fits: Fits,
     name: str,
     model: LossModel,
+    data: LossData,
     ok: Sequence[Allocation],
     level: np.ndarray | None,
     colour: str,
     marker: str,
 ) -> list[Series]:
-    """The law along fixed budgets: those that were held, with their runs, else a few."""
+    """The law along fixed budgets: those that were held, with their runs and the parabola through
+    them, else a few."""
     assert model.law is not None
-    params = model.data.inputs(model.law)[0]["params"]
+    params = data.inputs(model.law)[0]["params"]
     cost = token_cost(model)
-    flops = model.data.flops
+    flops = data.flops
     if level is not None:
         budgets = [float(flops[level == k].mean()) for k in range(level.max() + 1)]
     else:
@@ -148,27 +136,33 @@ def _cuts(
         end = f"{scientific(budget, 2)} FLOPs" if k % 2 == 0 else scientific(budget, 2)
         series.append(Line(f"{name}, law", n, y, colour, dashed=level is None, end=end))
     if level is not None:
+        fitted = isoflop(params, data.columns["tokens"], data.loss, flops)
+        for one in fitted.parabolas:
+            own = params[np.isclose(flops, one.flops, rtol=0.2)]
+            if one.status == "interior":
+                n = np.geomspace(own.min(), own.max(), CURVE)
+                series.append(Line(f"{name}, parabola", n, one.at(n), colour, dashed=True))
         tips = [
             f"{scientific(c)} FLOPs: N {short(n)}, loss {y:.4f}"
-            for c, n, y in zip(flops, params, model.data.loss, strict=True)
+            for c, n, y in zip(flops, params, data.loss, strict=True)
         ]
         series.append(
-            Points(f"{name}, runs", params, model.data.loss, colour, marker, tips=tips, size=12)
+            Points(f"{name}, runs", params, data.loss, colour, marker, tips=tips, size=12)
         )
     return series
 
 
 def _parabolas(
-    model: LossModel, level: np.ndarray, quantity: str
+    model: LossModel, data: LossData, level: np.ndarray, quantity: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(FLOPs, best N or D) of each held budget, by a parabola through its own runs."""
     assert model.law is not None
-    params, cost = model.data.inputs(model.law)[0]["params"], token_cost(model)
+    params, cost = data.inputs(model.law)[0]["params"], token_cost(model)
     found = []
     for k in range(level.max() + 1):
         own = level == k
-        flops = float(model.data.flops[own].mean())
-        n = read_minimum(params[own], model.data.loss[own])
+        flops = float(data.flops[own].mean())
+        n = read_minimum(params[own], data.loss[own])
         if math.isfinite(n):
             found.append((flops, n if quantity == "params" else flops / float(cost(n))))
     return (np.array(found).T[0], np.array(found).T[1]) if found else None
@@ -187,92 +181,4 @@ def split_rows(told: Splits) -> list[dict[str, Any]]:
         for name, allocations in told.found.items()
         for a in allocations
         if a.ok
-    ]
-
-
-# ---------------------------------------------------------------------- serving
-
-
-@dataclass(frozen=True)
-class Served:
-    """What one training budget buys with each number of experts; `why` says where nothing."""
-
-    flops: float = math.nan
-    solutions: tuple[Solution, ...] = ()
-    why: str = ""
-
-    @property
-    def shown(self) -> list[Solution]:
-        """Those that were found and can be served."""
-        return [s for s in self.solutions if s.status == "found" and s.cost.status == "fits"]
-
-
-def serve(fits: Fits, answers: Sequence[Answer]) -> Served:
-    """What the compute of the largest run asked about would buy."""
-    if not any(a.run.experts > 1 for a in answers):
-        return Served()
-    flops = float(f"{max(a.run.run.compute for a in answers):.3g}")
-    try:
-        solutions = fits.serve(flops, Serving(find_gpu(GPU), PRICE))
-    except UserError as error:
-        return Served(why=str(error))
-    largest = max(s.params_total for s in solutions if s.kind == "loss-optimal")
-    if largest < SMALLEST:
-        return Served(
-            why=f"{scientific(flops)} FLOPs buy at most {short(largest)} parameters: below "
-            f"{short(SMALLEST)} arithmetic and memory do not tell what serving costs"
-        )
-    served = Served(flops, tuple(solutions))
-    return served if served.shown else Served(why="no model of this budget fits the GPUs")
-
-
-def serving_figure(served: Served) -> PlotFigure | None:
-    """Loss against the cost of a million tokens, a line a kind of solution."""
-    if not served.shown:
-        return None
-    series: list[Series] = []
-    kinds = list(KINDS)[:3]
-    for kind, colour, marker in zip(kinds, ARCHITECTURE_COLOURS, MARKERS, strict=False):
-        own = sorted((s for s in served.shown if s.kind == kind), key=lambda s: s.experts)
-        if not own:
-            continue
-        x = np.array([s.cost.dollars_per_million for s in own])
-        y = np.array([s.loss for s in own])
-        tips = [
-            f"{s.experts:g} experts, {short(s.params_total)} parameters on {short(s.tokens)} tokens"
-            for s in own
-        ]
-        full = np.array([s.beyond <= FAR_BEYOND for s in own])
-        series += [
-            Line(KINDS[kind], x, y, colour, thin=True),
-            Points(KINDS[kind], x, y, colour, marker, full=full, tips=tips,
-                   names=[f"{s.experts:g} experts" for s in own], size=36),
-        ]  # fmt: skip
-    x = Axis("dollars a million generated tokens, at 1 dollar a GPU-hour", "rate")
-    panel = Panel(x, Axis("loss, nats a token", "loss", log=False), tuple(series))
-    return PlotFigure(
-        "serving",
-        "Loss against the cost of serving, for each number of experts",
-        (panel,),
-        width=7.4,
-        height=3.6,
-        key=("hollow: far outside what was fitted",),
-    )
-
-
-def serving_rows(served: Served) -> list[dict[str, Any]]:
-    """The solutions, written."""
-    return [
-        {
-            "experts": f"{s.experts:g}",
-            "kind": KINDS[s.kind],
-            "params": short(s.params),
-            "total": short(s.params_total),
-            "tokens": short(s.tokens),
-            "loss": written(s.loss, "loss"),
-            "training": written(s.training_share, "ratio"),
-            "cost": dollars(s.cost.dollars_per_million),
-            "gpus": str(s.cost.gpus),
-        }
-        for s in served.shown
     ]

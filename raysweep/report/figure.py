@@ -256,12 +256,13 @@ def _draw_points(axes: Axes, s: Points, listed: bool, gid: str) -> None:
     colour = LIGHT[s.colour]
     full = np.ones(len(s.x), bool) if s.full is None else np.asarray(s.full, bool)
     if s.low is not None and s.high is not None:
-        for x, y, low, high in zip(s.x, s.y, s.low, s.high, strict=True):
-            if not math.isfinite(low + high):
-                continue
-            ends = np.clip([low, high], *_drawable(axes, "x" if listed else "y"))
-            at = (ends, [y, y]) if listed else ([x, x], ends)
-            axes.plot(*at, color=colour, linewidth=1.3, alpha=0.75, zorder=3)
+        # One path with gaps: hundreds of cells would make hundreds of elements.
+        ends = np.clip([s.low, s.high], *_drawable(axes, "x" if listed else "y"))
+        place = np.asarray(s.y if listed else s.x, float)
+        gap = np.full(len(place), np.nan)
+        along, across = np.stack([*ends, gap], -1).ravel(), np.repeat(place, 3)
+        at = (along, across) if listed else (across, along)
+        axes.plot(*at, color=colour, linewidth=1.3, alpha=0.75, zorder=3)
     fills = [LIGHT[c] for c in s.fills] or [colour] * len(full)
     if s.marker == "x":
         axes.scatter(s.x, s.y, s=s.size, c=colour, marker="x", linewidths=1.1, zorder=3, gid=gid)

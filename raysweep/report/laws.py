@@ -18,9 +18,10 @@ from raysweep.scaling.evidence import Evidence
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.optima.literature import PUBLISHED_LAWS
 from raysweep.scaling.optima.surface import EXPONENTS, TARGETS
+from raysweep.scaling.relations import PUBLISHED
 from raysweep.scaling.runs import AXES, RunMaker
 from raysweep.study.shape import RunSize
-from raysweep.text import short, written
+from raysweep.text import estimated, short, written
 
 PARAMS, TOKENS, FLOPS = AXES.values()
 
@@ -430,7 +431,7 @@ def law_rows(fits: Fits) -> list[LawRow]:
         )
     for name, relations in fits.relations.items():
         for target, relation in relations.items():
-            symbol = written(relation.coefficient, "coefficient")
+            symbol = estimated(relation.coefficient, style="coefficient")
             rows.append(
                 LawRow(
                     name,
@@ -438,7 +439,7 @@ def law_rows(fits: Fits) -> list[LawRow]:
                     f"{symbol} L^a",
                     (("a", relation.exponent, math.nan),),
                     "",
-                    f"{relation.n_cells} cells",
+                    f"{relation.n_cells} cells; {PUBLISHED[target]}",
                 )
             )
     return rows

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from raysweep.errors import UserError
-from raysweep.report import budgets, facts, measured, trust
+from raysweep.report import budgets, claims, facts, measured, serving, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
 from raysweep.report.interactive import library, packed_figures
@@ -23,6 +23,7 @@ from raysweep.report.render import relative, render, replace_file
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of, picture
 from raysweep.report.trials import MAX_ROWS, trial_table
 from raysweep.results.store import Results
+from raysweep.scaling.compute.serving import settings_of
 from raysweep.scaling.fits import Fits, fit
 from raysweep.text import written
 
@@ -110,7 +111,7 @@ def _context(
     """What the template says but for the trials, the figures under names of files, and as shown."""
     answers = ask(fits, studies, asked)
     split = budgets.splits(fits)
-    served = budgets.serve(fits, answers)
+    served = serving.serve(fits, settings_of(results.search_spaces()), answers)
     cells = cell_figures(fits)
     laws = law_figures(fits, answers)
     figures = by_name(
@@ -119,7 +120,8 @@ def _context(
             trust.held_out_figure(fits),
             trust.prior_figure(fits),
             budgets.split_figure(fits, split),
-            budgets.serving_figure(served),
+            *serving.figures(fits, served),
+            claims.along_figure(fits),
             measured.noise_figure(fits),
             measured.load_figure(fits),
         ]
@@ -158,9 +160,10 @@ def _context(
         "parabolas": "budgets" in figures
         and "parabolas" in " ".join(s.name for p in figures["budgets"].panels for s in p.series),
         "split_rows": budgets.split_rows(split),
-        "served": served,
-        "serving_rows": budgets.serving_rows(served),
-        "serving_kinds": list(budgets.KINDS.values())[:3],
+        "claim_rows": claims.claim_rows(fits),
+        "exponent_rows": claims.exponent_rows(fits),
+        "serving": serving.words(served),
+        "serving_rows": serving.rows(served),
         "noise_rows": measured.noise_rows(fits),
         "runs": runs,
         "utilisation": facts.utilisation(runs),

@@ -124,7 +124,7 @@ def _figure(
     series: list[Series] = _contours(trials, evidence, best)
     series.append(
         Points("trials", rate, batch, "h0", size=size, fills=fills,
-               keys=[keys[0][i] for i in order] if keys[0] else ())
+               keys=np.asarray(keys[0])[order].tolist() if keys[0] else ())
     )  # fmt: skip
     if len(trials.failed_learning_rate):
         series.append(

@@ -91,6 +91,7 @@ COLUMNS: dict[str, Column] = {
     "noise_scale_tokens": Column(_float, "gradient noise scale B_simple = tr S / |G|^2, tokens"),
     "noise_grad_sq": Column(_float, "|G|^2, averaged over the steps measured"),
     "noise_trace": Column(_float, "tr S per sequence, averaged over the steps measured"),
+    "noise_quarters": Column(_text, "loss, grad_sq and trace of each quarter of the run, as JSON"),
     "expert_load_entropy": Column(_float, "entropy of expert load over its maximum, 0 to 1"),
     "expert_load_max_over_mean": Column(_float, "load of the busiest expert over the mean"),
     "router_confidence": Column(_float, "mean probability given to the chosen experts"),

@@ -25,6 +25,9 @@ _SIZES = (
     "experts",
     "top_k",
     "d_model",
+    "layers",
+    "heads",
+    "kv_heads",
     "vocab_size",
     "flops_per_token",
     "sequence_length",
@@ -165,6 +168,7 @@ def cell_table(frame: pd.DataFrame, group: Sequence[str] = ()) -> CellTable:
     rows["why"] = _why_left_out(rows)
     said += [_mark_far(rows)]
     usable = rows["why"] == ""
+    said += [_repeated(rows[usable])]
     counted = usable | (rows["status"] == "diverged")
     said += [doubt.text for doubt in doubts(rows[counted & rows["excluded"].isna()])]
     diverged = (rows["status"] == "diverged") & _has_hyperparameters(rows)
@@ -239,6 +243,18 @@ def _told_apart(rows: pd.DataFrame) -> pd.Series:
     """Architecture names, with that of their data where several sets of data have one of it."""
     sets = rows["dataset"].groupby(rows["architecture"], sort=False).transform("nunique")
     return rows["architecture"].where(sets < 2, rows["architecture"] + " (" + rows["dataset"] + ")")
+
+
+def _repeated(rows: pd.DataFrame) -> str:
+    """That runs went over their corpus more than once, if they did."""
+    epochs = rows["epochs"].groupby(rows["cell"]).max()
+    several = epochs[epochs > 1 + SINGULAR]
+    if not len(several):
+        return ""
+    return (
+        f"{len(several)} of {rows['cell'].nunique()} cells repeat their corpus, up to "
+        f"{several.max():.3g} passes: laws fitted on repeated text do not hold for fresh text"
+    )
 
 
 def _mark_far(rows: pd.DataFrame) -> str:

@@ -17,14 +17,18 @@ from raysweep.results.columns import recipe_columns, rows_where
 from raysweep.results.importers import read_runs
 from raysweep.results.store import Results
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
+from raysweep.scaling.claims import Claim, claims
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
 from raysweep.scaling.compute.allocation import Allocation
 from raysweep.scaling.compute.budgets import (
+    Exponents,
     Split,
+    allocation_exponents,
     best_splits,
     split_budget,
 )
-from raysweep.scaling.compute.serving import Serving, Solution, serving_solutions
+from raysweep.scaling.compute.candidates import candidates_of
+from raysweep.scaling.compute.serving import LossCurve, Serving, ServingLaw, Solution
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
 from raysweep.scaling.further import Adjustment, adjusted_cells
@@ -40,6 +44,7 @@ from raysweep.scaling.optima.noise_scale import (
     cell_expert_load,
     cell_noise_scale,
     fit_noise_scale,
+    noise_along,
 )
 from raysweep.scaling.optima.readings import Optimum, all_readings, readings_table
 from raysweep.scaling.optima.surface import EXPONENTS, TARGETS, Surface
@@ -303,13 +308,29 @@ class Fits(InNotebooks):
 
     def serve(
         self,
-        flops: float,
+        flops: float | Sequence[float],
         serving: Serving,
-        experts: Sequence[float] = (2, 4, 8, 16, 32, 64),
-        reference: float | None = None,
+        experts: Sequence[float] = (),
+        reference: str | float | None = None,
+        law: str | None = None,
     ) -> list[Solution]:
-        """What a training budget buys with each number of experts, at equal quality and at equal
-        serving cost; see `serving.serving_solutions`.
+        """What training budgets buy with each architecture: loss-optimal, at equal quality, and at
+        a bounded serving cost; see `serving.Kind` and `serving_law`."""
+        budgets = np.atleast_1d(np.asarray(flops, dtype=float)).tolist()
+        return self.serving_law(serving, experts, reference, law).solutions(budgets)
+
+    def serving_law(
+        self,
+        serving: Serving,
+        experts: Sequence[float] = (),
+        reference: str | float | None = None,
+        law: str | None = None,
+    ) -> ServingLaw:
+        """Loss and serving cost of each architecture at any size and budget.
+
+        `experts` are the numbers to weigh, by default those trained; `reference` the architecture
+        (or its experts) that others are held against; `law` the key of the law of the loss, by
+        default the one that predicts best.
 
         Raises:
             UserError: no law over several numbers of experts is determined.
@@ -319,10 +340,12 @@ class Fits(InNotebooks):
             model = evidence.shared_loss
             if len(set(evidence.cells["experts"])) < 2:
                 whys.append("these results know one number of experts only")
-            elif not model.ok:
+            elif not model.ok and law is None:
                 whys.append(f"the law of the loss is not determined: {model.why}")
             else:
-                return serving_solutions(model, flops, serving, experts, reference)
+                curve = LossCurve.of(model, law)
+                candidates = candidates_of(evidence.cells, experts)
+                return ServingLaw.of(curve, serving, candidates, reference)
         raise UserError(
             f"serving weighs several numbers of experts, and {(whys or ['there is no cell'])[0]}"
         )
@@ -342,6 +365,26 @@ class Fits(InNotebooks):
                 if dense and self.kind(name) == "moe":
                     found[name] = compare_arms(self.arm(dense[0]), self.arm(name))
         return found
+
+    @cached_property
+    def claims(self) -> dict[str, list[Claim]]:
+        """By MoE architecture, what Wang et al. claim of it against dense, and what is seen."""
+        found = {}
+        for name, ratios in self.comparison.items():
+            evidence = self.evidence_of(name)
+            dense = next(n for n in evidence.architectures if self.kind(n) == "dense")
+            found[name] = claims(evidence, dense, name, ratios, self.noise_scale)
+        return found
+
+    @cached_property
+    def exponents(self) -> list[Exponents]:
+        """How the best N and D of a budget grow with it, each architecture by its own cells, all in
+        one count of parameters; see `budgets.allocation_exponents`."""
+        return [
+            row
+            for name in self.architectures
+            for row in allocation_exponents(name, self.kind(name), self.cells_of(name))
+        ]
 
     @cached_property
     def relations(self) -> dict[str, dict[str, LossRelation]]:
@@ -364,6 +407,11 @@ class Fits(InNotebooks):
             )
             for name in self.architectures
         }
+
+    @cached_property
+    def noise_along(self) -> pd.DataFrame:
+        """The noise scale in each quarter of each cell's best runs, against the loss there."""
+        return noise_along(self.cells, self.table.trials)
 
     @cached_property
     def noise_laws(self) -> dict[str, NoiseLaw]:
@@ -427,7 +475,9 @@ class Fits(InNotebooks):
             "loss": {name: self.loss_model(name).to_dict() for name in self.architectures},
             "relations": self.relations,
             "comparison": self.comparison,
+            "claims": self.claims,
             "allocation": self.allocation,
+            "exponents": self.exponents,
             "noise_scale": self.noise_scale,
             "noise_laws": self.noise_laws,
             "expert_load": self.expert_load,

@@ -53,8 +53,9 @@ def predict_runs(fits: Fits, runs: pd.DataFrame) -> pd.DataFrame:
     experts = _number(runs, "experts").fillna(1).astype(int)
     top_k = _number(runs, "top_k").fillna(1).astype(int)
     sized = frame[(frame["params"] > 0) & (frame["tokens"] > 0)]
-    at = (np.log(sized[["params", "tokens"]]) / SAME_SIZE).round()
-    keys = [frame["architecture"], frame["group"], experts, top_k, at["params"], at["tokens"]]
+    size = np.log(sized[["params", "tokens"]].to_numpy(float)) / SAME_SIZE
+    at = [pd.Series(column.round(), index=sized.index) for column in size.T]
+    keys = [frame["architecture"], frame["group"], experts, top_k, *at]
     for _, part in sized.groupby([k[sized.index] for k in keys], sort=False):
         first = part.index[0]
         try:
@@ -208,7 +209,7 @@ def _scored(name: str, runs: pd.DataFrame) -> GroupScore:
     off = runs["loss"] - runs["known"]
     rank = math.nan
     if len(runs) >= FEWEST_RANKED and runs["known"].nunique() > 1 and runs["loss"].nunique() > 1:
-        rank = float(stats.spearmanr(runs["loss"], runs["known"]).statistic)
+        rank = float(np.asarray(stats.spearmanr(runs["loss"], runs["known"]))[0])
     inside = (runs["low"] <= runs["known"]) & (runs["known"] <= runs["high"])
     return GroupScore(
         group=name,

@@ -13,6 +13,12 @@ from raysweep.scaling.optima.surface import TARGETS
 
 MIN_CELLS = 4
 
+PUBLISHED = {
+    "batch_tokens": "Kaplan et al. 2e8 L^-4.76 (critical batch), MiniCPM 1.21e9 L^-6.24 (on C4)",
+    "learning_rate": "Wang et al. fit a power law too, of a sign that its readers disagree on",
+}
+"""What others give, by quantity. Wang et al.'s coefficients are not known to us."""
+
 
 @dataclass(frozen=True)
 class LossRelation:
@@ -22,7 +28,8 @@ class LossRelation:
     B0 / L^(a_B): a_B is minus the exponent."""
 
     quantity: str
-    coefficient: float
+    coefficient: Estimate
+    """In the quantity's unit, at a loss of 1 nat: far from the cells, so its interval is wide."""
     exponent: Estimate
     losses: tuple[float, float]
     """Range of the cells' losses."""
@@ -30,7 +37,7 @@ class LossRelation:
 
     def at(self, loss: np.ndarray | float) -> np.ndarray:
         """The quantity at losses, in its unit."""
-        return self.coefficient * np.asarray(loss, dtype=float) ** self.exponent.value
+        return self.coefficient.value * np.asarray(loss, dtype=float) ** self.exponent.value
 
 
 def loss_relation(
@@ -56,12 +63,18 @@ def loss_relation(
     weight = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=len(y)).astype(float)
     slopes = _slope(x, y, weight)
     slope = float(_slope(x, y.mean(0)[None], np.ones((1, len(x))))[0])
-    low, high = np.nanquantile(slopes, [0.025, 0.975])
+    total = weight.sum(1)
+    levels = ((weight * y).sum(1) - slopes * (weight * x).sum(1)) / total
     level = float(y.mean() - slope * x.mean())
+
+    def ends(draws: np.ndarray) -> tuple[float, float]:
+        low, high = np.nanquantile(draws, [0.025, 0.975])
+        return float(low), float(high)
+
     return LossRelation(
         quantity,
-        math.exp(level),
-        Estimate(slope, float(low), float(high)),
+        Estimate(math.exp(level), *np.exp(ends(levels)).tolist()),
+        Estimate(slope, *ends(slopes)),
         (float(own["loss"].min()), float(own["loss"].max())),
         len(own),
     )

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from raysweep.scaling.claims import claims_text
 from raysweep.scaling.compare import Ratio
 from raysweep.scaling.compute.allocation import COUNT_NAMES
+from raysweep.scaling.compute.budgets import exponents_text
 from raysweep.scaling.optima.surface import EXPONENTS, TARGETS
 from raysweep.text import between, estimated, written
 
@@ -50,7 +52,8 @@ def summary(fits: Fits, everything: bool = False) -> str:
     lines += _losses(fits)
     lines += _held_out(fits)
     if everything:
-        lines += _cells(fits) + _comparison(fits) + _prior(fits) + _readings(fits)
+        lines += _cells(fits) + _comparison(fits) + claims_text(fits.claims)
+        lines += exponents_text(fits.exponents) + _prior(fits) + _readings(fits)
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from raysweep.study.fields import (
     Ratio,
     Section,
 )
+from raysweep.text import short
 
 
 class Architecture(Section):
@@ -93,6 +94,40 @@ class Resources(Section):
         return self
 
 
+class Horizon(Section):
+    """A budget of a run: tokens, tokens per parameter of the scale's dense twin (non-embedding), or
+    training FLOPs, which each model turns into the tokens that they pay for (an IsoFLOP
+    profile)."""
+
+    tokens_per_param: Positive | None = None
+    tokens: Positive | None = None
+    flops: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if sum(v is not None for v in (self.tokens_per_param, self.tokens, self.flops)) != 1:
+            raise ValueError("a horizon is one of tokens_per_param, tokens and flops")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What the names of its cells end in."""
+        if self.tokens_per_param is not None:
+            return f"{self.tokens_per_param:g}tpp"
+        if self.tokens is not None:
+            return f"{short(self.tokens)}tok"
+        return f"{self.flops:.3g}flops".replace("e+", "e")
+
+    def tokens_of(self, params_dense: float, flops_per_token: float) -> float:
+        """Tokens that a model is trained on."""
+        if self.tokens_per_param is not None:
+            return self.tokens_per_param * params_dense
+        if self.tokens is not None:
+            return self.tokens
+        assert self.flops is not None
+        return self.flops / flops_per_token
+
+
 class ScaleEntry(Section):
     """One rung: an explicit shape (d_model, layers, heads) or a `params` target."""
 
@@ -107,6 +142,8 @@ class ScaleEntry(Section):
     d_ff: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     architectures: tuple[Name, ...] | None = None
     """Architectures built at this scale; default: all."""
+    horizons: Annotated[tuple[Horizon, ...], Field(min_length=1)] | None = None
+    """Horizons of this scale; default: the file's `horizons`."""
     resources: Resources | None = None
     """Resources of this scale's trials; default: the file's `resources`."""
 
@@ -117,19 +154,6 @@ class ScaleEntry(Section):
             raise ValueError("give either params or a shape (d_model, layers, heads), not both")
         if self.params is None and any(v is None for v in shape):
             raise ValueError("a scale needs either params, or d_model, layers and heads")
-        return self
-
-
-class Horizon(Section):
-    """A token budget: per parameter of the scale's dense twin (non-embedding), or absolute."""
-
-    tokens_per_param: Positive | None = None
-    tokens: Positive | None = None
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if (self.tokens_per_param is None) == (self.tokens is None):
-            raise ValueError("a horizon is either tokens_per_param or tokens")
         return self
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
 from raysweep.study.fields import Count, Name, Positive, Section, Size, TokenIds
+from raysweep.study.serving import ServingSettings
 from raysweep.study.trials import Recipe, Search
 
 
@@ -126,13 +127,15 @@ class SearchSpace(Section):
         default={"dense": Architecture()}
     )
     scales: Annotated[tuple[ScaleEntry, ...], Field(min_length=1)]
-    horizons: Annotated[tuple[Horizon, ...], Field(min_length=1)]
+    horizons: tuple[Horizon, ...] = ()
+    """Of every scale that names none of its own."""
     model: ModelSettings = ModelSettings()
     search: Search = Search()
     recipe: Recipe = Recipe()
     data: Data = Data()
     resources: Resources = Resources()
     targets: tuple[Target, ...] = ()
+    serving: ServingSettings = ServingSettings()
     literature: Annotated[tuple[LawKey, ...], Field(min_length=1)] | None = None
     """The published laws that the search and the fits start from; default: all."""
     without: tuple[LawKey, ...] = ()
@@ -145,6 +148,12 @@ class SearchSpace(Section):
     def _branches_run_to_their_end(self) -> Self:
         if self.recipe.branches and self.search.early_stopping is not None:
             raise ValueError("recipe.branches and search.early_stopping exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _every_scale_has_horizons(self) -> Self:
+        if not self.horizons and any(scale.horizons is None for scale in self.scales):
+            raise ValueError("horizons is missing: add it, or give each scale its own")
         return self
 
     @model_validator(mode="after")
@@ -163,6 +172,8 @@ class SearchSpace(Section):
             (f"scale {i}", a) for i, s in enumerate(self.scales) for a in s.architectures or ()
         ]
         named += [(f"target {i}", t.architecture) for i, t in enumerate(self.targets)]
+        if isinstance(self.serving.reference, str):
+            named.append(("serving.reference", self.serving.reference))
         for where, architecture in named:
             if architecture not in self.architectures:
                 raise ValueError(f"{where} names architecture {architecture!r}; known: {known}")

@@ -330,11 +330,14 @@ def _check_workers(space: SearchSpace, resources: Resources) -> None:
 
 def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
     cells: dict[str, Cell] = {}
-    shapes = sum(len(e.architectures or space.architectures) for e in space.scales)
-    if shapes * len(space.horizons) > MAX_CELLS:
+    number = sum(
+        len(e.architectures or space.architectures) * len(e.horizons or space.horizons)
+        for e in space.scales
+    )
+    if number > MAX_CELLS:
         raise UserError(
-            f"the study would have {shapes * len(space.horizons)} cells, over {MAX_CELLS}: drop "
-            "scales, architectures or horizons"
+            f"the study would have {number} cells, over {MAX_CELLS}: drop scales, architectures or "
+            "horizons"
         )
     for index, entry in enumerate(space.scales):
         for name, architecture in space.architectures.items():
@@ -349,25 +352,19 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
             except UserError as error:
                 raise UserError(f"scales.{index} as {name}: {error}") from None
             params = count(shape.dense_twin()).params_active_non_embedding
+            per_token = count(shape).flops_per_token
             scale = entry.name or (
                 short(entry.params) if entry.params else f"d{shape.d_model}x{shape.layers}"
             )
-            for horizon in space.horizons:
-                if horizon.tokens_per_param is not None:
-                    tokens, label = (
-                        horizon.tokens_per_param * params,
-                        f"{horizon.tokens_per_param:g}tpp",
-                    )
-                else:
-                    assert horizon.tokens is not None
-                    tokens, label = horizon.tokens, f"{short(horizon.tokens)}tok"
+            for horizon in entry.horizons or space.horizons:
+                tokens = horizon.tokens_of(params, per_token)
                 if not shape.sequence_length <= tokens < 1e18:
                     raise UserError(
                         f"scales.{index}: a horizon of {short(tokens)} tokens is out of range "
                         f"({shape.sequence_length} to 1e18): change horizons"
                     )
                 cell = Cell(
-                    name=f"{name}-{scale}-{label}",
+                    name=f"{name}-{scale}-{horizon.label}",
                     architecture=name,
                     settings=architecture,
                     scale=scale,
@@ -386,4 +383,10 @@ def _expand(space: SearchSpace, vocab_size: int) -> tuple[Cell, ...]:
             f"recipe.parametrization {space.recipe.parametrization} wants heads of one size at all "
             f"scales, and they have {', '.join(map(str, head_dims))}: change scales' heads"
         )
-    return tuple(sorted(cells.values(), key=lambda c: (c.flops, c.name)))
+    return tuple(sorted(cells.values(), key=_order))
+
+
+def _order(cell: Cell) -> tuple[float, float, str]:
+    """Least compute first; of one budget of FLOPs, which whole tokens only nearly meet, the
+    smallest model."""
+    return float(f"{cell.flops:.4g}"), float(cell.params_dense), cell.name

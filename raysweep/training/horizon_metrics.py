@@ -56,11 +56,10 @@ class HorizonMetrics:
         """
         if self.diverged:
             return
-        for step, sq in enumerate(grad_sqs, start=first):
-            if self.noise.counts(step):
-                self.noise.add_norm(sq)
+        for step, (loss, sq) in enumerate(zip(losses, grad_sqs, strict=True), start=first):
+            self.noise.add_step(step, loss, sq)
             if step in traces and self.noise.wants_pair(step):
-                self.noise.add_trace(traces[step])
+                self.noise.add_trace(step, traces[step])
         self.diverged = self.monitor.add(losses, [math.sqrt(sq) for sq in grad_sqs], rates)
 
     def state(self) -> dict[str, Any]:

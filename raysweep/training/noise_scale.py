@@ -6,16 +6,21 @@ which needs no difference of large numbers; other pairs of micro-batches serve a
 norm |G_B|^2 of the whole batch is at hand at every step, and exceeds |G|^2 by tr S / B on average.
 
 Both are averaged over the second half of the run *separately*, then divided: the ratio of noisy
-numbers is biased, and the first steps, whose gradients are huge, would drown the rest.
+numbers is biased, and the first steps, whose gradients are huge, would drown the rest. Besides,
+each quarter of the run has averages of its own, to see the noise scale grow as the loss falls.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 PERIOD = 8
-"""A pair is compared every so many steps. Splitting a batch in two for it costs a CPU up to about
-half a step where models are tiny: over the measured half of the run that is less than 3 %."""
+"""A pair is compared every so many steps, half as often in the first half of the run. Splitting a
+batch in two for it costs a CPU up to about half a step where models are tiny: 5 % at most."""
+QUARTERS = 4
 
 
 @dataclass
@@ -29,6 +34,14 @@ class NoiseScale:
     norm_count: int = 0
     trace_sum: float = 0.0
     trace_count: int = 0
+    quarters: list[list[float]] = field(
+        default_factory=lambda: [[0.0] * 5 for _ in range(QUARTERS)]
+    )
+    """Of each quarter: sums of the loss and of |G_B|^2 with their number, of tr S with its."""
+
+    def quarter(self, step: int) -> int:
+        """The quarter of the run that a step lies in, from 0."""
+        return min(QUARTERS * step // max(self.steps, 1), QUARTERS - 1)
 
     def counts(self, step: int) -> bool:
         """Whether a step lies in the half of the run that is measured."""
@@ -36,17 +49,41 @@ class NoiseScale:
 
     def wants_pair(self, step: int) -> bool:
         """Whether to compare two parts of the batch at this step."""
-        return self.counts(step) and (self.steps - 1 - step) % PERIOD == 0
+        period = PERIOD if self.counts(step) else 2 * PERIOD
+        return (self.steps - 1 - step) % period == 0
 
-    def add_norm(self, grad_sq: float) -> None:
-        """|G_B|^2 of a step's whole batch."""
-        self.norm_sum += grad_sq
-        self.norm_count += 1
+    def add_step(self, step: int, loss: float, grad_sq: float) -> None:
+        """The training loss and |G_B|^2 of a step's whole batch."""
+        own = self.quarters[self.quarter(step)]
+        own[0] += loss
+        own[1] += grad_sq
+        own[2] += 1
+        if self.counts(step):
+            self.norm_sum += grad_sq
+            self.norm_count += 1
 
-    def add_trace(self, trace: float) -> None:
+    def add_trace(self, step: int, trace: float) -> None:
         """One estimate of tr S, from `trace_of_pair` or `trace_of_workers`."""
-        self.trace_sum += trace
-        self.trace_count += 1
+        own = self.quarters[self.quarter(step)]
+        own[3] += trace
+        own[4] += 1
+        if self.counts(step):
+            self.trace_sum += trace
+            self.trace_count += 1
+
+    @property
+    def along(self) -> str | None:
+        """Of each quarter the mean training `loss`, `grad_sq` without the noise of the batch, and
+        `trace`, as JSON: null where a quarter measured none; None where none did."""
+        found: list[dict[str, float | None]] = []
+        for loss, norms, steps, traces, pairs in self.quarters:
+            known = steps and pairs and math.isfinite(loss + norms + traces)
+            trace = traces / pairs if known else None
+            grad_sq = norms / steps - trace / self.batch_sequences if trace is not None else None
+            found.append(
+                {"loss": loss / steps if known else None, "grad_sq": grad_sq, "trace": trace}
+            )
+        return json.dumps(found) if any(q["trace"] is not None for q in found) else None
 
     @property
     def trace(self) -> float | None:
@@ -67,7 +104,7 @@ class NoiseScale:
             return None
         return self.trace / self.grad_sq
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         return asdict(self)
 
 

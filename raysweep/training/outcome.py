@@ -88,6 +88,9 @@ class TrialOutcome:
     noise_grad_sq: float | None
     noise_trace: float | None
     """tr S of the gradient of one sequence."""
+    noise_quarters: str | None = None
+    """Of each quarter of the run the mean training `loss`, `grad_sq` and `trace`, as JSON; None
+    where they were not measured."""
     expert_load_entropy: float | None
     """Over the validation slice, mean of the MoE layers, as a share of its maximum."""
     expert_load_max_over_mean: float | None

@@ -122,6 +122,7 @@ def outcome_columns(spec: TrialSpec, outcome: TrialOutcome, *, train_tokens: int
         noise_scale_tokens=outcome.noise_scale_tokens,
         noise_grad_sq=outcome.noise_grad_sq,
         noise_trace=outcome.noise_trace,
+        noise_quarters=outcome.noise_quarters,
         expert_load_entropy=outcome.expert_load_entropy,
         expert_load_max_over_mean=outcome.expert_load_max_over_mean,
         router_confidence=outcome.router_confidence,

@@ -58,6 +58,7 @@ def make_outcome(
         noise_scale_tokens=noise_sequences and noise_sequences * spec.cell.shape.sequence_length,
         noise_grad_sq=metrics.noise.grad_sq,
         noise_trace=metrics.noise.trace,
+        noise_quarters=metrics.noise.along,
         expert_load_entropy=evaluation and evaluation.load_entropy,
         expert_load_max_over_mean=evaluation and evaluation.load_max_over_mean,
         router_confidence=evaluation and evaluation.confidence,

@@ -46,18 +46,37 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_json_holds_assumptions_and_solutions(results: str) -> None:
-    out = CliRunner().invoke(
-        app, ["serving", results, *BUDGET, "--experts", "4,16", "--reference", "4", "--json"]
-    )
+    limits = ["--gpus", "1,2", "--max-sequences", "64", "--law", "joint_moe"]
+    budgets = ["--flops", "1e21,4e21", "--gpu", "h100", "--dollars", "2.5"]
+    out = CliRunner().invoke(app, ["serving", results, *budgets, *limits, "--json"])
     assert out.exit_code == 0, out.output
     told = json.loads(out.stdout)
+    assert (told["law"], told["count"], told["reference"]) == (
+        "joint_moe",
+        "params_active",
+        "moe16",
+    )
     assert told["assume"]["gpu"]["name"] == "h100"
-    losses = {s["experts"]: s["loss"] for s in told["solutions"] if s["kind"] == "loss-optimal"}
-    assert list(losses) == [4, 16]
-    assert losses[4] > losses[16]
-    equal = [s for s in told["solutions"] if s["kind"] == "equal quality"]
-    assert all(s["loss"] == pytest.approx(losses[4], rel=1e-6) for s in equal)
-    assert all(s["size_share"] < 1 for s in equal)
+    assert (told["assume"]["gpus"], told["assume"]["max_sequences"]) == ([1, 2], 64)
+    for budget in (1e21, 4e21):
+        own = [s for s in told["solutions"] if s["budget"] == budget]
+        losses = {s["name"]: s["loss"] for s in own if s["kind"] == "loss-optimal"}
+        assert losses["dense1"] > losses["moe16"]
+        same = next(s for s in own if s["kind"] == "same quality")
+        assert same["loss"] == pytest.approx(losses["moe16"], rel=1e-6)
+        assert same["training_share"] > 1
+
+
+def test_the_studys_section_is_the_default(results: str) -> None:
+    said = "study: sweep\nserving: {gpu: a100-40gb, budgets: [1e21], reference: dense1}\n"
+    Results.open(results).save_search_space("sweep", said)
+    out = CliRunner().invoke(app, ["serving", results])
+    assert out.exit_code == 0, out.output
+    assert "reference dense1" in out.output
+    assert "a100-40gb at $1 an hour" in out.output
+    assert "training FLOPs" in out.output
+    more = CliRunner().invoke(app, ["serving", results, "--experts", "16,64", "--reference", "16"])
+    assert "not trained" in more.output
 
 
 @pytest.mark.parametrize(

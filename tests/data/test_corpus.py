@@ -15,7 +15,7 @@ import tokenizers
 from raysweep.data import build as building
 from raysweep.data import cache_folder
 from raysweep.data.batches import train_batch, validation_batches
-from raysweep.data.corpus import Corpus, prepare
+from raysweep.data.corpus import Corpus, expected_repeats, prepare
 from raysweep.data.spool import DocumentSpool
 from raysweep.data.tokenizer import load_encoder
 from raysweep.errors import UserError
@@ -248,6 +248,19 @@ def test_repeated_passes_are_said(build, text_folder: Path) -> None:
     assert warning is not None
     assert "2.50 passes" in warning
     assert f"{short(corpus.train_tokens)} training tokens" in warning
+
+
+def test_repeated_passes_are_said_before_a_corpus_is_built(build, text_folder: Path) -> None:
+    """A plan reads no text: by the size of the files, within the share held out."""
+    data, folder = Data.model_validate(TEXT), text_folder.parent
+    held = build(**TEXT).train_tokens
+    assert expected_repeats(data, folder, held) is None
+    warning = expected_repeats(data, folder, 100 * held)
+    assert warning is not None
+    passes = float(warning.split("about ")[1].split()[0])
+    assert 80 < passes <= 100
+    less = Data.model_validate({**TEXT, "max_megabytes": held / 2e6})
+    assert "about 2" in (expected_repeats(less, folder, held) or "")
 
 
 def test_pickle_carries_no_tokens(build, text_folder: Path) -> None:

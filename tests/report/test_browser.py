@@ -293,15 +293,22 @@ def test_nothing_is_cut_and_the_page_is_short(ladder: Ladder, drive: Drive, widt
     seen = drive(
         ladder[1],
         """
+        const figures = [...document.querySelectorAll("[data-plot]")].filter((f) =>
+          f.checkVisibility({ contentVisibilityAuto: true }) && !f.matches(".cell:not(.on)"));
+        for (const figure of figures) plots.show(figure);
+        for (let i = 0; i < 15000 && !figures.every((f) => f.matches(".drawn")); i++)
+          await new Promise((done) => setTimeout(done, 50));
         const root = document.scrollingElement;
         const prose = [...document.querySelectorAll("main p:not(.key), main li, main figcaption")]
           .filter((e) => !e.closest("table, details, .cell, nav") && e.getClientRects().length);
         const words = prose.map((e) => e.textContent).join(" ").split(/\\s+/).length;
-        return { wide: root.scrollWidth - innerWidth, tall: root.scrollHeight, words };
+        return { wide: root.scrollWidth - innerWidth, tall: root.scrollHeight, words,
+          drawn: figures.filter((f) => f.matches(".drawn")).length };
         """,
         f"--window-size={width},900",
     )
     assert seen["wide"] <= 0
+    assert seen["drawn"] >= 5
     if width == 1400:
         assert seen["tall"] <= 6000
         assert 50 < seen["words"] <= 350

@@ -18,7 +18,7 @@ EXAMPLES = REPORTS / "examples"
 @pytest.mark.parametrize("name", ["laptop", "imported"])
 def test_pages_are_small_and_tell_no_path(name: str) -> None:
     page = (EXAMPLES / name / "index.html").read_text()
-    assert len(page.encode()) < 2_000_000
+    assert len(page.encode()) < 4_000_000  # half of it is Plotly
     command = re.search(r'class="command">([^<]*)', page)
     assert command
     assert not re.search(r"(^| |=)/", command[1])

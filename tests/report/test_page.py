@@ -234,19 +234,25 @@ def test_budgets_that_were_held_have_parabolas(
 def test_serving_is_that_of_the_fits(
     make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
 ) -> None:
+    """All six figures of Yun et al., and the table, as the study's section has it."""
     rows = make_rows(("dense", "moe"), 3, 2, trials=5, smallest=2e7)
-    space = "study: s\ntargets: [{architecture: moe, params: 3e9, tokens: 6e10}]"
+    space = "study: s\nserving: {gpu: a100-40gb, dollars: 1.5, budgets: [1e21, 4e21, 1.6e22]}"
     results = make_results(rows, space=space)
     fits = fit(results.to_pandas())
     page = open_page(report(results, tmp_path / "out", fits=fits))
-    flops = fits.recommend("moe", 3e9, 6e10).run.compute  # type: ignore[union-attr]
-    told = fits.serve(float(f"{flops:.3g}"), Serving(find_gpu("h100"), 1.0))
+    told = fits.serve(4e21, Serving(find_gpu("a100-40gb"), 1.5))
     shown = [s for s in told if s.status == "found" and s.cost.status == "fits"]
-    assert len(shown) > 5
+    assert len(shown) > 3
     for solution in shown:
         assert written(solution.loss, "loss") in page.text
         assert dollars(solution.cost.dollars_per_million) in page.text
-    assert "multiply by your price" in page.text
+    assert "a100-40gb at $1.5 an hour" in page.text
+    assert "Dense against MoE, as Wang et al. have it" in page.text
+    for claim in fits.claims["moe"]:
+        assert claim.claim in page.text
+    drawn = {name for name in page.json["figures"] if name.startswith("serving-")}
+    assert {"serving-loss", "serving-cost", "serving-optimal", "serving-sizes"} <= drawn
+    assert "serving-bounded" in drawn
 
 
 # ---------------------------------------------------------------------- what surrounds it

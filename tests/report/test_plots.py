@@ -62,7 +62,7 @@ const hover = (plot) => plot.querySelector(".hoverlayer .hovertext")?.textConten
 
 def test_a_figure_is_described_by_plain_values() -> None:
     x = np.array([1e3, 1e5])
-    dots = Points("dense, cells", x, 1 / x, "c1", low=0.5 / x, high=[np.nan, 1.0], keys=["a", "b"],
+    dots = Points("dense, cells", x, 1 / x, "c1", low=0.5 / x, high=np.array([np.nan, 1.0]), keys=["a", "b"],
                   full=np.array([True, False]), shades={"N": x})  # fmt: skip
     line = Line("law of others", x, 2 / x, legend="published laws", end="others")
     grid = Contours("surface", x, x, np.array([[0.0, 0.1234567], [1e9, 1]]), (0.01, 0.1))

@@ -389,3 +389,10 @@ def test_public_grids_make_the_cells_that_they_were_made_as(shared_data):
     frame = frame.assign(cell=None, tokens=frame["tokens_seen"])
     assert frame.groupby(["params_active_non_embedding", "tokens"]).ngroups == 88
     assert list(cell_table(frame).cells["n_trials"]) == list(table.cells["n_trials"])
+
+
+def test_cells_that_repeat_their_corpus_are_told_of():
+    frame = joined(sweep(epochs=1.0), sweep((8e9,), epochs=3.5))
+    (said,) = (m for m in cell_table(frame).messages if "corpus" in m)
+    assert "1 of 2 cells repeat their corpus, up to 3.5 passes" in said
+    assert not [m for m in cell_table(sweep(epochs=1.0)).messages if "corpus" in m]

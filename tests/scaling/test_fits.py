@@ -152,6 +152,8 @@ def test_optima_against_the_loss_are_wangs_relations(both):
     slope = np.polyfit(np.log(cells["loss"]), np.log(batch), 1)[0]
     assert relation.exponent.covers(slope)
     assert relation.exponent.value == pytest.approx(slope, rel=0.15)
+    level = np.mean(np.log(batch)) - slope * np.mean(np.log(cells["loss"]))
+    assert relation.coefficient.covers(float(np.exp(level)))
     assert relation.n_cells == 8
 
 

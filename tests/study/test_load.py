@@ -67,7 +67,7 @@ def test_matched_moe_has_the_dense_twins_active_width_and_horizon(write) -> None
         ("heads: 2", "heads: 3", "must split into 3 heads"),
         ("heads: 2", "heads: 2, params: 1e6", "give either params or a shape"),
         (", heads: 2", "", "a scale needs either params, or d_model, layers and heads"),
-        ("tokens_per_param: 20", "{tokens: 20, tokens_per_param: 1}", "a horizon is either"),
+        ("tokens_per_param: 20", "{tokens: 20, tokens_per_param: 1}", "a horizon is one of"),
         ("tokens_per_param: 20", "tokens: 3", "out of range"),
         ("horizons:", "horizon:", "unknown key 'horizon': did you mean 'horizons'?"),
         ("study: tiny", "study: [", "not valid YAML"),
@@ -166,3 +166,26 @@ DIFFERENT = [
     ("data", 1e-3, 16, 0),
     ("data", 1e-3, 8, 1),
 ]
+
+
+def test_budgets_of_flops_become_each_models_tokens(write) -> None:
+    """An IsoFLOP profile: every cell of a budget costs the same, whatever its model; a scale may
+    have horizons of its own."""
+    text = """study: iso
+architectures: {dense: {}, moe: {experts: 8, top_k: 2, expert_size: 1.0}}
+scales:
+  - {params: 1e6}
+  - {params: 4e6, horizons: [{flops: 1e14}, {tokens: 1e7}]}
+horizons: [{flops: 1e14}, {flops: 3e14}]
+"""
+    study = Study.load(write(text))
+    budgets = {c.name: c.flops for c in study.cells if c.name.endswith("flops")}
+    assert list(budgets) == [  # the smallest model first
+        *("dense-1M-1e14flops", "moe-1M-1e14flops", "dense-4M-1e14flops", "moe-4M-1e14flops"),
+        *("dense-1M-3e14flops", "moe-1M-3e14flops"),
+    ]
+    for name, flops in budgets.items():
+        assert flops == pytest.approx(3e14 if "3e14" in name else 1e14, rel=1e-6)
+    assert study.cell("dense-4M-10Mtok").tokens == 10**7
+    with pytest.raises(UserError, match="horizons is missing"):
+        Study.load(write(text.replace("horizons: [{flops: 1e14}, {flops: 3e14}]\n", "")))

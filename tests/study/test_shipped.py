@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from raysweep.scaling.loss.data import held_budgets
 from raysweep.study import Study
 from raysweep.study.plan import make_plan
 from raysweep.study.schema import SearchSpace
@@ -15,7 +17,7 @@ SPACES = sorted((REPO / "search_spaces").glob("*.yaml"))
 
 def test_all_promised_spaces_are_there() -> None:
     names = {p.stem for p in SPACES}
-    assert names >= {"laptop", "smoke", "dense", "moe", "wang2024", "yun2024"}
+    assert names >= {"laptop", "smoke", "dense", "moe", "wang2024", "wang2024-small", "yun2024"}
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda p: p.stem)
@@ -53,6 +55,25 @@ def test_wang2024_is_matched_in_active_parameters() -> None:
     for cell in study.cells:
         ratio = cell.counts.params_active_non_embedding / cell.params_dense
         assert ratio == pytest.approx(1, rel=0.01)
+
+
+def test_yun2024_has_the_sizes_of_table_1() -> None:
+    study = Study.load(REPO / "search_spaces/yun2024.yaml")
+    sizes = sorted({cell.params_dense for cell in study.cells})
+    assert sizes == pytest.approx([81.4e6, 184e6, 289.4e6, 679.5e6], rel=0.005)
+    assert len(study.cells) == 80
+    assert study.space.serving.reference == "moe4"
+
+
+@pytest.mark.parametrize("name", ["wang2024", "wang2024-small"])
+def test_wang2024_holds_budgets_while_sizes_vary(name: str) -> None:
+    study = Study.load(REPO / f"search_spaces/{name}.yaml")
+    for architecture in study.space.architectures:
+        own = [c for c in study.cells if c.architecture == architecture]
+        level = held_budgets(np.array([c.flops for c in own]))
+        assert level is not None
+        assert np.bincount(level).min() >= 3
+        assert max(c.tokens for c in own) < 100e9
 
 
 def test_yun2024_total_parameters_follow_the_papers_rule() -> None:

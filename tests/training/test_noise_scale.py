@@ -1,5 +1,7 @@
 """The gradient noise scale against gradients of single sequences, one by one."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -54,8 +56,8 @@ def test_within_five_per_cent_of_single_sequences(measured, micro):
     for step in range(STEPS):
         batch = maker(step, want_trace=True)
         assert batch.trace is not None
-        noise.add_norm(batch.numbers[1].item())
-        noise.add_trace(batch.trace.item())
+        noise.add_step(step, 0.0, batch.numbers[1].item())
+        noise.add_trace(step, batch.trace.item())
     assert noise.trace == pytest.approx(trace, rel=0.05)
     assert noise.grad_sq == pytest.approx(grad_sq, rel=0.05)
     assert noise.sequences == pytest.approx(trace / grad_sq, rel=0.05)
@@ -87,17 +89,33 @@ def test_estimators_on_known_noise():
 def test_lost_in_the_noise_is_none():
     noise = NoiseScale(steps=10, batch_sequences=4)
     assert noise.sequences is None
-    noise.add_norm(1.0)
-    noise.add_trace(8.0)
+    noise.add_step(9, 2.0, 1.0)
+    noise.add_trace(9, 8.0)
     assert noise.grad_sq == -1.0
     assert noise.sequences is None
 
 
-def test_second_half_only_and_not_every_step():
+def test_not_every_step_and_half_as_often_at_first():
     noise = NoiseScale(steps=1000, batch_sequences=4)
     wanted = [step for step in range(1000) if noise.wants_pair(step)]
-    assert min(wanted) >= 500
-    assert 55 <= len(wanted) <= 65
+    late = [step for step in wanted if step >= 500]
+    assert 55 <= len(late) <= 65
+    assert 27 <= len(wanted) - len(late) <= 33
+
+
+def test_quarters_are_told_apart_and_the_first_half_is_in_them_alone():
+    """The noise scale is the second half's; each quarter has its own loss, |G|^2 and tr S."""
+    noise = NoiseScale(steps=8, batch_sequences=4)
+    assert noise.along is None
+    for step in range(8):
+        quarter = step // 2
+        noise.add_step(step, 4.0 - quarter, 10.0 + quarter)
+        noise.add_trace(step, 4.0 * (quarter + 1))
+    assert (noise.trace, noise.norm_count) == (14.0, 4)
+    along = json.loads(noise.along or "")
+    assert [q["loss"] for q in along] == [4.0, 3.0, 2.0, 1.0]
+    assert [q["trace"] for q in along] == [4.0, 8.0, 12.0, 16.0]
+    assert [q["grad_sq"] for q in along] == [9.0, 9.0, 9.0, 9.0]
     short = NoiseScale(steps=3, batch_sequences=4)
     assert any(short.wants_pair(step) for step in range(3))
 
@@ -109,7 +127,11 @@ def test_recorded_by_runs_if_asked(corpus, spec):
     if outcome.noise_scale_tokens is not None:
         ratio = outcome.noise_trace / outcome.noise_grad_sq
         assert outcome.noise_scale_tokens == pytest.approx(16 * ratio)
+    quarters = json.loads(outcome.noise_quarters or "[]")
+    assert len(quarters) == 4
+    assert quarters[0]["loss"] > quarters[3]["loss"]
     off = train(spec(recipe={"noise_scale": False}), corpus)
+    assert off.noise_quarters is None
     assert off.noise_trace is None
     assert off.loss == pytest.approx(outcome.loss, rel=1e-4)
     single = train(spec(batch_sequences=1, tokens=16 * 20), corpus)

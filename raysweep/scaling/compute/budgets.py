@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 
-from raysweep.scaling.compute.allocation import Allocation, compute_optimal
+from raysweep.scaling.compute.allocation import COUNT_NAMES, Allocation, compute_optimal
 from raysweep.scaling.compute.isoflop import IsoFlop, isoflop, parabola_bias
+from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.loss.data import LossData, held_budgets
+from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
-from raysweep.scaling.loss.selection import choose_loss
+from raysweep.scaling.loss.selection import choose_law, choose_loss
 
 PATH_BUDGETS, PATH_BEYOND = 7, 10.0
 """How many budgets a split is followed over, and how far beyond the largest."""
@@ -122,3 +124,99 @@ def routing_of(cells: pd.DataFrame) -> dict[str, float]:
     largest = cells.iloc[int(cells["flops"].to_numpy(float).argmax())]
     known = {name: float(largest[name]) for name in ROUTING if name in cells}
     return {name: value for name, value in known.items() if math.isfinite(value)}
+
+
+# ---------------------------------------------------------------------- exponents of one count
+
+SOURCE_EXPONENTS = {"dense": (0.507, 0.493), "moe": (0.590, 0.410)}
+"""N_opt ~ C^a, D_opt ~ C^b in Wang et al. 2024 (arXiv 2410.05661), by IsoFLOP profiles."""
+
+COUNT = "params_active_non_embedding"
+"""The count of parameters that exponents are told in: that of the source. In another the same
+losses give other exponents (.420 and .565 for the source's, in all parameters with a vocabulary of
+32k), so none but these are set side by side."""
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """How the best N (of `count`) and D of a budget grow with it, by one method.
+
+    `method` is `law` (Chinchilla's, fitted to the architecture's own cells), `parabolas` (through
+    the runs of each held budget), or `source` (Wang et al.)."""
+
+    architecture: str
+    method: str
+    params: Estimate
+    tokens: Estimate
+    note: str = ""
+    count: str = COUNT
+
+
+def allocation_exponents(
+    architecture: str, kind: str, cells: pd.DataFrame, n_boot: int = 200
+) -> list[Exponents]:
+    """The exponents of one architecture by its own cells alone, and the source's beside them."""
+    data = LossData.from_cells(cells)
+    found = [_by_law(architecture, data)]
+    if len(data) and held_budgets(data.flops) is not None:
+        found.append(_by_parabolas(architecture, data, n_boot))
+    params, tokens = SOURCE_EXPONENTS[kind]
+    return [
+        *found,
+        Exponents(architecture, "source", Estimate(params), Estimate(tokens), "Wang et al."),
+    ]
+
+
+def _by_law(architecture: str, data: LossData) -> Exponents:
+    law = replace(LOSS_LAWS["chinchilla"], parameter_count=COUNT)
+    model = choose_law(data, law)
+    if not model.ok:
+        missing = Estimate.missing(model.why)
+        return Exponents(architecture, "law", missing, missing)
+    budget = float(np.exp(np.log(data.flops).mean()))
+    (best,) = compute_optimal(model, [budget])
+    names = ("exponent", "tokens_exponent")
+    params, tokens = (best.estimate(name) for name in names)
+    return Exponents(architecture, "law", params, tokens)
+
+
+def _by_parabolas(architecture: str, data: LossData, n_boot: int) -> Exponents:
+    own = data.averaged()
+    columns = (own.columns[COUNT], own.columns["tokens"], own.loss, own.flops)
+    fitted = isoflop(*columns, resamples=n_boot)
+    inside = [p for p in fitted.parabolas if p.status == "interior"]
+    note = f"{len(inside)} of {len(fitted.parabolas)} budgets have a minimum inside their sizes"
+    if not math.isfinite(fitted.exponent):
+        missing = Estimate.missing(note)
+        return Exponents(architecture, "parabolas", missing, missing, note)
+    low, high = fitted.interval or (math.nan, math.nan)
+    x = np.log([p.flops for p in inside])
+    tokens = float(np.polyfit(x, np.log([p.tokens for p in inside]), 1)[0])
+    off = tokens + fitted.exponent  # FLOPs a token over N change with size
+    return Exponents(
+        architecture,
+        "parabolas",
+        Estimate(fitted.exponent, low, high),
+        Estimate(tokens, off - high, off - low),
+        note,
+    )
+
+
+def exponents_text(found: Sequence[Exponents]) -> list[str]:
+    """The exponents as lines for a terminal; none where only the source's are known."""
+    if not any(e.params.known for e in found if e.method != "source"):
+        return []
+    title = "Best split of a budget, by each architecture's own cells"
+    lines = ["", f"{title} (N: {COUNT_NAMES[COUNT]})"]
+    for e in found:
+        said = e.params.why
+        if e.params.known:
+            said = f"N ~ C^{_said(e.params)}, D ~ C^{_said(e.tokens)}"
+        said += f"; {e.note}" if e.note else ""
+        lines.append(f"  {e.architecture:<12} {e.method:<10} {said}")
+    return lines
+
+
+def _said(e: Estimate) -> str:
+    ends = f" ({e.low:.3f} to {e.high:.3f})" if e.has_interval else ""
+    return f"{e.value:.3f}{ends}"

@@ -75,7 +75,8 @@ def isoflop(
 ) -> IsoFlop:
     """Fit a parabola to each budget (points within a few per cent of `flops`, 6ND by default).
 
-    Arrays are [n]. `resamples` draws runs within each budget for the exponent's interval."""
+    Arrays are [n]. `resamples` draws runs within each budget for the exponent's interval; where
+    budgets have too few, it draws what the parabolas leave over."""
     log_n, log_nd, log_c, log_loss = _logs(params, tokens, loss, flops)
     budget = levels(np.exp(log_c))
     parabolas, exponent, coefficient = _through(log_n, log_nd, log_c, log_loss, budget)
@@ -89,6 +90,8 @@ def isoflop(
             table = (a[pick] for a in (log_n, log_nd, log_c, log_loss, budget))
             draws.append(_through(*table)[1])
         kept = np.array([d for d in draws if np.isfinite(d)])
+        if len(kept) <= 0.5 * resamples:  # four sizes a budget are rarely drawn all
+            kept = _by_residuals(log_n, log_nd, log_c, log_loss, budget, resamples, rng)
         if len(kept) > 0.5 * resamples:
             low, high = interval_ends(kept[:, None], np.array([exponent]), level)
             interval = (float(low[0]), float(high[0]))
@@ -131,6 +134,33 @@ def _logs(
     if not n.shape == d.shape == c.shape == losses.shape:
         raise UserError("params, tokens, loss and flops must have one value a run each")
     return np.log(n), np.log(n * d), np.log(c), np.log(losses)
+
+
+def _by_residuals(
+    log_n: np.ndarray,
+    log_nd: np.ndarray,
+    log_c: np.ndarray,
+    log_loss: np.ndarray,
+    budget: np.ndarray,
+    resamples: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Draws of the exponent with noise as large as what the budgets' parabolas leave over."""
+    fitted = np.empty(len(log_loss))
+    freedom = len(log_loss)
+    for k in np.unique(budget):
+        own = budget == k
+        degree = min(2, len(np.unique(log_n[own])) - 1)
+        centre = log_n[own].mean()
+        line = np.polyfit(log_n[own] - centre, log_loss[own], degree)
+        fitted[own] = np.polyval(line, log_n[own] - centre)
+        freedom -= degree + 1
+    if freedom < 1:
+        return np.array([])
+    sd = float(np.sqrt(((log_loss - fitted) ** 2).sum() / freedom))
+    noise = sd * rng.standard_normal((resamples, len(log_loss)))
+    draws = [_through(log_n, log_nd, log_c, fitted + e, budget)[1] for e in noise]
+    return np.array([d for d in draws if np.isfinite(d)])
 
 
 def _through(

@@ -52,17 +52,24 @@ def find_gpu(name: str) -> Gpu:
 class ServedModel:
     """A decoder with experts in some of its layers, after Yun et al. 2024 (arXiv 2404.02852).
 
-    `params` is the corresponding dense model, embeddings aside. A share `moe_share` of it lies in
-    FFNs that experts replace: 1/3 where every second layer is MoE. The shape follows from the
-    count by the rule params = 12 layers d_model^2 at d_model = `aspect` layers; it need not be
-    whole."""
+    `params` is the corresponding dense model, N, embeddings aside. Of it a share `fixed_share`
+    stays in every token's way (attention, dense FFNs, shared experts, routers), and each routed
+    expert adds a share `expert_share`: 2/3 and 1/3 where every second layer holds experts as wide
+    as the FFN they replace, as in the source. The shape follows from N = `width_params` layers
+    d_model^2 at d_model = `aspect` layers; it need not be whole."""
 
     params: float
     experts: float = 1.0
     top_k: float = 2.0
-    moe_share: float = 1.0 / 3.0
+    fixed_share: float = 2.0 / 3.0
+    expert_share: float = 1.0 / 3.0
     aspect: float = 128.0
+    width_params: float = 12.0
     kv_share: float = 1.0  # key-value heads over heads
+    granularity: float = 1.0  # FFN width over expert width, for laws that read it
+    embedding: float = 0.0  # parameters of embedding and head together, over d_model
+    vocabulary: float = 0.0  # token ids of the head, for its FLOPs
+    trained_length: float = 0.0  # tokens a training sequence, for the FLOPs of attention
 
     @property
     def used(self) -> float:
@@ -71,21 +78,34 @@ class ServedModel:
 
     @property
     def params_total(self) -> float:
-        """(1 + (E - 1) moe_share) N."""
-        return self.params * (1.0 + (self.experts - 1.0) * self.moe_share)
+        """(fixed + E expert) N: (1 + (E - 1) / 3) N in the source."""
+        return self.params * (self.fixed_share + self.experts * self.expert_share)
 
     @property
     def params_active(self) -> float:
-        """(K moe_share + 1 - moe_share) N."""
-        return self.params * (1.0 + (self.used - 1.0) * self.moe_share)
+        """(fixed + K expert) N."""
+        return self.params * (self.fixed_share + self.used * self.expert_share)
 
     @property
     def layers(self) -> float:
-        return (self.params / (12.0 * self.aspect**2)) ** (1.0 / 3.0)
+        return (self.params / (self.width_params * self.aspect**2)) ** (1.0 / 3.0)
 
     @property
     def d_model(self) -> float:
         return self.aspect * self.layers
+
+    @property
+    def params_embedding(self) -> float:
+        """Parameters of embedding and head."""
+        return self.embedding * self.d_model
+
+    @property
+    def training_flops(self) -> float:
+        """Training FLOPs a token: 6 for each active parameter and each of the head, and those of
+        causal attention over the sequences that it is trained on."""
+        head = self.vocabulary * self.d_model
+        attention = self.layers * self.d_model * self.trained_length
+        return 6.0 * (self.params_active + head + attention)
 
     @property
     def kv_bytes(self) -> float:
@@ -96,7 +116,7 @@ class ServedModel:
         """Expected parameters read by a step of `tokens`: experts are read once if any token wants
         them, and E (1 - (1 - K/E)^tokens) of them are wanted when routing is even."""
         wanted = self.experts * (1.0 - (1.0 - self.used / self.experts) ** tokens)
-        return self.params * (1.0 - self.moe_share + self.moe_share * wanted)
+        return self.params * (self.fixed_share + self.expert_share * wanted)
 
 
 class Latency(Protocol):

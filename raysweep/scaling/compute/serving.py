@@ -3,38 +3,62 @@
 More experts lower the loss at a given training cost but fill the memory that a batch of requests
 needs, so the loss-optimal model is rarely the one to serve. Under one training budget, a model
 with many experts can be trained smaller and on more tokens than is loss-optimal, and still match
-another's quality (or its serving cost) at a profit.
+another's quality (or stay below its serving cost) at a profit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from pydantic import ValidationError
 from scipy.optimize import minimize_scalar, root_scalar
 
 from raysweep.errors import UserError
-from raysweep.scaling.compute.allocation import ranges_of
-from raysweep.scaling.compute.roofline import BYTES, Gpu, Latency, Roofline, ServedModel
+from raysweep.scaling.compute.allocation import FARTHEST, OUTSIDE, ranges_of
+from raysweep.scaling.compute.candidates import Candidate
+from raysweep.scaling.compute.roofline import (
+    BYTES,
+    Gpu,
+    Latency,
+    Profile,
+    Roofline,
+    ServedModel,
+    find_gpu,
+)
+from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.loss.expression import Inputs
 from raysweep.scaling.loss.fit import LossFit
-from raysweep.scaling.loss.laws import Law
+from raysweep.scaling.loss.laws import LOSS_LAWS, Law
 from raysweep.scaling.loss.model import LossModel
-from raysweep.scaling.plain import to_json
+from raysweep.scaling.loss.selection import choose_loss
+from raysweep.study.load import parse_yaml
+from raysweep.study.serving import ServingSettings
 
-Kind = Literal["loss-optimal", "equal quality", "equal cost", "same quality, more compute"]
+Kind = Literal["loss-optimal", "same quality", "smaller, same quality", "bounded cost"]
 
-GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-"""GPUs that may share one model."""
+KINDS: Mapping[Kind, str] = {
+    "loss-optimal": "the lowest loss that the budget buys",
+    "same quality": "loss-optimal on the FLOPs that reach the reference's loss",
+    "smaller, same quality": "the whole budget on a smaller model, at the reference's loss",
+    "bounded cost": "the lowest loss of the budget at no more than the reference's serving cost",
+}
 
-SMALLEST, LARGEST, SIZES = 1e3, 1e15, 121
-"""Sizes that the loss-optimal one is looked for among."""
+DEFAULT = ServingSettings()
 
-FAR_BEYOND = 10.0
-"""Times outside the fitted range from which a row is marked."""
+SIZES, BUDGETS, DECADES_DOWN, DECADES_UP = 121, 141, 4, 5
+"""Sizes that the loss-optimal one is looked for among; and budgets, so far below and above those
+asked about, among which the one of a given loss is."""
+
+SMALLER = 1e-4
+"""How far below its loss-optimal size a model is looked for."""
+
+SERVING_LAWS = ("wang", "yun", "joint_moe", "sparsity")
+"""Laws that read parameters, tokens and experts."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +66,64 @@ class Serving:
     """The machines and the traffic: what a million generated tokens cost on.
 
     `latency` defaults to the GPU's roofline. A request reads `prompt` tokens and generates
-    `generated`; sequences come and go, so they hold prompt + generated / 2 tokens on average."""
+    `generated`; sequences come and go, so they hold prompt + generated / 2 tokens on average. No
+    more than `max_sequences` are served at once: without a bound weights would cost nothing, and
+    experts be free."""
 
     gpu: Gpu
     dollars_per_hour: float  # of one GPU
     latency: Latency | None = None
-    gpu_counts: tuple[int, ...] = GPU_COUNTS
-    prompt: float = 1024.0
-    generated: float = 256.0
+    gpu_counts: tuple[int, ...] = DEFAULT.gpus
+    prompt: float = DEFAULT.prompt
+    generated: float = DEFAULT.generated
     usable_memory: float = 0.9  # the rest holds activations and the runtime
-    max_sequences: float = float("inf")
-    model: ServedModel = field(default_factory=lambda: ServedModel(1e9))  # all but params, experts
+    max_sequences: float = DEFAULT.max_sequences
+
+    def __post_init__(self) -> None:
+        given = {
+            "dollars_per_hour": self.dollars_per_hour,
+            "prompt": self.prompt,
+            "generated": self.generated,
+            "max_sequences": self.max_sequences,
+            "gpus": min(self.gpu_counts, default=0),
+        }
+        for name, value in given.items():
+            if not value > 0:
+                raise UserError(f"{name} must be a positive number, not {value:g}")
+
+    @classmethod
+    def of(cls, settings: ServingSettings, latency: Profile | None = None) -> Serving:
+        """As a search-space file says; with a profile, on the numbers of GPUs it was measured
+        on."""
+        return cls(
+            find_gpu(settings.gpu),
+            settings.dollars,
+            latency=latency,
+            gpu_counts=latency.gpus if latency else settings.gpus,
+            prompt=settings.prompt,
+            generated=settings.generated,
+            max_sequences=settings.max_sequences,
+        )
 
     @property
     def timing(self) -> Latency:
         return self.latency or Roofline(self.gpu)
+
+
+def settings_of(spaces: Mapping[str, str]) -> ServingSettings:
+    """The `serving` section of the first search space that has one (texts by study); else the
+    defaults."""
+    for name, text in spaces.items():
+        try:
+            space, _ = parse_yaml(text, name)
+        except UserError:  # an archived file that no longer reads
+            continue
+        if isinstance(space, dict) and isinstance(space.get("serving"), dict):
+            try:
+                return ServingSettings.model_validate(space["serving"])
+            except ValidationError:
+                continue
+    return DEFAULT
 
 
 @dataclass(frozen=True)
@@ -65,7 +132,7 @@ class ServingCost:
 
     dollars_per_million: float
     gpus: int
-    sequences: float  # batch that fits
+    sequences: float  # served at once
     tokens_per_second: float  # of all GPUs together
     status: Literal["fits", "does not fit"]
 
@@ -74,11 +141,18 @@ class ServingCost:
 class Solution:
     """One way to spend a training budget and serve the result.
 
-    `params` is the corresponding dense model; `size_share` is `params` over the loss-optimal size
-    of the same number of experts and budget, `training_share` the FLOPs over the budget, `beyond`
-    how many times outside the fitted params, tokens or experts the model lies (1 inside)."""
+    `params` is the corresponding dense model. `size_share` is `params` over the loss-optimal size
+    of the same architecture and budget; `training_share` the FLOPs over the budget. Against the
+    reference's loss-optimal model of the budget stand `active_share`, its active parameters, and
+    `cost_share`, its cost a token. `base_flops` are the training FLOPs that a loss-optimal model of
+    the reference would need for this loss, and `saved` the share of them that is not spent (NaN
+    where no budget looked at reaches it). `beyond` is how many times outside the fitted params,
+    tokens or experts the model lies (1 inside)."""
 
+    budget: float
     kind: Kind
+    name: str
+    trained: bool
     experts: float
     params: float
     params_total: float
@@ -88,21 +162,31 @@ class Solution:
     flops: float
     size_share: float
     training_share: float
+    active_share: float
+    cost_share: float
+    base_flops: float
+    saved: float
     beyond: float
     cost: ServingCost
     status: Literal["found", "unreachable"]
     message: str
 
+    @property
+    def outside(self) -> bool:
+        """Whether it is the law's word alone: far from the cells, or of experts never trained."""
+        return not self.trained or self.beyond > OUTSIDE
+
 
 def serving_cost(model: ServedModel, serving: Serving) -> ServingCost:
     """min over G of G dollars / throughput, eq. 5 to 7 of the source.
 
-    The batch fills what memory the weights leave; a step generates one token for each of its
-    sequences, and admits sequences / generated new ones, whose prompts are read."""
+    The batch fills what memory the weights leave, up to `max_sequences`; a step generates one token
+    for each of its sequences, and admits sequences / generated new ones, whose prompts are read."""
     context = serving.prompt + 0.5 * serving.generated
     best = ServingCost(float("inf"), 0, 0.0, 0.0, "does not fit")
+    weights = BYTES * (model.params_total + model.params_embedding)
     for gpus in serving.gpu_counts:
-        room = gpus * serving.gpu.memory * serving.usable_memory - BYTES * model.params_total
+        room = gpus * serving.gpu.memory * serving.usable_memory - weights
         sequences = min(room / (model.kv_bytes * context), serving.max_sequences)
         if sequences < 1:
             continue
@@ -117,299 +201,373 @@ def serving_cost(model: ServedModel, serving: Serving) -> ServingCost:
 
 
 @dataclass(frozen=True)
-class _Curve:
+class LossCurve:
     """The expected loss by a law of params, tokens and experts, and what it was fitted on."""
 
     law: Law
     count: str  # the column that the law takes as N
     predict: Callable[[Inputs], np.ndarray]
     ranges: Mapping[str, tuple[float, float]]
+    coefficients: Mapping[str, Estimate] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, fit: LossFit | LossModel) -> _Curve:
-        """Raises UserError for a fit that may not be used."""
+    def of(cls, fit: LossFit | LossModel, law: str | None = None) -> LossCurve:
+        """By the law that answers for `fit`; where that does not read what serving needs, by the
+        best of those that do; by `law` where one is named.
+
+        Raises UserError where no such law is determined."""
         if isinstance(fit, LossFit):
             if not fit.ok:
                 raise UserError(
                     f"the fit of law '{fit.name}' is not usable ({fit.status}): {fit.message}"
                 )
-            return cls(fit.law, fit.law.parameter_count, fit.predict, fit.ranges())
-        posterior, law = fit.require().posterior, fit.law
-        assert posterior is not None
-        assert law is not None
-        return cls(law, fit.count, lambda inputs: np.exp(posterior.mean(inputs)), ranges_of(fit))
+            own = fit.law
+            found = cls(own, own.parameter_count, fit.predict, fit.ranges())
+        else:
+            model = _able(fit, law).require()
+            posterior, own = model.posterior, model.law
+            assert posterior is not None
+            assert own is not None
+            ranges = ranges_of(model)
+            found = cls(
+                own,
+                model.count,
+                lambda inputs: np.exp(posterior.mean(inputs)),
+                ranges,
+                model.coefficients,
+            )
+        if not _reads_experts(own):
+            raise UserError(
+                f"law '{own.key}' does not read params, tokens and experts, as serving needs: it "
+                f"reads {', '.join(own.inputs)}; laws that do: {', '.join(SERVING_LAWS)}"
+            )
+        return found
 
 
-def serving_solutions(
-    fit: LossFit | LossModel,
-    flops: float,
-    serving: Serving,
-    experts: Sequence[float] = (2, 4, 8, 16, 32, 64),
-    reference: float | None = None,
-) -> list[Solution]:
-    """What a training budget of `flops` can buy with each number of experts.
-
-    For each: the loss-optimal split; the smaller, over-trained model of equal quality to the
-    loss-optimal model of `reference` experts (by default the fewest), or, where the budget cannot
-    reach that quality, the least compute that does; and the one of equal serving cost. `fit` is of
-    a law that reads params, tokens and experts. Raises UserError for a fit that may not be used."""
-    curve = _Curve.of(fit)
-    read = set(curve.law.inputs)
-    known = {"params", "tokens", "experts", "sparsity", "top_k"}
-    if not {"params", "tokens"} <= read <= known or not {"experts", "sparsity"} & read:
-        raise UserError(
-            f"law '{curve.law.key}' does not read params, tokens and experts, as serving needs: it "
-            f"reads {', '.join(curve.law.inputs)}"
-        )
-    positive = {
-        "flops": flops,
-        "dollars_per_hour": serving.dollars_per_hour,
-        "prompt": serving.prompt,
-        "generated": serving.generated,
-        "top_k": serving.model.top_k,
-        "the least number of experts": min((*experts, reference or np.inf), default=0.0),
-    }
-    for name, value in positive.items():
-        if not (np.isfinite(value) and value > 0):
-            raise UserError(f"{name} must be a positive number, not {value:g}")
-    if not 0 < serving.model.moe_share <= 1:
-        raise UserError(f"moe_share {serving.model.moe_share:g} must lie in (0, 1]")
-    counts = sorted({float(e) for e in experts} | ({float(reference)} if reference else set()))
-    studies = {e: _Budget(curve, flops, serving, e) for e in counts}
-    target = studies[float(reference) if reference else counts[0]].best
-    solutions = []
-    for e in counts:
-        study = studies[e]
-        solutions.append(study.best)
-        if study.best is not target:
-            solutions.append(study.of_equal_quality(target))
-            solutions.append(study.of_equal_cost(target))
-    return solutions
+def _reads_experts(law: Law) -> bool:
+    read = set(law.inputs)
+    return {"params", "tokens"} <= read and bool({"experts", "sparsity"} & read)
 
 
-class _Budget:
-    """One number of experts under one training budget: every model size has its tokens."""
+def _able(model: LossModel, law: str | None) -> LossModel:
+    if law is not None:
+        if law in LOSS_LAWS and not _reads_experts(LOSS_LAWS[law]):
+            raise UserError(
+                f"law '{law}' does not read params, tokens and experts, as serving needs: "
+                f"choose from {', '.join(SERVING_LAWS)}"
+            )
+        return choose_loss(model.data, [law])
+    if model.law is not None and _reads_experts(model.law):
+        return model
+    return choose_loss(model.data, SERVING_LAWS) if model.ok else model
 
-    def __init__(self, curve: _Curve, flops: float, serving: Serving, experts: float) -> None:
-        self.curve = curve
-        self.flops, self.serving, self.experts = flops, serving, experts
-        best = self.optimal_params(flops)
-        self.best = self._solution("loss-optimal", best, flops, best, "")
+
+@dataclass(frozen=True)
+class ServingLaw:
+    """Loss and serving cost of every candidate, at any size and training budget.
+
+    `reference` is the candidate that the others are held against. Raises UserError where there is
+    none, or none of that name."""
+
+    curve: LossCurve
+    serving: Serving
+    candidates: Mapping[str, CandidateCurves]
+    reference: str
+
+    @classmethod
+    def of(
+        cls,
+        curve: LossCurve,
+        serving: Serving,
+        candidates: Sequence[Candidate],
+        reference: str | float | None = None,
+    ) -> ServingLaw:
+        """`reference` is a name or a number of experts: by default the fewest of the mixtures."""
+        if not candidates:
+            raise UserError("there is no architecture to serve")
+        for c in candidates:
+            if not (math.isfinite(c.experts) and c.experts > 0):
+                raise UserError(f"experts must be a positive number, not {c.experts:g}")
+        each = {c.name: CandidateCurves(curve, c, serving) for c in candidates}
+        return cls(curve, serving, each, _reference(candidates, reference))
+
+    @property
+    def base(self) -> CandidateCurves:
+        return self.candidates[self.reference]
+
+    def solutions(self, budgets: Sequence[float]) -> list[Solution]:
+        """What each training budget, in FLOPs, can buy with each candidate: of every `Kind`, those
+        that a candidate can have."""
+        found = []
+        for flops in budgets:
+            if not (math.isfinite(flops) and flops > 0):
+                raise UserError(f"flops must be a positive number, not {flops:g}")
+            task = _Task(self.base, flops)
+            for other in self.candidates.values():
+                found += task.of(other)
+        return found
+
+
+def _reference(candidates: Sequence[Candidate], wanted: str | float | None) -> str:
+    if wanted is None:
+        mixtures = [c for c in candidates if c.experts > 1] or list(candidates)
+        return min(mixtures, key=lambda c: c.experts).name
+    for c in candidates:
+        if wanted == c.name or str(wanted) == f"{c.experts:g}" or wanted == c.experts:
+            return c.name
+    known = ", ".join(f"{c.name} ({c.experts:g} experts)" for c in candidates)
+    raise UserError(f"no architecture '{wanted}' to refer to; known: {known}")
+
+
+@dataclass(frozen=True)
+class CandidateCurves:
+    """One candidate: its loss and its cost at any dense-equivalent size."""
+
+    curve: LossCurve
+    candidate: Candidate
+    serving: Serving
 
     def model(self, params: float) -> ServedModel:
-        return replace(self.serving.model, params=params, experts=self.experts)
+        return replace(self.candidate.model, params=params)
 
-    def _law_params(self, params: float) -> float:
-        """The law's N of a dense-equivalent size: the count that the law was fitted on."""
-        unit = self.model(1.0)
-        count = self.curve.count
-        if count == "params_dense":
-            return params
-        return params * (unit.params_total if "total" in count else unit.params_active)
+    def cost(self, params: float) -> ServingCost:
+        return serving_cost(self.model(params), self.serving)
 
-    def _losses(self, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """The law's loss [n] of dense-equivalent sizes."""
-        top_k = self.model(1.0).used
-        given = {"experts": self.experts, "top_k": top_k, "sparsity": 1 - top_k / self.experts}
-        return self.curve.predict(
-            {**given, "params": self._law_params(1.0) * params, "tokens": tokens}
-        )
+    def dollars(self, params: np.ndarray) -> np.ndarray:
+        """Dollars a million generated tokens [n]; infinite where a model fits nowhere."""
+        return np.array([self.cost(float(n)).dollars_per_million for n in params])
 
-    def loss(self, params: float, tokens: float) -> float:
-        return float(self._losses(np.array([params]), np.array([tokens]))[0])
+    def tokens(self, params: np.ndarray | float, flops: np.ndarray | float) -> np.ndarray | float:
+        return flops / _many(self.candidate.model, params).training_flops
 
-    def tokens(self, params: float, flops: float) -> float:
-        return flops / (6.0 * self.model(params).params_active)
+    def losses(self, params: np.ndarray, flops: np.ndarray | float) -> np.ndarray:
+        """Expected loss [n] of sizes trained on all the tokens that a budget buys."""
+        return self.losses_at(params, np.asarray(self.tokens(params, flops)))
+
+    def losses_at(self, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Expected loss [n] of sizes and tokens."""
+        return self.curve.predict(self._inputs(params, tokens))
+
+    def loss(self, params: float, flops: float) -> float:
+        return float(self.losses(np.array([params]), flops)[0])
+
+    def sizes(self, flops: float) -> np.ndarray:
+        """The dense-equivalent sizes that are looked at for a budget."""
+        low, high = self.curve.ranges.get("params", (1e6, 1e12))
+        most = 6.0 * high * self.curve.ranges.get("tokens", (1.0, flops))[1]
+        reach = max(abs(math.log(flops / most)), math.log(FARTHEST))
+        return np.exp(np.linspace(math.log(low) - reach, math.log(high) + reach, SIZES))
 
     def optimal_params(self, flops: float) -> float:
         """The dense-equivalent size of the lowest loss at a training budget."""
-        active = self.model(1.0).params_active
-
-        def loss(log_params: np.ndarray) -> np.ndarray:
-            params = np.exp(log_params)
-            return self._losses(params, flops / (6.0 * active * params))
-
-        grid = np.linspace(np.log(SMALLEST), np.log(LARGEST), SIZES)
-        lowest = int(np.clip(np.argmin(loss(grid)), 1, SIZES - 2))
+        sizes = self.sizes(flops)
+        lowest = int(np.clip(np.argmin(self.losses(sizes, flops)), 1, SIZES - 2))
         found = minimize_scalar(
-            lambda x: float(loss(np.array([x]))[0]),
-            bounds=(grid[lowest - 1], grid[lowest + 1]),
-            options={"xatol": 1e-9},
+            lambda x: self.loss(math.exp(x), flops),
+            bounds=(math.log(sizes[lowest - 1]), math.log(sizes[lowest + 1])),
+            options={"xatol": 1e-7},
         )
         return float(np.exp(found.x))
 
-    def _solution(
-        self, kind: Kind, params: float, flops: float, optimal: float, message: str
-    ) -> Solution:
-        model = self.model(params)
-        tokens = self.tokens(params, flops)
-        return Solution(
-            kind=kind,
-            experts=self.experts,
-            params=params,
-            params_total=model.params_total,
-            params_active=model.params_active,
-            tokens=tokens,
-            loss=self.loss(params, tokens),
-            flops=flops,
-            size_share=params / optimal,
-            training_share=flops / self.flops,
-            beyond=self._beyond(params, tokens),
-            cost=serving_cost(model, self.serving),
-            status="found",
-            message=message,
-        )
+    @cached_property
+    def _frontiers(self) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+        return {}
 
-    def of_equal_quality(self, target: Solution) -> Solution:
-        """Solve N below the loss-optimal size for the target's loss, at the same training cost."""
-        optimal = self.best.params
-        if self.best.loss > target.loss:
-            return self._with_more_compute(target)
+    def frontier(self, flops: float) -> tuple[np.ndarray, np.ndarray]:
+        """(ln FLOPs [m], ln loss [m]) of loss-optimal models of budgets about one."""
+        for centre, known in self._frontiers.items():
+            if abs(math.log10(centre / flops)) < DECADES_DOWN - 2:
+                return known
+        around = np.logspace(-DECADES_DOWN, DECADES_UP, BUDGETS) * flops
+        sizes = np.concatenate([self.sizes(float(around[0])), self.sizes(float(around[-1]))])
+        grid = np.geomspace(sizes.min(), sizes.max(), 2 * SIZES)
+        every = np.repeat(around, len(grid))
+        loss = np.log(self.losses(np.tile(grid, len(around)), every).reshape(len(around), -1))
+        found = np.log(around), np.minimum.accumulate(_least(loss))
+        self._frontiers[flops] = found
+        return found
 
-        def excess(params: float) -> float:
-            return self.loss(params, self.tokens(params, self.flops)) - target.loss
+    def flops_for(self, loss: float, about: float) -> float:
+        """FLOPs of the loss-optimal model of a loss; NaN where none of the budgets reaches it."""
+        log_flops, log_loss = self.frontier(about)
+        wanted = math.log(loss)
+        if not log_loss[-1] < wanted < log_loss[0]:
+            return math.nan
+        return math.exp(float(np.interp(-wanted, -log_loss, log_flops)))
 
-        params = _root(excess, optimal * 1e-4, optimal)
-        if params is None:
-            return self._unreachable("equal quality", "every smaller model is still better")
-        words = f"{1 - params / optimal:.0%} smaller than loss-optimal, at the loss of "
-        return self._solution(
-            "equal quality", params, self.flops, optimal, words + f"{target.experts:g} experts"
-        )
+    def _inputs(self, params: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray | float]:
+        own = _many(self.candidate.model, params)
+        counts = {
+            "params_dense": own.params,
+            "params_active_non_embedding": own.params_active,
+            "params_total_non_embedding": own.params_total,
+            "params_active": own.params_active + own.params_embedding,
+            "params_total": own.params_total + own.params_embedding,
+        }
+        return {
+            "params": np.asarray(counts[self.curve.count]),
+            "tokens": tokens,
+            "experts": own.experts,
+            "top_k": own.used,
+            "sparsity": 1 - own.used / own.experts,
+            "granularity": own.granularity,
+        }
 
-    def _with_more_compute(self, target: Solution) -> Solution:
-        """The least training compute whose loss-optimal model reaches the target's loss."""
-
-        def excess(flops: float) -> float:
-            params = self.optimal_params(flops)
-            return self.loss(params, self.tokens(params, flops)) - target.loss
-
-        flops = _root(excess, self.flops, 1e4 * self.flops)
-        if flops is None:
-            return self._unreachable(
-                "same quality, more compute", "not even 10,000 times the compute reaches that loss"
-            )
-        params = self.optimal_params(flops)
-        return self._solution(
-            "same quality, more compute",
-            params,
-            flops,
-            params,
-            f"needs {flops / self.flops:.2g} times the training compute",
-        )
-
-    def of_equal_cost(self, target: Solution) -> Solution:
-        """Solve N for the target's dollars a token, at the same training cost."""
-        if target.cost.status != "fits":
-            return self._unreachable("equal cost", "the reference does not fit on these GPUs")
-
-        def excess(params: float) -> float:
-            price = serving_cost(self.model(params), self.serving).dollars_per_million
-            # A model that fits nowhere has an infinite price, which no root finder likes.
-            return min(float(np.log(price / target.cost.dollars_per_million)), 50.0)
-
-        optimal = self.best.params
-        params = _root(excess, optimal * 1e-4, optimal * 1e4)
-        if params is None:
-            return self._unreachable("equal cost", "no size costs the same to serve")
-        gain = target.loss - self.loss(params, self.tokens(params, self.flops))
-        words = f"loss {abs(gain):.3f} {'lower' if gain >= 0 else 'higher'} than "
-        words += f"{target.experts:g} experts at the same price"
-        if abs(excess(params)) > 0.01:
-            words += ", or as near as the step in price between numbers of GPUs allows"
-        return self._solution("equal cost", params, self.flops, optimal, words)
-
-    def _unreachable(self, kind: Kind, message: str) -> Solution:
-        nan = float("nan")
-        numbers = ("params", "params_total", "params_active", "tokens", "loss", "flops")
-        return Solution(
-            kind=kind,
-            experts=self.experts,
-            **dict.fromkeys((*numbers, "size_share", "training_share", "beyond"), nan),
-            cost=ServingCost(nan, 0, nan, nan, "does not fit"),
-            status="unreachable",
-            message=message,
-        )
-
-    def _beyond(self, params: float, tokens: float) -> float:
+    def beyond(self, params: float, tokens: float) -> float:
+        """How many times outside the fitted params, tokens or experts a model lies."""
         factor = 1.0
-        given = {"params": self._law_params(params), "tokens": tokens, "experts": self.experts}
-        for name, value in given.items():
+        inputs = self._inputs(np.array([params]), np.array([tokens]))
+        for name in ("params", "tokens", "experts"):
+            value = float(np.asarray(inputs[name]).ravel()[0])
             low, high = self.curve.ranges.get(name, (value, value))
             factor = max(factor, low / value, value / high)
         return factor
 
 
-def _root(excess: Callable[[float], float], low: float, high: float) -> float | None:
-    """Where `excess` changes sign between low and high; None where it has the same sign at both."""
+class _Task:
+    """One training budget: what the reference makes of it, and what another can."""
 
-    def by_log(x: float) -> float:
-        return excess(float(np.exp(x)))
+    def __init__(self, base: CandidateCurves, flops: float) -> None:
+        self.base, self.flops = base, flops
+        optimal = base.optimal_params(flops)
+        self.loss = base.loss(optimal, flops)
+        self.cost = base.cost(optimal)
+        self.active = base.model(optimal).params_active
 
-    ends = np.log([low, high])
-    if np.sign(by_log(ends[0])) == np.sign(by_log(ends[1])):
-        return None
-    return float(np.exp(root_scalar(by_log, bracket=tuple(ends), xtol=1e-10).root))
+    def of(self, other: CandidateCurves) -> list[Solution]:
+        """The solutions of a candidate, in the order of `Kind`."""
+        optimal = other.optimal_params(self.flops)
+        found = [self._solution(other, "loss-optimal", optimal, self.flops, optimal)]
+        if other is self.base:
+            return found
+        return [
+            *found,
+            self._same_quality(other),
+            self._smaller(other, optimal),
+            self._bounded(other, optimal),
+        ]
 
+    def _same_quality(self, other: CandidateCurves) -> Solution:
+        """The loss-optimal model of the least budget that reaches the reference's loss."""
+        about = other.flops_for(self.loss, self.flops)
+        if not math.isfinite(about):
+            why = f"no budget of 10^-{DECADES_DOWN} to 10^{DECADES_UP} times this reaches that loss"
+            return self._unreachable(other, "same quality", why)
 
-def serving_dict(
-    solutions: Sequence[Solution], serving: Serving, flops: float
-) -> dict[str, object]:
-    """What `raysweep serving --json` prints: the assumptions, then the solutions."""
-    gpu = serving.gpu
-    found = to_json(
-        {
-            "flops": flops,
-            "assume": {
-                "gpu": asdict(gpu),
-                "dollars_per_gpu_hour": serving.dollars_per_hour,
-                "latency": _latency(serving),
-                "prompt_tokens": serving.prompt,
-                "generated_tokens": serving.generated,
-                "usable_memory": serving.usable_memory,
-                "top_k": serving.model.top_k,
-                "moe_share": serving.model.moe_share,
-            },
-            "solutions": [asdict(s) for s in solutions],
-        }
-    )
-    assert isinstance(found, dict)
-    return found
+        def excess(log_flops: float) -> float:
+            flops = math.exp(log_flops)
+            return math.log(other.loss(other.optimal_params(flops), flops) / self.loss)
 
+        flops = about
+        ends = math.log(about) - 0.1, math.log(about) + 0.1
+        if excess(ends[0]) > 0 > excess(ends[1]):
+            flops = math.exp(float(root_scalar(excess, bracket=ends, xtol=1e-9).root))
+        params = other.optimal_params(flops)
+        return self._solution(other, "same quality", params, flops, params)
 
-def serving_text(solutions: Sequence[Solution], serving: Serving, flops: float) -> str:
-    """A table, one row a solution; N is the corresponding dense model."""
-    lines = [
-        f"training budget {flops:.3g} FLOPs; served on {serving.gpu.name} at "
-        f"${serving.dollars_per_hour:g} an hour each ({_latency(serving)}), "
-        f"{serving.prompt:g} tokens read and {serving.generated:g} written a request, "
-        f"top-{serving.model.top_k:g}",
-        "",
-        "experts  solution                        N   N/optimal  training     tokens     loss"
-        "   $/1M tokens  GPUs",
-    ]
-    for s in solutions:
-        if s.status != "found":
-            lines.append(f"{s.experts:7g}  {s.kind:<26} {s.message}")
-            continue
-        price = f"{s.cost.dollars_per_million:.3g}" if s.cost.status == "fits" else "no room"
-        mark = " !" if s.beyond >= FAR_BEYOND else ""
-        lines.append(
-            f"{s.experts:7g}  {s.kind:<26} {s.params:8.3g}  {s.size_share:9.2f}x  "
-            f"{s.training_share:7.2f}x  {s.tokens:9.3g}  {s.loss:7.4f}  {price:>12}  "
-            f"{s.cost.gpus:4d}{mark}"
+    def _smaller(self, other: CandidateCurves, optimal: float) -> Solution:
+        """Algorithm 1: N below the loss-optimal size, at the same training cost and the reference's
+        loss."""
+        kind: Kind = "smaller, same quality"
+        if other.loss(optimal, self.flops) > self.loss:
+            return self._unreachable(other, kind, "the budget does not reach that loss")
+
+        def excess(log_params: float) -> float:
+            return math.log(other.loss(math.exp(log_params), self.flops) / self.loss)
+
+        ends = math.log(SMALLER * optimal), math.log(optimal)
+        if excess(ends[0]) < 0:
+            return self._unreachable(other, kind, "every smaller model is still better")
+        params = math.exp(float(root_scalar(excess, bracket=ends, xtol=1e-10).root))
+        return self._solution(other, kind, params, self.flops, optimal)
+
+    def _bounded(self, other: CandidateCurves, optimal: float) -> Solution:
+        """Algorithm 2: the best model that costs no more to serve than the reference. That is the
+        loss-optimal one where it is cheap enough, else the largest below it that is."""
+        kind: Kind = "bounded cost"
+        if self.cost.status != "fits":
+            return self._unreachable(other, kind, "the reference does not fit on these GPUs")
+        bound = self.cost.dollars_per_million * (1 + 1e-9)
+        sizes = np.geomspace(SMALLER * optimal, optimal, SIZES)
+        cheap = np.flatnonzero(other.dollars(sizes) <= bound)
+        if not len(cheap):
+            return self._unreachable(other, kind, "no size is as cheap to serve")
+        params = float(sizes[cheap[-1]])
+        if cheap[-1] + 1 < SIZES:
+            above = float(sizes[cheap[-1] + 1])
+            while above / params > 1 + 1e-6:
+                middle = math.sqrt(params * above)
+                if other.cost(middle).dollars_per_million <= bound:
+                    params = middle
+                else:
+                    above = middle
+        return self._solution(other, kind, params, self.flops, optimal)
+
+    def _solution(
+        self, other: CandidateCurves, kind: Kind, params: float, flops: float, optimal: float
+    ) -> Solution:
+        model, cost = other.model(params), other.cost(params)
+        loss, tokens = other.loss(params, flops), float(other.tokens(params, flops))
+        base = flops
+        if other is not self.base:
+            same = kind in ("same quality", "smaller, same quality")
+            base = self.flops if same else self.base.flops_for(loss, self.flops)
+        fits = cost.status == self.cost.status == "fits"
+        return Solution(
+            budget=self.flops,
+            kind=kind,
+            name=other.candidate.name,
+            trained=other.candidate.trained,
+            experts=other.candidate.experts,
+            params=params,
+            params_total=model.params_total,
+            params_active=model.params_active,
+            tokens=tokens,
+            loss=loss,
+            flops=flops,
+            size_share=params / optimal,
+            training_share=flops / self.flops,
+            active_share=model.params_active / self.active,
+            cost_share=cost.dollars_per_million / self.cost.dollars_per_million
+            if fits
+            else math.nan,
+            base_flops=base,
+            saved=1 - flops / base,
+            beyond=other.beyond(params, tokens),
+            cost=cost,
+            status="found",
+            message="",
         )
-    beyond = max((s.beyond for s in solutions if s.status == "found"), default=math.nan)
-    lines += ["", "N is the dense model that the experts are added to, embeddings aside."]
-    if beyond >= FAR_BEYOND:
-        lines.append(
-            f"! lies {FAR_BEYOND:g} times or more outside what was fitted (at most "
-            f"{beyond:.2g} times): a guess, not a measurement"
+
+    def _unreachable(self, other: CandidateCurves, kind: Kind, message: str) -> Solution:
+        nan = math.nan
+        numbers = (
+            *("params", "params_total", "params_active", "tokens", "loss", "flops", "size_share"),
+            *("training_share", "active_share", "cost_share", "base_flops", "saved", "beyond"),
         )
-    return "\n".join(lines)
+        return Solution(
+            budget=self.flops,
+            kind=kind,
+            name=other.candidate.name,
+            trained=other.candidate.trained,
+            experts=other.candidate.experts,
+            **dict.fromkeys(numbers, nan),
+            cost=ServingCost(nan, 0, nan, nan, "does not fit"),
+            status="unreachable",
+            message=message,
+        )
 
 
-def _latency(serving: Serving) -> str:
-    if isinstance(serving.timing, Roofline):
-        return "latency by its roofline, with assumed efficiencies"
-    return "latency as profiled"
+def _many(model: ServedModel, params: np.ndarray | float) -> ServedModel:
+    """The model at many sizes at once: every count is then an array."""
+    return replace(model, params=params)  # type: ignore[arg-type]
+
+
+def _least(loss: np.ndarray) -> np.ndarray:
+    """The least of each row of [m, n] over an even grid, by a parabola through three points."""
+    at = np.clip(np.argmin(loss, axis=1), 1, loss.shape[1] - 2)
+    rows = np.arange(len(loss))
+    left, middle, right = (loss[rows, at + k] for k in (-1, 0, 1))
+    bend = np.maximum(left - 2 * middle + right, 1e-300)
+    shift = np.clip(0.5 * (left - right) / bend, -1.0, 1.0)
+    return middle - 0.5 * bend * shift**2

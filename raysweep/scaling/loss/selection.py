@@ -52,8 +52,17 @@ def choose_loss(data: LossData, laws: Sequence[str] | None = None) -> LossModel:
             raise UserError(f"unknown law of the loss '{name}'; known: {', '.join(LOSS_LAWS)}")
     data = data.averaged()
     keys = laws or (ROUTING_LAWS if len(_routings(data)) > 1 else ONE_ROUTING_LAWS)
+    return _choose(data, [LOSS_LAWS[key] for key in keys])
+
+
+def choose_law(data: LossData, law: Law) -> LossModel:
+    """The same of one law, which need not be among `LOSS_LAWS`."""
+    return _choose(data.averaged(), [law])
+
+
+def _choose(data: LossData, laws: Sequence[Law]) -> LossModel:
     level = data.levels()
-    fits = {key: _score(LOSS_LAWS[key], data, level) for key in keys}
+    fits = {law.key: _score(law, data, level) for law in laws}
     scores = tuple(score for score, _ in fits.values())
     usable = [score for score in scores if score.ok]
     if not usable:
@@ -71,7 +80,7 @@ def choose_loss(data: LossData, laws: Sequence[str] | None = None) -> LossModel:
         why="",
         data=data,
         scores=scores,
-        law=LOSS_LAWS[best.law],
+        law=next(law for law in laws if law.key == best.law),
         count=best.count,
         posterior=posterior,
         inflation=math.sqrt(max(1.0, inflation)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,33 @@ def _ratio_of_means(trace: pd.Series, grad_sq: pd.Series) -> tuple[float, float]
     # To first order the log of the ratio varies as this difference does.
     error = trace / means[0] - grad_sq / means[1]
     return means[0] / means[1], float(error.std()) / math.sqrt(len(error))
+
+
+def noise_along(cells: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """The noise scale in each quarter of a run, against the mean training loss there.
+
+    Of each cell the mean over its trials within 1 % of its best, numerator and denominator apart.
+    Columns `cell`, `architecture`, `quarter` (from 1), `loss`, `noise_scale_tokens`; a quarter
+    whose |G|^2 is not distinguishable from 0 is left out."""
+    best = trials.groupby("cell")["loss"].transform("min")
+    near = trials[(trials["loss"] <= best * (1 + NEAR_BEST)) & trials["noise_quarters"].notna()]
+    rows = []
+    for cell, own in near.groupby("cell", sort=False):
+        if cell not in cells.index:
+            continue
+        runs = [json.loads(text) for text in own["noise_quarters"]]
+        for k in range(min(map(len, runs))):
+            parts = [run[k] for run in runs if run[k]["trace"] is not None]
+            if not parts:
+                continue
+            loss, grad_sq, trace = (
+                float(np.mean([p[name] for p in parts])) for name in ("loss", "grad_sq", "trace")
+            )
+            scale = trace / grad_sq if grad_sq > 0 and trace > 0 else math.nan
+            length = float(own["sequence_length"].iloc[0])
+            rows.append((cell, cells.loc[cell, "architecture"], k + 1, loss, scale * length))
+    columns = ["cell", "architecture", "quarter", "loss", "noise_scale_tokens"]
+    return pd.DataFrame(rows, columns=columns).dropna()
 
 
 @dataclass(frozen=True)

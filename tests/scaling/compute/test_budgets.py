@@ -30,10 +30,18 @@ def test_every_architecture_tells_its_planted_split(both) -> None:
 
 
 def test_serving_is_answered_from_the_law_of_experts(both) -> None:
-    solutions = both.serve(1e20, Serving(find_gpu("H100"), 3.0), (2, 8))
-    kinds = {(s.kind, s.experts) for s in solutions}
-    assert ("loss-optimal", 2.0) in kinds
-    assert ("equal quality", 8.0) in kinds
+    """Dense is a candidate, and the shares of experts are those of the rows."""
+    serving = Serving(find_gpu("H100"), 3.0)
+    solutions = both.serve([1e20, 1e21], serving, reference="dense")
+    assert {s.name for s in solutions} == {"dense", "moe"}
+    assert {s.budget for s in solutions} == {1e20, 1e21}
+    best = next(s for s in solutions if s.name == "moe")
+    cell = both.cells_of("moe").iloc[-1]
+    for count in ("total", "active"):
+        own = cell[f"params_{count}_non_embedding"] / cell["params_dense"]
+        assert getattr(best, f"params_{count}") / best.params == pytest.approx(own)
+    law = both.serving_law(serving, law="wang")
+    assert law.curve.law.key == "wang"
 
 
 def test_without_experts_or_law_there_is_a_reason_and_no_number(planted_study) -> None:

@@ -1,5 +1,7 @@
 """The measured noise scale and expert load of cells, and the law of the noise scale."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ from raysweep.scaling.optima.noise_scale import (
     cell_expert_load,
     cell_noise_scale,
     fit_noise_scale,
+    noise_along,
 )
 
 
@@ -65,6 +68,26 @@ def test_the_noise_scale_averages_numerator_and_denominator_apart():
     assert found.loc["a", "noise_scale_tokens"] == pytest.approx(100 * 20 / 5)
     assert found["noise_scale_tokens"].isna().to_dict() == {"a": False, "b": True}
     assert found.loc["b", "left_out"] == "noise scale not measured"
+
+
+def test_quarters_of_a_run_are_those_of_the_trials_near_the_best():
+    def quarters(*traces: float) -> str:
+        every = [{"loss": 4.0 - k, "grad_sq": 2.0, "trace": t} for k, t in enumerate(traces)]
+        return json.dumps([{"loss": None, "grad_sq": None, "trace": None}, *every])
+
+    trials = pd.DataFrame(
+        {
+            "cell": ["a", "a", "a", "b"],
+            "loss": [2.0, 2.001, 3.0, 2.0],
+            "noise_quarters": [quarters(10, 20), quarters(30, -40), quarters(9, 9), None],
+            "sequence_length": [100.0] * 4,
+        }
+    )
+    cells = pd.DataFrame({"architecture": ["dense", "dense"]}, index=["a", "b"])
+    found = noise_along(cells, trials)
+    assert found["quarter"].tolist() == [2]
+    assert found["loss"].tolist() == [4.0]
+    assert found["noise_scale_tokens"].tolist() == [1000.0]
 
 
 def test_expert_load_is_that_of_the_trials_near_the_best():
