@@ -130,7 +130,7 @@ def test_plan_prints_every_cell_and_the_same_as_json() -> None:
             ["train", SMOKE, "--cell", "dense-a-20ktok", "--lr", "-1", "--batch-tokens", "64"],
             "must be a positive number",
         ),
-        (["import", "wandb", "x.csv", "--results", "r"], "wandb"),
+        (["import", "wandb", "x.csv", "--results", "r"], "W&B project"),
         (["run", SMOKE, "--set", "data.paths=[/x]"], "data source machine takes no paths"),
         (
             ["run", SMOKE, "--set", "data={source: text, paths: [no-such-folder]}"],
