@@ -1,5 +1,5 @@
-"""Training speed: `python -m benchmarks.throughput [--repeats 5] [--part cpu|plain|pair|noise|gpu]
-[--json FILE]`.
+"""Training speed: `python -m benchmarks.throughput [--repeats 5] [--json FILE]
+[--part cpu|plain|pair|noise|muon|gpu]`.
 
 - cpu: tokens/s of one thread in float32 against Hugging Face's LlamaForCausalLM and
   MixtralForCausalLM of the same shapes, all without QK-norm; ours measures the noise scale
@@ -8,6 +8,8 @@
   on every shape.
 - pair: two trials at once on two cores against one. Goal: 1.8 times.
 - noise: what measuring the gradient noise scale costs. Goal: at most 3 %.
+- muon: what Muon costs over AdamW. Goal: at most 15 %. Its iteration takes about d_model / 500 of a
+  dense step's products at these batches of 2,048 tokens, and less in proportion at larger ones.
 - gpu: model FLOPs utilisation in bfloat16, compiled, where there is a GPU; and 16 tiny trials that
   share it. Goals: 45 % dense; MoE at 60 % of its dense twin's tokens/s.
 
@@ -143,6 +145,25 @@ def noise(repeats: int) -> dict[str, Any]:
     return {"cost": mean, "cases": cases}
 
 
+def muon(repeats: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for experts in (1, 8):
+        for d_model, layers, heads in SHAPES:
+            case = CPU_CASE | {
+                "d_model": d_model, "layers": layers, "heads": heads, "steps": STEPS[d_model],
+            } | ({"experts": experts} if experts > 1 else {})  # fmt: skip
+            speeds: dict[str, list[float]] = {"adamw": [], "muon": []}
+            for _ in range(repeats):
+                for name, values in speeds.items():
+                    values.append(measure(case | {"recipe": {"optimizer": name}}))
+            ratios = [a / b - 1 for a, b in zip(*speeds.values(), strict=True)]
+            name = f"{(d_model, layers, heads)}" + (f", {experts} experts" if experts > 1 else "")
+            cost = statistics.median(ratios)
+            print(f"  {name}: {cost:.1%} ({min(ratios):.1%} to {max(ratios):.1%})")
+            found[name] = {"cost": cost, "tokens_per_second": speeds}
+    return found
+
+
 def gpu(repeats: int) -> dict[str, Any]:
     if not torch.cuda.is_available():
         print("gpu: PyTorch sees no GPU here; nothing measured")
@@ -184,7 +205,7 @@ def gpu(repeats: int) -> dict[str, Any]:
     return found | {"sharing": {"ratio": ratio, "one": alone, "sixteen": shared}}
 
 
-PARTS = {"cpu": cpu, "plain": plain, "pair": pair, "noise": noise, "gpu": gpu}
+PARTS = {"cpu": cpu, "plain": plain, "pair": pair, "noise": noise, "muon": muon, "gpu": gpu}
 
 
 def main() -> None:

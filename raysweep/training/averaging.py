@@ -27,7 +27,8 @@ class Average:
     def add(self, steps: int) -> None:
         """Take in the weights after so many steps; call it after each."""
         share = (1 - self._keep) / (1 - self._keep**steps)
-        torch._foreach_lerp_(self._mean, self._parameters.values(), share)
+        for mean, value in zip(self._mean, self._parameters.values(), strict=True):
+            mean.lerp_(value, share)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -55,20 +55,23 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter.detach())}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step. All workers that share a model must make it together."""
         assert closure is None
         parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients = [_local(p.grad) for p in parameters]
-        buffers = [_local(self.state[p]["momentum_buffer"]) for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
-        updates = torch._foreach_lerp(gradients, buffers, self.momentum)
-        self._orthogonalise(parameters, list(updates))
+        updates: list[Tensor] = []
+        for parameter in parameters:
+            gradient = _local(parameter.grad)
+            buffer = _local(self.state[parameter]["momentum_buffer"])
+            buffer.lerp_(gradient, 1 - self.momentum)
+            updates.append(gradient.lerp(buffer, self.momentum))
+        self._orthogonalise(parameters, updates)
+        of_each = iter(updates)
         for group in self.param_groups:
-            values = [_local(p) for p in group["params"]]
-            own, updates = updates[: len(values)], updates[len(values) :]
-            torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(values, own, alpha=-group["lr"])
+            for parameter in group["params"]:
+                value = _local(parameter)
+                value.mul_(1 - group["lr"] * group["weight_decay"])
+                value.add_(next(of_each), alpha=-group["lr"])
 
     def _orthogonalise(self, parameters: list[nn.Parameter], updates: list[Tensor]) -> None:
         """Replace updates by orthogonal ones of the wanted size, in place."""

@@ -1,29 +1,10 @@
 """Keys of a recipe: old trial keys stand, new ones count, and what cannot be is refused."""
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raysweep.study import Recipe, Study
-
-FIRST_KEYS = {
-    "dense": "92a66e7df88a08ee",
-    "laptop": "0597c77aa74271d5",
-    "moe": "13b17567be37c40a",
-    "smoke": "965931ec396b847e",
-    "wang2024": "81e55cd7a8ed3e9b",
-    "yun2024": "bbd210d766381662",
-}
-"""Of each shipped study's trials as they were before recipes had other optimizers."""
-
-
-@pytest.mark.parametrize("name", list(FIRST_KEYS))
-def test_keys_of_rows_written_before_stand(repo: Path, name: str) -> None:
-    study = Study.load(repo / "search_spaces" / f"{name}.yaml")
-    keys = "".join(study.trial(cell, "data", 1e-3, 8, 0).key for cell in study.cells)
-    assert hashlib.sha256(keys.encode()).hexdigest()[:16] == FIRST_KEYS[name]
 
 
 def space(recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -37,6 +18,33 @@ def space(recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any
         "recipe": recipe or {},
     }
     return {**given, **changes}
+
+
+FIRST_KEYS: dict[str, dict[str, Any]] = {
+    "402c42741b732ea0aeab": {},
+    "2ba44a91b9f7d15f8393": {"architectures": {"dense": {}}},
+    "a44c700fd992ea97e426": {"moe": {"scores": "sigmoid", "balance": "bias", "moe_every": 2}},
+    "8424e2f90100077145a2": {
+        "recipe": {
+            "schedule": "wsd",
+            "branches": True,
+            "warmup_tokens": 1000.0,
+            "weight_decay": 0.0,
+            "final_lr_fraction": 0.0,
+        }
+    },
+    "5cbd3dde77241a90114c": {
+        "recipe": {"optimizer": "adamw", "init_std": 0.02, "z_loss": 0.0001, "beta2_rule": "batch"},
+        "data": {"validation_sequences": 512},
+    },
+}
+"""Keys of trials as they were before recipes had other optimizers."""
+
+
+@pytest.mark.parametrize("key", list(FIRST_KEYS))
+def test_keys_of_rows_written_before_stand(key: str) -> None:
+    study = Study.from_dict(space(**FIRST_KEYS[key]))
+    assert study.trial(study.cells[-1], "data", 1e-3, 8, 0).key == key
 
 
 MUP = {"parametrization": "mup", "base_d_model": 32}

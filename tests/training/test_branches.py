@@ -55,12 +55,16 @@ def whole(corpus, spec):
     return branched(spec, corpus)
 
 
-@pytest.mark.parametrize("architecture", ["dense", "moe"])
-def test_each_branch_equals_a_run_of_its_own(corpus, spec, architecture):
-    found = branched(spec, corpus, architecture)
+@pytest.mark.parametrize(
+    ("architecture", "recipe"),
+    [("dense", {}), ("moe", {"optimizer": "muon", "ema_tokens": 2000, "decay_shape": "1-sqrt"})],
+)
+def test_each_branch_equals_a_run_of_its_own(corpus, spec, architecture, recipe):
+    found = branched(spec, corpus, architecture, recipe=recipe)
     assert list(found) == list(LENGTHS)
     for steps, outcome in found.items():
-        assert result(outcome) == result(train(of_steps(spec, steps, architecture), corpus))
+        alone = train(of_steps(spec, steps, architecture, **recipe), corpus)
+        assert result(outcome) == result(alone)
         assert outcome.tokens_seen == 16 * 8 * steps
     own = [found[n].tokens_trained / (16 * 8) for n in LENGTHS]
     assert own == [8, 13, 120]  # a fifth of each, and all of the longest
