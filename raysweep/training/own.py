@@ -41,6 +41,8 @@ DIVERGED_ABOVE = 1.5
 reported ends the run."""
 COLUMNS = (
     "loss_se",
+    "loss_ema",
+    "loss_ema_se",
     "bits_per_byte",
     "train_loss",
     "noise_scale_tokens",
@@ -361,6 +363,7 @@ def judge(
         world_size=cost.world_size,
         device=cost.device,
         curve=progress.curve(),
+        named_losses={},
         metrics=metrics,
         **columns,
     )
