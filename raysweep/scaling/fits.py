@@ -16,6 +16,7 @@ from raysweep.errors import UserError
 from raysweep.results.columns import recipe_columns, rows_where
 from raysweep.results.importers import read_runs
 from raysweep.results.store import Results
+from raysweep.scaling.adjustment import AS_RUN, Adjustment, adjusted_cells
 from raysweep.scaling.cells import CellTable, CellTrials, cell_table
 from raysweep.scaling.claims import Claim, claims
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
@@ -31,7 +32,6 @@ from raysweep.scaling.compute.candidates import candidates_of
 from raysweep.scaling.compute.serving import LossCurve, Serving, ServingLaw, Solution
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, gather
-from raysweep.scaling.further import AS_RUN, Adjustment, adjusted_cells
 from raysweep.scaling.held_out import HeldOut, hold_out_largest
 from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS

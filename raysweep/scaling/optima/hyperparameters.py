@@ -1,5 +1,5 @@
 """Hyperparameters beside learning rate and batch: where each is best, and whether that moves.
-(What such columns do to losses, so that it can be taken off them: `scaling/further.py`.)
+(What such columns do to losses, so that it can be taken off them: `scaling/adjustment.py`.)
 
 The surface explains a run's loss by its size, learning rate and batch. What it leaves is regressed
 on a parabola in the (log of the) hyperparameter that all cells share, whose lowest point may move
