@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,7 @@ import yaml
 from raysweep.results import Results
 from raysweep.results.schema import FINISHED
 from raysweep.study import Study
-from raysweep.text import NOTHING, written
+from raysweep.text import NOTHING, duration, written
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class CellProgress:
     best_loss: float | None
     last: str | None
     """When the latest of its trials started, UTC."""
+    running: int | None = None
+    """Trials that run now, by the driver's last word; None where no driver is at work."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,12 +50,63 @@ def progress(uri: str) -> list[CellProgress]:
     keys = frame["study"], frame["cell"]
     rows = {(str(s), str(c)): group for (s, c), group in frame.groupby([*keys], dropna=False)}
     names = [*planned, *(key for key in rows if key not in planned)]
-    return [_cell(*key, rows.get(key, frame[:0]), planned.get(key)) for key in names]
+    running = running_cells(how_it_goes(results))
+    return [
+        replace(_cell(*key, rows.get(key, frame[:0]), planned.get(key)), running=running.get(key))
+        for key in names
+    ]
 
 
-def render(cells: list[CellProgress]) -> str:
-    """A plain table, and a line of totals for each study; fit for log files."""
-    header = ("cell", "done", "finished", "other", "best loss", "last started (UTC)")
+def how_it_goes(results: Results) -> dict[str, dict[str, Any]]:
+    """By study, what its driver last wrote of its run: `at`, `gpu_hours`, `cost`, `seconds_left`,
+    `cells` and more, as `raysweep.search.overview` makes it; and the trials in flight, `trials`."""
+    found = {}
+    for study in results.search_spaces():
+        record = results.running(study)
+        now, trials = record.get("now"), record.get("trials")
+        if isinstance(now, dict) and isinstance(trials, list):
+            found[study] = {**now, "trials": len(trials)}
+    return found
+
+
+def running_cells(goes: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], int]:
+    """Trials that run now by study and cell, of studies whose driver is at work."""
+    return {
+        (study, cell): int(each.get("running", 0))
+        for study, now in goes.items()
+        if not now.get("ended")
+        for cell, each in now.get("cells", {}).items()
+    }
+
+
+def in_words(study: str, now: Mapping[str, Any]) -> str:
+    """A line on how a study goes."""
+    if now.get("ended"):
+        left = now.get("trials", 0)
+        words = [f"{left} trials in flight wait for the next run"] if left else ["no driver"]
+    else:
+        words = [f"{now.get('trials', 0)} running"]
+        if now.get("seconds_left") is not None:
+            words.append(f"about {duration(now['seconds_left'])} left")
+        if now.get("gpu_use") is not None:
+            words.append(f"{now['gpu_use']:.0%} of the GPUs in use")
+    if now.get("gpu_hours"):
+        words.append(f"{_spent(now, '')} so far")
+        if not now.get("ended"):
+            words.append(f"{_spent(now, '_to_come')} to come")
+    return f"{study}: {', '.join(words)} (at {now.get('at')})"
+
+
+def _spent(now: Mapping[str, Any], which: str) -> str:
+    text = f"{now[f'gpu_hours{which}']:.4g} GPU-hours"
+    cost = now.get(f"cost{which}")
+    return text if cost is None else f"{text} for {cost:,.2f}"
+
+
+def render(cells: list[CellProgress], goes: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """A plain table, and lines of totals for each study; fit for log files. `goes` is
+    `how_it_goes`."""
+    header = ("cell", "running", "done", "finished", "other", "best loss", "last started (UTC)")
     table: list[tuple[str, ...]] = [header]
     for cell in cells:
         done = sum(cell.statuses.values())
@@ -60,6 +114,7 @@ def render(cells: list[CellProgress]) -> str:
         table.append(
             (
                 cell.cell,
+                str(cell.running or NOTHING),
                 f"{done}/{cell.wanted}" if cell.wanted is not None else str(done),
                 str(cell.statuses.get(FINISHED, 0)),
                 ", ".join(f"{n} {s}" for s, n in others.items()) or NOTHING,
@@ -74,6 +129,8 @@ def render(cells: list[CellProgress]) -> str:
         done = sum(sum(cell.statuses.values()) for cell in own)
         complete = sum(c.wanted is not None and sum(c.statuses.values()) >= c.wanted for c in own)
         lines.append(f"{study}: {complete} of {len(own)} cells complete, {done} trials concluded")
+        if goes and study in goes:
+            lines.append(in_words(study, goes[study]))
     return "\n".join(lines)
 
 

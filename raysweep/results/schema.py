@@ -101,6 +101,8 @@ COLUMNS: dict[str, Column] = {
     "seconds_wall": Column(_float, "from start to row"),
     "seconds_train": Column(_float, "inside the training loop, evaluation included"),
     "tokens_per_second": Column(_float, "tokens_seen / seconds of the step loop"),
+    "gpu_hours": Column(_float, "seconds_train times GPUs, over 3600; 0 on CPUs"),
+    "mfu": Column(_float, "model FLOPs a second over the data sheet's peak of its GPUs, 0 to 1"),
     "peak_memory_bytes": Column(_int, "of the device, or of the process on CPUs"),
     "micro_batch_sequences": Column(_int, "sequences a worker holds at once"),
     "accumulation": Column(_int, "micro-batches a step and worker"),

@@ -5,6 +5,7 @@
     URI/curves/*.parquet         loss curves, likewise
     URI/studies/NAME.yaml        the search space of each study, as it was run last
     URI/studies/NAME.ranges.json how far its search widened the ranges of that
+    URI/studies/NAME.running.json its trials that are not over, and how it goes
     URI/runs/*.json              when each run was, on what, and how busy its workers were
     URI/checkpoints/KEY/         of running trials only
 
@@ -43,10 +44,14 @@ from raysweep.results.tables import PART, TableFolder
 
 MARKER = "raysweep.json"
 TRIALS, CURVES, STUDIES, RUNS = "trials", "curves", "studies", "runs"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PENDING = "checkpoints", "pending"
+RUNNING = ".running.json"
 COMPACT_ABOVE = 64
 """Files of a kind that a folder may hold before they are merged."""
 
+_opened: dict[str, Storage] = {}
+"""Object stores with results that this process has seen: each trial opens them several times, and
+every look at the marker is a request."""
 _KEY = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
 
@@ -73,6 +78,8 @@ class Results(InNotebooks):
 
         Raises UserError where there is none, or where something else stands.
         """
+        if (known := _opened.get(os.fspath(uri))) is not None:
+            return cls(known)
         storage = Storage.at(uri)
         marker = storage.read(MARKER)
         if marker is not None:
@@ -86,6 +93,8 @@ class Results(InNotebooks):
         else:
             content = {"format": "raysweep results", "schema_version": SCHEMA_VERSION}
             storage.write(json.dumps(content).encode(), MARKER)
+        if not storage.is_local:
+            _opened[os.fspath(uri)] = storage
         return cls(storage)
 
     @property
@@ -185,11 +194,16 @@ class Results(InNotebooks):
 
     def ranges(self, study: str) -> dict[str, Any]:
         """What `save_ranges` kept; empty where there is nothing, or nothing readable."""
-        try:
-            kept = json.loads(self.storage.read(STUDIES, f"{study}.ranges.json") or b"{}")
-        except (ValueError, RecursionError):
-            return {}  # they are found anew
-        return kept if isinstance(kept, dict) else {}
+        return self._plain(f"{study}.ranges.json")
+
+    def save_running(self, study: str, record: Mapping[str, Any]) -> None:
+        """Keep which trials of a study are not over (`trials`), and how its run goes; any plain
+        values."""
+        self.storage.write(json.dumps(dict(record)).encode(), STUDIES, f"{study}{RUNNING}")
+
+    def running(self, study: str) -> dict[str, Any]:
+        """What `save_running` kept; empty where there is nothing, or nothing readable."""
+        return self._plain(f"{study}{RUNNING}")
 
     def save_run(self, record: Mapping[str, Any]) -> None:
         """Keep what one `raysweep run` did: times, workers, utilisation. Needs `started_at`."""
@@ -229,16 +243,29 @@ class Results(InNotebooks):
         allocator.give_back_freed()
 
     def drop_checkpoints(self) -> None:
-        """Remove checkpoints of trials that are over: a trial that was ended from outside, as by
-        early stopping, leaves its own behind."""
+        """Remove the checkpoints that no trial will use: of trials that are in flight in no study
+        and have not crashed, as crashed ones are tried again. (One that was ended from outside, as
+        by early stopping, leaves its own behind.)"""
         kept = self.storage.folders(CHECKPOINTS)
         if not kept:
             return
-        rows = self.to_pandas()
-        over = set(rows.loc[rows["status"] != "crashed", "trial_key"])
-        for name in kept:
-            if name in over:
-                self.storage.delete_folder(CHECKPOINTS, name)
+        names = [info.base_name for info in self.storage.list(STUDIES)]
+        studies = [name.removesuffix(RUNNING) for name in names if name.endswith(RUNNING)]
+        in_flight = {str(key) for study in studies for key in keys_in_flight(self.running(study))}
+        asked = [info.base_name for info in self.storage.list(PENDING)]  # and run elsewhere
+        in_flight |= {key for key in kept if any(name.endswith(f"-{key}.json") for name in asked)}
+        if unknown := set(kept) - in_flight:
+            rows = self.to_pandas()
+            unknown -= set(rows.loc[rows["status"] == "crashed", "trial_key"])
+        for name in sorted(unknown):
+            self.storage.delete_folder(CHECKPOINTS, name)
+
+    def _plain(self, file: str) -> dict[str, Any]:
+        try:
+            kept = json.loads(self.storage.read(STUDIES, file) or b"{}")
+        except (ValueError, RecursionError):
+            return {}  # what it held is found anew
+        return kept if isinstance(kept, dict) else {}
 
     def _texts(self, folder: str, suffix: str) -> dict[str, str]:
         """Text files of a folder by name, sorted; damaged ones become problems."""
@@ -253,6 +280,17 @@ class Results(InNotebooks):
             except UnicodeDecodeError:
                 self._damaged[name] = f"{folder}/{name} is unreadable and was left out"
         return found
+
+
+def keys_in_flight(running: Mapping[str, Any]) -> list[str]:
+    """Keys of the trials in a record of `save_running`."""
+    trials = running.get("trials")
+    found = trials if isinstance(trials, list) else []
+    return [
+        str(trial["trial_key"])
+        for trial in found
+        if isinstance(trial, dict) and "trial_key" in trial
+    ]
 
 
 def _named_losses(texts: pd.Series) -> pd.DataFrame:

@@ -1,9 +1,9 @@
 """Making a cluster grow: what waiting trials would need, kept where Ray's autoscaler sees it.
 
 Tune is only handed trials that fit, and the autoscaler adds nodes only for what does not. So the
-driver keeps placement groups waiting for the trials that could start if there were room: at most
-as many as run already, so that a cluster doubles at most each time. They end with the driver,
-however it ends. One that is granted is given back at once: its room is for a trial.
+driver keeps placement groups waiting for the trials that could start if there were room: together
+no more than the cluster has already, so that it doubles at most each time. They end with the
+driver, however it ends. One that is granted is given back at once: its room is for a trial.
 
 A fixed cluster grants one when a trial's room falls free for a moment. So once some have been
 granted without a new node, none are asked for until the cluster has changed.
@@ -12,16 +12,13 @@ granted without a new node, none are asked for until the cluster has changed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from raysweep.search.resources import Bundle
-
-Kind = tuple[tuple[tuple[str, float], ...], ...]
-"""Bundles of a trial, in a form that can be a key."""
+from raysweep.search.resources import Bundle, Kind, ResourcePool
 
 MAX_WAITING = 64
-"""Placement groups that wait at once, at most."""
+"""Placement groups that wait at once, at most: all kinds together."""
 GRANTS_WITHOUT_GROWTH = 3
 """So many granted without a new node show that the cluster is fixed."""
 
@@ -37,33 +34,33 @@ class AutoscalerRequests:
     """Keeps requests for more room up to date.
 
     Args:
-        ask: makes a request for bundles.
+        ask: makes a request for bundles, which one node must hold together or not.
     """
 
-    def __init__(self, ask: Callable[[Sequence[Bundle]], Request]) -> None:
+    def __init__(self, ask: Callable[[Sequence[Bundle], bool], Request]) -> None:
         self._ask = ask
         self._waiting: list[tuple[Kind, Request]] = []
         self._nodes: frozenset[str] = frozenset()
         self._idle_grants = 0
 
-    def update(self, wanted: Mapping[Kind, int], running: int, nodes: Collection[str]) -> None:
+    def update(self, wanted: Mapping[Kind, int], pool: ResourcePool) -> None:
         """Bring requests in line.
 
         Args:
             wanted: trials that could start if there were room, by what they need.
-            running: trials that run now.
-            nodes: ids of the nodes there are.
+            pool: what the cluster has now.
         """
+        nodes = pool.nodes
         grown = frozenset(nodes) - self._nodes
         if frozenset(nodes) != self._nodes:
             self._nodes, self._idle_grants = frozenset(nodes), 0
-        limit = min(MAX_WAITING, max(1, running))
+        limits = _within(wanted, pool)
         kept: Counter[Kind] = Counter()
         waiting: list[tuple[Kind, Request]] = []
         for kind, request in self._waiting:
             granted = request.granted()
             self._idle_grants += granted and not grown
-            if granted or kept[kind] >= min(limit, wanted.get(kind, 0)):
+            if granted or kept[kind] >= limits[kind]:
                 request.withdraw()
             else:
                 kept[kind] += 1
@@ -72,9 +69,11 @@ class AutoscalerRequests:
         if self._idle_grants >= GRANTS_WITHOUT_GROWTH:
             self.withdraw()
             return
-        for kind, count in wanted.items():
-            for _ in range(min(limit, count) - kept[kind]):
-                self._waiting.append((kind, self._ask([dict(bundle) for bundle in kind])))
+        for kind, count in limits.items():
+            bundles = [dict(bundle) for bundle in kind]
+            for _ in range(count - kept[kind]):
+                request = self._ask(bundles, len(bundles) > 1 and pool.on_one_node(bundles))
+                self._waiting.append((kind, request))
 
     def withdraw(self) -> None:
         """Ask for nothing more."""
@@ -83,13 +82,32 @@ class AutoscalerRequests:
         self._waiting = []
 
 
-class PlacementRequest:
-    """A placement group of this driver's."""
+def _within(wanted: Mapping[Kind, int], pool: ResourcePool) -> Counter[Kind]:
+    """How many of each kind to ask for: in order, and together no more of each resource than the
+    cluster has; at least one."""
+    limits: Counter[Kind] = Counter()
+    asked: Counter[str] = Counter()
+    for kind, count in wanted.items():
+        name = "GPU" if any(dict(bundle).get("GPU") for bundle in kind) else "CPU"
+        size = sum(dict(bundle).get(name, 0.0) for bundle in kind)
+        for _ in range(count):
+            full = asked[name] + size > pool.total(name) or limits.total() >= MAX_WAITING
+            if full and limits:
+                break
+            limits[kind] += 1
+            asked[name] += size  # pyright: ignore[reportArgumentType]
+    return limits
 
-    def __init__(self, bundles: Sequence[Bundle]) -> None:
+
+class PlacementRequest:
+    """A placement group of this driver's; `strict` keeps it on one node."""
+
+    def __init__(self, bundles: Sequence[Bundle], strict: bool) -> None:
         from ray.util import placement_group
 
-        self._group = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
+        self._group = placement_group(
+            [dict(bundle) for bundle in bundles], strategy="STRICT_PACK" if strict else "PACK"
+        )
 
     def granted(self) -> bool:
         """Whether the cluster has room for it now."""
@@ -100,8 +118,3 @@ class PlacementRequest:
         from ray.util import remove_placement_group
 
         remove_placement_group(self._group)
-
-
-def kind_of(bundles: Sequence[Bundle]) -> Kind:
-    """What a trial needs, as a key."""
-    return tuple(tuple(sorted(bundle.items())) for bundle in bundles)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,7 +26,15 @@ from raysweep.search.interruption import (
     Interruption,
     tell_trials_to_stop,
 )
+from raysweep.search.overview import Gauges, overview
 from raysweep.search.progress import Progress
+from raysweep.search.ray_internals import (
+    actor_of,
+    allow_another_failure,
+    drop_snapshot,
+    forget_results,
+)
+from raysweep.search.record import RunningRecord
 from raysweep.search.scheduler import StudyScheduler
 from raysweep.search.trial import FAILED
 from raysweep.training.record import unfinished_row
@@ -37,7 +47,10 @@ STILL_READ = ("trial_id", "status", "training_iteration", "done")
 RETRIES = 2
 """How often a trial is started again that failed, or hung."""
 LOSSES = 20
-"""How often one is started again besides whose worker was lost: spot nodes come and go."""
+"""How often in a row one may lose its worker without getting further than before: spot nodes come
+and go, and a loss is no failure of the trial's own."""
+OVERVIEW_SECONDS = 10.0
+"""Least time between two overviews of how the study goes."""
 LOOK_SECONDS = 1.0
 """Least time between two looks for workers that hang."""
 
@@ -55,6 +68,7 @@ class StudyCallback(tune.Callback):
         progress: Progress,
         interruption: Interruption,
         look: Callable[[Sequence[Trial]], None],
+        record: RunningRecord,
     ) -> None:
         self.training_seconds = 0.0
         """Worker-seconds spent inside training loops."""
@@ -68,6 +82,12 @@ class StudyCallback(tune.Callback):
         self._progress = progress
         self._interruption = interruption
         self._look_at_nodes = look
+        self._record = record
+        self._recorded = -1
+        self._tidying = self._tidied()
+        self._gauges = Gauges(self._study.name)
+        self._now: dict[str, Any] = {}
+        self._looked_over = -math.inf
         self._widenings = 0
         self._winding_down = False
         self._starts: dict[str, tuple[float, datetime]] = {}
@@ -80,6 +100,8 @@ class StudyCallback(tune.Callback):
         """What running trials said last of their progress."""
         self._hung: dict[str, str] = {}
         """Why the last worker of a trial was killed."""
+        self._losses: dict[str, tuple[int, float]] = {}
+        """Of trials that lost workers: how often without progress, and the tokens reached."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune snapshots its callbacks, and nobody reads that: rows are the only truth."""
@@ -93,9 +115,11 @@ class StudyCallback(tune.Callback):
         """The refresh tick. Raises Interrupted once an interrupted run has wound down."""
         self._progress.refresh()
         self._keep_ranges()
+        self._look_over()
+        if self._scheduler.changes != self._recorded:
+            self.keep_record()
         while self._ended:
-            # Tune would pickle all trials when the run ends, to restore what nobody restores.
-            self._ended.pop()._state_json = "{}"
+            drop_snapshot(self._ended.pop())
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._kill_hanging(trials)
             self.count_available()
@@ -112,6 +136,26 @@ class StudyCallback(tune.Callback):
             )
         if self._interruption.overdue or not any(t.status == Trial.RUNNING for t in trials):
             raise Interrupted(signum)
+
+    def keep_record(self) -> None:
+        """Have noted which trials are in flight: the next run takes them up."""
+        self._recorded = self._scheduler.changes
+        self._record.keep({"trials": self._scheduler.in_flight, "now": self._now})
+
+    def end_record(self) -> None:
+        """Have noted what the run leaves behind, all else being written."""
+        self._tidying.join()
+        self._now = overview(self._scheduler) | {"ended": True}
+        self.keep_record()
+
+    def _look_over(self) -> None:
+        """Tell, now and then, how the study goes: in the record, and as metrics."""
+        if time.monotonic() - self._looked_over < OVERVIEW_SECONDS:
+            return
+        self._looked_over = time.monotonic()
+        self._now = overview(self._scheduler)
+        self._gauges.set(self._now)
+        self.keep_record()
 
     def count_available(self) -> None:
         """Add the worker-seconds offered since the last look."""
@@ -151,13 +195,19 @@ class StudyCallback(tune.Callback):
     def on_trial_recover(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
-        """The worker is gone; the trial waits for another. A lost node is no failure of its own, so
-        it may then fail once more than Tune thinks."""
+        """The worker is gone; the trial waits for another. A lost node is no failure of its own: it
+        may then fail once more than Tune thinks, as long as it gets on between losses."""
         self._hangs.ended(trial.trial_id)
         own = trial.trial_id in self._failed or trial.trial_id in self._hung
         self._failed.discard(trial.trial_id)
-        if not own and trial.max_failures < RETRIES + LOSSES:
-            trial.max_failures += 1
+        if own:
+            return
+        tokens = float(self._reports.get(trial.trial_id, {}).get("tokens") or 0.0)
+        fruitless, reached = self._losses.get(trial.trial_id, (0, -1.0))
+        fruitless = 0 if tokens > reached else fruitless + 1
+        self._losses[trial.trial_id] = fruitless, max(tokens, reached)
+        if fruitless < LOSSES:
+            allow_another_failure(trial)
 
     def on_trial_complete(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
@@ -191,8 +241,8 @@ class StudyCallback(tune.Callback):
             reason = f"worker hung: no sign of life for {hanging[trial.trial_id]:.0f} s"
             self._hung[trial.trial_id] = reason
             _log.warning("cell %s: %s: killed", trial.config["cell"], reason)
-            if trial.temporary_state.ray_actor is not None:
-                ray.kill(trial.temporary_state.ray_actor)
+            if (actor := actor_of(trial)) is not None:
+                ray.kill(actor)
 
     def _keep_ranges(self) -> None:
         """Keep the ranges whenever one was widened, for the runs that continue."""
@@ -228,28 +278,32 @@ class StudyCallback(tune.Callback):
         )
         self._results.write(row)
 
-    def _tidy(self) -> None:
-        """Keep the number of files bounded; what fails now, the next run does."""
-        try:
-            self._results.compact(recent=TIDY_RECENT)
-        except UserError as error:
-            _log.warning("files were not merged: %s", error)
+    def _tidied(self) -> threading.Thread:
+        """Keep the number of files bounded, in a thread that this returns; what fails now, the next
+        run does."""
+
+        def tidy() -> None:
+            try:
+                self._results.compact(recent=TIDY_RECENT)
+            except UserError as error:
+                _log.warning("files were not merged: %s", error)
+
+        thread = threading.Thread(target=tidy, name="tidy", daemon=True)
+        thread.start()
+        return thread
 
     def _conclude(self, trial: Trial, status: str) -> tuple[float, datetime]:
         self.concluded += 1
-        if self.concluded % TIDY_EVERY == 0:
-            self._tidy()
+        if self.concluded % TIDY_EVERY == 0 and not self._tidying.is_alive():
+            self._tidying = self._tidied()
         result = trial.last_result or {}
         self.training_seconds += float(result.get("seconds_train") or 0.0)
         self._reports.pop(trial.trial_id, None)
+        self._losses.pop(trial.trial_id, None)
         start = self._starts.pop(trial.trial_id, (time.monotonic(), datetime.now(UTC)))
         self._progress.trial_done(trial.config["cell"], status, time.monotonic() - start[0])
-        # Tune keeps every trial to the end. Most of one are running means and a result that nobody
-        # reads any more.
-        trial.run_metadata.metric_analysis.clear()
-        trial.run_metadata.metric_n_steps.clear()
+        forget_results(trial, STILL_READ)
         self._ended.append(trial)
-        trial.run_metadata.last_result = {k: result[k] for k in STILL_READ if k in result}
         return start
 
 

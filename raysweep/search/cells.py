@@ -26,6 +26,11 @@ CONCLUDED = (FINISHED, "diverged", "stopped", "out_of_memory")
 """Statuses of trials that told something: all but crashed ones."""
 
 
+Point = tuple[float, int, int, tuple[tuple[str, float], ...]]
+"""Of a trial in its cell: learning rate, log2 of the batch in sequences, seed, and the names and
+values of further hyperparameters."""
+
+
 NOTHING: Mapping[str, float] = {}
 
 
@@ -67,8 +72,11 @@ class CellState:
     """The cell whose trials make this one's rows, where that is another (WSD branches)."""
     branches: list[CellState] = field(default_factory=list)
     """The cells that trials of this one serve besides."""
-    unfinished: list[tuple[float, int, int]] = field(default_factory=list)
-    """(learning rate, log2 batch, seed) of trials whose branches' rows stand without their own."""
+    unfinished: list[Point] = field(default_factory=list)
+    """Trials of an earlier run to be taken up before any other: those that were in flight when it
+    ended, and those whose branches' rows stand without their own."""
+    crashed: list[Point] = field(default_factory=list)
+    """Trials of earlier runs that crashed: tried again before new points are."""
     extensions: int = 0
     granted: int = 0
     """Trials beyond the budget, paid from the study's FLOPs because they are worth most here."""
@@ -148,6 +156,12 @@ class CellState:
     def best(self) -> FrozenTrial | None:
         done = [t for t in self.trials(FINISHED) if t.state is TrialState.COMPLETE]
         return min(done, key=lambda t: t.value or math.inf, default=None)
+
+    def is_tried(
+        self, learning_rate: float, log2_batch: float, also: Mapping[str, float] = NOTHING
+    ) -> bool:
+        """Whether a trial was given out at this very point."""
+        return bool(self.tried.get(point_key(learning_rate, log2_batch, also)))
 
     def further(self, trial: FrozenTrial | optuna.Trial) -> dict[str, float]:
         """The values of a trial's further hyperparameters."""

@@ -90,9 +90,9 @@ class Interruption:
 
 def tell_trials_to_stop() -> None:
     """Let the trials of this Ray job know that they should leave a checkpoint and return."""
-    from ray.experimental.internal_kv import _internal_kv_put
+    from raysweep.search.ray_internals import put_flag
 
-    _internal_kv_put(_key(), b"1", namespace=_NAMESPACE)
+    put_flag(_key(), _NAMESPACE)
 
 
 class StopRequest:
@@ -104,14 +104,12 @@ class StopRequest:
 
     def __call__(self) -> bool:
         """Ask the head, which all nodes reach; one that is away has asked for nothing."""
-        from ray.exceptions import RaySystemError, RpcError
-        from ray.experimental.internal_kv import _internal_kv_get
+        from raysweep.search.ray_internals import has_flag
 
         now = time.monotonic()
         if not self._answer and now - self._asked >= ASK_SECONDS:
             self._asked = now
-            with contextlib.suppress(RpcError, RaySystemError):
-                self._answer = _internal_kv_get(_key(), namespace=_NAMESPACE) is not None
+            self._answer = has_flag(_key(), _NAMESPACE)
         return self._answer
 
 

@@ -59,7 +59,7 @@ class Timing:
 
     begun: float = field(default_factory=time.monotonic)
     known: dict[tuple[str, float], list[float]] = field(default_factory=dict)
-    """Logs of the durations of finished trials by architecture and FLOPs of their cell."""
+    """Logs of the durations of finished trials by architecture and FLOPs of a worker."""
     _solved: tuple[float, float, np.ndarray] | None = None
     _end: tuple[float, float] | None = None
     """Seconds gone when it was last asked, and the log of the whole time that it said then."""
@@ -103,10 +103,12 @@ class Timing:
         if not self.known:
             return None
         work = sum(
-            self.one(s.cell.flops, s.cell.architecture) * (s.wanted + 0.5 * len(s.running))
+            self.one(s.cell.flops / s.cell.resources.workers, s.cell.architecture)
+            * (s.wanted + 0.5 * len(s.running))
+            * min(1.0, scheduler.share(s))
             for s in scheduler.states.values()
         )
-        return self.smoothed(work / max(1.0, scheduler.workers), time.monotonic() - self.begun)
+        return self.smoothed(work, time.monotonic() - self.begun)
 
     def smoothed(self, left: float, gone: float) -> float:
         """What is said of `left`: the end moves as slowly as the time gone allows."""
@@ -144,7 +146,7 @@ class Progress:
         """Note one concluded trial."""
         if status == "finished":
             own = self._scheduler.states[cell].cell
-            self._timing.add(own.flops, seconds, own.architecture)
+            self._timing.add(own.flops / own.resources.workers, seconds, own.architecture)
 
     def refresh(self, *, force: bool = False) -> None:
         """Draw again, at most five times a second; or print a line now and then."""

@@ -6,14 +6,14 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 
 from raysweep.errors import UserError
 from raysweep.results.schema import FINISHED
-from raysweep.search.cells import CellState
+from raysweep.search.cells import CellState, Point
 from raysweep.search.history import TrialHistory
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
@@ -33,22 +33,28 @@ def restore_trials(
     keep_crashes: bool = False,
 ) -> float:
     """Rebuild the trials of earlier runs of this study in its cells; crashed ones are run again,
-    unless `keep_crashes` counts them as if this run had seen them.
+    at the same points where their cell still wants trials, unless `keep_crashes` counts them as if
+    this run had seen them.
 
     Returns the FLOPs spent on them. Raises UserError where rows of these cells were made otherwise
     than the study says now: losses of two recipes must not be compared.
     """
     other_recipe: list[str] = []
-    points: defaultdict[tuple[str, str], set[tuple[float, int, int]]] = defaultdict(set)
+    points: defaultdict[tuple[str, str], set[Point]] = defaultdict(set)
     spent = 0.0
     for row in rows.to_dict("records"):
         state = states.get(row["cell"])
-        crashed = row["status"] == "crashed"
-        if state is None or (crashed and not keep_crashes):
+        if state is None:
             continue
+        crashed = row["status"] == "crashed"
         rate, sequences = row["learning_rate"], int(row["batch_sequences"])
         also = further_values(row["recipe"], study)
         spec = study.trial(state.cell, data_hash, rate, sequences, int(row["seed"]), also)
+        point = rate, int(math.log2(sequences)), spec.seed, tuple(sorted(also.items()))
+        if crashed and not keep_crashes:
+            if spec.key == row["trial_key"] and state.stable_run is None:
+                state.crashed.append(point)
+            continue
         if spec.key != row["trial_key"]:
             other_recipe.append(row["cell"])
             continue
@@ -58,9 +64,7 @@ def restore_trials(
             state.crashes += 1
             state.take_back(rate, int(log2_batch), also)
             continue
-        points[(state.stable_run or state).cell.name, state.cell.name].add(
-            (rate, int(log2_batch), spec.seed)
-        )
+        points[(state.stable_run or state).cell.name, state.cell.name].add(point)
         number = state.add_row(rate, log2_batch, row["status"], row["loss"], also)
         if row["status"] == RUNNING:
             state.running.add(number)
@@ -78,6 +82,34 @@ def restore_trials(
             )
             states[stable_run].unfinished += sorted(missing)
     return spent
+
+
+def restore_in_flight(
+    trials: Iterable[Mapping[str, Any]],
+    rows: pd.DataFrame,
+    study: Study,
+    data_hash: str,
+    states: Mapping[str, CellState],
+) -> None:
+    """Have the cells first take up the trials that an earlier run had started, from its record of
+    them: but for those whose row stands, or that the search space rules out now."""
+    ended = rows[rows["status"] != "crashed"]
+    over = set(zip(ended["cell"], ended["trial_key"], strict=True))
+    for trial in trials:
+        try:
+            state = states[trial["cell"]]
+            rate, sequences = float(trial["learning_rate"]), int(trial["batch_sequences"])
+            also = {str(name): float(value) for name, value in trial.get("also", {}).items()}
+            spec = study.trial(state.cell, data_hash, rate, sequences, int(trial["seed"]), also)
+            key = trial["trial_key"]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+        point = rate, int(math.log2(sequences)), spec.seed, tuple(sorted(also.items()))
+        known = spec.key != key or (state.cell.name, key) in over or point in state.unfinished
+        if not known and state.stable_run is None and point[:2] in state.bounds:
+            state.unfinished.append(point)
+            if point in state.crashed:
+                state.crashed.remove(point)
 
 
 def further_values(recipe: Any, study: Study) -> dict[str, float]:

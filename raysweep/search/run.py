@@ -22,11 +22,12 @@ from raysweep.results import Results
 from raysweep.results.lock import study_lock
 from raysweep.scaling.datasets import other_data
 from raysweep.search.interruption import Interrupted, Interruption
-from raysweep.search.loggers import check_loggers, make_loggers
+from raysweep.search.loggers import check_loggers, make_callbacks, make_loggers
 from raysweep.search.nodes import fingerprint, look_at_nodes, problems
 from raysweep.search.progress import Progress
+from raysweep.search.record import RunningRecord
 from raysweep.search.resources import ResourcePool
-from raysweep.search.runtime import cluster_address, cluster_nodes, dashboard_url, ray_runtime
+from raysweep.search.runtime import cluster_address, cluster_nodes, ray_runtime
 from raysweep.search.scheduler import StudyScheduler, bundles_of
 from raysweep.study import Cell, Study
 from raysweep.text import duration
@@ -69,7 +70,7 @@ def run(
     console = console or Console(stderr=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     results = Results.open(results_uri or str(Path("results") / study.name), create=True)
-    check_loggers(study, results)
+    check_loggers(study)
     interruption = Interruption()
     with interruption.listening(), study_lock(results.storage):
         corpus = None
@@ -87,9 +88,9 @@ def run(
             )
         data_hash = study.own_data if corpus is None else corpus.hash
         results.save_search_space(study.name, study.resolved().as_yaml())
-        results.compact()
         everything = results.to_pandas()
         own = everything["study"] == study.name
+        running = results.running(study.name)
         scheduler = StudyScheduler(
             study,
             data_hash,
@@ -97,7 +98,11 @@ def run(
             rows=everything[own],
             imported=everything[~own],
             ranges=results.ranges(study.name),
+            running=running.get("trials", ()) if running else (),
         )
+        if running:  # else an earlier version wrote here, and left no record of its checkpoints
+            results.save_running(study.name, {"trials": scheduler.in_flight})
+            results.drop_checkpoints()
         space = study.space
         measured_on = None if corpus is None else space.data.validation_sequences
         others = other_data(everything[~own], data_hash, measured_on, space.model.sequence_length)
@@ -138,6 +143,7 @@ def _run_on_ray(
     from ray import tune
 
     from raysweep.search.callback import RETRIES, StudyCallback
+    from raysweep.search.ray_internals import dashboard_url
     from raysweep.search.searcher import EarlyStop, StudySearcher
     from raysweep.search.trial import TrialContext, make_trainable, start_group
     from raysweep.training.ray_train import end_groups
@@ -155,18 +161,29 @@ def _run_on_ray(
     )
     if url := dashboard_url():
         console.print(f"Ray dashboard: {url}", highlight=False, soft_wrap=True)
-    placements = {cell.name: _placement(cell) for cell in study.cells}
     trainable = tune.with_resources(
         make_trainable(context),
-        lambda config: placements[config["cell"]],  # pyright: ignore[reportArgumentType]
+        lambda config: placement(  # pyright: ignore[reportArgumentType]
+            study.cell(config["cell"]), config.get("node")
+        ),
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
-    with interruption.defer_signals(), Progress(scheduler, console) as progress:
+    with (
+        interruption.defer_signals(),
+        Progress(scheduler, console) as progress,
+        RunningRecord(results, study.name) as record,
+    ):
         searcher = StudySearcher(
             scheduler, cluster_nodes, interruption, functools.partial(start_group, context)
         )
         callback = StudyCallback(
-            scheduler, context.data_hash, results, progress, interruption, searcher.look
+            scheduler,
+            context.data_hash,
+            results,
+            progress,
+            interruption,
+            searcher.look,
+            record,
         )
         tuner = tune.Tuner(
             trainable,
@@ -179,7 +196,7 @@ def _run_on_ray(
             run_config=tune.RunConfig(
                 name=study.name,
                 storage_path=str(scratch / "tune"),
-                callbacks=[callback, *make_loggers(study, results)],
+                callbacks=[callback, *make_callbacks(make_loggers(study, results))],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 verbose=0,
             ),
@@ -187,10 +204,11 @@ def _run_on_ray(
         with contextlib.suppress(Interrupted):
             tuner.fit()
         end_groups(list(searcher.groups.values()), wait=True)
+        callback.end_record()
     seconds = time.monotonic() - begun
     callback.count_available()
     available = callback.available_seconds
-    record: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "study": study.name,
         "started_at": started_at.isoformat(),
         "seconds": seconds,
@@ -204,7 +222,7 @@ def _run_on_ray(
         "strategy": study.space.search.strategy,
         "versions": library_versions(),
     }
-    results.save_run(record)
+    results.save_run(summary)
     utilisation = min(1.0, callback.training_seconds / available) if available else 0.0
     console.print(
         f"{study.name}: {callback.concluded} trials in {duration(seconds)}, "
@@ -230,12 +248,18 @@ def _check_room(scheduler: StudyScheduler) -> None:
             )
 
 
-def _placement(cell: Cell) -> Any:
+def placement(cell: Cell, node: str | None = None) -> Any:
+    """What Tune asks Ray for to run a trial: on that node, if it still has room there."""
     from ray import tune
 
     bundles = bundles_of(cell)
-    if len(bundles) > 1:
-        # Ray Train holds the workers' bundles itself; the trial only waits for them. It takes a
-        # byte of memory because Tune wants something, and even 0.001 CPU would be one too few.
-        return tune.PlacementGroupFactory([{"memory": 1}])
-    return tune.PlacementGroupFactory([dict(bundles[0])])
+    # Ray Train holds the bundles of several workers itself; the trial only waits for them. It takes
+    # a byte of memory because Tune wants something, and even 0.001 CPU would be one too few.
+    own: list[dict[str, int | float]] = [{"memory": 1}]
+    if len(bundles) == 1:
+        own = [dict(bundles[0])]
+    if node is None:
+        return tune.PlacementGroupFactory(own)
+    from raysweep.search.ray_internals import placement_hint
+
+    return tune.PlacementGroupFactory(own, **placement_hint(node))

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from raysweep.data import cache_folder
 from raysweep.errors import UserError
@@ -23,6 +22,7 @@ _SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_MAX_PENDING_TRIALS_PG": "16",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -53,7 +53,9 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    _read_token_again()
+    from raysweep.search.ray_internals import read_token_again
+
+    read_token_again()
     scratch = _scratch_folder()
     try:
         if address is None:
@@ -86,26 +88,6 @@ def cluster_address(address: str | None) -> str | None:
     """Of the cluster to join: as given, or by RAY_ADDRESS. None where Ray is started here."""
     address = address or os.environ.get("RAY_ADDRESS") or None
     return None if address == "local" else address
-
-
-def dashboard_url() -> str | None:
-    """Where the Ray dashboard listens; None where there is none, as in a local Ray."""
-    from ray._private.worker import get_dashboard_url
-
-    url = get_dashboard_url()
-    return f"http://{url}" if url else None
-
-
-def _read_token_again() -> None:
-    """Make Ray look at the environment once more: where it was imported before this, in a notebook
-    say, it has settled on another token, or on none, and would knock in vain for 20 s."""
-    import ray
-    from ray import _raylet
-
-    if not ray.is_initialized():
-        raylet: Any = _raylet  # compiled: it has no types to check
-        raylet.Config.initialize("")
-        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def cluster_nodes() -> Mapping[str, Mapping[str, float]]:

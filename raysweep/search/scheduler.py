@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,18 @@ from optuna.trial import TrialState
 
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.optima.literature import literature_prior
-from raysweep.search.autoscaler import Kind, kind_of
 from raysweep.search.cells import CellState, point_key
+from raysweep.search.durations import Durations
 from raysweep.search.early_stopping import make_pruner
 from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
-from raysweep.search.resources import Bundle, ResourcePool
-from raysweep.search.restore import add_imported_trials, restore_bounds, restore_trials, widened
+from raysweep.search.resources import Bundle, Kind, Reservation, ResourcePool, kind_of
+from raysweep.search.restore import (
+    add_imported_trials,
+    restore_bounds,
+    restore_in_flight,
+    restore_trials,
+    widened,
+)
 from raysweep.search.strategies import RESTARTING, make_sampler
 from raysweep.search.value import next_cell, targets_of
 from raysweep.study import Cell, Study, TrialSpec
@@ -33,6 +40,18 @@ _log = logging.getLogger("raysweep")
 
 MAX_GRANTED = 4
 """With a budget of FLOPs, a cell gets at most this many times its own trials."""
+
+
+TAIL = 6.0
+"""Once what is left takes the cluster no longer than this many times the longest of its trials,
+those that could end last and the widest go first: else the others would wait for them idle."""
+
+
+MOST_IDLE = 0.03
+"""Nodes are kept for a trial if they are to be idle no longer than this share of its own time, or
+if it is urgent."""
+URGENT = 2.5
+"""A trial is urgent that takes more than the time left over this."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,16 @@ def bundles_of(cell: Cell) -> list[Bundle]:
 
 
 class StudyScheduler:
-    """Asks each cell's Optuna study for trials, small cells first, as long as they fit.
+    """Asks each cell's Optuna study for trials, as long as they fit, what teaches most first:
+
+    1. trials that an earlier run had in flight;
+    2. a third of what each cell wants, smallest cells first, so that they learn from each other;
+    3. the rest, smallest cells first too, until what is left takes the cluster no longer than a few
+       of the longest trials: from then on those that could end last, then the widest, so that all
+       end together.
+
+    A trial that comes first and does not fit has the nodes kept on which it can start soonest.
+    Later ones use them only if they are expected to be through by then.
 
     Args:
         study: what is to be searched.
@@ -68,6 +96,8 @@ class StudyScheduler:
         rows: what the results folder holds of this study already; it is continued.
         imported: other rows that teach (imported sweeps), with the schema's columns.
         ranges: `widened` of the earlier runs that the rows are from.
+        running: `in_flight` of the last of them: these trials are taken up before any other.
+        clock: seconds, monotonic.
         told: names of the cells that were told of since the study was asked last: it then goes on
             as if it had never ended. None is a new run: crashed trials are run again, and the
             ranges of all cells are looked at.
@@ -81,6 +111,8 @@ class StudyScheduler:
         rows: pd.DataFrame | None = None,
         imported: pd.DataFrame | None = None,
         ranges: Mapping[str, Any] | None = None,
+        running: Iterable[Mapping[str, Any]] = (),
+        clock: Callable[[], float] = time.monotonic,
         *,
         told: Collection[str] | None = None,
     ) -> None:
@@ -88,12 +120,26 @@ class StudyScheduler:
         self.pool = pool
         self.widenings = 0
         """How often a range was widened since the start."""
+        self.changes = 0
+        """How often a trial was handed out or was over since the start."""
+        self.durations = Durations()
+        self.clock = clock
+        self._begun: dict[str, float] = {}
+        """When the open trials were handed out."""
+        self._taken_up: set[str] = set()
+        """Trials that an earlier run had begun."""
+        self._full_at: tuple[int, int] | None = None
+        """The changes, here and of the pool, after which nothing could be handed out."""
         self._data_hash = data_hash
         self._search = study.space.search
         space = study.space
         self._history = TrialHistory(literature_prior(space.without, space.literature))
         self._flops_spent = 0.0
+        self._gpu_seconds = 0.0
+        """Of trials that are over."""
         self._open: dict[str, tuple[CellState, Proposal, optuna.Trial]] = {}
+        self._in_flight: dict[str, dict[str, Any]] = {}
+        """Of the open trials."""
         self._waiting_said: set[str] = set()
         if imported is not None:
             add_imported_trials(self._history, imported)
@@ -108,6 +154,12 @@ class StudyScheduler:
             self._flops_spent = restore_trials(
                 rows, study, data_hash, self.states, keep_crashes=told is not None
             )
+            restore_in_flight(running, rows, study, data_hash, self.states)
+            self._gpu_seconds = sum(
+                _gpus(self.states[str(cell)].cell) * of_cell["seconds_train"].sum()
+                for cell, of_cell in rows.groupby("cell")
+                if cell in self.states
+            )
             for state in self._ordered():
                 self._attach_sampler(state)
             for state in self._ordered():
@@ -120,6 +172,17 @@ class StudyScheduler:
         return widened(self.study, self.states)
 
     @property
+    def in_flight(self) -> list[dict[str, Any]]:
+        """Trials that were started and are not over, those that an earlier run has left included,
+        as plain values: for a scheduler that continues."""
+        waiting = [
+            self.study.trial(state.cell, self._data_hash, rate, 2**log2_batch, seed, dict(also))
+            for state in self._ordered()
+            for rate, log2_batch, seed, also in state.unfinished
+        ]
+        return [*self._in_flight.values(), *map(_as_plain, waiting)]
+
+    @property
     def running(self) -> int:
         return sum(len(state.running) for state in self._ordered())
 
@@ -130,6 +193,36 @@ class StudyScheduler:
         return min(self.pool.total(name) / amount for name, amount in bundle.items())
 
     @property
+    def gpu_hours(self) -> tuple[float, float]:
+        """GPU-hours that trials have taken so far, and what those that run and those that are
+        wanted are expected to take yet."""
+        now, spent, left = self.clock(), self._gpu_seconds, 0.0
+        for trial, begun in self._begun.items():
+            cell = self._open[trial][0].cell
+            spent += _gpus(cell) * (now - begun)
+            left += _gpus(cell) * max(0.0, begun + self.durations.of(cell) - now)
+        for state in self._ordered():
+            left += _gpus(state.cell) * self.durations.of(state.cell) * state.wanted
+        return spent / 3600, left / 3600
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the study is expected to end, with the cluster as it is; None before the
+        first trial is through."""
+        if not self.durations.known:
+            return None
+        now = self.clock()
+        work, _ = self._left()
+        wanted = [state for state in self._ordered() if state.wanted]
+        longest = max((self.durations.of(state.cell) for state in wanted), default=0.0)
+        for trial, begun in self._begun.items():
+            state = self._open[trial][0]
+            rest = max(0.0, begun + self.durations.of(state.cell) - now)
+            work += rest * self.share(state)
+            longest = max(longest, rest)
+        return max(work, longest)
+
+    @property
     def done(self) -> bool:
         """Whether nothing runs and nothing can follow."""
         # Whether anything fits is not asked: workers may be gone, or not there yet.
@@ -137,36 +230,120 @@ class StudyScheduler:
 
     def ask(self, trial_id: str) -> Proposal | None:
         """The next trial to start, or None while none fits or everything waits on running ones."""
+        if self._full_at == (self.changes, self.pool.version):
+            return None
         self._grant()
         runnable = [s for s in self._ordered() if self.runnable(s)]
-        self._give_back_groups(runnable)
-        fitting = [s for s in runnable if self.pool.fits(bundles_of(s.cell))]
-        forced = False
-        if not fitting and runnable and not self._open:
+        left, tail = self._left()
+        ranked = self._ranked(runnable, left, ending=0 < left < TAIL * tail)
+        self._give_back_groups(ranked)
+        state, avoid = self._first_that_fits(ranked, left)
+        if state is None and runnable and not self._open:
             # Nothing runs and nothing fits: hand one out all the same, and a cluster that grows
             # on demand will grow for it.
-            fitting, forced = runnable[:1], True
-            self._say_waiting(runnable[0])
-        if not fitting:
+            state = runnable[0]
+            self._say_waiting(state)
+        if state is None:
+            self._full_at = self.changes, self.pool.version
             return None
-        # A third of what a cell still wants at once, so that its trials learn from each other;
-        # more only when a worker would idle otherwise.
-        roomy = [s for s in fitting if len(s.running) < max(1, math.ceil(s.budget / 3))]
-        state = (roomy or fitting)[0]
+        if state.unfinished:
+            self._taken_up.add(trial_id)
         proposal, trial = self._propose(state, trial_id)
-        self.pool.acquire(trial_id, bundles_of(state.cell), force=forced)
+        self.pool.acquire(trial_id, bundles_of(state.cell), avoid=avoid, force=True)
+        self._begun[trial_id] = self.clock()
         self._open[trial_id] = (state, proposal, trial)
         state.running.add(proposal.number)
+        self._in_flight[trial_id] = _as_plain(proposal.spec)
         self._flops_spent += state.trial_flops
+        self.changes += 1
         return proposal
+
+    def _ranked(
+        self, runnable: Sequence[CellState], left: float, *, ending: bool
+    ) -> list[CellState]:
+        """Cells of which a trial is wanted, the one that should start first first; `left` is the
+        time that the cluster needs for all of them."""
+        again = [s for s in runnable if s.unfinished]
+        fresh = [s for s in runnable if not s.unfinished]
+        # A third of what a cell wants at once, so that its trials learn from each other; more
+        # only when a worker would idle otherwise. In the end, a third is all that comes first.
+        teaching, more = [], []
+        for state in fresh:
+            had = len(state.running) + (state.concluded if ending else 0)
+            (teaching if had < max(1, math.ceil(state.budget / 3)) else more).append(state)
+        if ending:
+            more.sort(key=lambda state: self._urgency(state, left), reverse=True)
+        return [*again, *teaching, *more]
+
+    def _urgency(self, state: CellState, left: float) -> tuple[float, float]:
+        """The larger, the sooner a trial should start: one that will take much of what time is
+        left; else a wide one, since nodes once emptied for it serve the next."""
+        seconds = self.durations.of(state.cell)
+        if _is_urgent(seconds, left):
+            return math.inf, seconds
+        return self.share(state), seconds
+
+    def _left(self) -> tuple[float, float]:
+        """Seconds that the cluster needs for what is to be started, and how long all but one of its
+        trials could wait for the longest."""
+        tail, work = 0.0, 0.0
+        for state in self._ordered():
+            if wanted := state.wanted:
+                each, share = self.durations.of(state.cell), self.share(state)
+                tail = max(tail, each * (1 - share))
+                work += each * wanted * share
+        return work, tail
+
+    def share(self, state: CellState) -> float:
+        """Of the cluster that a trial of a cell takes, 0 to 1 or more."""
+        bundles = bundles_of(state.cell)
+        totals = {name: self.pool.total(name) for name in bundles[0]}
+        shares = [
+            len(bundles) * bundles[0][name] / total for name, total in totals.items() if total
+        ]
+        return max(shares, default=1.0)
+
+    def _first_that_fits(
+        self, ranked: Sequence[CellState], left: float
+    ) -> tuple[CellState | None, frozenset[str]]:
+        """The first cell of which a trial can start now, and nodes that it must leave alone. The
+        first that does not fit has the nodes kept on which it can start soonest, if they need not
+        idle long for it."""
+        now = self.clock()
+        ends = {
+            trial: max(now, begun + self.durations.of(self._open[trial][0].cell))
+            for trial, begun in self._begun.items()
+        }
+        kept: Reservation | None = None
+        for displaced in self.pool.displaced.values():
+            kept = kept or self.pool.reserve(displaced, ends, now)
+        anywhere: frozenset[str] = frozenset()
+        fitting: dict[tuple[Kind, frozenset[str]], bool] = {}
+        for state in ranked:
+            bundles = bundles_of(state.cell)
+            kind = kind_of(bundles)
+            through = kept is None or now + self.durations.of(state.cell) <= kept.ready
+            for avoid in (kept.nodes if kept else anywhere, *([anywhere] if through else [])):
+                if (kind, avoid) not in fitting:
+                    fitting[kind, avoid] = self.pool.fits(bundles, avoid)
+                if fitting[kind, avoid]:
+                    return state, avoid
+            if kept is None:
+                kept = self.pool.reserve(bundles, ends, now)
+                seconds = self.durations.of(state.cell)
+                dear = kept is not None and kept.idle > MOST_IDLE * seconds
+                kept = None if dear and not _is_urgent(seconds, left) else kept
+        return None, anywhere
 
     def _give_back_groups(self, runnable: Sequence[CellState]) -> None:
         """Give up groups of workers that wait: where no trial of their kind is wanted, and where a
         trial that comes before those, as it teaches more, would fit then or nothing else runs."""
+        if not (waiting := self.pool.waiting_groups):
+            return
         kinds = [kind_of(bundles_of(state.cell)) for state in runnable]
         blocked = [k for k, s in zip(kinds, runnable, strict=True)
                    if not self.pool.fits(bundles_of(s.cell))]  # fmt: skip
-        for group, bundles in self.pool.waiting_groups.items():
+        for group, bundles in waiting.items():
             kind = kind_of(bundles)
             if kind not in kinds or (blocked and kinds.index(blocked[0]) < kinds.index(kind)):
                 self.pool.give_back(group)
@@ -207,7 +384,11 @@ class StudyScheduler:
         """
         if trial_id not in self._open:
             return
+        self.changes += 1
         state, proposal, trial = self._open.pop(trial_id)
+        del self._in_flight[trial_id]
+        begun = self._begun.pop(trial_id)
+        self._gpu_seconds += _gpus(state.cell) * (self.clock() - begun)
         self.pool.release(trial_id)
         state.running.discard(proposal.number)
         log2_batch = int(math.log2(proposal.spec.batch_sequences))
@@ -218,6 +399,8 @@ class StudyScheduler:
             status = "diverged"
         trial.set_user_attr("status", status)
         if usable:
+            if trial_id not in self._taken_up:  # it began before
+                self.durations.add(state.cell, self.clock() - begun)
             state.study.tell(trial, loss)
         else:
             pruned = status == "stopped"
@@ -341,14 +524,15 @@ class StudyScheduler:
         repeat = state.wanted == 0
         point: tuple[float, int] | None = None
         seed: int | None = None
-        if state.unfinished:
-            *place, seed = state.unfinished.pop(0)
-            point = place[0], int(place[1])
+        further: dict[str, float] = {}
+        if again := state.unfinished or (state.crashed if not repeat else []):
+            *place, seed, pairs = again.pop(0)
+            point, further = (place[0], int(place[1])), dict(pairs)
+            repeat = state.is_tried(*point, further)
         elif repeat:
             assert state.best is not None
-            point = _where(state.best)
+            point, further = _where(state.best), state.further(state.best)
         if point is not None:
-            further = state.further(state.best) if repeat and state.best else {}
             state.study.enqueue_trial(
                 {LEARNING_RATE: point[0], LOG2_BATCH: point[1], **further},
                 user_attrs={"ran_at": point},
@@ -408,6 +592,25 @@ class StudyScheduler:
                 len(needs),
                 dict(needs[0]),
             )
+
+
+def _is_urgent(seconds: float, left: float) -> bool:
+    return URGENT * seconds > left
+
+
+def _gpus(cell: Cell) -> float:
+    return cell.resources.workers * cell.resources.gpus_per_worker
+
+
+def _as_plain(spec: TrialSpec) -> dict[str, Any]:
+    return {
+        "trial_key": spec.key,
+        "cell": spec.cell.name,
+        "learning_rate": spec.learning_rate,
+        "batch_sequences": spec.batch_sequences,
+        "seed": spec.seed,
+        "also": dict(spec.also),
+    }
 
 
 def _where(trial: optuna.trial.FrozenTrial) -> tuple[float, int]:

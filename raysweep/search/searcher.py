@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ray
+from ray.exceptions import RayError
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
@@ -26,8 +29,10 @@ NODES_SECONDS = 5.0
 class StudySearcher(Searcher):
     """Hands Tune the scheduler's proposals as trial configs, and tells it their outcomes.
 
-    A config holds plain values only: `cell`, `learning_rate`, `batch_sequences`, `seed`; and of
-    trials on several workers the `group` that they run in, and whether it must be on `one_node`.
+    A config holds plain values only: `cell`, `learning_rate`, `batch_sequences`, `seed`; of trials
+    on several workers the `group` that they run in, and whether it must be on `one_node`; and where
+    groups need whole nodes, the `node` that the pool has booked: Ray by itself would spread small
+    trials over all nodes, and gather on one the processes that wait for groups.
     """
 
     def __init__(
@@ -44,8 +49,11 @@ class StudySearcher(Searcher):
         self._interruption = interruption
         self._autoscaler = AutoscalerRequests(PlacementRequest)
         self._looked = -math.inf
+        self._has_groups = any(len(bundles_of(cell)) > 1 for cell in scheduler.study.cells)
         self.groups: dict[str, Any] = {}
         """The groups of workers there are: they end with their handles here."""
+        self._asked: dict[Any, str] = {}
+        """Groups that were asked where they are, by the answer that will come."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial; None while nothing fits or all waits on running trials."""
@@ -74,14 +82,16 @@ class StudySearcher(Searcher):
             config |= {"group": group, "one_node": one_node}
             if group not in self.groups:
                 self.groups[group] = self._start_group(group, spec.cell.resources, one_node)
+        if len(pool.nodes) > 1 and self._has_groups and (node := pool.nodes_of(trial_id)[0]):
+            config["node"] = node
         return config
 
     def look(self, trials: Sequence[Trial]) -> None:
         """See, now and then, which nodes there are, and ask for more where trials wait for room.
 
-        Tune asks for no suggestion while a trial of its own waits, so it must not be `suggest` that
-        looks: then requests that were granted would keep the very room that this trial waits for.
-        While one waits nothing is asked for besides.
+        Tune asks for no suggestion while too many trials of its own wait, so it must not be
+        `suggest` that looks: then requests that were granted would keep the very room that these
+        trials wait for. While one waits nothing is asked for besides.
         """
         now = time.monotonic()
         if now - self._looked < NODES_SECONDS:
@@ -89,10 +99,24 @@ class StudySearcher(Searcher):
         self._looked = now
         scheduler = self.scheduler
         scheduler.pool.update(self._nodes())
+        self._find_groups()
         if any(trial.status == Trial.PENDING for trial in trials):
             self._autoscaler.withdraw()
         else:
-            self._autoscaler.update(scheduler.waiting(), scheduler.running, scheduler.pool.nodes)
+            self._autoscaler.update(scheduler.waiting(), scheduler.pool)
+
+    def _find_groups(self) -> None:
+        """Learn on which nodes Ray has put groups: it need not be those that the pool had in mind.
+        Answers are for the next look."""
+        asked = list(self._asked)
+        for answer in ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else ():
+            group = self._asked.pop(answer)
+            with contextlib.suppress(RayError):  # it has ended
+                self.scheduler.pool.found(group, ray.get(answer))
+        waiting = set(self._asked.values())
+        for group, host in self.groups.items():
+            if group not in waiting:
+                self._asked[host.where.remote()] = group
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False

@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
-from raysweep.study.fields import Count, Name, Positive, Section, Size, TokenIds
+from raysweep.study.fields import Count, Name, NonNegative, Positive, Section, Size, TokenIds
 from raysweep.study.own import Training
 from raysweep.study.serving import ServingSettings
 from raysweep.study.trials import Recipe, Search
@@ -138,6 +138,8 @@ class SearchSpace(Section):
     recipe: Recipe = Recipe()
     data: Data = Data()
     resources: Resources = Resources()
+    price_per_gpu_hour: NonNegative | None = None
+    """What an hour of one GPU costs, in any currency: `status` then tells what a study costs."""
     targets: tuple[Target, ...] = ()
     serving: ServingSettings = ServingSettings()
     literature: Annotated[tuple[LawKey, ...], Field(min_length=1)] | None = None

@@ -34,7 +34,8 @@ from raysweep.training.own import LOST_PEER, GroupEnded, train_by_function
 FAILURES = 2
 """How often a trial is begun again after an error of its own."""
 LOSSES = 20
-"""How often a trial is begun again in all, its workers being lost: spot nodes come and go."""
+"""How often in a row a trial may lose workers without getting further than before: spot nodes come
+and go, and a loss is no failure of the trial's own."""
 REPORT_SECONDS, REPORT_PERCENT = 1.0, 5
 """Progress is told so often, and at each such share of the horizon."""
 POLL_SECONDS = 5.0
@@ -67,6 +68,12 @@ class _Entry:
     job: Job
     events: list[tuple[EventKind, Any]] = field(default_factory=list)
     starts: int = 0
+    reached: int = 0
+    """Tokens that the trial was trained on, at most."""
+    reached_before: int = -1
+    """The same when it was begun last."""
+    fruitless: int = 0
+    """How often in a row it was begun again without progress."""
     errors: list[str] = field(default_factory=list)
     """One for each start that an error of its own ended."""
     cancelled: bool = False
@@ -79,6 +86,8 @@ class GroupHost:
     def __init__(self, resources: Resources, strict: bool, storage_path: str | None) -> None:
         self._entries: list[_Entry] = []
         self._changed = asyncio.Condition()
+        self._nodes: dict[int, str] = {}
+        """Where each worker is."""
         self._closing = False
         self._dead: str | None = None
         host = ray.get_runtime_context().current_actor
@@ -125,8 +134,11 @@ class GroupHost:
         await self._notify()
         return len(self._entries) - 1
 
-    async def next_job(self, done: int, rank: int) -> tuple[int, Job] | Literal["wait"] | None:
-        """For a worker: the next trial after the one that it has done; None ends it."""
+    async def next_job(
+        self, done: int, rank: int, node: str
+    ) -> tuple[int, Job] | Literal["wait"] | None:
+        """For a worker on a node: the next trial after the one that it has done; None ends it."""
+        self._nodes[rank] = node
         deadline = time.monotonic() + POLL_SECONDS
         while True:
             for number, entry in enumerate(self._entries):
@@ -150,6 +162,7 @@ class GroupHost:
                 if len(entry.errors) > FAILURES:
                     await self._end(entry, "crashed", payload)
         elif kind == "progress":
+            entry.reached = max(entry.reached, payload[1])
             if not entry.over:
                 entry.events.append((kind, payload))
                 await self._notify()
@@ -176,6 +189,10 @@ class GroupHost:
         """Whether a trial should stop."""
         return self._entries[number].cancelled
 
+    async def where(self) -> list[str]:
+        """The node of each worker that has been heard of, by id."""
+        return [node for _, node in sorted(self._nodes.items())]
+
     async def workers_gone(self) -> bool:
         """Whether the group has ended."""
         return not self._thread.is_alive()
@@ -189,8 +206,10 @@ class GroupHost:
         """Note that a trial begins; whether it may."""
         entry = self._entries[number]
         entry.starts += 1
-        if entry.starts > 1 + LOSSES:
-            reason = f"its workers were lost {entry.starts - 1} times"
+        entry.fruitless = 0 if entry.reached > entry.reached_before else entry.fruitless + 1
+        entry.reached_before = entry.reached
+        if entry.fruitless > LOSSES:
+            reason = f"its workers were lost {entry.fruitless} times without progress"
             await self._end(entry, "crashed", entry.errors[-1] if entry.errors else reason)
             return False
         return True
@@ -306,8 +325,8 @@ def _serve(config: dict[str, Any]) -> None:
     """What each worker of a group does: one trial after another."""
     host, rank = config["host"], train.get_context().get_world_rank()
     os.environ["LOCAL_WORLD_SIZE"] = str(train.get_context().get_local_world_size())
-    done = -1
-    while (given := ray.get(host.next_job.remote(done, rank))) is not None:
+    done, node = -1, ray.get_runtime_context().get_node_id()
+    while (given := ray.get(host.next_job.remote(done, rank, node))) is not None:
         if given == "wait":
             continue
         number, job = given

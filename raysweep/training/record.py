@@ -135,6 +135,11 @@ def outcome_columns(
         metrics=json.dumps(outcome.metrics) if outcome.metrics else None,
         seconds_train=outcome.seconds_train,
         tokens_per_second=outcome.tokens_per_second,
+        gpu_hours=outcome.seconds_train
+        * spec.cell.resources.gpus_per_worker
+        * outcome.world_size
+        / 3600,
+        mfu=_mfu(spec, outcome),
         peak_memory_bytes=outcome.peak_memory_bytes,
         micro_batch_sequences=outcome.micro_batch_sequences,
         accumulation=outcome.accumulation,
@@ -142,6 +147,17 @@ def outcome_columns(
         worker=f"{socket.gethostname()}:{os.getpid()}",
         device=outcome.device,
     )
+
+
+def _mfu(spec: TrialSpec, outcome: TrialOutcome) -> float | None:
+    """Model FLOPs utilisation; None on a device whose peak no data sheet here tells."""
+    from raysweep.scaling.compute.roofline import gpu_of_device
+
+    gpu = gpu_of_device(outcome.device)
+    if gpu is None:
+        return None
+    flops = spec.cell.counts.flops_per_token * outcome.tokens_per_second
+    return flops / (gpu.flops * outcome.world_size)
 
 
 def unfinished_row(

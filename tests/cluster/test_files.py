@@ -131,3 +131,11 @@ def test_nothing_listens_to_the_world() -> None:
 def test_what_to_edit_is_marked(name: str) -> None:
     assert "# EDIT" in (CLUSTER / name).read_text()
     assert name in (CLUSTER / "README.md").read_text()
+
+
+def test_the_dashboard_shows_what_the_driver_measures(repo) -> None:
+    from raysweep.search.overview import GAUGES
+
+    board = json.loads((repo / "cluster" / "grafana.json").read_text())
+    shown = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    assert set(re.findall(r"ray_(raysweep_\w+)", shown)) == set(GAUGES)

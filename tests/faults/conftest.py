@@ -17,7 +17,7 @@ def _search_space(**changes: Any) -> dict[str, Any]:
         "scales": [{"name": "a", "d_model": 16, "layers": 1, "heads": 1}],
         "horizons": [{"tokens": 300_000}],
         "search": {
-            "strategy": "grid",
+            "strategy": "ladder",
             "trials_per_cell": 2,
             "extend_edges": False,
             "learning_rate": {"low": 1e-3, "high": 1e-2},

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from benchmarks.nodes import Cluster
-from raysweep.search.autoscaler import GRANTS_WITHOUT_GROWTH, AutoscalerRequests, kind_of
+from raysweep.search.autoscaler import GRANTS_WITHOUT_GROWTH, MAX_WAITING, AutoscalerRequests
+from raysweep.search.resources import ResourcePool, kind_of
 
 ONE = kind_of([{"CPU": 1.0}])
 TWO = kind_of([{"CPU": 1.0}, {"CPU": 1.0}])
@@ -33,7 +34,7 @@ class Asked:
 class Room:
     asked: list[Asked] = field(default_factory=list)
 
-    def ask(self, bundles) -> Asked:
+    def ask(self, bundles, strict: bool) -> Asked:
         self.asked.append(Asked([dict(bundle) for bundle in bundles]))
         return self.asked[-1]
 
@@ -42,15 +43,21 @@ class Room:
         return [each for each in self.asked if not each.gone]
 
 
-def test_as_many_wait_as_run_and_as_are_wanted() -> None:
+def cluster(*nodes: str, cpus: int = 1) -> ResourcePool:
+    return ResourcePool({node: {"CPU": cpus} for node in nodes})
+
+
+def test_no_more_waits_than_the_cluster_has_and_than_is_wanted() -> None:
     room = Room()
     growth = AutoscalerRequests(room.ask)
-    growth.update({ONE: 10, TWO: 1}, 0, ["a"])
-    assert [len(each.bundles) for each in room.waiting] == [1, 2]
-    growth.update({ONE: 10, TWO: 1}, 4, ["a"])
-    assert sorted(len(each.bundles) for each in room.waiting) == [1, 1, 1, 1, 2]
-    growth.update({ONE: 2}, 4, ["a"])
+    growth.update({ONE: 10, TWO: 1}, cluster())
+    assert [len(each.bundles) for each in room.waiting] == [1]
+    growth.update({ONE: 3, TWO: 10}, cluster("a", cpus=8))
+    assert [len(each.bundles) for each in room.waiting] == [1, 1, 1, 2, 2]
+    growth.update({ONE: 2}, cluster("a", cpus=8))
     assert [len(each.bundles) for each in room.waiting] == [1, 1]
+    growth.update({ONE: 1000}, cluster("a", cpus=500))
+    assert len(room.waiting) == MAX_WAITING
     growth.withdraw()
     assert room.waiting == []
 
@@ -59,7 +66,7 @@ def test_what_is_granted_is_given_back_and_asked_for_again_as_nodes_come() -> No
     room = Room()
     growth = AutoscalerRequests(room.ask)
     for count in range(1, 3 * GRANTS_WITHOUT_GROWTH):
-        growth.update({ONE: 1}, 1, [str(i) for i in range(count)])
+        growth.update({ONE: 1}, cluster(*map(str, range(count))))
         (waiting,) = room.waiting
         waiting.has = True
 
@@ -68,12 +75,12 @@ def test_a_fixed_cluster_is_not_asked_for_ever() -> None:
     room = Room()
     growth = AutoscalerRequests(room.ask)
     for _ in range(GRANTS_WITHOUT_GROWTH):
-        growth.update({ONE: 1}, 1, ["a"])
+        growth.update({ONE: 1}, cluster("a"))
         (waiting,) = room.waiting
         waiting.has = True
-    growth.update({ONE: 1}, 1, ["a"])
+    growth.update({ONE: 1}, cluster("a"))
     assert room.waiting == []
-    growth.update({ONE: 1}, 1, ["b"])
+    growth.update({ONE: 1}, cluster("b"))
     assert len(room.waiting) == 1
 
 

@@ -3,15 +3,18 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray.util import placement_group_table
 
-from benchmarks.nodes import in_trial
+from benchmarks.nodes import in_trial, session_pids
 from raysweep.search import hangs
-from raysweep.search.run import run
+from raysweep.search.run import placement, run
+from raysweep.search.runtime import cluster_nodes, ray_runtime
 from raysweep.study import Study
 from raysweep.training.single import train_one
 
@@ -62,17 +65,42 @@ def test_the_head_is_killed_and_the_study_continued_on_another(
 ) -> None:
     """The driver gives up by itself; the same command goes on."""
     running = driver("--address", nodes.address, env=nodes.env)
-    running.until(running.checkpoints)
+    running.until(lambda: len(running.checkpoints()) == 2)
     for node in (nodes.head, *nodes.workers):
         nodes.kill(node)
     assert running.wait() != 0
-    assert running.checkpoints()
+    left = {mark(path) for path in running.checkpoints()}
+    assert left
     nodes.start_head()
     nodes.add_worker()
     nodes.add_worker()
     running.start()
     assert running.wait() == 0, running.log
-    assert_study_complete(running.results, cells=1)
+    rows = assert_study_complete(running.results, cells=1)
+    assert left == set(rows[rows["seconds_train"] > MARK]["trial_key"])
+    assert not running.checkpoints()
+
+
+def test_a_killed_driver_is_followed_by_one_that_takes_up_its_trials(
+    driver, assert_study_complete
+) -> None:
+    """Four trials of two cells, of which two run; a checkpoint that nobody knows goes."""
+    running = driver(horizons=[{"tokens": 300_000}, {"tokens": 400_000}])
+    running.until(lambda: len(running.checkpoints()) == 2)
+    for pid in session_pids(running.process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    running.process.wait()
+    left = {mark(path) for path in running.checkpoints()}
+    unknown = running.results / "checkpoints" / "unknown"
+    unknown.mkdir()
+    running.start()
+    running.until(lambda: not unknown.exists())
+    assert running.wait() == 0, running.log
+    rows = assert_study_complete(running.results, cells=2)
+    assert len(left) == 2
+    assert left == set(rows[rows["seconds_train"] > MARK]["trial_key"])
+    assert not running.checkpoints()
 
 
 def test_a_worker_that_hangs_is_replaced(
@@ -98,3 +126,22 @@ def test_a_worker_that_hangs_is_replaced(
     assert time.monotonic() - begun > 25
     assert_study_complete(tmp_path / "r", trials=1, cells=1)
     assert not Path(f"/proc/{stopped[0]}/fd").exists() or not workers_of(nodes)
+
+
+def test_trials_go_to_the_node_that_is_named_while_it_has_room(
+    nodes, search_space, monkeypatch
+) -> None:
+    """Ray by itself takes the emptiest node, and groups would find none that is whole."""
+    for name, value in nodes.env.items():
+        monkeypatch.setenv(name, value)
+    half = search_space(resources={"cpus_per_worker": 0.5})
+    (cell,) = Study.from_dict(half).cells
+    with ray_runtime(nodes.address):
+        first, *_ = sorted(n for n, has in cluster_nodes().items() if has.get("CPU"))
+        placed = []
+        for _ in range(3):
+            group = placement(cell, first).to_placement_group()
+            assert group.wait(60)
+            placed += placement_group_table(group)["bundles_to_node_id"].values()
+    assert placed[:2] == [first, first]
+    assert placed[2] != first, "it is full, and the hint no command"

@@ -43,6 +43,7 @@ def test_sigterm_then_sigint_then_to_the_end(driver, assert_study_complete) -> N
     assert running.wait() == 0, running.log
     rows = assert_study_complete(running.results, cells=1)
     taken_up = rows[rows["trial_key"].isin([path.parent.name for path in stopped])]
+    assert len(taken_up) == len(stopped), "every trial that was in flight is taken up"
     assert (taken_up["seconds_train"] > 2).all()  # of all attempts
     assert not running.checkpoints()
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from raysweep.results import Results
-from raysweep.results.progress import progress, render
+from raysweep.results.progress import how_it_goes, progress, render
 from raysweep.results.schema import make_row
 from raysweep.study import Study
 
@@ -47,6 +47,19 @@ def test_status_of_results_without_ray(tmp_path: Path) -> None:
     text = render(cells)
     assert "1 diverged" in text
     assert text.endswith("smoke: 1 of 4 cells complete, 3 trials concluded")
+    now = {"at": "2026-01-02T03:05:00+00:00", "gpu_hours": 3.0, "gpu_hours_to_come": 5.0}
+    now |= {"cost": 7.5, "cost_to_come": 12.5, "seconds_left": 7200.0, "gpu_use": 0.5}
+    now["cells"] = {cell.name: {"running": 1}}
+    store.save_running("smoke", {"trials": [{"trial_key": "k9"}], "now": now})
+    cells = progress(str(tmp_path / "r"))
+    assert [c.running for c in cells] == [1, None, None, None]
+    assert render(cells, how_it_goes(store)).splitlines()[-1] == (
+        "smoke: 1 running, about 2h 00m left, 50% of the GPUs in use, 3 GPU-hours for 7.50 so far, "
+        "5 GPU-hours for 12.50 to come (at 2026-01-02T03:05:00+00:00)"
+    )
+    store.save_running("smoke", {"trials": [{"trial_key": "k9"}], "now": now | {"ended": True}})
+    text = render(progress(str(tmp_path / "r")), how_it_goes(store))
+    assert "smoke: 1 trials in flight wait for the next run, 3 GPU-hours for 7.50 so far" in text
     code = (
         "import sys; from raysweep.cli import app; app(sys.argv[1:], standalone_mode=False); "
         "assert not {'ray', 'torch'} & set(sys.modules)"

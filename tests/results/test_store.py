@@ -217,10 +217,12 @@ def test_a_lock_that_fails_otherwise_says_why(
         pass
 
 
-def test_checkpoints_of_trials_that_are_over_go(results: Results, a_row) -> None:
+def test_checkpoints_stay_of_trials_that_go_on_and_no_others(results: Results, a_row) -> None:
     results.write(a_row("over"))
     results.write(a_row("again", status="crashed", loss=None))
-    for key in ("over", "again", "running"):
+    results.save_running("s", {"trials": [{"trial_key": "running"}]})
+    results.save_running("other", {"trials": [{"trial_key": "elsewhere"}, "junk"]})
+    for key in ("over", "again", "running", "elsewhere", "unknown"):
         results.storage.write(b"state", "checkpoints", key, "checkpoint.pt")
     results.drop_checkpoints()
-    assert sorted(results.storage.folders("checkpoints")) == ["again", "running"]
+    assert sorted(results.storage.folders("checkpoints")) == ["again", "elsewhere", "running"]

@@ -107,3 +107,19 @@ def test_shows_cells_trials_best_loss_and_time_left(terminal: bool) -> None:
     assert ("\x1b" in text) == terminal
     if terminal:
         assert all(cell.name in text for cell in scheduler.study.cells)
+
+
+def test_time_left_counts_the_workers_of_each_trial() -> None:
+    """Of two cells with equal FLOPs, trials on four workers are through in a quarter of the time,
+    and one runs at once where four of the other do."""
+    scales = [{"d_model": 16, "layers": 1, "heads": 1, "name": n} for n in "ab"]
+    scales[1]["resources"] = {"workers": 4}
+    study = Study.from_dict(STUDY | {"scales": scales, "horizons": [{"tokens": 100_000}]})
+    scheduler = StudyScheduler(study, "data", ResourcePool({"n": {"CPU": 4.0}}))
+    timing = Timing()
+    one, four = scheduler.states.values()
+    timing.add(one.cell.flops, 400.0, one.cell.architecture)
+    timing.add(four.cell.flops / 4, 100.0, four.cell.architecture)
+    left = timing.left(scheduler)
+    wanted = one.wanted * 400 / 4 + four.wanted * 100
+    assert left == pytest.approx(wanted, rel=0.3)

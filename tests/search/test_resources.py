@@ -1,6 +1,6 @@
 """The pool: nothing is over-booked, bundles stay whole, nodes come and go."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysweep.search.resources import ResourcePool
@@ -104,6 +104,81 @@ def test_workers_of_a_trial_stay_on_one_node_if_any_could_hold_them() -> None:
     assert not spread.fits([{"CPU": 0.5}, {"CPU": 0.5}]), "half a CPU is free on each"
 
 
+def gpu_nodes(count: int) -> dict[str, dict[str, float]]:
+    return {f"n{i}": {"CPU": 96.0, "GPU": 8.0} for i in range(count)}
+
+
+GPU = {"CPU": 4.0, "GPU": 1.0}
+
+
+def test_a_group_larger_than_a_node_takes_whole_nodes() -> None:
+    pool = ResourcePool(gpu_nodes(3))
+    assert pool.acquire("small", [GPU])
+    assert pool.fits([GPU] * 16)
+    assert not pool.fits([GPU] * 17), "on two whole nodes and one GPU of the third"
+    assert pool.acquire("group", [GPU] * 16)
+    assert sorted(set(pool.nodes_of("group"))) == ["n1", "n2"]
+    odd = ResourcePool({"a": {"GPU": 3.0}, "b": {"GPU": 3.0}})
+    assert odd.acquire("one", [{"GPU": 1.0}])
+    assert odd.fits([{"GPU": 1.0}] * 5) is False, "an empty cluster would hold it on whole nodes"
+
+
+def test_a_trial_that_lost_a_node_gets_the_next_one_before_any_other() -> None:
+    pool = ResourcePool(gpu_nodes(3))
+    assert pool.acquire("group", [GPU] * 16)
+    assert pool.acquire("small", [GPU])
+    pool.update({n: total for n, total in gpu_nodes(3).items() if n != "n0"})
+    assert pool.displaced == {"group": [GPU] * 8}
+    assert sum(left["GPU"] for left in pool.free.values()) == 7, "what it still has stays booked"
+    pool.update({"n1": gpu_nodes(3)["n1"], "n2": gpu_nodes(3)["n2"], "new": {"CPU": 96, "GPU": 8}})
+    assert pool.displaced == {}
+    assert set(pool.nodes_of("group")) == {"n1", "new"}
+    assert pool.free["new"] == {"CPU": 64.0, "GPU": 0.0}
+    pool.update({"n2": gpu_nodes(3)["n2"]})
+    pool.release("small")
+    assert pool.displaced, "sixteen bundles need two nodes"
+    assert pool.fits([GPU] * 8)
+
+
+def test_a_group_is_booked_where_its_workers_are_found() -> None:
+    pool = ResourcePool(gpu_nodes(2))
+    assert pool.acquire("small", [GPU])
+    assert pool.acquire("t", [GPU] * 4)
+    group = pool.group_of("t")
+    assert group is not None
+    assert set(pool.nodes_of("t")) == {"n0"}
+    pool.found(group, ["n1"] * 3)  # one has not been heard of
+    pool.found(group, ["n1"] * 3 + ["gone"])
+    pool.found("other", ["n1"] * 4)
+    assert set(pool.nodes_of("t")) == {"n0"}
+    pool.found(group, ["n1"] * 4)
+    assert {n: left["GPU"] for n, left in pool.free.items()} == {"n0": 7, "n1": 4}
+    pool.release("t")
+    pool.found(group, ["n0"] * 4)
+    assert {n: left["GPU"] for n, left in pool.free.items()} == {"n0": 3, "n1": 8}
+
+
+def test_nodes_are_reserved_where_they_are_empty_soonest() -> None:
+    pool = ResourcePool(gpu_nodes(4))
+    for i in range(4):
+        assert pool.acquire(f"t{i}", [GPU] * 8)
+    ends = {"t0": 10.0, "t1": 40.0, "t2": 30.0, "t3": 20.0}
+    found = pool.reserve([GPU] * 16, ends, 5.0)
+    assert found is not None
+    nodes = {pool.nodes_of(t)[0] for t in ("t0", "t3")}
+    assert (found.nodes, found.ready) == (nodes, 20.0)
+    assert found.idle == 5.0, "half of it for ten seconds"
+    assert pool.reserve([GPU] * 33, ends, 5.0) is None
+    one = pool.reserve([GPU], ends, 15.0)
+    assert one is not None
+    assert (one.nodes, one.ready) == (frozenset(pool.nodes_of("t0")), 15.0), "it is overdue"
+    pool.release("t0")
+    pool.give_back(*pool.waiting_groups)
+    assert pool.fits([GPU])
+    assert not pool.fits([GPU], avoid=found.nodes)
+
+
+@settings(deadline=None)
 @given(st.data())
 def test_never_more_is_booked_than_there_is(data: st.DataObject) -> None:
     sizes = st.sampled_from([0.25, 0.5, 1.0, 2.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,17 @@ def find_gpu(name: str) -> Gpu:
     if name.lower() not in GPUS:
         raise UserError(f"no GPU '{name}': choose from {', '.join(GPUS)}")
     return GPUS[name.lower()]
+
+
+def gpu_of_device(device: str) -> Gpu | None:
+    """The GPU that a driver calls `device`, as "NVIDIA H100 80GB HBM3"; None if it is not here."""
+    words = re.split(r"[^a-z0-9]+", device.lower())
+    memory = next((word for word in words if re.fullmatch(r"\d+gb", word)), "")
+    for word in words:
+        for name in (f"{word}-{memory}", word, f"{word}-80gb"):
+            if name in GPUS:
+                return GPUS[name]
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""What is used of Ray beyond its public API, in one place: each part has a test that fails when Ray
+moves it, and says there what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ray.tune.experiment import Trial
+
+
+def drop_snapshot(trial: Trial) -> None:
+    """Spare Tune the pickling of a concluded trial when the run ends: it would serve to restore
+    what nobody restores."""
+    trial._state_json = "{}"
+
+
+def forget_results(trial: Trial, kept: Collection[str]) -> None:
+    """Drop the running means that Tune keeps of a concluded trial to the end, and of its last
+    result all but the keys `kept`: most of the driver's memory."""
+    trial.run_metadata.metric_analysis.clear()
+    trial.run_metadata.metric_n_steps.clear()
+    result: Mapping[str, Any] = trial.last_result or {}
+    trial.run_metadata.last_result = {key: result[key] for key in kept if key in result}
+
+
+def actor_of(trial: Trial) -> Any:
+    """The actor in which a trial runs; None while it waits."""
+    return trial.temporary_state.ray_actor
+
+
+def allow_another_failure(trial: Trial) -> None:
+    """Let Tune start a trial again once more than it would."""
+    trial.max_failures += 1
+
+
+def placement_hint(node: str) -> dict[str, str]:
+    """Options of a placement group that goes to a node if it has room there, and else to another:
+    Ray's public labels would have it wait for a node that is gone."""
+    return {"strategy": "STRICT_PACK", "_soft_target_node_id": node}
+
+
+def put_flag(key: str, namespace: str) -> None:
+    """Raise a flag at the head, for all processes of the cluster."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(key, b"1", namespace=namespace)
+
+
+def has_flag(key: str, namespace: str) -> bool:
+    """Whether a flag is raised; not where the head is away."""
+    from ray.exceptions import RaySystemError, RpcError
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    try:
+        return _internal_kv_get(key, namespace=namespace) is not None
+    except (RpcError, RaySystemError):
+        return False
+
+
+def dashboard_url() -> str | None:
+    """Where the Ray dashboard listens; None where there is none, as in a local Ray."""
+    from ray._private.worker import get_dashboard_url
+
+    url = get_dashboard_url()
+    return f"http://{url}" if url else None
+
+
+def read_token_again() -> None:
+    """Make Ray look at the environment once more: where it was imported before, in a notebook say,
+    it has settled on another token, or on none, and would knock in vain for 20 s."""
+    import ray
+    from ray import _raylet
+
+    if not ray.is_initialized():
+        raylet: Any = _raylet  # compiled: it has no types to check
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
