@@ -86,6 +86,9 @@ def dollars(value: float) -> str:
 
 
 def _digits(value: float, digits: int, full: bool) -> str:
+    rounded = float(f"{value:.{digits}g}")
+    if 10**digits <= abs(rounded) < 1000:  # 180 to two digits, not 1.8e+02
+        return f"{rounded:.0f}"
     return f"{value:#.{digits}g}".rstrip(".") if full else f"{value:.{digits}g}"
 
 

@@ -42,6 +42,7 @@ def test_counts(value: float, expected: str) -> None:
 
 
 def test_trailing_zeros_only_where_digits_matter() -> None:
+    assert [short(v, 2) for v in (5.24, 99.6, 184.7, 184_700)] == ["5.2", "100", "180", "180k"]
     assert short(4700, full=True) == "4.70k"
     assert short(393_000, full=True) == "393k"
     assert scientific(5.2e-4) == "5.2e-4"
