@@ -39,7 +39,7 @@ NOISE = 0.001
 """sd of ln loss of one run at its optimum."""
 DECAY = 0.004
 """What ln loss rises by where the weight decay is e times its best, .1."""
-USELESS = ("gpu", "mfu", "comment")
+USELESS = ("gpu", "node", "comment")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _run(
     return {
         "optimizer": group, "n_params": params, "train_tokens": ragged, "lr": rate,
         "bs": sequences, "seq_len": SEQUENCE, "weight_decay": decay, "max_steps": steps,
-        "global_step": steps, "val_loss": float(loss), "gpu": "H100", "mfu": 0.4, "comment": "",
+        "global_step": steps, "val_loss": float(loss), "gpu": "H100", "node": "a1", "comment": "",
     }  # fmt: skip
 
 

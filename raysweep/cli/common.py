@@ -212,9 +212,7 @@ def live_report(uri: str, folder: Path, wanted: bool | None) -> Iterator[Callabl
         yield lambda: None
         return
     from raysweep.report.watch import kept_live
-    from raysweep.results import Results
 
-    Results.open(uri, create=True)
     with kept_live(uri, folder) as settle:
         page = (folder / "index.html").resolve()
         typer.echo(f"live report, in a moment: {page.as_uri()}", err=True)

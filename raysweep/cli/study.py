@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -52,9 +54,15 @@ def run_command(
     check_folder(folder)
     uri = results or str(Path("results") / study.name)
     try:
-        with live_report(uri, folder, live) as settle:
-            summary = run(study, results_uri=uri, address=address)
-            settle()
+        with ExitStack() as stack:
+            settled: list[Callable[[], None]] = []
+
+            def started() -> None:  # not before: another driver may hold the study
+                settled.append(stack.enter_context(live_report(uri, folder, live)))
+
+            summary = run(study, results_uri=uri, address=address, started=started)
+            for settle in settled:
+                settle()
             for problem in summary.results.problems:
                 typer.echo(f"warning: {problem}", err=True)
             typer.echo("fitting the laws and writing the report", err=True)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +55,7 @@ def run(
     results_uri: str | None = None,
     address: str | None = None,
     console: Console | None = None,
+    started: Callable[[], None] = lambda: None,
 ) -> RunSummary:
     """Run what is missing of a study, and return when it is complete.
 
@@ -61,6 +63,7 @@ def run(
         results_uri: where rows go; `results/STUDY` by default. What stands there is continued.
         address: of a Ray cluster; a local Ray is started if None.
         console: where progress is shown; standard error by default.
+        started: called once no other run can hold the study.
 
     Raises:
         UserError: corpus, results folder or cluster cannot be used, or another run is writing.
@@ -73,6 +76,7 @@ def run(
     check_loggers(study)
     interruption = Interruption()
     with interruption.listening(), study_lock(results.storage):
+        started()
         corpus = None
         if study.space.training is None:
             corpus = prepare(

@@ -202,7 +202,9 @@ def test_a_number_missing_in_one_imported_row_hides_no_other(tmp_path: Path) -> 
         done = here(*command)
         assert not done.stderr
         if command[0] != "report":
-            assert re.search(r"^ *dense-1M-20Mtok +10 ", done.stdout, re.MULTILINE), done.stdout
+            assert re.search(r"^ *dense-1M-20Mtok +(– +)?10 ", done.stdout, re.MULTILINE), (
+                done.stdout
+            )
 
 
 def test_import_says_what_it_did(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_from_files_at_the_command_line(log: PlantedLog, tmp_path: Path) -> None
         return done.stdout
 
     said = run("import", "csv", str(small), "--results", folder)
-    assert "columns ignored: gpu, mfu, comment" in said
+    assert "columns ignored: gpu, node, comment" in said
     assert "cut short" in said
     assert "guessed by their names (--map changes it): loss=val_loss" in said
     assert f"next: raysweep fit {folder} --group optimizer" in said
