@@ -117,7 +117,10 @@ def test_optuna(tmp_path: Path, kind: str) -> None:
 _TUNE = """
 import sys
 import numpy as np
+import ray
 from ray import tune
+
+ray.init(address="local", num_cpus=2, include_dashboard=False)  # not another test's
 
 def train(config):
     for step in range(0, 101, 20):

@@ -59,7 +59,7 @@ def fitting(spec, text):
     def make(**changes: Any):
         trial = spec(resources={"workers": 2}, **changes)
         shape = dataclasses.replace(trial.cell.shape, vocab_size=text.vocab_size)
-        return dataclasses.replace(trial, cell=dataclasses.replace(trial.cell, shape=shape))
+        return dataclasses.replace(trial, cell=dataclasses.replace(trial.cell, model=shape))
 
     return make
 
