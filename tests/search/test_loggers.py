@@ -78,7 +78,7 @@ def test_mlflow_has_a_run_a_trial(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_wandb_has_a_run_a_trial_offline(tmp_path: Path, monkeypatch) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb").teardown()  # else it holds to what it read for another test
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
