@@ -15,6 +15,9 @@ ABOVE = 0.3
 learning rate is above that of the best run of its size, as where runs diverge."""
 SPREADS = 6.0
 """Robust standard deviations of its kind that a row must lie off."""
+LEAST_BELOW, DEPTHS = 0.05, 3.0
+"""So far below, and by so many times the depth that one row in twenty of its kind reaches, a row is
+a suspect too: no choice of hyperparameters goes below the optimum, so that side is short."""
 FEWEST, FEWEST_SIZES = 12, 3
 """Rows, and different (N, D), that a kind needs to have a trend."""
 
@@ -49,7 +52,9 @@ def off_trend(rows: pd.DataFrame) -> pd.Series:
         off -= np.median(off)
         hot = _hotter(part["learning_rate"].to_numpy(float), loss, cell)
         above = (off > max(ABOVE, SPREADS * spread)) & ~hot
-        suspect = (off < -max(BELOW, SPREADS * spread)) | above
+        depth = -float(np.quantile(off, 0.05))
+        lowest = min(max(BELOW, SPREADS * spread), max(LEAST_BELOW, DEPTHS * depth))
+        suspect = (off < -lowest) | above
         found[part.index[suspect]] = off[suspect]
     return found
 

@@ -172,6 +172,14 @@ def test_rows_off_the_trend_are_named_and_those_far_below_kept_out() -> None:
     assert not [n for n in read(spread()).notes if n.startswith("suspects")]
 
 
+def test_a_run_below_what_hyperparameters_can_reach_is_a_suspect() -> None:
+    """A halved loss of a bad setting lies near the others, but below the best of them."""
+    frame = spread()
+    frame.loc[7, "val_loss"] *= 0.8
+    found = read(frame)
+    assert list(found.rows.index[found.rows["excluded"].notna()]) == [7]
+
+
 def test_runs_cut_short_by_their_steps_and_batch_are_kept_out() -> None:
     steps = np.full(60, 2e9 / (128 * 2048))
     steps[:3] *= 0.5
