@@ -208,10 +208,10 @@ def test_several_data_sets_stand_apart(
     assert [e["architecture"] for e in entries] == fits.architectures
 
 
-def test_two_hundred_cells_fit_in_a_page(
+def test_a_hundred_cells_fit_in_a_page(
     make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
 ) -> None:
-    rows = make_rows(("dense",), 50, horizons=4, trials=2)
+    rows = make_rows(("dense",), 25, horizons=4, trials=4)
     page = open_page(report(make_results(rows), tmp_path / "out"))
     assert len(page.source.encode()) < LARGEST
     assert re.search(r"24 of \d+ cells are drawn", page.text)

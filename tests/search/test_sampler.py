@@ -233,11 +233,11 @@ def test_proposing_takes_at_most_50_ms_with_40_cells_and_500_trials():
 
 
 def test_planted_exponents_lie_in_their_intervals_and_recommendations_near_the_optimum():
-    # 10 studies of each of two valleys that are not of the model's family; noise 0.1 %, 4 trials.
-    studies = [plant(seed, shape, sizes=(3, 3)) for shape in SHAPES for seed in range(10)]
+    # 6 studies of each of two valleys that are not of the model's family; noise 0.1 %, 4 trials.
+    studies = [plant(seed, shape, sizes=(3, 3)) for shape in SHAPES for seed in range(6)]
     surfaces = [search(study)[0] for study in studies]
     held_all = [all(held(s, p.exponents)) for s, p in zip(surfaces, studies, strict=True)]
-    assert sum(held_all) >= 17
+    assert sum(held_all) >= 10
     gaps = np.concatenate(list(map(recommended_gaps, studies, surfaces)))
     assert gaps.mean() < 0.04
     assert np.quantile(gaps, 0.9) < 0.1

@@ -7,7 +7,7 @@ import numpy as np
 from raysweep.study import Study, TrialSpec
 
 
-class ToyCorpus:
+class _ToyCorpus:
     """Byte-like tokens with structure: each follows from the one before, with some noise.
 
     What a trial needs of `raysweep.data.corpus.Corpus`; cheap to pickle.
@@ -27,6 +27,9 @@ class ToyCorpus:
             token = int(rng.integers(self.vocab_size)) if noisy else int(step[token])
             tokens[i] = token
         self.train, self.validation = tokens[: self.train_tokens], tokens[self.train_tokens :]
+
+
+ToyCorpus: Any = _ToyCorpus  # to the type checker: it stands for a `Corpus` and is none
 
 
 def make_spec(architecture: str = "dense", **changes: Any) -> TrialSpec:
