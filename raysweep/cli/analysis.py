@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -442,6 +443,19 @@ def compare_command(
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
     if output is not None:
         from raysweep.report.compare import write_comparison
+        from raysweep.report.render import relative
 
-        page = write_comparison(found.arms, output, png=png, apart=found.apart)
+        words = ["raysweep", "compare", *map(relative, results), "-o", relative(str(output))]
+        for option, values in {
+            "--architecture": architecture,
+            "--group": group,
+            "--where": [where] if where else None,
+            "--also": also,
+            "--without": without,
+            "--literature": literature,
+        }.items():
+            words += [word for value in values or () for word in (option, value)]
+        page = write_comparison(
+            found.arms, output, png=png, apart=found.apart, command=shlex.join(words)
+        )
         typer.echo(str(page), err=as_json)

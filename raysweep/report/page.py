@@ -17,6 +17,7 @@ from raysweep.errors import UserError
 from raysweep.report import budgets, claims, facts, measured, serving, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
+from raysweep.report.forecast import forecast_rows, forecast_words
 from raysweep.report.interactive import library, packed_figures
 from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
 from raysweep.report.render import relative, render, replace_file
@@ -161,6 +162,8 @@ def _context(
         "parabolas": "budgets" in figures
         and "parabolas" in " ".join(s.name for p in figures["budgets"].panels for s in p.series),
         "split_rows": budgets.split_rows(split),
+        "forecast_rows": forecast_rows(*results.forecast()),
+        "forecast_said": forecast_words(*results.forecast()),
         "claim_rows": claims.claim_rows(fits),
         "exponent_rows": claims.exponent_rows(fits),
         "serving": serving.words(served),
