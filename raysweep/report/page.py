@@ -23,6 +23,7 @@ from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, name
 from raysweep.report.render import relative, render, replace_file
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of, picture
 from raysweep.report.trials import MAX_ROWS, trial_table
+from raysweep.results.columns import with_loss
 from raysweep.results.store import Results
 from raysweep.scaling.compute.serving import settings_of
 from raysweep.scaling.fits import Fits, fit
@@ -74,6 +75,7 @@ def report(
     page = target / "index.html"
     _refuse_another(page, names)
     fits = fit(results) if fits is None else fits
+    frame = with_loss(frame, fits.of_loss) if fits.of_loss else frame
     context, drawn, shown = _context(results, frame, fits, studies, asked)
     context |= {
         "title": title or _title(names),

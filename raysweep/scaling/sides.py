@@ -179,6 +179,7 @@ def compare(
     also: str | Sequence[str] = (),
     without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
+    loss: str | None = None,
 ) -> Comparison:
     """Compare architectures, groups, studies or folders, as many as there are.
 
@@ -191,6 +192,7 @@ def compare(
             the largest that all measured, or else that lies within the range of all.
         where, also: which rows of each source, and further columns to adjust for; see `fit`.
         without, literature: published laws to leave out, or to trust only; see `fit`.
+        loss: whose loss stands for a trial's; see `fit`.
 
     Raises:
         UserError: fewer than two sides, or one that is not there.
@@ -206,6 +208,7 @@ def compare(
         also=also,
         without=without,
         literature=literature,
+        loss=loss,
     )
     if (params is None) != (tokens is None):
         raise UserError("a size to compare at is both: params and tokens")
@@ -223,6 +226,7 @@ def arms_of(
     also: str | Sequence[str] = (),
     without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
+    loss: str | None = None,
 ) -> list[Arm]:
     """The sides of a comparison: an arm an architecture and group of each source, which is fitted
     alone. One folder of several studies is parted by study, unless its groups are compared.
@@ -241,7 +245,9 @@ def arms_of(
     labels = _shared_data([frame for _, frame, _ in parts])
     found: list[tuple[str, Arm]] = []
     for (name, frame, made), data in zip(parts, labels, strict=True):
-        fits = made or fit(frame, group=group, also=also, without=without, literature=literature)
+        fits = made or fit(
+            frame, group=group, also=also, without=without, literature=literature, loss=loss
+        )
         for architecture in fits.architectures:
             if wanted and architecture not in wanted:
                 continue

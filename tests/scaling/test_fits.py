@@ -179,6 +179,18 @@ def test_the_prior_stands_beside_what_the_data_made_of_it(dense):
         fit(dense.table.trials, without=["chinchila"])
 
 
+def test_losses_of_a_named_validation_set_are_fitted(planted_study, dense):
+    frame = planted_study(per_cell=14)
+    fits = fit(
+        frame.assign(**{"loss.code": 0.5 * frame["loss"], "loss_se.code": 1e-4}), loss="code"
+    )
+    np.testing.assert_allclose(fits.cells["loss"], 0.5 * dense.cells["loss"], rtol=2e-3)
+    assert "losses are those of code" in fits.choices
+    assert fits.options == ["--loss", "code"]
+    with pytest.raises(UserError, match="--loss cod: no row has that loss; known: code"):
+        fit(frame.assign(**{"loss.code": 1.0}), loss="cod")
+
+
 def test_groups_share_the_valley_and_answer_apart(planted_study):
     one = planted_study(per_cell=6, seed=1).assign(optimizer="adamw")
     two = planted_study(per_cell=6, seed=2).assign(optimizer="muon")
