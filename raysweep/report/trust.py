@@ -125,7 +125,7 @@ def _regret(fits: Fits, name: str) -> Mark:
 def _law(fits: Fits, name: str) -> Mark:
     model = fits.loss_model(name)
     if model.ok and model.law is not None:
-        return Mark(model.law.name, True)
+        return Mark(model.law.key, True)
     return Mark("not determined", False)
 
 
