@@ -156,7 +156,9 @@ def run_trial(
         from raysweep.training.checkpoint import forget  # here: drivers never import torch
 
         forget(results.storage, spec.key)
-    elif not spec.training.keep_folders:
+    elif spec.training.keep_folders:
+        TrialFolder(results.storage, spec.key, kept=True).leave()
+    else:
         with contextlib.suppress(UserError):  # the study sweeps up in the end
             TrialFolder(results.storage, spec.key).forget()
     return row

@@ -99,7 +99,10 @@ def train_by_command(
         raise UserError(_failure(words[0], code, said))
     if tail is not None:
         _tell(tail, progress)  # what came last; a divergence there shows in the loss as well
-    return judge(spec, _read_result(result, training.result), progress, cost)
+    found = _read_result(result, training.result)
+    if training.keep_folders:
+        own.save()
+    return judge(spec, found, progress, cost)
 
 
 def _path(text: str, folder: str | Path) -> Path:
@@ -161,7 +164,8 @@ def _watch(
             return "timeout"
         if now - saved > SAVE_SECONDS:
             saved = now
-            own.save()
+            with contextlib.suppress(UserError):  # the storage fails: the next one may do
+                own.save()
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:

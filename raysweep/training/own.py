@@ -259,7 +259,7 @@ def train_by_function(
         steps=spec.steps,
         seed=spec.seed,
         settings={**(spec.cell.own.settings if spec.cell.own else {}), **dict(spec.also)},
-        folder=own.open(),
+        folder=_open(own, world_size, local_rank),
         cell=spec.cell.name,
         scale=spec.cell.scale,
         architecture=spec.cell.architecture,
@@ -293,7 +293,21 @@ def train_by_function(
     if rank:  # the first worker's answer counts
         answer = math.nan
     values = read_answer(answer, f"training.function {training.function} returned")
+    if training.keep_folders:
+        progress.save()
     return judge(spec, values, progress, cost)
+
+
+def _open(own: TrialFolder, world_size: int, local_rank: int) -> Path:
+    """A trial's folder; workers of one machine share it, and the first of them fetches it."""
+    if world_size == 1 or own.storage.is_local:
+        return own.open()
+    from torch import distributed
+
+    if local_rank == 0:
+        own.open()
+    distributed.barrier()
+    return own.path
 
 
 def read_answer(answer: Any, says: str) -> dict[str, Any]:
