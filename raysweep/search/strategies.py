@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-from cmaes import CMAwM
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
@@ -147,6 +146,8 @@ class CmaSampler(RelativeSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The point that CMA-ES has for a trial of this number."""
+        from cmaes import CMAwM  # here, so that other strategies need no library of their own
+
         axes = [_Axis(distribution) for distribution in search_space.values()]
         if len(axes) < 2:
             return {}

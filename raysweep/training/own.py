@@ -96,7 +96,7 @@ class TrialRun:
     values of what `search.also` searches."""
     folder: Path
     """This trial's own. What is written here is there again when the trial is started anew, after
-    a crash or an interruption; with results in an object store, what `save()` has sent."""
+    a crash or an interruption; with results in an object store, what `save()` sent last."""
     cell: str
     scale: str
     architecture: str
@@ -131,8 +131,8 @@ class TrialRun:
         return self._progress.should_stop()
 
     def save(self) -> None:
-        """Send `folder` to the study's storage, where that is not a folder itself. Call it once a
-        checkpoint is complete; from the first worker only what it holds is sent."""
+        """Send `folder` to the study's storage, where that is an object store. Call it once a
+        checkpoint is complete. The first worker sends what it holds; others may call it too."""
         self._progress.save()
 
 
