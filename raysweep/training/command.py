@@ -23,6 +23,7 @@ from raysweep.study.study import TrialSpec
 from raysweep.training import supervisor
 from raysweep.training.outcome import Reporter, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.own import (
+    LOGS,
     Cost,
     Progress,
     TrialEnded,
@@ -40,8 +41,6 @@ LOOK_SECONDS = 0.5
 """Between two looks at a command that runs; the first ones come faster."""
 SAVE_SECONDS = 300.0
 """With results in an object store, the trial's folder is sent there this often."""
-LOGS = "logs"
-"""Folder of the results that holds what commands print: `KEY.log`."""
 MAX_REASON = 300
 _PREFIX = re.compile(r"^(\[[^\]]*\]:?\s*)+")
 """What torchrun puts before a worker's lines: [rank0]: and the like."""
@@ -96,7 +95,7 @@ def train_by_command(
         said = last_words(log)
         if any(text in said for text in _NO_MEMORY):
             raise WorkerOutOfMemory(said)
-        raise UserError(_failure(words[0], code, said))
+        raise UserError(f"{_failure(words[0], code, said)} (all it printed: {LOGS}/{spec.key}.log)")
     if tail is not None:
         _tell(tail, progress)  # what came last; a divergence there shows in the loss as well
     found = _read_result(result, training.result)

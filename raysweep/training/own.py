@@ -53,6 +53,8 @@ COLUMNS = (
     "router_confidence",
 )
 """Keys of a function's answer that are columns of the results; others are kept as `metrics`."""
+LOGS = "logs"
+"""Folder of the results that holds what trials printed or raised: `KEY.log`."""
 WHOLE = 0.98
 """An answer that says it saw less than this share of the horizon's tokens is of a run that was
 stopped."""
@@ -396,11 +398,13 @@ def _fail(name: str, error: BaseException, storage: Storage, key: str, world_siz
     if world_size > 1 and any(text in str(error) for text in LOST_PEER):
         raise error
     text = "".join(traceback.format_exception(error))
-    storage.write(text.encode(), "logs", f"{key}.log")
+    storage.write(text.encode(), LOGS, f"{key}.log")
     said = f"{type(error).__name__}: {error}{where(error)}"
     if _is_out_of_memory(error):
         raise WorkerOutOfMemory(said) from error
-    raise UserError(f"training.function {name} raised {said}") from error
+    raise UserError(
+        f"training.function {name} raised {said}; traceback: {LOGS}/{key}.log"
+    ) from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
