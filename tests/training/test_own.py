@@ -356,7 +356,7 @@ def test_a_command_makes_an_outcome(script: Path, tmp_path: Path) -> None:
     [
         ("other", r"metrics.json has no 'eval.loss' \(it has loss\)"),
         ("text", "is no JSON mapping"),
-        ("writes nothing", "no result was written: training.result.file is"),
+        ("writes nothing", "the command ended, but it wrote no result .training.result.file: "),
         ("fails", "failed with exit code 1: ValueError: no such optimizer"),
         ("killed", "was killed by SIGKILL, perhaps for want of memory"),
     ],
