@@ -31,7 +31,7 @@ from raysweep.search.restore import (
     restore_trials,
     widened,
 )
-from raysweep.search.strategies import RESTARTING, make_sampler
+from raysweep.search.strategies import make_sampler
 from raysweep.search.value import next_cell, targets_of
 from raysweep.study import Cell, Study, TrialSpec
 
@@ -508,9 +508,6 @@ class StudyScheduler:
         features = state.cell.size
         length = state.cell.sequence_length
         self._history.register(features, state.study, sequence_length=length)
-        seed = self.study.space.seed
-        if self._search.strategy in RESTARTING:
-            seed += len(state.study.get_trials(deepcopy=False))
         state.study.sampler = make_sampler(
             self._search.strategy,
             cell=features,
@@ -519,7 +516,8 @@ class StudyScheduler:
             log2_batch=state.bounds.log2_batch,
             sequence_length=length,
             trials=state.budget,
-            seed=seed,
+            seed=self.study.space.seed,
+            also=state.further_distributions,
         )
 
     def _propose(self, state: CellState, trial_id: str) -> tuple[Proposal, optuna.Trial]:
