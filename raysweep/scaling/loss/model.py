@@ -174,9 +174,7 @@ class LossModel:
         if self.posterior is not None and known.any():
             inputs = {name: v[known] for name, v in inputs.items()}
             mean, sd = self.posterior.predict(inputs)
-            reach = stdtrit(self.freedom, 0.5 + LEVEL / 2) * np.hypot(
-                self.inflation * sd, noise
-            )
+            reach = stdtrit(self.freedom, 0.5 + LEVEL / 2) * np.hypot(self.inflation * sd, noise)
             value[known], low[known], high[known] = np.exp([mean, mean - reach, mean + reach])
         return value, low, high
 

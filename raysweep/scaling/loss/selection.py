@@ -26,8 +26,10 @@ MIN_CELLS = 3
 LEVELS_AHEAD = 6
 """The highest levels, at most, that are predicted from those below them."""
 
-PREFERENCE = 0.75
-"""A law answers in place of one listed before it where its error is this share of that one's."""
+PREFERENCE, CHANCE = 0.75, 0.8
+"""A law answers in place of one listed before it where its error is at most this share of that
+one's; over many predicted runs, where chance tells errors of equal laws apart by about 1/sqrt(runs)
+at most, 1 - CHANCE/sqrt(runs)."""
 
 SPREAD = 0.05
 """An input that varies by less, in its log, says nothing of its exponent."""
@@ -70,7 +72,8 @@ def _choose(data: LossData, laws: Sequence[Law]) -> LossModel:
         return LossModel(NOT_DETERMINED, why, data, scores)
     best = usable[0]
     for score in usable[1:]:
-        if score.error < PREFERENCE * best.error:
+        runs = sum(a.n for a in score.ahead)
+        if score.error < max(PREFERENCE, 1 - CHANCE / math.sqrt(runs)) * best.error:
             best = score
     posterior = fits[best.law][1]
     squares = [min(a.square, WORST_SQUARE) for a in best.ahead]
