@@ -30,7 +30,7 @@ from benchmarks.planted_laws import PLANTED, simulated_cells
 from raysweep.errors import UserError
 from raysweep.results.importers import import_file
 from raysweep.results.published import read_steplaw
-from raysweep.scaling.fits import fit as fit_results
+from raysweep.scaling.fit import fit as fit_results
 from raysweep.scaling.loss import solver
 from raysweep.scaling.loss.data import COLUMNS, LossData
 from raysweep.scaling.loss.fit import cell_multiplicities, fit_law, resample

@@ -30,7 +30,8 @@ from raysweep.errors import UserError
 from raysweep.report.forecast import forecast_rows, forecast_words
 from raysweep.results import Results
 from raysweep.scaling.claims import claims_text
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 from raysweep.scaling.forecast import forecast, outcome
 from raysweep.study import Study
 

@@ -31,7 +31,7 @@ from raysweep.cli.imported import said_of_import
 from raysweep.report.write import write_report
 from raysweep.results.importers import read_source
 from raysweep.results.store import Results
-from raysweep.scaling.fits import fit
+from raysweep.scaling.fit import fit
 
 SEQUENCE = 2048
 CUT_SHORT, WRONG_UNITS = 0.05, 0.02

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from raysweep.report.write import write_report as report
     from raysweep.results import Results
     from raysweep.results.importers import import_results
-    from raysweep.scaling.fits import Fits, fit
+    from raysweep.scaling.fit import fit
+    from raysweep.scaling.fits import Fits
     from raysweep.scaling.recommend import Recommendation
     from raysweep.scaling.sides import Comparison, compare
     from raysweep.search.run import run
@@ -66,7 +67,7 @@ _HOMES = {
     "TrialRun": "raysweep.training.own",
     "UserError": "raysweep.errors",
     "compare": "raysweep.scaling.sides",
-    "fit": "raysweep.scaling.fits",
+    "fit": "raysweep.scaling.fit",
     "import_results": "raysweep.results.importers",
     "report": "raysweep.report",
     "run": "raysweep.search.run",

@@ -177,7 +177,7 @@ def fit_results(
     loss: str | None = None,
 ) -> Fits:
     from raysweep.results import Results
-    from raysweep.scaling.fits import fit
+    from raysweep.scaling.fit import fit
 
     results = Results.open(uri)
     fits = fit(

@@ -45,7 +45,7 @@ def run_command(
     """Run a study: search every cell, fit the laws, write the report. Run it again to continue."""
     from raysweep.report.write import check_folder, opening_answers, write_report
     from raysweep.results import Results
-    from raysweep.scaling.fits import fit
+    from raysweep.scaling.fit import fit
     from raysweep.search.interruption import Interrupted
     from raysweep.search.run import run
 

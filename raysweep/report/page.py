@@ -26,7 +26,8 @@ from raysweep.report.trials import MAX_ROWS, trial_table
 from raysweep.results.columns import with_loss
 from raysweep.results.store import Results
 from raysweep.scaling.compute.serving import settings_of
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 from raysweep.scaling.summary import hyperparameter_sentences
 from raysweep.text import written
 

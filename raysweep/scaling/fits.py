@@ -1,9 +1,9 @@
-"""fit(results) -> Fits: everything that a results table can tell, in one fitted object."""
+"""Fits: everything fitted to one results table, and every answer that is read off it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from typing import overload
@@ -13,11 +13,10 @@ import pandas as pd
 
 from raysweep.display import InNotebooks, Plots, plots_of
 from raysweep.errors import UserError
-from raysweep.results.columns import recipe_columns, rows_where, with_loss
+from raysweep.results.columns import rows_where
 from raysweep.results.importers import read_runs
-from raysweep.results.store import Results
-from raysweep.scaling.adjustment import AS_RUN, Adjustment, adjusted_cells
-from raysweep.scaling.cells import CellTable, CellTrials, cell_table
+from raysweep.scaling.adjustment import AS_RUN, Adjustment
+from raysweep.scaling.cells import CellTable
 from raysweep.scaling.claims import Claim, claims
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
 from raysweep.scaling.compute.allocation import Allocation
@@ -30,38 +29,33 @@ from raysweep.scaling.compute.budgets import (
 )
 from raysweep.scaling.compute.candidates import candidates_of
 from raysweep.scaling.compute.serving import LossCurve, Serving, ServingLaw, Solution
-from raysweep.scaling.estimate import Estimate
-from raysweep.scaling.evidence import Evidence, gather
+from raysweep.scaling.evidence import Evidence
 from raysweep.scaling.held_out import HeldOut, hold_out_largest
 from raysweep.scaling.loss.data import LossData
-from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import batch_table, choose_loss
+from raysweep.scaling.optima.coefficients import against_prior, laws_to_dict
 from raysweep.scaling.optima.hyperparameters import (
     HyperparameterOptimum,
     hyperparameter_optima,
 )
-from raysweep.scaling.optima.literature import OptimumPrior, literature_prior, made_for
-from raysweep.scaling.optima.model import BENDS
+from raysweep.scaling.optima.literature import OptimumPrior
 from raysweep.scaling.optima.noise_scale import (
     NoiseLaw,
-    cell_expert_load,
-    cell_noise_scale,
     fit_noise_scale,
     noise_along,
 )
-from raysweep.scaling.optima.readings import Optimum, all_readings, readings_table
-from raysweep.scaling.optima.surface import EXPONENTS, TARGETS, Surface
+from raysweep.scaling.optima.readings import Optimum, readings_table
+from raysweep.scaling.optima.surface import TARGETS
 from raysweep.scaling.plain import to_json
 from raysweep.scaling.prediction import NEEDED as SIZED
-from raysweep.scaling.prediction import Score, predict_runs, score_runs
+from raysweep.scaling.prediction import Score, predict_around, predict_runs, score_runs
 from raysweep.scaling.recommend import BATCH_WITHIN, Recommendation, recommend
 from raysweep.scaling.relations import LossRelation, loss_relation
 from raysweep.scaling.summary import summary
-from raysweep.study.load import parse_yaml
 from raysweep.text import read_number, read_size
 
-__all__ = ["Fits", "Recommendation", "fit"]
+__all__ = ["Fits", "Recommendation"]
 
 Many = float | str | Sequence[float | str] | np.ndarray
 """Numbers, or text such as "7B"."""
@@ -209,7 +203,7 @@ class Fits(InNotebooks):
         if _single(params) and _single(tokens):
             return one(params, tokens)
         pairs = np.broadcast(np.atleast_1d(params), np.atleast_1d(tokens))
-        rows = [recommendation_row(one(n, d)) for n, d in pairs]
+        rows = [one(n, d).to_row() for n, d in pairs]
         return pd.DataFrame(rows)
 
     def predict(
@@ -233,39 +227,9 @@ class Fits(InNotebooks):
         found = self.recommend(
             architecture, params, tokens, experts=experts, top_k=top_k, group=group
         )
-        return self.loss_at(found, learning_rate, batch_tokens)
-
-    def loss_at(
-        self, found: Recommendation, learning_rate: Many, batch_tokens: Many
-    ) -> pd.DataFrame:
-        """What `predict` tells, of the run of a recommendation.
-
-        Raises:
-            UserError: no trial tells its learning rate and batch.
-        """
-        evidence = self.evidence_of(found.architecture)
-        if evidence.surface is None:
-            raise UserError("no trial tells its learning rate and batch: only the loss of cells")
-        rate, batch = np.broadcast_arrays(
-            _numbers(learning_rate, "learning_rate"), _numbers(batch_tokens, "batch_tokens")
-        )
-        gap, least, most = evidence.gap(found.run, rate, batch)
-        noise = 1.96 * evidence.surface.mode.widths.growth * gap  # of one run, beside the optimum's
-        base = np.log(np.array([found.loss, *found.loss_interval]))
-        own = base[0] - base[1], base[2] - base[0]
-        down = np.sqrt(own[0] ** 2 + (gap - least) ** 2 + noise**2)
-        up = np.sqrt(own[1] ** 2 + (most - gap) ** 2 + noise**2)
-        with np.errstate(over="ignore"):  # far off the optimum the loss has no upper end
-            return pd.DataFrame(
-                {
-                    "learning_rate": rate,
-                    "batch_tokens": batch,
-                    "loss": np.exp(base[0] + gap),
-                    "low": np.exp(base[0] + gap - down),
-                    "high": np.exp(base[0] + gap + up),
-                    "cost": np.expm1(gap),
-                }
-            )
+        rate = _numbers(learning_rate, "learning_rate")
+        batch = _numbers(batch_tokens, "batch_tokens")
+        return predict_around(self.evidence_of(found.architecture), found, rate, batch)
 
     def predict_runs(
         self, runs: str | PathLike[str] | pd.DataFrame, columns: Mapping[str, str] | None = None
@@ -478,7 +442,7 @@ class Fits(InNotebooks):
         for label, evidence in self.evidence.items():
             if evidence.surface is None:
                 continue
-            rows += [{"dataset": label, **row} for row in _against_prior(evidence.surface)]
+            rows += [{"dataset": label, **row} for row in against_prior(evidence.surface)]
         return pd.DataFrame(rows)
 
     def loss_model(self, architecture: str) -> LossModel:
@@ -496,7 +460,7 @@ class Fits(InNotebooks):
             "cells": self.cells,
             "optima": self.optima["model"] if self.optima else {},
             "laws": {
-                label: _laws_dict(e.surface) for label, e in self.evidence.items() if e.surface
+                label: laws_to_dict(e.surface) for label, e in self.evidence.items() if e.surface
             },
             "loss": {name: self.loss_model(name).to_dict() for name in self.architectures},
             "relations": self.relations,
@@ -578,142 +542,8 @@ class Fits(InNotebooks):
         raise UserError(f"no architecture {wanted!r} in the results; known: {', '.join(names)}")
 
 
-def fit(
-    results: str | PathLike[str] | Results | pd.DataFrame,
-    *,
-    group: str | Sequence[str] = (),
-    where: str | None = None,
-    also: str | Sequence[str] = (),
-    without: Iterable[str] | None = None,
-    literature: Iterable[str] | None = None,
-    loss: str | None = None,
-    loss_law: str | None = None,
-) -> Fits:
-    """Fit everything that a results table can tell.
-
-    Args:
-        results: a results folder or URI, opened or not, or a DataFrame with the schema's columns.
-        group: columns by which runs differ in their group (optimizer, schedule, ...): they share
-            one valley, and have offsets of their own.
-        where: only the rows for which this holds, such as 'optimizer == "adamw"'.
-        also: further columns (weight_decay, warmup, ...) whose effect on the loss is taken off it;
-            see `further`.
-        without: keys of published laws to leave out of the prior.
-        literature: keys of the only published laws to make the prior of. What is not given here
-            is as the search spaces of the results say, if they agree.
-        loss: the named validation set (`data.validation`) whose loss stands for a trial's, or `ema`
-            for that of its averaged weights, in place of the one that its search minimised.
-        loss_law: the law of the loss to answer with, in place of the one that predicts best.
-
-    Raises:
-        UserError: no results there, an unknown law or column, or a table without the columns that
-            every fit needs.
-    """
-    if isinstance(results, str | PathLike):
-        results = Results.open(results)
-    columns = (group,) if isinstance(group, str) else tuple(group)
-    if loss_law is not None and loss_law not in LOSS_LAWS:
-        raise UserError(f"unknown law of the loss {loss_law!r}; known: {', '.join(LOSS_LAWS)}")
-    frame = results if isinstance(results, pd.DataFrame) else results.to_pandas()
-    doubt = ""
-    if isinstance(results, Results) and (without is None or literature is None):
-        out, trusted, doubt = _laws_to_trust(results, frame)
-        without = out if without is None else without
-        literature = trusted if literature is None else literature
-    prior = literature_prior(without or (), literature)
-    choices = []
-    if loss:
-        frame = with_loss(frame, loss)
-        choices.append(f"losses are those of {loss}")
-    if where:
-        taken = rows_where(frame, where)
-        choices.append(f"only rows where {where}: {len(taken)} of {len(frame)}")
-        frame = taken
-    table = cell_table(frame, group=columns)
-    adjusted = None
-    if also:
-        adjusted, table = adjusted_cells(frame, table, columns, also, prior)
-        choices.append(str(adjusted))
-    trials = table.searched()
-    evidence = {}
-    for label in dict.fromkeys(table.cells["dataset"]):
-        cells = table.cells[table.cells["dataset"] == label]
-        own = [t for t in trials if t.name in cells.index]
-        evidence[str(label)] = gather(
-            str(label), cells, own, prior, None if loss_law is None else (loss_law,)
-        )
-    cells = pd.concat([e.cells for e in evidence.values()]) if evidence else table.cells
-    optima = _optima(evidence.values(), trials)
-    cells = _with_optima(cells, optima.get("model", {})).sort_values(
-        ["flops", "tokens"], kind="stable"
-    )
-    left_out = table.left_out["why"].value_counts()
-    return Fits(
-        n_rows=len(frame),
-        left_out={str(k): int(v) for k, v in left_out.items()},
-        messages=(
-            *([doubt] if doubt else []),
-            *table.messages,
-            *_messages(table, trials, optima.get("model", {})),
-        ),
-        group=columns,
-        prior=prior,
-        evidence=evidence,
-        cells=cells,
-        optima=optima,
-        noise_scale=cell_noise_scale(cells, table.trials),
-        expert_load=cell_expert_load(cells, table.trials),
-        table=table,
-        where=where or "",
-        of_loss=loss or "",
-        adjusted=adjusted,
-        choices=tuple(choices),
-    )
-
-
 def _mapping(columns: Mapping[str, str] | None) -> str | None:
     return ",".join(f"{ours}={theirs}" for ours, theirs in columns.items()) if columns else None
-
-
-def _laws_to_trust(
-    results: Results, frame: pd.DataFrame
-) -> tuple[Iterable[str], Iterable[str] | None, str]:
-    """`without` and `literature` of the search spaces that rows came of; nothing, and why in a
-    sentence, where they differ."""
-    own = set(frame["study"].astype(str))
-    said = []
-    for name, text in results.search_spaces().items():
-        if name in own:
-            try:
-                space, _ = parse_yaml(text, name)
-            except UserError:  # a search space that cannot be read is no reason to go without fits
-                continue
-            keys = space if isinstance(space, dict) else {}
-            trusted = keys.get("literature")
-            said.append(
-                (tuple(keys.get("without") or ()), None if trusted is None else tuple(trusted))
-            )
-    if len(set(said)) > 1:
-        return (), None, "the studies name different published laws: the fits start from all"
-    without, literature = said[0] if said else ((), None)
-    return without, literature, ""
-
-
-def recommendation_row(answer: Recommendation) -> dict[str, object]:
-    """A recommendation as one row of a table, or as plain values."""
-    low, high = "_low", "_high"
-    row: dict[str, object] = {
-        "architecture": answer.architecture,
-        "params": answer.params,
-        "tokens": answer.tokens,
-        "experts": answer.experts,
-        "top_k": answer.top_k,
-    }
-    for name in ("learning_rate", "batch_tokens", "loss"):
-        ends = getattr(answer, f"{name}_interval")
-        row |= {name: getattr(answer, name), name + low: ends[0], name + high: ends[1]}
-    keep = {f.name for f in fields(answer)} & {"largest_batch", "verdict"}
-    return row | {name: getattr(answer, name) for name in sorted(keep)}
 
 
 def _numbers(values: Many, name: str) -> np.ndarray:
@@ -740,107 +570,3 @@ def _scalar(value: object, name: str) -> str | float:
 def _share(within: float | str) -> float:
     text = str(within).strip()
     return read_number(text[:-1], "within") / 100 if text.endswith("%") else float(text)
-
-
-def _optima(
-    evidence: Iterable[Evidence], trials: Sequence[CellTrials]
-) -> dict[str, dict[str, Optimum]]:
-    """Optima by every way, over all sets of data."""
-    found: dict[str, dict[str, Optimum]] = {}
-    for one in evidence:
-        if one.surface is None:
-            continue
-        own = [t for t in trials if t.name in one.cells.index]
-        for way, optima in all_readings(one.surface, own).items():
-            found.setdefault(way, {}).update(optima)
-    return found
-
-
-def _with_optima(cells: pd.DataFrame, optima: Mapping[str, Optimum]) -> pd.DataFrame:
-    found = [optima.get(str(name)) for name in cells.index]
-    return cells.assign(
-        learning_rate=[o.learning_rate if o else np.nan for o in found],
-        batch_tokens=[o.batch_tokens if o else np.nan for o in found],
-        status=[o.status if o else "no learning rate or batch" for o in found],
-    )
-
-
-def _messages(
-    table: CellTable, trials: Sequence[CellTrials], optima: Mapping[str, Optimum]
-) -> list[str]:
-    """What a reader must know before any number: in whole sentences."""
-    said = []
-    if not len(table.trials):
-        said.append("no finished trial with a loss counts: nothing can be fitted")
-    elif not trials:
-        said.append("no trial tells its learning rate and batch: only laws of the loss are fitted")
-    recipes = recipe_columns(table.trials)
-    if trials and "optimizer" in recipes:
-        said += [told] if (told := made_for(recipes["optimizer"].dropna().astype(str))) else []
-    statuses = pd.Series([o.status for o in optima.values()], dtype=object).value_counts()
-    outside = {str(k): int(v) for k, v in statuses.items() if k != "interior"}
-    if outside:
-        listed = ", ".join(f"{v} {k}" for k, v in outside.items())
-        n = len(optima)
-        said.append(f"{n - sum(outside.values())} of {n} optima lie inside their trials ({listed})")
-    return said
-
-
-def _laws_dict(surface: Surface) -> dict[str, object]:
-    """The laws of the optimum. ln value = the sum of `terms` times what they read of a run, with
-    n = ln(N / centre N), d = ln(D / centre D), s = ln(total / active): 1, n, d, s, then the bends
-    n n / 2, n d, d d / 2, and the offset of the run's routing and of its group, if there are any.
-    """
-    laws = surface.laws
-    names = ["at_centre", *EXPONENTS, *BENDS]
-    names += [f"routing e{e}k{k}" for e, k in surface.design.routings]
-    names += [f"group {g}" for g in surface.design.groups]
-    terms = {
-        target: dict(zip(names, surface.mode.shared[law].tolist(), strict=True))
-        for target, law in zip(TARGETS, surface.problem.layout.law, strict=True)
-    }
-    return {
-        "status": surface.status,
-        "centre": {
-            "params": float(np.exp(laws.centre[0])),
-            "tokens": float(np.exp(laws.centre[1])),
-        },
-        "at_centre": {
-            t: float(np.exp(c)) for t, c in zip(TARGETS, laws.coefficients[:, 0], strict=True)
-        },
-        "exponents": {t: {n: laws.exponent(t, n) for n in EXPONENTS} for t in TARGETS},
-        "learned": {t: {n: laws.learned(t, n) for n in EXPONENTS} for t in TARGETS},
-        "terms": terms,
-        "one_batch": surface.batch_rule is not None,
-    }
-
-
-def _against_prior(surface: Surface) -> list[dict[str, object]]:
-    laws = surface.laws
-    size = laws.coefficients.size // 2
-    rows = []
-    for axis, target in enumerate(TARGETS):
-        for column, name in enumerate(("at the centre", *EXPONENTS)):
-            at = axis * size + column
-            mean, sd = float(laws.prior_mean[at]), float(laws.prior_covariance[at, at] ** 0.5)
-            value = float(laws.coefficients[axis, column])
-            reach = 1.96 * float(laws.covariance[at, at] ** 0.5)
-            found = Estimate(value, value - reach, value + reach)
-            if column:
-                found = laws.exponent(target, name)
-            moved = (value - mean) / sd
-            if not column:
-                found = Estimate(*np.exp([found.value, found.low, found.high]).tolist())
-            rows.append(
-                {
-                    "target": target,
-                    "coefficient": name,
-                    "prior": float(np.exp(mean)) if not column else mean,
-                    "prior_sd": sd,
-                    "value": found.value,
-                    "low": found.low,
-                    "high": found.high,
-                    "moved": moved,
-                }
-            )
-    return rows

@@ -16,7 +16,9 @@ from raysweep.scaling.plain import to_json
 from raysweep.text import short, written
 
 if TYPE_CHECKING:
+    from raysweep.scaling.evidence import Evidence
     from raysweep.scaling.fits import Fits
+    from raysweep.scaling.recommend import Recommendation
 
 N = "params_active_non_embedding"
 NEEDED = (N, "tokens")
@@ -69,6 +71,38 @@ def predict_runs(fits: Fits, runs: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
+def predict_around(
+    evidence: Evidence, best: Recommendation, rate: np.ndarray, batch: np.ndarray
+) -> pd.DataFrame:
+    """The loss of a recommended run at other learning rates and batches (tokens), arrays that
+    broadcast: `learning_rate`, `batch_tokens`, `loss`, the ends `low` and `high` of its 95 %
+    interval, and `cost`, the share by which it lies above the loss at the optimum.
+
+    Raises:
+        UserError: no trial tells its learning rate and batch.
+    """
+    if evidence.surface is None:
+        raise UserError("no trial tells its learning rate and batch: only the loss of cells")
+    rate, batch = np.broadcast_arrays(rate, batch)
+    gap, least, most = evidence.gap(best.run, rate, batch)
+    noise = 1.96 * evidence.surface.mode.widths.growth * gap  # of one run, beside the optimum's
+    base = np.log(np.array([best.loss, *best.loss_interval]))
+    own = base[0] - base[1], base[2] - base[0]
+    down = np.sqrt(own[0] ** 2 + (gap - least) ** 2 + noise**2)
+    up = np.sqrt(own[1] ** 2 + (most - gap) ** 2 + noise**2)
+    with np.errstate(over="ignore"):  # far off the optimum the loss has no upper end
+        return pd.DataFrame(
+            {
+                "learning_rate": rate,
+                "batch_tokens": batch,
+                "loss": np.exp(base[0] + gap),
+                "low": np.exp(base[0] + gap - down),
+                "high": np.exp(base[0] + gap + up),
+                "cost": np.expm1(gap),
+            }
+        )
+
+
 def _one_size(fits: Fits, part: pd.DataFrame, experts: int, top_k: int) -> pd.DataFrame:
     """Columns of `predict_runs` for runs of one size."""
     params, tokens = (float(np.exp(np.log(part[n]).mean())) for n in ("params", "tokens"))
@@ -87,9 +121,9 @@ def _one_size(fits: Fits, part: pd.DataFrame, experts: int, top_k: int) -> pd.Da
         if evidence.surface.batch_rule is not None:
             # No cell varied the batch: it makes no difference.
             batch = batch.where(batch.notna() | rate.isna(), 1.0)
-        both = (rate > 0) & (batch > 0)
+        both = (rate > 0) & (batch > 0) & np.isfinite(rate * batch)
         if both.any():
-            found = fits.loss_at(best, rate[both].to_numpy(), batch[both].to_numpy())
+            found = predict_around(evidence, best, rate[both].to_numpy(), batch[both].to_numpy())
             for column in ("loss", "low", "high", "cost"):
                 made.loc[both, column] = found[column].to_numpy()
         half = ((rate > 0) | (batch > 0)) & ~both

@@ -115,6 +115,17 @@ class Recommendation(InNotebooks):
         assert isinstance(plain, dict)
         return plain
 
+    def to_row(self) -> dict[str, object]:
+        """One row of a table: the run, each answer with the ends of its interval, the verdict."""
+        row: dict[str, object] = {
+            name: getattr(self, name)
+            for name in ("architecture", "params", "tokens", "experts", "top_k")
+        }
+        for name in ("learning_rate", "batch_tokens", "loss"):
+            low, high = getattr(self, f"{name}_interval")
+            row |= {name: getattr(self, name), f"{name}_low": low, f"{name}_high": high}
+        return row | {"largest_batch": self.largest_batch, "verdict": self.verdict}
+
     def __repr__(self) -> str:
         rate, batch = written(self.learning_rate, "rate"), written(self.batch_tokens, "batch")
         loss = written(self.loss, "loss")

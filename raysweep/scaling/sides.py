@@ -16,7 +16,8 @@ from raysweep.results.columns import rows_where
 from raysweep.results.store import Results
 from raysweep.scaling.compare import Arm, Ratio, Shift, compare_arms, shared_sizes, size_shift
 from raysweep.scaling.datasets import data_sets
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 from raysweep.scaling.plain import to_json
 from raysweep.scaling.recommend import Recommendation
 from raysweep.scaling.runs import AXES

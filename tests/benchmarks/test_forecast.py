@@ -8,7 +8,7 @@ import pytest
 from benchmarks.forecast import conclude
 from raysweep.results import Results
 from raysweep.results.schema import row_table
-from raysweep.scaling.fits import fit
+from raysweep.scaling.fit import fit
 from raysweep.scaling.forecast import forecast
 from raysweep.study import Study
 from tests.report.conftest import Page, Row, planted_row

@@ -254,7 +254,7 @@ def make_results(tmp_path: Path) -> Callable[..., Results]:
 def ladder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fits, Path]:
     """A dense and a MoE ladder with targets and a run: what was fitted, and the page of it."""
     from raysweep.report import report
-    from raysweep.scaling.fits import fit
+    from raysweep.scaling.fit import fit
 
     folder = tmp_path_factory.mktemp("ladder")
     rows = planted()

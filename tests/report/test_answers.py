@@ -16,7 +16,8 @@ from raysweep.report import report
 from raysweep.report.answers import WITHIN, answer_grid, ask
 from raysweep.results import published
 from raysweep.results.store import Results
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 from raysweep.scaling.recommend import INSIDE, Recommendation
 from raysweep.text import written
 

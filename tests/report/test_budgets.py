@@ -7,7 +7,7 @@ import pandas as pd
 
 from raysweep.report.budgets import split_figure, splits
 from raysweep.report.figure import Line, Points
-from raysweep.scaling.fits import fit
+from raysweep.scaling.fit import fit
 from raysweep.study import Study
 
 

@@ -11,7 +11,8 @@ import pytest
 from raysweep.report.compare import common_size, ratios_figure, write_comparison
 from raysweep.results.schema import row_table
 from raysweep.scaling.compare import compare_arms
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 from raysweep.scaling.recommend import answer
 from raysweep.text import between, written
 

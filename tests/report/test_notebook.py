@@ -17,7 +17,8 @@ from raysweep.report.notebook import MAX_ROWS, html_of
 from raysweep.results.schema import row_table
 from raysweep.results.store import Results
 from raysweep.scaling.compare import Arm, Ratio, compare_arms
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 
 REPO = Path(__file__).resolve().parents[2]
 NOTEBOOK = REPO / "reports/notebook.ipynb"

@@ -21,7 +21,8 @@ from raysweep.results.store import Results
 from raysweep.scaling.compute.roofline import find_gpu
 from raysweep.scaling.compute.serving import Serving
 from raysweep.scaling.estimate import Estimate
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 from raysweep.scaling.recommend import Recommendation
 from raysweep.text import between, dollars, written
 

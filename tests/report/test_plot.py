@@ -11,7 +11,8 @@ import pytest
 from raysweep.errors import UserError
 from raysweep.report.plot import FitPlots
 from raysweep.results.schema import row_table
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 
 
 def test_figures_show_the_cells(ladder: tuple[Fits, Path]) -> None:

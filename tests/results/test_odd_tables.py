@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from raysweep.errors import UserError
 from raysweep.report.write import write_report
 from raysweep.results.importers import import_results
-from raysweep.scaling.fits import fit
+from raysweep.scaling.fit import fit
 from raysweep.scaling.sides import compare
 
 USUAL: dict[str, Any] = {

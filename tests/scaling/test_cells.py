@@ -9,7 +9,7 @@ import pytest
 from raysweep.errors import UserError
 from raysweep.scaling.cells import cell_table
 from raysweep.scaling.datasets import other_data
-from raysweep.scaling.fits import fit
+from raysweep.scaling.fit import fit
 from raysweep.scaling.joining import together
 from raysweep.scaling.runs import size_of
 

@@ -12,7 +12,8 @@ import pytest
 from raysweep.scaling.claims import near_optimal, tokens_saved
 from raysweep.scaling.compute.budgets import exponents_text
 from raysweep.scaling.estimate import Estimate
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 from raysweep.study import Study
 
 SLOPE = 0.2

@@ -9,7 +9,8 @@ import pytest
 
 from raysweep.errors import UserError
 from raysweep.results.published import read_chinchilla, read_isoflop, read_steplaw
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 from raysweep.scaling.recommend import EXTRAPOLATED, INSIDE, NOT_DETERMINED, usable_batch
 from raysweep.scaling.runs import describe_run
 

@@ -14,7 +14,8 @@ from benchmarks.imports import DECAY, PlantedLog, plant_log
 from raysweep.cli import app
 from raysweep.errors import UserError
 from raysweep.results.importers import read_rows
-from raysweep.scaling.fits import Fits, fit
+from raysweep.scaling.fit import fit
+from raysweep.scaling.fits import Fits
 
 SMALLER = "params_active_non_embedding < 4e8"
 

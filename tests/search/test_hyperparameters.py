@@ -11,7 +11,7 @@ import pytest
 
 from raysweep.results import Results
 from raysweep.results.schema import make_row
-from raysweep.scaling.fits import fit
+from raysweep.scaling.fit import fit
 from raysweep.search.resources import ResourcePool
 from raysweep.search.scheduler import StudyScheduler
 from raysweep.study import Study

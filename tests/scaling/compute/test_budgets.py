@@ -9,7 +9,7 @@ from raysweep.errors import UserError
 from raysweep.results.published import read_chinchilla, read_isoflop
 from raysweep.scaling.compute.roofline import find_gpu
 from raysweep.scaling.compute.serving import Serving
-from raysweep.scaling.fits import fit
+from raysweep.scaling.fit import fit
 
 
 @pytest.fixture(scope="module")
