@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check fast browser size clean
+.PHONY: install demo test check waiting fast browser size clean
 
 install: $(STAMP)
 
@@ -18,9 +18,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/raysweep run search_spaces/laptop.yaml
 
-# ruff, pyright and import-linter, then every test that needs no GPU. Those that wait for Ray or a
-# browser more than they work run two at a time, those of one cluster one after the other.
-test: check browser fast
+# ruff, pyright and import-linter, then every test that needs no GPU: those that wait for Ray or a
+# browser, and at low priority beside them, in the time that they leave, the others.
+test: check browser
+	$(MAKE) --jobs 2 --output-sync=target waiting fast NICE="nice -n 10"
+
+waiting: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "(ray or browser) and not gpu"
 
 check: $(STAMP)
@@ -31,7 +34,7 @@ check: $(STAMP)
 
 # The tests without Ray or a browser, some on each core: under three minutes on two.
 fast: $(STAMP)
-	$(BIN)/python -m pytest -n logical --dist loadfile -m "not gpu and not ray and not browser"
+	$(NICE) $(BIN)/python -m pytest -n logical --dist loadgroup -m "not gpu and not ray and not browser"
 
 # Headless Chromium for the tests of the report's page.
 browser:

@@ -1,4 +1,4 @@
-"""One of two workers of a process group, started as a script by test_parallel.py."""
+"""What each of two workers runs for test_parallel.py: whole, killed and resumed, out of memory."""
 
 import pickle
 from pathlib import Path
@@ -8,7 +8,6 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import toys
-from workers import work
 
 from raysweep.errors import UserError
 from raysweep.model import Decoder
@@ -41,7 +40,13 @@ def task(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
             sent.append(len(pickle.dumps(value)))
         return from_leader(self, value)
 
-    patch.object(Workers, "from_leader", noting).start()
+    with patch.object(Workers, "from_leader", noting):
+        _run(corpus, rank, folder, outcomes)
+    outcomes["sent"] = sent
+    return outcomes
+
+
+def _run(corpus: Any, rank: int, folder: Path, outcomes: dict[Any, Any]) -> None:
     for strategy in ("ddp", "fsdp"):
         workers = Workers.of_process_group(strategy)
         for architecture in ("dense", "moe"):
@@ -87,9 +92,3 @@ def task(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
         workers=sharded,
         checkpoints=Storage.at(folder / "ddp-dense"),
     )
-    outcomes["sent"] = sent
-    return outcomes
-
-
-if __name__ == "__main__":
-    work(task)

@@ -1,4 +1,4 @@
-"""One of two workers of a process group, started as a script by test_recipes.py."""
+"""Recipes of test_recipes.py, and what each of two workers runs of them."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 import toys
-from workers import work
 
 from raysweep.results.filesystem import Storage
 from raysweep.study import TrialSpec
@@ -93,7 +92,3 @@ def task(rank: int, world_size: int, folder: Path) -> dict[Any, TrialOutcome]:
                 dist.barrier()
             outcomes[strategy, name, "resumed"] = train(trial, corpus, **options)
     return outcomes
-
-
-if __name__ == "__main__":
-    work(task)

@@ -1,7 +1,6 @@
 """Two workers agree with one, replicated (DDP) and sharded (FSDP2), also after a kill."""
 
 import pytest
-from workers import run_workers
 
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
@@ -18,18 +17,15 @@ class Heard(Silent):
         self.steps.append(step)
 
 
+pytestmark = pytest.mark.xdist_group("two")
+
 SHORT = 16 * 8 * 20
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("workers")
-
-
-@pytest.fixture(scope="module")
-def outcomes(folder):
+def outcomes(of_two):
     """What each of two workers said of the same trials."""
-    return run_workers("one_of_two.py", folder)
+    return [found["one_of_two"] for found in of_two]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -69,7 +65,7 @@ def test_what_a_sharded_model_has_learned_is_never_sent_whole(outcomes, spec):
     assert max(sent) < 4 * spec().cell.counts.params_total
 
 
-def test_another_number_of_workers_and_strategy_goes_on(outcomes, corpus, spec, folder):
+def test_another_number_of_workers_and_strategy_goes_on(outcomes, corpus, spec, folder_of_two):
     for of_rank in outcomes:
         assert of_rank["from ddp to fsdp"].loss == pytest.approx(
             outcomes[0]["ddp", "dense"].loss, rel=1e-5
@@ -77,7 +73,7 @@ def test_another_number_of_workers_and_strategy_goes_on(outcomes, corpus, spec, 
     for strategy in ("ddp", "fsdp"):
         trial = spec("moe", tokens=SHORT, recipe={"checkpoint_seconds": 1e-9})
         heard = Heard()
-        states = Storage.at(folder / f"{strategy}-moe")
+        states = Storage.at(folder_of_two / f"{strategy}-moe")
         one = train(trial, corpus, checkpoints=states, reporter=heard)
         assert heard.steps[0] > 5, "where the two were killed, or had ended"
         assert one.loss == pytest.approx(outcomes[0][strategy, "moe"].loss, rel=1e-5)

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from recipe_of_two import RECIPES, TwoSets, trial_of
-from workers import run_workers
 
 from raysweep.results.filesystem import Storage
 from raysweep.training.learner import Learner
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
 from raysweep.training.parallel import Workers
+
+pytestmark = pytest.mark.xdist_group("two")
 
 
 class Dies(Silent):
@@ -39,8 +40,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return run_workers("recipe_of_two.py", tmp_path_factory.mktemp("recipes"))
+def outcomes(of_two):
+    return [found["recipe_of_two"] for found in of_two]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

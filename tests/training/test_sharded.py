@@ -9,12 +9,14 @@ from raysweep.model import build, initial
 from raysweep.training.loop import train
 from raysweep.training.parallel import Workers
 
+pytestmark = pytest.mark.xdist_group("two")
+
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(of_two, tmp_path_factory):
     """By the number of workers: two share a model; four hold it twice, two a node."""
-    folder = tmp_path_factory.mktemp("sharded")
-    return {size: run_workers("sharded.py", folder, size)[0] for size in (2, 4)}
+    four = run_workers("sharded.py", tmp_path_factory.mktemp("four"), world_size=4)
+    return {2: of_two[0]["sharded"], 4: four[0]}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
