@@ -23,7 +23,6 @@ import argparse
 import itertools
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize, nnls
 
-from raysweep.errors import UserError
+from benchmarks.entry import start
 from raysweep.results.importers import import_file
 from raysweep.scaling.compute.allocation import compute_optimal, read_minimum
 from raysweep.scaling.compute.isoflop import isoflop
@@ -246,7 +245,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main)

@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
+from benchmarks.entry import start
 from benchmarks.planted_laws import PLANTED, simulated_cells
 from raysweep.errors import UserError
 from raysweep.results.importers import import_file
@@ -259,7 +259,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main)

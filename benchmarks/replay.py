@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import optuna
 
+from benchmarks.entry import start
 from benchmarks.recorded import RecordedGrid, read_grids
 from benchmarks.search import grid_search
-from raysweep.errors import UserError
 from raysweep.scaling.optima.literature import OptimumPrior, flat_prior, literature_prior
 from raysweep.scaling.optima.model import LINEAR, Design
 from raysweep.search.history import TrialHistory
@@ -184,7 +183,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main)

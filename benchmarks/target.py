@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 
+from benchmarks.entry import start
 from benchmarks.recorded import RecordedGrid, read_grids
 from benchmarks.search import grid_search
 from raysweep.errors import UserError
@@ -185,7 +185,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main)

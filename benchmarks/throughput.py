@@ -26,6 +26,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,19 +73,26 @@ def geometric_mean(values: list[float]) -> float:
     return math.prod(values) ** (1 / len(values))
 
 
+def against(
+    repeats: int, experts: int, peer: str
+) -> Iterator[tuple[tuple[int, int, int], list[float], list[float]]]:
+    """Each of `SHAPES`, and tokens/s of ours and of a peer (`plain` or `peer`), by turns."""
+    for d_model, layers, heads in SHAPES:
+        shape = {"d_model": d_model, "layers": layers, "heads": heads, "steps": STEPS[d_model]}
+        case = CPU_CASE | shape | ({"experts": experts} if experts > 1 else {})
+        us, them = [], []
+        for _ in range(repeats):
+            them.append(measure(case | {peer: True}))
+            us.append(measure(case))
+        yield (d_model, layers, heads), us, them
+
+
 def plain(repeats: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for experts in (1, 8):
-        for d_model, layers, heads in SHAPES:
-            case = CPU_CASE | {
-                "d_model": d_model, "layers": layers, "heads": heads, "steps": STEPS[d_model],
-            } | ({"experts": experts} if experts > 1 else {})  # fmt: skip
-            us, them = [], []
-            for _ in range(repeats):
-                them.append(measure(case | {"plain": True}))
-                us.append(measure(case))
+        for shape, us, them in against(repeats, experts, "plain"):
             ratio = statistics.median(us) / statistics.median(them)
-            name = f"{(d_model, layers, heads)}" + (f", {experts} experts" if experts > 1 else "")
+            name = f"{shape}" + (f", {experts} experts" if experts > 1 else "")
             print(f"  {name}: {show('tokens/s', us)}, {show('plain', them)}: {ratio:.2f}x")
             found[name] = {"ratio": ratio, "ours": us, "plain": them}
     least = min(case["ratio"] for case in found.values())
@@ -99,18 +107,11 @@ def cpu(repeats: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, experts in (("LlamaForCausalLM", 1), ("MixtralForCausalLM", 8)):
         ratios, cases = [], []
-        for d_model, layers, heads in SHAPES:
-            case = CPU_CASE | {
-                "d_model": d_model, "layers": layers, "heads": heads, "steps": STEPS[d_model],
-            } | ({"experts": experts} if experts > 1 else {})  # fmt: skip
-            us, them = [], []
-            for _ in range(repeats):
-                them.append(measure(case | {"peer": True}))
-                us.append(measure(case))
+        for shape, us, them in against(repeats, experts, "peer"):
             ratios.append(statistics.median(us) / statistics.median(them))
-            cases.append({"shape": (d_model, layers, heads), "ours": us, "peer": them})
+            cases.append({"shape": shape, "ours": us, "peer": them})
             texts = show("tokens/s", us), show(kind, them)
-            print(f"  {d_model, layers, heads}: {texts[0]}, {texts[1]}: {ratios[-1]:.2f}x")
+            print(f"  {shape}: {texts[0]}, {texts[1]}: {ratios[-1]:.2f}x")
         ratio = geometric_mean(ratios)
         print(f"cpu: {ratio:.2f}x {kind}, geometric mean")
         found[kind] = {"ratio": ratio, "ratios": ratios, "tokens_per_second": cases}

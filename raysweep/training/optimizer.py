@@ -193,8 +193,9 @@ class AdamW:
                 continue
             names = (*MOMENTS, "step")
             first, second, steps = ([self.state[p][name] for p in members] for name in names)
-            torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
+            for count in steps:
+                count.add_(1)
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
                 members, [p.grad for p in members], first, second, [], steps,
                 lr=group["lr"], beta1=self.betas[0], beta2=self.betas[1],
                 weight_decay=group["weight_decay"], eps=group["eps"],
