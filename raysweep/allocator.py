@@ -22,7 +22,7 @@ def keep_freed() -> None:
 
 
 def give_back_freed() -> None:
-    """Give freed memory back to the system, also what lies between pieces in use."""
+    """Return freed memory to the system, free pages between allocations included."""
     _call("malloc_trim", 0)
 
 

@@ -1,4 +1,4 @@
-"""Objects that show and draw themselves. How is the report's business: it is told at import."""
+"""Notebook views and figures of results: hooks that `raysweep/__init__` fills from the report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plots_of(fits: object) -> Plots:
 
 
 def show_with(draw: Callable[[object], str], plots: Callable[[object], Plots]) -> None:
-    """Let `draw` make the HTML of every object that shows itself, `plots` the figures of fits."""
+    """Register `draw`, which makes the HTML of an object, and `plots`, the figures of fits."""
     global _draw, _plots
     _draw, _plots = draw, plots
 

@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings with the files they stand for."""
+    """The settings of a corpus, with the files that their paths name."""
 
     data: Data
     files: dict[Path, bool]

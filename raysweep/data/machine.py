@@ -55,7 +55,7 @@ def read_machine(stats: ReadStats) -> Iterator[bytes]:
 
 
 def unfit(text: bytes) -> str | None:
-    """Why a file is no text that a person wrote, if it is not."""
+    """Why a file does not look like text that a person wrote; None if it does."""
     if len(text) < _SHORTEST:
         return "shorter than 256 bytes"
     if len(text) > _LONGEST:

@@ -127,7 +127,7 @@ def boundary(text: bytes, limit: int) -> int:
 
 
 def decode_problem(text: bytes) -> str | None:
-    """Why bytes do not count as text, if they do not."""
+    """Why bytes are not text; None for UTF-8 without NUL bytes."""
     if b"\0" in text[:_SNIFF]:
         return "not UTF-8 text"
     try:

@@ -20,7 +20,7 @@ NORM_EPS = 1e-6
 
 
 def widen(x: Tensor) -> Tensor:
-    """In float32, or float64 if it is."""
+    """The tensor in float32; one of float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 

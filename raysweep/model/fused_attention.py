@@ -23,18 +23,9 @@ ONE_BLOCK_UPTO = 1 << 17
 """Attention of no more scores than this is not cut: the calls would cost more than they save."""
 
 
-def attention_block(
-    x_BTD: Tensor,
-    norm: Tensor,
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    out: Tensor,
-    rope: Tensor,
-    kv_heads: int,
-) -> Tensor:
-    """x + attention(norm(x)), as `transformer.Attention` has it."""
-    return _AttentionBlock.apply(x_BTD, norm, qkv, q_norm, k_norm, out, rope, kv_heads)  # type: ignore[return-value]
+def attention_block(*block: Any) -> Tensor:
+    """x + attention(norm(x)), of the arguments of `functional.attention_block`."""
+    return _AttentionBlock.apply(*block)  # type: ignore[return-value]
 
 
 class _AttentionBlock(Function):

@@ -74,7 +74,7 @@ def _acquire(storage: Storage) -> str:
 
 
 def _wait_out(storage: Storage) -> None:
-    """Return once no lease stands, or the one that does has not changed for too long."""
+    """Wait until there is no lease, or its holder has not renewed it for `LAPSE_SECONDS`."""
     first = storage.read(LEASE)
     begun = time.monotonic()
     told = False

@@ -227,7 +227,7 @@ def _plain(name: str) -> str:
 
 
 def _fits(ours: str, column: pd.Series) -> bool:
-    """Whether a guessed column can be one of numbers, where ours is one; empty it may be."""
+    """Whether a guessed column suits ours: numbers where ours holds numbers, or empty."""
     return ours not in NUMERIC or bool(numbers(column).notna().any() or column.isna().all())
 
 

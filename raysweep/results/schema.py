@@ -131,7 +131,8 @@ CURVE_SCHEMA = pa.schema(
 
 
 def make_row(**values: Any) -> dict[str, Any]:
-    """A complete row: columns not given are None. An unknown or missing required one is our bug."""
+    """A complete row: columns not given are None. Fails an assertion on an unknown column or
+    a required one without a value: both are bugs of the caller."""
     unknown = values.keys() - COLUMNS.keys()
     assert not unknown, f"not columns: {sorted(unknown)}"
     row = {name: values.get(name) for name in COLUMNS}

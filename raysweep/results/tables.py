@@ -155,7 +155,7 @@ class TableFolder:
         return table
 
     def _sweep(self) -> None:
-        """Drop what writers left half-written that were killed."""
+        """Delete unfinished files of writers that were killed."""
         if not self.storage.is_local:
             return
         for path in Path(self.storage.path(self.name)).glob(".*.parquet.????????"):

@@ -240,13 +240,13 @@ def _value(name: str, value: object) -> str:
 
 
 def _told_apart(rows: pd.DataFrame) -> pd.Series:
-    """Architecture names, with that of their data where several sets of data have one of it."""
+    """Architecture names; one that several data sets have is followed by the data set's name."""
     sets = rows["dataset"].groupby(rows["architecture"], sort=False).transform("nunique")
     return rows["architecture"].where(sets < 2, rows["architecture"] + " (" + rows["dataset"] + ")")
 
 
 def _repeated(rows: pd.DataFrame) -> str:
-    """That runs went over their corpus more than once, if they did."""
+    """A sentence where runs made more than one pass over their corpus; else empty."""
     epochs = rows["epochs"].groupby(rows["cell"]).max()
     several = epochs[epochs > 1 + SINGULAR]
     if not len(several):

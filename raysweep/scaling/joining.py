@@ -89,7 +89,7 @@ def join_cells(rows: pd.DataFrame) -> pd.Series:
 
 
 def _free(rows: pd.DataFrame, block: pd.Series) -> pd.Series:
-    """Whether a row's name may give way: it has none, or an import made it of its exact tokens."""
+    """Whether joining may rename a row: it has no name, or an import derived it from its tokens."""
     name = rows["cell"].astype(object)
     source = rows["source"].astype(object).where(rows["source"].notna(), "").astype(str)
     imported = source.str.startswith("import:") & name.notna()

@@ -240,7 +240,7 @@ def usable_batch(tokens: float, sequence_length: int | None) -> tuple[float, int
 
 
 def _reaching(estimate: Estimate, value: float) -> tuple[float, float]:
-    """The interval of an estimate, as far as the value that stands for it."""
+    """The interval of an estimate, widened to hold the rounded value that is recommended."""
     if not (estimate.has_interval and math.isfinite(value)):
         return estimate.low, estimate.high
     return min(estimate.low, value), max(estimate.high, value)

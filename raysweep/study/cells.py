@@ -65,7 +65,7 @@ class Architecture(Section):
 
 
 class Resources(Section):
-    """What one trial occupies."""
+    """The workers, CPUs and GPUs of one trial, and how its model is spread over them."""
 
     workers: Annotated[int, Field(ge=1, le=65536)] = 1
     """Processes that train one model together. One worker trains inside a reused Tune actor."""
@@ -113,7 +113,7 @@ class Horizon(Section):
 
     @property
     def label(self) -> str:
-        """What the names of its cells end in."""
+        """The suffix of its cells' names, such as `20tpp` or `1Btok`."""
         if self.tokens_per_param is not None:
             return f"{self.tokens_per_param:g}tpp"
         if self.tokens is not None:
@@ -166,7 +166,7 @@ class ScaleEntry(Section):
 
     @property
     def is_own(self) -> bool:
-        """Whether it says what only a user's own models need."""
+        """Whether it sets a key that only a user's own training code reads (settings, counts)."""
         return any(
             value is not None
             for value in (

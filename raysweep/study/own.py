@@ -119,7 +119,7 @@ class Training(Section):
 
     @property
     def name(self) -> str:
-        """What trains, in a word: part of a trial's key."""
+        """The function, the command as JSON, or `external`: part of a trial's key."""
         return self.function or json.dumps(self.command) if not self.external else "external"
 
 

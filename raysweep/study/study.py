@@ -54,13 +54,13 @@ class Cell:
 
     @property
     def shape(self) -> ModelShape:
-        """Of a cell of raysweep's models."""
+        """The decoder's shape; only cells of raysweep's own models have one."""
         assert isinstance(self.model, ModelShape), self.name
         return self.model
 
     @property
     def own(self) -> OwnModel | None:
-        """The model, where the user's own code trains it."""
+        """The user's model where their own code trains it, else None."""
         return self.model if isinstance(self.model, OwnModel) else None
 
     @property
@@ -90,7 +90,7 @@ class Cell:
 
     @cached_property
     def size(self) -> RunSize:
-        """What the laws know of a trial."""
+        """The run's size: the inputs of the laws."""
         counts = self.counts
         return RunSize(
             params_active_non_embedding=counts.params_active_non_embedding,

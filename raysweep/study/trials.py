@@ -61,7 +61,7 @@ class AlsoRange(Section):
 
     @property
     def middle(self) -> float:
-        """Of the range, as it is searched."""
+        """The middle of the range: geometric where it is searched in logs."""
         if self.log:
             return math.sqrt(self.low * self.high)
         return 0.5 * (self.low + self.high)
@@ -237,7 +237,7 @@ class Recipe(Section):
 
     @property
     def decays_on(self) -> tuple[Role, ...]:
-        """What weight decay applies to."""
+        """The parameters that weight decay applies to."""
         if self.weight_decay_on is not None:
             return self.weight_decay_on
         return ("matrices", "head") if self.weight_decay_rule == "fixed" else ("matrices",)

@@ -91,7 +91,7 @@ def calibrate(study: Study) -> Calibration:
 
 
 def _processors() -> int:
-    """Those that this process may use; all, where the system does not say (macOS)."""
+    """The CPUs that this process may use; all where the system does not say (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -226,7 +226,7 @@ def _step(study: Study, cell: Cell, batch_sequences: int) -> tuple[float, float]
 
 
 def noise(vocabulary: int, count: int) -> Any:
-    """What stands for a corpus: a small one of random tokens."""
+    """A small corpus of random tokens."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary, 4 * count, dtype=np.uint32).astype(np.int64)
     return _Noise(tokens[count:], tokens[:count])

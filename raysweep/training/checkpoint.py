@@ -213,7 +213,7 @@ def _files(parts: Parts) -> Iterator[list[tuple[str, int, Tensor]]]:
 
 
 def _overlap(part: tuple[int, Tensor] | None, start: int, length: int) -> tuple[int, int] | None:
-    """From where to where a part and a stretch overlap; None if they do not."""
+    """The range in which a part and a stretch overlap; None if they do not."""
     if part is None:
         return None
     first, last = max(part[0], start), min(part[0] + len(part[1]), start + length)

@@ -189,7 +189,7 @@ class Learner:
         }
 
     def load(self, state: dict[str, Any], step: int) -> None:
-        """Take up what `state` gave after so many steps."""
+        """Restore what `state` returned after `step` steps."""
         self.gradient.micro = min(state["micro"], self.gradient.micro)
         if self.workers.sharded:
             self.workers.reshard(self.model)

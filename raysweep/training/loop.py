@@ -126,8 +126,8 @@ class _Run:
             self.checkpoints.wait()
 
     def _within_memory(self, work: Callable[[], TrialOutcome | None]) -> TrialOutcome | None:
-        """Do a part of the run. One worker may lack memory: that is the outcome. Others would wait
-        for it in vain, so several workers fail together."""
+        """Do a part of the run. Out of memory on a single worker is an outcome of the trial; of
+        several workers the others would wait for it in vain, so all fail together."""
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
@@ -271,6 +271,6 @@ class _Run:
         return {**self.state.state(), **self.learner.state()}
 
     def _load(self, saved: dict[str, Any]) -> None:
-        """Take up what `_saved` gave."""
+        """Restore what `_saved` returned."""
         self.state.load(saved, self.device)
         self.learner.load(saved, saved["step"])

@@ -127,7 +127,7 @@ class Workers:
         return ShardedParameters(model, group_of)
 
     def reshard(self, model: Decoder) -> None:
-        """Let go of what an evaluation has left gathered: before parameters are written to."""
+        """Free what an evaluation left gathered (FSDP2), before parameters are written to."""
         if not self.sharded:
             return
         from torch.distributed.fsdp import FSDPModule

@@ -45,21 +45,22 @@ class RunState:
 
     @property
     def horizons(self) -> list[HorizonMetrics]:
-        """Those that the next step belongs to, the current one first."""
+        """The horizons that the next step counts for, the current one first: in the stable phase
+        also those of all branches to come."""
         return [self.metrics] if self.stable_run is not None else [self.metrics, *self.waiting]
 
     @property
     def next_branch(self) -> HorizonMetrics | None:
-        """The branch that leaves next; a branch has none."""
+        """The branch whose decay begins next; None within a branch."""
         return self.waiting[0] if self.waiting and self.stable_run is None else None
 
     @property
     def begun(self) -> int:
-        """The first step of the current horizon's own: a run lends its branch those before."""
+        """The step at which the current branch left the stable run; 0 outside a branch."""
         return self.stable_run["step"] if self.stable_run is not None else 0
 
     def enter(self, branch: HorizonMetrics, stable_run: dict[str, Any]) -> None:
-        """Go on in a branch; `stable_run` is what the run later goes on from."""
+        """Go on in a branch; `stable_run` is the state to return to after it."""
         self.metrics, self.stable_run, self.seconds, self.pace = branch, stable_run, 0.0, Pace()
 
     def wants_trace(self) -> bool:
@@ -111,7 +112,7 @@ class RunState:
         }
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take up what `state` gave, on the run or in a branch of it."""
+        """Restore what `state` returned, on the run or in a branch of it."""
         self.step, self.seconds, self.stable_run = (
             state["step"],
             state["seconds"],

@@ -66,7 +66,7 @@ def clean_slate(
     dtype: torch.dtype | None = None,
     gpu_share: float = 1.0,
 ) -> Iterator[None]:
-    """Global state of PyTorch set for one run, whatever the process ran before.
+    """Set PyTorch's global state for one run, whatever the process ran before.
 
     float32 means float32 (no TF32); but where all else is bfloat16, the routers' products take
     TF32. Denormals are flushed, for they slow CPUs a hundredfold. A process takes no more of a GPU
@@ -129,7 +129,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return once the device has done what it was given."""
+    """Block until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

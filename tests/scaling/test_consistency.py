@@ -1,4 +1,4 @@
-"""One model, one answer: every door gives the same numbers to the same twenty questions."""
+"""Python, the command line, `fit --json`, comparisons and the search answer alike from one fit."""
 
 from __future__ import annotations
 
