@@ -233,7 +233,7 @@ def _improvement(
 
 
 def _alike(candidates: np.ndarray, known: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Correlation of each candidate's luck with that of the nearest point known, [candidates]."""
+    """Correlation of a run's noise at each candidate with that at the nearest known point."""
     if not len(known):
         return np.zeros(len(candidates))
     square = (((candidates[:, None] - known) / length) ** 2).sum(-1).min(1)
@@ -243,7 +243,7 @@ def _alike(candidates: np.ndarray, known: np.ndarray, length: np.ndarray) -> np.
 def _condition(
     sought: np.ndarray, outcome: np.ndarray, seen: np.ndarray, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Take from the draws' spread what a noisy look at `seen` would tell."""
+    """Shrink the draws' spread as a noisy observation at `seen` would."""
     variance = float(seen @ seen) / len(seen)
     total = variance + noise
     # The square-root (ensemble) update, whose spread is that of the exact posterior: Whitaker &
