@@ -79,3 +79,41 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3.create_dir("bucket")
     yield f"s3://bucket/study?{options}"
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def isoflop_profiles() -> Callable[..., "pd.DataFrame"]:
+    """Runs of all cells of a search space of Wang et al.: `isoflop_profiles(name, (N, D), height,
+    noise)`. The loss is 1.8 + height ((N / N0)^-a + a/b (D / D0)^-b), whose best N grows with
+    C^0.507 dense and C^0.590 MoE, and whose two terms are alike at the N0 and D0 given."""
+
+    def make(name: str, alike: tuple[float, float], height: float, noise: float) -> "pd.DataFrame":
+        import numpy as np
+        import pandas as pd
+
+        from raysweep.study import Study
+
+        exponents = {"dense": (0.35, 0.36), "moe": (0.30, 0.4317)}
+        rng = np.random.default_rng(0)
+        counts = ("params_active", "params_active_non_embedding", "params_total")
+        rows = []
+        for cell in Study.load(REPO / "search_spaces" / f"{name}.yaml").cells:
+            a, b = exponents[cell.architecture]
+            n, d = cell.counts.params_active_non_embedding, cell.tokens
+            loss = 1.8 + height * ((n / alike[0]) ** -a + a / b * (d / alike[1]) ** -b)
+            rows.append(
+                {
+                    "architecture": cell.architecture,
+                    **{count: getattr(cell.counts, count) for count in counts},
+                    "params_total_non_embedding": cell.counts.params_total_non_embedding,
+                    "params_dense": cell.params_dense,
+                    "tokens": d,
+                    "flops_per_token": cell.counts.flops_per_token,
+                    "experts": cell.shape.experts,
+                    "top_k": cell.shape.top_k,
+                    "loss": loss * np.exp(noise * rng.standard_normal()),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    return make

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,6 @@ from raysweep.scaling.compute.budgets import exponents_text
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.fit import fit
 from raysweep.scaling.fits import Fits
-from raysweep.study import Study
 
 SLOPE = 0.2
 """Of the planted valley's ridge: .006 u v against .015 u^2."""
@@ -83,34 +81,10 @@ def test_tokens_saved_keeps_its_interval_in_order() -> None:
     assert (saved.low, saved.value, saved.high) == pytest.approx((0.1, 0.2, 0.3))
 
 
-def test_exponents_of_the_split_come_back_in_the_sources_count() -> None:
+def test_exponents_of_the_split_come_back_in_the_sources_count(isoflop_profiles) -> None:
     """.507 dense and .590 MoE, planted in active non-embedding parameters on IsoFLOP profiles: by
     each architecture's own law and by its parabolas, and never beside another count's."""
-    study = Study.load(Path(__file__).parents[2] / "search_spaces/wang2024.yaml")
-    exponents = {"dense": (0.35, 0.36), "moe": (0.30, 0.4317)}
-    rng = np.random.default_rng(0)
-    rows = []
-    for cell in study.cells:
-        a, b = exponents[cell.architecture]
-        n, d = cell.counts.params_active_non_embedding, cell.tokens
-        # At 1e20 FLOPs the two terms are alike where N is 1e9 and D 1.6e10.
-        loss = 1.8 + 0.35 * (n / 1e9) ** -a + 0.35 * a / b * (d / 1.6e10) ** -b
-        rows.append(
-            {
-                "architecture": cell.architecture,
-                "params_active_non_embedding": n,
-                "params_total": cell.counts.params_total,
-                "params_total_non_embedding": cell.counts.params_total_non_embedding,
-                "params_active": cell.counts.params_active,
-                "params_dense": cell.params_dense,
-                "tokens": d,
-                "flops_per_token": cell.counts.flops_per_token,
-                "experts": cell.shape.experts,
-                "top_k": cell.shape.top_k,
-                "loss": loss * np.exp(0.0003 * rng.standard_normal()),
-            }
-        )
-    found = fit(pd.DataFrame(rows)).exponents
+    found = fit(isoflop_profiles("wang2024", (1e9, 1.6e10), 0.35, 0.0003)).exponents
     assert {e.count for e in found} == {"params_active_non_embedding"}
     by = {(e.architecture, e.method): e for e in found}
     for name, planted in (("dense", 0.507), ("moe", 0.590)):

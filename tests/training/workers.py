@@ -29,7 +29,7 @@ def run_workers(script: str, folder: Path, world_size: int = 2) -> list[Any]:
     ]
     try:
         for process in processes:
-            _, error = process.communicate(timeout=240)
+            _, error = process.communicate(timeout=500)
             assert process.returncode == 0, error[-2000:]
     finally:
         for process in processes:
