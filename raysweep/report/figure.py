@@ -314,7 +314,7 @@ def _scale(axes: Axes, one: Panel) -> None:
 
 
 def limits(one: Panel, which: str, axis: Axis) -> tuple[float, float]:
-    """From where to where an axis goes: by points and lines, not by their intervals."""
+    """The limits of an axis: by points and lines, not by their intervals."""
     if axis.limits:
         return axis.limits
     values: list[np.ndarray] = []
@@ -351,7 +351,7 @@ def limits(one: Panel, which: str, axis: Axis) -> tuple[float, float]:
 
 
 def _drawable(axes: Axes, which: str = "y") -> tuple[float, float]:
-    """As far beyond the axes as anything need be drawn."""
+    """(low, high): one more width of the axis on either side; nothing further out need be drawn."""
     low, high = sorted(axes.get_ylim() if which == "y" else axes.get_xlim())
     log = (axes.get_yscale() if which == "y" else axes.get_xscale()) == "log"
     return (low / 3, high * 3) if log else (2 * low - high, 2 * high - low)
@@ -388,5 +388,5 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def by_name(figures: Sequence[PlotFigure | None]) -> Mapping[str, PlotFigure]:
-    """Those that are there, by their names."""
+    """The figures that are not None, by their names."""
     return {f.name: f for f in figures if f is not None}

@@ -71,7 +71,7 @@ def noise_figure(fits: Fits) -> PlotFigure | None:
 
 
 def noise_rows(fits: Fits) -> list[dict[str, str]]:
-    """The laws of the noise scale, written."""
+    """The laws of the noise scale as text."""
     return [
         {
             "name": name,

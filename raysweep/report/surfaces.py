@@ -229,6 +229,6 @@ def _box(cells: Sequence[CellTrials]) -> np.ndarray:
 
 
 def drawn_of(fits: Fits) -> tuple[int, int]:
-    """How many searched cells are drawn, and of how many."""
+    """(cells drawn, cells searched)."""
     searched = int((fits.cells["n_searched"] > 0).sum())
     return min(searched, MAX_CELLS), searched

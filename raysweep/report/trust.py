@@ -246,7 +246,7 @@ def prior_figure(fits: Fits) -> PlotFigure | None:
 
 
 def prior_rows(fits: Fits) -> list[dict[str, str]]:
-    """The prior table, written."""
+    """The prior table as text."""
     rows = []
     for row in fits.prior_table.to_dict("records"):
         centre = row["coefficient"] == "at the centre"
