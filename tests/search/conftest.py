@@ -9,7 +9,8 @@ from benchmarks.nodes import Cluster
 
 @pytest.fixture(scope="session")
 def _head() -> Iterator[Cluster]:
-    with Cluster(head_cpus=2) as started:
+    # On a busy machine Ray takes longer to start than the 30 s that it gives itself.
+    with Cluster(head_cpus=2, env={"RAY_raylet_start_wait_time_s": "120"}) as started:
         started.start_head()
         yield started
 
