@@ -21,7 +21,7 @@ demo: $(STAMP)
 # ruff, pyright and import-linter, then every test that needs no GPU: those that wait for Ray or a
 # browser, and at low priority beside them, in the time that they leave, the others.
 test: check browser
-	$(MAKE) --jobs 2 --output-sync=target waiting fast NICE="nice -n 10"
+	$(MAKE) --jobs 2 waiting fast NICE="nice -n 10"
 
 waiting: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "(ray or browser) and not gpu"
