@@ -24,7 +24,7 @@ test: check browser
 	$(MAKE) --jobs 2 waiting fast NICE="nice -n 10"
 
 waiting: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "(ray or browser) and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "(ray or browser) and not gpu"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
