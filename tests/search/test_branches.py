@@ -164,8 +164,6 @@ def test_the_plan_counts_the_shared_phase_once() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("head")
-@pytest.mark.usefixtures("cluster")
 def test_on_a_real_ray_with_a_range_that_widens(tmp_path: Path) -> None:
     """The widened range is kept beside the rows and taken up; a finished study stays so."""
     from raysweep.results import Results

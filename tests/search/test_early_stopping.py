@@ -53,8 +53,6 @@ def test_without_early_stopping_nothing_stops() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("head")
-@pytest.mark.usefixtures("cluster")
 def test_early_stopping_leaves_rows_with_a_reason(tmp_path: Path) -> None:
     changes = (
         "architectures={dense: {}}",

@@ -3,18 +3,19 @@
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.nodes import in_trial
+from benchmarks.nodes import Cluster, in_trial
 from raysweep.search.callback import RETRIES, StudyCallback
 from raysweep.search.cells import CRASHES_ALLOWED
 from raysweep.search.run import run
 from raysweep.study import Study
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("head")]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("losses")]
 
 PROGRESS = "raysweep.search.progress.Progress.refresh"
 
@@ -48,6 +49,21 @@ def make_study(folder: Path, tokens: int) -> Study:
     )
 
 
+@pytest.fixture(scope="module")
+def head() -> Iterator[Cluster]:
+    with Cluster() as started:
+        started.start_head()
+        yield started
+
+
+@pytest.fixture
+def cluster(head: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """One node, with this process's environment set to reach it."""
+    for name, value in head.env.items():
+        monkeypatch.setenv(name, value)
+    return head
+
+
 @pytest.fixture
 def starts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each trial was started."""
@@ -73,7 +89,7 @@ def test_lost_workers_do_not_end_a_trial(cluster, tmp_path: Path, starts, monkey
 
     monkeypatch.setattr(PROGRESS, kill)
     study = make_study(tmp_path, 300_000)
-    results = run(study, results_uri=str(tmp_path / "r")).results
+    results = run(study, results_uri=str(tmp_path / "r"), address=cluster.address).results
     assert results.to_pandas()["status"].tolist() == ["finished"]
     assert list(starts.values()) == [RETRIES + 3]
 
@@ -84,7 +100,7 @@ def test_a_trial_that_fails_each_time_is_a_row_with_its_reason(
     study = make_study(tmp_path, 20_000)
     shard = tmp_path / "tokens" / "train.bin"
     monkeypatch.setattr(PROGRESS, lambda *_, **__: shard.unlink(missing_ok=True))
-    results = run(study, results_uri=str(tmp_path / "r")).results
+    results = run(study, results_uri=str(tmp_path / "r"), address=cluster.address).results
     (row,) = results.to_pandas().to_dict("records")
     assert row["status"] == "crashed"
     assert "token shard" in row["reason"]
