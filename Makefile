@@ -24,7 +24,7 @@ test: check browser
 	$(MAKE) --jobs 2 waiting fast NICE="nice -n 10"
 
 waiting: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "(ray or browser) and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "(ray or browser) and not gpu"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,7 +34,7 @@ check: $(STAMP)
 
 # The tests without Ray or a browser, some on each core: under three minutes on two.
 fast: $(STAMP)
-	$(NICE) $(BIN)/python -m pytest -n logical --dist loadgroup -m "not gpu and not ray and not browser"
+	$(NICE) $(BIN)/python -m pytest -n logical --dist loadfile -m "not gpu and not ray and not browser"
 
 # Headless Chromium for the tests of the report's page.
 browser:

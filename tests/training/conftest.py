@@ -29,6 +29,5 @@ def folder_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def of_two(folder_of_two: Path) -> list[dict[str, Any]]:
-    """What each of two workers of a process group found, by script. Tests that use it share an
-    `xdist_group`, so that it is made once."""
+    """What each of two workers of a process group found, by script."""
     return run_workers("all_of_two.py", folder_of_two)

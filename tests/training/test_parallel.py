@@ -17,8 +17,6 @@ class Heard(Silent):
         self.steps.append(step)
 
 
-pytestmark = pytest.mark.xdist_group("two")
-
 SHORT = 16 * 8 * 20
 
 

@@ -11,8 +11,6 @@ from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
 from raysweep.training.parallel import Workers
 
-pytestmark = pytest.mark.xdist_group("two")
-
 
 class Dies(Silent):
     def report(self, step: int, tokens: int, loss: float) -> None:

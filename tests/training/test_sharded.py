@@ -9,8 +9,6 @@ from raysweep.model import build, initial
 from raysweep.training.loop import train
 from raysweep.training.parallel import Workers
 
-pytestmark = pytest.mark.xdist_group("two")
-
 
 @pytest.fixture(scope="module")
 def outcomes(of_two, tmp_path_factory):
