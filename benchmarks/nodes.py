@@ -179,7 +179,13 @@ class Driver:
         self.results, self.starts = folder / "results", 0
         self._folder, self._env = folder, env
         self._command = [sys.executable, "-m", "raysweep.cli", "run", str(space), *options]
-        self._command += ["--results", str(self.results), "--report", str(folder / "report")]
+        self._command += [
+            "--results",
+            str(self.results),
+            "--report",
+            str(folder / "report"),
+            "--no-live",
+        ]
         self.start()
 
     def start(self) -> None:

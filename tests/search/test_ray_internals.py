@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 from ray.util import placement_group
 
 from raysweep.search import ray_internals
+from raysweep.search.runtime import ray_runtime
 
 
 def test_a_concluded_trial_is_not_pickled_and_keeps_little() -> None:
@@ -45,6 +46,17 @@ def test_a_placement_group_takes_a_hint() -> None:
     assert one == other, "an actor is used again for a trial of the same node"
     assert hash(one) == hash(other)
     assert one != tune.PlacementGroupFactory([{"CPU": 1}])
+
+
+@pytest.mark.ray
+def test_nodes_that_are_about_to_go_are_told() -> None:
+    """Else find what `ray.train`'s PreemptionWatcher asks; a whole study with such a node is in
+    tests/faults/test_notice.py."""
+    with ray_runtime(None, cpus=1):
+        assert ray_internals.draining_nodes() == frozenset()
+        ray_internals.put_word("key", b"word", "raysweep")
+        assert ray_internals.get_word("key", "raysweep") == b"word"
+        assert ray_internals.get_word("none", "raysweep") is None
 
 
 def test_sixteen_trials_may_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
