@@ -28,6 +28,8 @@ from raysweep.results.schema import ARROW_SCHEMA
 REPO = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 START_SECONDS = 90.0
+STARTS = 3
+"""How often a node is started that does not come up."""
 _PORTS = (
     "dashboard-agent-listen",
     "dashboard-agent-grpc",
@@ -139,6 +141,12 @@ class Cluster:
         self.close()
 
     def _start(self, options: list[str]) -> Node:
+        for _ in range(STARTS - 1):
+            with suppress(RuntimeError):  # Ray gives a busy machine half a minute
+                return self._start_once(options)
+        return self._start_once(options)
+
+    def _start_once(self, options: list[str]) -> Node:
         self._started += 1
         # A folder of its own: nodes would unpack submitted code over each other's.
         folder = self.root / f"n{self._started}"
@@ -152,7 +160,11 @@ class Cluster:
                 command, stdout=stream, stderr=stream, env=self.env, start_new_session=True
             )
         node = Node(folder, process)
-        self._wait(node, lambda: "runtime started" in node.log)
+        try:
+            self._wait(node, lambda: "runtime started" in node.log)
+        except RuntimeError:
+            node.kill()
+            raise
         return node
 
     def _wait(self, node: Node, ready: Callable[[], bool]) -> None:
