@@ -4,14 +4,17 @@ to a version that keeps things elsewhere: each says what to do."""
 import inspect
 
 import pytest
+import ray
 from ray import tune
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from ray.util import placement_group
 
-from raysweep.search import ray_internals
-from raysweep.search.runtime import ray_runtime
+from raysweep.search import interruption, ray_internals
+from raysweep.search.interruption import StopRequest, tell_trials_to_leave, tell_trials_to_stop
+from raysweep.search.runtime import cluster_nodes, ray_runtime
 
 
 def test_a_concluded_trial_is_not_pickled_and_keeps_little() -> None:
@@ -49,14 +52,30 @@ def test_a_placement_group_takes_a_hint() -> None:
 
 
 @pytest.mark.ray
-def test_nodes_that_are_about_to_go_are_told() -> None:
+def test_nodes_that_are_about_to_go_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else find what `ray.train`'s PreemptionWatcher asks; a whole study with such a node is in
     tests/faults/test_notice.py."""
     with ray_runtime(None, cpus=1):
+        node = ray.get_runtime_context().get_node_id()
         assert ray_internals.draining_nodes() == frozenset()
-        ray_internals.put_word("key", b"word", "raysweep")
-        assert ray_internals.get_word("key", "raysweep") == b"word"
+        assert list(cluster_nodes()) == [node]
+        client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+        assert client.drain_node(node, DRAIN_NODE_REASON_PREEMPTION, "spot", 0)[0]
+        assert ray_internals.draining_nodes() == {node}
+        assert cluster_nodes() == {}
         assert ray_internals.get_word("none", "raysweep") is None
+        request = StopRequest()
+        monkeypatch.setattr(interruption, "ASK_SECONDS", 0.0)
+        assert not request()
+        tell_trials_to_leave({"another"})
+        assert not request()
+        tell_trials_to_leave({"another", node})
+        assert request()
+        assert request.leaves
+        tell_trials_to_stop()
+        stops = StopRequest()
+        assert stops()
+        assert not stops.leaves
 
 
 def test_sixteen_trials_may_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,14 @@ def test_a_group_lives_through_trials_of_every_end(text, fitting, tmp_path):
     assert outcome.loss == train_in_group(host, job(long, elsewhere, other), Heard()).loss
     assert not set(worker_pids()) & {pids[1]}
 
+    # A node is about to go: the workers begin anew, where the trial was, though nothing was due.
+    trial = fitting(seed=6, tokens=16 * 8 * 3000, recipe={"checkpoint_seconds": 600})
+    moved = Heard(at=1000, then=lambda: host.leave.remote())
+    before = sorted(worker_pids())
+    assert train_in_group(host, job(trial, elsewhere, results), moved).status == "finished"
+    assert not set(worker_pids()) & set(before)
+    assert moved.steps == sorted(moved.steps), "nothing was trained twice"
+
     # What a user must mend ends a trial at once, with its reason.
     refused = dataclasses.replace(fitting(), batch_sequences=7)
     with pytest.raises(UserError, match="7 sequences does not divide by 2 workers"):
