@@ -7,6 +7,8 @@
     URI/studies/NAME.ranges.json how far its search widened the ranges of that
     URI/studies/NAME.running.json its trials that are not over, and how it goes
     URI/runs/*.json              when each run was, on what, and how busy its workers were
+    URI/forecast.json            what was forecast of cells before they were trained, if anything
+    URI/outcome.json             what became of it
     URI/checkpoints/KEY/         of running trials only
 
 A row's file is named by its trial key and study, so that writing a trial again replaces it, and
@@ -46,6 +48,7 @@ MARKER = "raysweep.json"
 TRIALS, CURVES, STUDIES, RUNS = "trials", "curves", "studies", "runs"
 CHECKPOINTS, PENDING = "checkpoints", "pending"
 RUNNING = ".running.json"
+FORECAST, OUTCOME = "forecast.json", "outcome.json"
 COMPACT_ABOVE, COMPACT_ABOVE_REMOTE = 64, 2
 """Files of a kind that a folder may hold before they are merged; of rows in an object store, where
 each costs whoever looks two requests."""
@@ -213,6 +216,20 @@ class Results(InNotebooks):
     def running(self, study: str) -> dict[str, Any]:
         """What `save_running` kept; empty where there is nothing, or nothing readable."""
         return _plain(self.storage.read(STUDIES, f"{study}{RUNNING}"))
+
+    def save_forecast(
+        self, forecast: Mapping[str, Any], outcome: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep what was forecast of cells, and what became of it: plain JSON values, as
+        `raysweep.scaling.forecast` makes them."""
+        for record, name in ((forecast, FORECAST), (outcome, OUTCOME)):
+            if record is not None:
+                text = json.dumps(dict(record), indent=1, allow_nan=False) + "\n"
+                self.storage.write(text.encode(), name)
+
+    def forecast(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save_forecast` kept; empty where there is nothing, or nothing readable."""
+        return _plain(self.storage.read(FORECAST)), _plain(self.storage.read(OUTCOME))
 
     def save_run(self, record: Mapping[str, Any]) -> None:
         """Keep what one `raysweep run` did: times, workers, utilisation. Needs `started_at`."""
