@@ -2,6 +2,7 @@
 to a version that keeps things elsewhere: each says what to do."""
 
 import inspect
+from collections import Counter
 
 import pytest
 import ray
@@ -59,6 +60,8 @@ def test_nodes_that_are_about_to_go_are_told(monkeypatch: pytest.MonkeyPatch) ->
         node = ray.get_runtime_context().get_node_id()
         assert ray_internals.draining_nodes() == frozenset()
         assert list(cluster_nodes()) == [node]
+        held = ray.remote(num_cpus=1)(Counter).remote()  # an idle node would be gone at once
+        ray.get(held.total.remote())
         client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
         assert client.drain_node(node, DRAIN_NODE_REASON_PREEMPTION, "spot", 0)[0]
         assert ray_internals.draining_nodes() == {node}
