@@ -444,7 +444,9 @@ class _Connection:
             torch.cuda.empty_cache()
         distributed.init_process_group(
             self._backend,
-            store=distributed.PrefixStore(f"after-{after}", self._store),
+            store=distributed.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
+                f"after-{after}", self._store
+            ),
             rank=self._rank,
             world_size=self._size,
         )

@@ -3,11 +3,12 @@ to a version that keeps things elsewhere: each says what to do."""
 
 import inspect
 from collections import Counter
+from typing import Any
 
 import pytest
 import ray
-from ray import tune
-from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+from ray import _raylet, tune
+from ray.core.generated import autoscaler_pb2
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
@@ -60,10 +61,14 @@ def test_nodes_that_are_about_to_go_are_told(monkeypatch: pytest.MonkeyPatch) ->
         node = ray.get_runtime_context().get_node_id()
         assert ray_internals.draining_nodes() == frozenset()
         assert list(cluster_nodes()) == [node]
-        held = ray.remote(num_cpus=1)(Counter).remote()  # an idle node would be gone at once
-        ray.get(held.total.remote())
-        client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-        assert client.drain_node(node, DRAIN_NODE_REASON_PREEMPTION, "spot", 0)[0]
+        actor: Any = ray.remote(num_cpus=1)(Counter)
+        holder = actor.remote()  # an idle node would be gone at once
+        ray.get(holder.total.remote())
+        raylet: Any = _raylet  # both are compiled: they have no types to check
+        messages: Any = autoscaler_pb2
+        client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+        reason = messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        assert client.drain_node(node, reason, "spot", 0)[0]
         assert ray_internals.draining_nodes() == {node}
         assert cluster_nodes() == {}
         assert ray_internals.get_word("none", "raysweep") is None
