@@ -10,9 +10,9 @@ from benchmarks.nodes import in_trial
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "tokens"), [(1, 3_000_000), (2, 1_500_000)])
 def test_a_trial_goes_on_elsewhere_from_where_it_was(
-    nodes, driver, marks, assert_study_complete, workers
+    nodes, driver, marks, assert_study_complete, workers, tokens
 ) -> None:
     """No checkpoint is due for long; the node has half a minute."""
     running = driver(
@@ -21,11 +21,11 @@ def test_a_trial_goes_on_elsewhere_from_where_it_was(
         env=nodes.env,
         resources={"workers": workers, "cpus_per_worker": 1},
         recipe={"checkpoint_seconds": 600},
-        horizons=[{"tokens": 1_000_000}],
+        horizons=[{"tokens": tokens}],
         search={"trials_per_cell": 1},
     )
     running.until(lambda: any(in_trial(node.pids()) for node in nodes.workers))
-    time.sleep(5)
+    time.sleep(8)  # of imports, most of it
     going = next(node for node in nodes.workers if in_trial(node.pids()))
     nodes.workers.remove(going)
     nodes.add_worker()
