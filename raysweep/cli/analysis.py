@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from raysweep.cli.common import (
     AsJson,
     Group,
     Literature,
+    OfLoss,
     ResultsArgument,
     Where,
     Without,
@@ -118,12 +120,13 @@ def fit_command(
     group: Group = None,
     where: Where = None,
     also: Also = None,
+    loss: OfLoss = None,
     without: Without = None,
     literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit how the best settings and the loss scale, and print the laws."""
-    fits = fit_results(results, group, without, literature, where, also)
+    fits = fit_results(results, group, without, literature, where, also, loss)
     typer.echo(json.dumps(fits.to_dict(), indent=1) if as_json else fits.summary(everything))
     if not (as_json or everything):
         typer.echo("\nadd --all for the cells, the comparison, the prior and the checks")
@@ -157,6 +160,7 @@ def recommend_command(
     group: Group = None,
     where: Where = None,
     also: Also = None,
+    loss: OfLoss = None,
     without: Without = None,
     literature: Literature = None,
     as_json: AsJson = False,
@@ -164,7 +168,7 @@ def recommend_command(
     """Recommend learning rate and batch size for a run, and predict its loss.
 
     With several architectures it answers for each; --json then prints a list."""
-    fits = fit_results(results, group, without, literature, where, also)
+    fits = fit_results(results, group, without, literature, where, also, loss)
     names = [architecture] if architecture is not None else fits.asked(experts, of)
     answers = [
         fits.recommend(name, params, tokens, experts=experts, top_k=top_k, group=of, within=within)
@@ -371,6 +375,7 @@ def report_command(
     group: Group = None,
     where: Where = None,
     also: Also = None,
+    loss: OfLoss = None,
     without: Without = None,
     literature: Literature = None,
 ) -> None:
@@ -380,7 +385,7 @@ def report_command(
     if output is not None:
         check_folder(output)
     if watch:
-        if group or where or also or without or literature or asked:
+        if group or where or also or loss or without or literature or asked:
             raise UserError("--watch fits as the study says: leave out --group, --for and the like")
         from raysweep.report.page import folder_of
         from raysweep.results import Results
@@ -389,7 +394,7 @@ def report_command(
         watch_report(results, folder, png=png, until_eof=until_eof)
         return
     runs = [_run_asked(text) for text in asked or ()]
-    fits = fit_results(results, group, without, literature, where, also)
+    fits = fit_results(results, group, without, literature, where, also, loss)
     page = write_report(results, output, fits=fits, png=png, asked=runs)
     typer.echo(page.resolve().as_uri() if sys.stdout.isatty() else str(page))
 
@@ -442,6 +447,7 @@ def compare_command(
     group: Group = None,
     where: Where = None,
     also: Also = None,
+    loss: OfLoss = None,
     without: Without = None,
     literature: Literature = None,
     png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
@@ -458,6 +464,7 @@ def compare_command(
         tokens=tokens,
         where=where,
         also=listed(also),
+        loss=loss,
         **published(without, literature),
     )
     if output is not None:
@@ -467,6 +474,20 @@ def compare_command(
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
     if output is not None:
         from raysweep.report.compare import write_comparison
+        from raysweep.report.render import relative
 
-        page = write_comparison(found.arms, output, png=png, apart=found.apart)
+        words = ["raysweep", "compare", *map(relative, results), "-o", relative(str(output))]
+        for option, values in {
+            "--architecture": architecture,
+            "--group": group,
+            "--where": [where] if where else None,
+            "--also": also,
+            "--loss": [loss] if loss else None,
+            "--without": without,
+            "--literature": literature,
+        }.items():
+            words += [word for value in values or () for word in (option, value)]
+        page = write_comparison(
+            found.arms, output, png=png, apart=found.apart, command=shlex.join(words)
+        )
         typer.echo(str(page), err=as_json)

@@ -83,6 +83,15 @@ Also = Annotated[
         metavar="COLUMN,...",
     ),
 ]
+OfLoss = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        help="Named validation set whose loss to fit (columns loss.NAME), or ema for that of "
+        "averaged weights; default: the one that was minimised.",
+        metavar="NAME",
+    ),
+]
 Without = Annotated[
     list[str] | None,
     typer.Option(
@@ -165,6 +174,7 @@ def fit_results(
     literature: list[str] | None = None,
     where: str | None = None,
     also: list[str] | None = None,
+    loss: str | None = None,
 ) -> Fits:
     from raysweep.results import Results
     from raysweep.scaling.fits import fit
@@ -175,6 +185,7 @@ def fit_results(
         group=listed(group),
         where=where,
         also=listed(also),
+        loss=loss,
         **published(without, literature),
     )
     for problem in results.problems:

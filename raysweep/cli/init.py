@@ -13,9 +13,12 @@ from raysweep.cli import complete
 from raysweep.cli.common import app
 from raysweep.errors import UserError
 
+_TEXT = "put your text into corpus/, as its comments say; then raysweep plan and run {}.yaml"
 _NEXT = {
+    "dense": _TEXT.format("dense"),
+    "moe": _TEXT.format("moe"),
     "import": "follow the comments at its top",
-    "own": "replace own_train.py by your training code; raysweep plan own.yaml",
+    "own": "raysweep run own.yaml as it is; then replace own_train.py by your training code",
 }
 
 

@@ -56,13 +56,15 @@ def planted(
                 tokens = params * 20 * 3.0**horizon
                 for trial in range(trials):
                     rows.append(
-                        _row(rng, architecture, experts, scale, horizon, params, tokens, trial)
+                        planted_row(
+                            rng, architecture, experts, scale, horizon, params, tokens, trial
+                        )
                         | override
                     )
     return rows
 
 
-def _row(
+def planted_row(
     rng: np.random.Generator,
     architecture: str,
     experts: int,
