@@ -192,7 +192,7 @@ def test_figures_of_a_comparison_tell_its_ratios_and_cells(
 ) -> None:
     arms = [ladder[0].arm("dense"), ladder[0].arm("moe")]
     ratios = [r for r in compare_arms(*arms) if r.ok]
-    cells = arms[1].cells
+    cells = ladder[0].cells_of("moe")
     page = write_comparison(arms, tmp_path / "out")
     shown = drive(
         page,
@@ -211,7 +211,7 @@ def test_figures_of_a_comparison_tell_its_ratios_and_cells(
         const sides = (await drawn("#figure-sides")).querySelector(".plot");
         const found = [];
         for (const [x, y] of cells) found.push(await at(sides, x, y));
-        const marks = () => sides.querySelectorAll(".scatterlayer .points path").length;
+        const marks = () => sides.querySelectorAll("path.js-line").length;
         const all = marks();
         const legend = [...sides.querySelectorAll(".legend .traces")].map((g) => g.textContent);
         const toggle = sides.querySelectorAll(".legendtoggle")[legend.indexOf("moe")];
@@ -234,7 +234,7 @@ def test_figures_of_a_comparison_tell_its_ratios_and_cells(
         )
     assert [text.split(":")[0] for text in shown["found"]] == list(cells.index)
     assert shown["legend"] == ["dense", "moe"]
-    assert 0 < shown["fewer"] < shown["all"]
+    assert 0 < shown["fewer"] < shown["all"], shown
 
 
 @pytest.mark.browser
