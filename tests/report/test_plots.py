@@ -191,7 +191,7 @@ def test_figures_of_a_comparison_tell_its_ratios_and_cells(
     ladder: Ladder, drive: Drive, tmp_path: Path
 ) -> None:
     arms = [ladder[0].arm("dense"), ladder[0].arm("moe")]
-    ratios = [r for r in compare_arms(*arms) if r.ok]
+    ratios = [r for r in compare_arms(arms[0], arms[1]) if r.ok]
     cells = ladder[0].cells_of("moe")
     page = write_comparison(arms, tmp_path / "out")
     shown = drive(
