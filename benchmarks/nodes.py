@@ -169,13 +169,16 @@ class Driver:
     def __init__(
         self,
         folder: Path,
-        search_space: dict[str, Any],
+        search_space: dict[str, Any] | Path,
         *options: str,
         env: dict[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        space = folder / "space.yaml"
-        space.write_text(yaml.safe_dump(search_space))
+        if isinstance(search_space, Path):
+            space = search_space
+        else:
+            space = folder / "space.yaml"
+            space.write_text(yaml.safe_dump(search_space))
         self.results, self.starts = folder / "results", 0
         self._folder, self._env = folder, env
         self._command = [sys.executable, "-m", "raysweep.cli", "run", str(space), *options]

@@ -13,9 +13,12 @@ from raysweep.cli import complete
 from raysweep.cli.common import app
 from raysweep.errors import UserError
 
+_TEXT = "put your text into corpus/, as its comments say; then raysweep plan and run {}.yaml"
 _NEXT = {
+    "dense": _TEXT.format("dense"),
+    "moe": _TEXT.format("moe"),
     "import": "follow the comments at its top",
-    "own": "replace own_train.py by your training code; raysweep plan own.yaml",
+    "own": "raysweep run own.yaml as it is; then replace own_train.py by your training code",
 }
 
 
@@ -25,12 +28,12 @@ def init_command(
         str,
         typer.Option(
             "--like",
-            help="What to begin with: laptop, dense, moe, own (your training code) or import.",
+            help="What to start from: laptop, dense, moe, own (your training code) or import.",
             autocompletion=complete.templates,
         ),
     ] = "laptop",
 ) -> None:
-    """Write a short commented search-space file into the current folder."""
+    """Write a short search-space file with comments into this folder."""
     known = complete.templates("")
     if like not in known:
         near = difflib.get_close_matches(like, known, n=1, cutoff=0.0)

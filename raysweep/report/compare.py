@@ -33,7 +33,7 @@ from raysweep.scaling.recommend import Recommendation, answer
 from raysweep.scaling.runs import AXES, RunMaker
 from raysweep.text import estimated, written
 
-SCRIPTS = ("common.js", "figures.js", "plots.js")
+SCRIPTS = ("common.js", "address.js", "figures.js", "plots.js")
 """What the page runs, in order."""
 
 WORDS = {

@@ -36,7 +36,15 @@ LARGEST = 4_000_000
 FOLDER = "reports"
 """Where a page goes that nobody names a folder for, in one of its study's name."""
 
-SCRIPTS = ("common.js", "figures.js", "plots.js", "answer.js", "parallel.js", "page.js")
+SCRIPTS = (
+    "common.js",
+    "address.js",
+    "figures.js",
+    "plots.js",
+    "answer.js",
+    "parallel.js",
+    "page.js",
+)
 """What the page runs, in order."""
 
 _STUDY = re.compile(r'<meta name="raysweep-study" content="([^"]*)">')

@@ -105,5 +105,5 @@ def rows_where(frame: pd.DataFrame, condition: str) -> pd.DataFrame:
         raise UserError(f"--where {condition}: that is no condition: {hint}")
     found = frame[held.fillna(False).astype(bool).to_numpy()]
     if not len(found):
-        raise UserError(f"--where {condition}: no row of {len(frame)} is such")
+        raise UserError(f"--where {condition}: it holds for none of the {len(frame)} rows")
     return found.reset_index(drop=True)

@@ -211,7 +211,7 @@ def compare(
         loss=loss,
     )
     if (params is None) != (tokens is None):
-        raise UserError("a size to compare at is both: params and tokens")
+        raise UserError("give both params and tokens to compare at")
     size = None
     if params is not None and tokens is not None:
         size = read_size(params, "params"), read_size(tokens, "tokens")

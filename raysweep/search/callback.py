@@ -102,6 +102,8 @@ class StudyCallback(tune.Callback):
         """Why the last worker of a trial was killed."""
         self._losses: dict[str, tuple[int, float]] = {}
         """Of trials that lost workers: how often without progress, and the tokens reached."""
+        self._said: set[tuple[str, str | None]] = set()
+        """Cells, and why trials of theirs could not run, that the terminal has shown."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune snapshots its callbacks, and nobody reads that: rows are the only truth."""
@@ -221,6 +223,7 @@ class StudyCallback(tune.Callback):
             self.training_seconds += float(result["seconds_train"])
         elif "status" in result:
             self._conclude(trial, result["status"])
+            self._say_once(trial.config["cell"], result["status"], result.get("reason"))
         else:
             self._write_unfinished(trial, "stopped", "early stopping: behind others of its cell")
 
@@ -232,6 +235,13 @@ class StudyCallback(tune.Callback):
         self._failed.discard(trial.trial_id)
         reason = self._hung.pop(trial.trial_id, None) or _reason(trial)
         self._write_unfinished(trial, "crashed", reason)
+
+    def _say_once(self, cell: str, status: str, reason: str | None) -> None:
+        """Why a trial could not run, the first time that it is heard of a cell."""
+        if status in ("crashed", "out_of_memory") and (cell, reason) not in self._said:
+            self._said.add((cell, reason))
+            how = "crashed" if status == "crashed" else "out of memory"
+            _log.warning("trial in cell %s: %s: %s", cell, how, reason)
 
     def _kill_hanging(self, trials: Sequence[Trial]) -> None:
         """Kill the workers that hang: Tune then gives their trials to others."""

@@ -101,9 +101,13 @@ class CellState:
     @property
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         found = search_space(self.bounds.learning_rate, self.bounds.log2_batch)
-        for name, given in self.search.also.items():
-            found[name] = FloatDistribution(given.low, given.high, log=given.log)
-        return found
+        return found | self.further_distributions
+
+    @property
+    def further_distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        """Of the further hyperparameters."""
+        also = self.search.also.items()
+        return {name: FloatDistribution(x.low, x.high, log=x.log) for name, x in also}
 
     def trials(self, *statuses: str) -> list[FrozenTrial]:
         """Concluded trials of these statuses, in order."""

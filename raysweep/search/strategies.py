@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
@@ -52,8 +53,12 @@ def make_sampler(
     sequence_length: int,
     trials: int,
     seed: int,
+    also: Mapping[str, BaseDistribution] | None = None,
 ) -> BaseSampler:
     """The sampler of one cell's study.
+
+    What it proposes depends on its arguments, the trial's number and the study's other trials
+    alone, so that a study rebuilt from its rows goes on as if it had never ended.
 
     Args:
         strategy: one of `STRATEGIES`.
@@ -64,6 +69,7 @@ def make_sampler(
         sequence_length: tokens a sequence.
         trials: how many trials the cell is expected to get.
         seed: of all randomness. "grid" and "qmc" use none.
+        also: distributions of further hyperparameters, by name.
 
     Raises:
         UserError: no strategy of that name, or a range that is empty.
@@ -79,26 +85,122 @@ def make_sampler(
     startup = max(1, min(10, trials // 3))
     if strategy == "ladder":
         return LadderSampler(cell, history, space, sequence_length, seed=seed)
+    place = seed, zlib.crc32(cell.name.encode())
     if strategy == "tpe":
-        return TPESampler(seed=seed, n_startup_trials=startup)
+        return FreshSampler({}, lambda s: TPESampler(seed=s, n_startup_trials=startup), place)
+    space |= also or {}
     if strategy == "gp":
-        return _quietly(lambda: GPSampler(seed=seed, n_startup_trials=startup))
+        return FreshSampler(space, lambda s: _gp(s, startup), place)
     if strategy == "cmaes":
-        return _quietly(
-            lambda: CmaEsSampler(
-                seed=seed,
-                independent_sampler=RandomSampler(seed=seed),
-                with_margin=isinstance(space[LOG2_BATCH], IntDistribution),
-                warn_independent_sampling=False,
-            )
-        )
+        return CmaSampler(space, _seed(place))
     return DesignSampler(space, strategy, trials=trials, seed=seed)
 
 
 STRATEGIES = ("ladder", "tpe", "gp", "qmc", "random", "grid", "cmaes")
-RESTARTING = ("tpe", "gp", "cmaes")
-"""Strategies whose random stream begins anew when they are made again: give them another seed then.
-The others' proposals depend on seed and history alone."""
+
+
+class FreshSampler(RelativeSampler):
+    """A sampler of Optuna's, made anew for each trial with a seed of the trial's own."""
+
+    def __init__(
+        self,
+        space: dict[str, BaseDistribution],
+        make: Callable[[int], BaseSampler],
+        place: tuple[int, ...],
+    ) -> None:
+        super().__init__(_searched(space), _seed(place))
+        self._make, self._place = make, place
+        self._fresh = make(_seed(place))
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Called first of all."""
+        self._fresh = self._make(_seed((*self._place, trial.number)))
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._fresh.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        return self._fresh.sample_independent(study, trial, param_name, param_distribution)
+
+
+class CmaSampler(RelativeSampler):
+    """CMA-ES with margin (Hamano et al. 2022), played again from the study's trials at each ask.
+
+    Each generation is the next finished trials. One that ran elsewhere than CMA-ES had it (several
+    at once, a widened range, another run's) counts where it ran. Alone in its space, or the batch
+    being fixed, a hyperparameter is drawn at random.
+    """
+
+    def __init__(self, space: dict[str, BaseDistribution], seed: int) -> None:
+        super().__init__(_searched(space), seed)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The point that CMA-ES has for a trial of this number."""
+        from cmaes import CMAwM  # here, so that other strategies need no library of their own
+
+        axes = [_Axis(distribution) for distribution in search_space.values()]
+        if len(axes) < 2:
+            return {}
+        optimizer = CMAwM(
+            mean=np.full(len(axes), 0.5),
+            sigma=1 / 6,
+            bounds=np.tile([0.0, 1.0], (len(axes), 1)),
+            steps=np.array([axis.step for axis in axes]),
+            seed=self._seed,
+        )
+        generation: list[tuple[np.ndarray, float]] = []
+        for other in study.get_trials(deepcopy=False)[: trial.number]:
+            asked, raw = optimizer.ask()
+            if other.state == TrialState.COMPLETE and other.value is not None:
+                at = np.array(
+                    [a.unit(other.params[n]) for n, a in zip(search_space, axes, strict=True)]
+                )
+                as_asked = np.allclose(at, asked, rtol=0, atol=1e-9)
+                generation.append((raw if as_asked else at, other.value))
+            if len(generation) == optimizer.population_size:
+                optimizer.tell(generation)
+                generation = []
+        point = optimizer.ask()[0]
+        return {n: a.value(u) for n, a, u in zip(search_space, axes, point, strict=True)}
+
+
+class _Axis:
+    """A hyperparameter's range as the unit interval."""
+
+    def __init__(self, distribution: BaseDistribution) -> None:
+        assert isinstance(distribution, FloatDistribution | IntDistribution)
+        self._integer = isinstance(distribution, IntDistribution)
+        self._log = distribution.log
+        self._bounds = distribution.low, distribution.high
+        self._low, high = (self._scale(bound) for bound in self._bounds)
+        self._width = high - self._low
+
+    @property
+    def step(self) -> float:
+        """Between two values of an integer; 0 for a float."""
+        return 1 / self._width if self._integer else 0.0
+
+    def unit(self, value: float) -> float:
+        return (self._scale(value) - self._low) / self._width
+
+    def value(self, unit: float) -> float | int:
+        scaled = self._low + float(unit) * self._width
+        found = math.exp(scaled) if self._log else scaled
+        low, high = self._bounds
+        return min(max(round(found) if self._integer else found, low), high)
+
+    def _scale(self, value: float) -> float:
+        return math.log(value) if self._log else float(value)
 
 
 class DesignSampler(RelativeSampler):
@@ -173,8 +275,16 @@ def _key(learning_rate: float, log2_batch: float) -> tuple[float, float]:
     return round(math.log(learning_rate), 9), round(float(log2_batch), 9)
 
 
-def _quietly(make: Callable[[], BaseSampler]) -> BaseSampler:
-    """Optuna marks some samplers as experimental; here they are chosen by name."""
-    with warnings.catch_warnings():
+def _seed(place: tuple[int, ...]) -> int:
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
+
+
+def _searched(space: Mapping[str, BaseDistribution]) -> dict[str, BaseDistribution]:
+    """A space without what has one value only."""
+    return {name: each for name, each in space.items() if not each.single()}
+
+
+def _gp(seed: int, startup: int) -> BaseSampler:
+    with warnings.catch_warnings():  # Optuna marks it as experimental; here it is chosen by name
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return make()
+        return GPSampler(seed=seed, n_startup_trials=startup)

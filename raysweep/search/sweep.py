@@ -74,8 +74,7 @@ class Sweep:
         retry_crashed: hand out trials of cells again that were given up because theirs crashed.
 
     With the same seed it proposes what a Ray run of one worker would, for as long as trials are
-    asked and told one by one (strategies tpe, gp and cmaes: only from the same model of the
-    past). More at once learn from each other as workers of a cluster do.
+    asked and told one by one. More at once learn from each other as workers of a cluster do.
     """
 
     def __init__(

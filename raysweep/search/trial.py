@@ -101,7 +101,7 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
         except Exception as error:
             tune.report({FAILED: str(error)})  # else the driver could not tell it from a lost node
             raise
-        final = {name: row[name] for name in ("status", "loss", "seconds_train")}
+        final = {name: row.get(name) for name in ("status", "reason", "loss", "seconds_train")}
         branches = branch_rows(context, config)
         final["seconds_train"] = (final["seconds_train"] or 0.0) + sum(
             b["seconds_train"] for b in branches
@@ -156,7 +156,9 @@ def run_trial(
         from raysweep.training.checkpoint import forget  # here: drivers never import torch
 
         forget(results.storage, spec.key)
-    elif not spec.training.keep_folders:
+    elif spec.training.keep_folders:
+        TrialFolder(results.storage, spec.key, kept=True).leave()
+    else:
         with contextlib.suppress(UserError):  # the study sweeps up in the end
             TrialFolder(results.storage, spec.key).forget()
     return row

@@ -188,7 +188,10 @@ class ScaleEntry(Section):
         if self.params is not None and any(v is not None for v in (*shape, self.d_ff)):
             raise ValueError("give either params or a shape (d_model, layers, heads), not both")
         if self.params is None and any(v is None for v in shape):
-            raise ValueError("a scale needs either params, or d_model, layers and heads")
+            raise ValueError(
+                "a scale needs either params, or d_model, layers and heads; with training of your "
+                "own, its settings or counts"
+            )
         return self
 
 

@@ -229,8 +229,8 @@ def _model(
     if active is None:
         what = "params" if architecture.experts == 1 else "params_active"
         raise UserError(
-            f"{what} (non-embedding parameters) is missing: give it, or training.size: "
-            "module:function, which counts"
+            f"{what} (non-embedding parameters) is missing: give it for the scale, or return it "
+            "from a training.size function"
         )
     total = sizes.get("params_total", active if architecture.experts == 1 else None)
     if total is None:
@@ -239,11 +239,19 @@ def _model(
         raise UserError(
             f"params_total {short(total)} is below the active {short(active)}: correct one"
         )
+    if total > CONTRADICTION * active * architecture.experts / architecture.top_k:
+        routed = f"{architecture.experts} experts of which {architecture.top_k} are active"
+        raise UserError(
+            f"params_total {short(total)} is {_times(total / active)} the active {short(active)}, "
+            f"too many for {'a dense model' if architecture.experts == 1 else routed}: correct "
+            "one, or the architecture's experts and top_k"
+        )
     embedding, flops = sizes.get("params_embedding"), sizes.get("flops_per_token")
     if flops is None:
         raise UserError(
-            "flops_per_token (forward and backward) is missing: give it, about 6 times all "
-            f"parameters but the input embedding, or training.size (6 N is {6 * active:.3g})"
+            "flops_per_token (forward and backward) is missing: give it for the scale, or return "
+            f"it from a training.size function; 6 N is {6 * active:.3g}, and the output head and "
+            "attention come on top"
         )
     if not exact:
         _check_flops(active, embedding, flops, sequence_length)
@@ -278,10 +286,13 @@ def _check_flops(active: float, embedding: float | None, flops: float, length: i
         return
     more = "" if flops < low or embedding is not None else ", or give params_embedding"
     raise UserError(
-        f"flops_per_token {flops:.3g} is {flops / (6 * active):.2g} times 6 N of {short(active)} "
-        f"parameters: one of them must be wrong by more than {CONTRADICTION:g}{more}; FLOPs are of "
-        "one token, forward and backward"
+        f"flops_per_token {flops:.3g} is {_times(flops / (6 * active))} 6 N of {short(active)} "
+        f"parameters: correct one{more}; FLOPs are of one token, forward and backward"
     )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.2g} times"
 
 
 def count_models(
@@ -323,8 +334,8 @@ def read_sizes(given: Any) -> dict[str, float]:
     """The mapping that a size function returned, checked. Raises UserError."""
     if not isinstance(given, Mapping):
         raise UserError(
-            f"it returned {type(given).__name__}: return a mapping of {', '.join(SIZE_KEYS)}, or a "
-            "torch.nn.Module"
+            f"it returned {'None' if given is None else type(given).__name__}: return a mapping "
+            "with params and flops_per_token, or a torch.nn.Module"
         )
     found = {}
     for key, value in given.items():

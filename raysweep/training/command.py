@@ -23,6 +23,7 @@ from raysweep.study.study import TrialSpec
 from raysweep.training import supervisor
 from raysweep.training.outcome import Reporter, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.own import (
+    LOGS,
     Cost,
     Progress,
     TrialEnded,
@@ -40,9 +41,10 @@ LOOK_SECONDS = 0.5
 """Between two looks at a command that runs; the first ones come faster."""
 SAVE_SECONDS = 300.0
 """With results in an object store, the trial's folder is sent there this often."""
-LOGS = "logs"
-"""Folder of the results that holds what commands print: `KEY.log`."""
 MAX_REASON = 300
+NOTHING = "it said nothing"
+NOT_STARTED = 127
+"""Exit code of a command that is not there."""
 _PREFIX = re.compile(r"^(\[[^\]]*\]:?\s*)+")
 """What torchrun puts before a worker's lines: [rank0]: and the like."""
 _NO_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "out of memory", "MemoryError")
@@ -96,10 +98,15 @@ def train_by_command(
         said = last_words(log)
         if any(text in said for text in _NO_MEMORY):
             raise WorkerOutOfMemory(said)
-        raise UserError(_failure(words[0], code, said))
+        silent = code == NOT_STARTED or said == NOTHING
+        more = "" if silent else f" (all it printed: {LOGS}/{spec.key}.log)"
+        raise UserError(_failure(words[0], code, said) + more)
     if tail is not None:
         _tell(tail, progress)  # what came last; a divergence there shows in the loss as well
-    return judge(spec, _read_result(result, training.result), progress, cost)
+    found = _read_result(result, training.result)
+    if training.keep_folders:
+        own.save()
+    return judge(spec, found, progress, cost)
 
 
 def _path(text: str, folder: str | Path) -> Path:
@@ -161,7 +168,8 @@ def _watch(
             return "timeout"
         if now - saved > SAVE_SECONDS:
             saved = now
-            own.save()
+            with contextlib.suppress(UserError):  # the storage fails: the next one may do
+                own.save()
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
@@ -222,8 +230,8 @@ def _read_result(path: Path, keys: CommandResult) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = "no result was written" if isinstance(error, FileNotFoundError) else str(error)
-        raise UserError(f"{reason}: training.result.file is {path}") from None
+        reason = "it wrote no result" if isinstance(error, FileNotFoundError) else str(error)
+        raise UserError(f"the command ended, but {reason} (training.result.file: {path})") from None
     values: Any = None
     for part in (text, text.splitlines()[-1] if text else ""):
         with contextlib.suppress(ValueError, RecursionError):
@@ -252,7 +260,7 @@ def last_words(log: Path) -> str:
     # What starts workers (torchrun) names its own error after theirs.
     own = [line for line in named if "ChildFailedError" not in line]
     died = [line for line in lines if line.startswith("traceback : Signal")]
-    return (own or died or named or lines or ["it said nothing"])[-1][:MAX_REASON]
+    return (own or died or named or lines or [NOTHING])[-1][:MAX_REASON]
 
 
 def _is_error(line: str) -> bool:
@@ -261,7 +269,7 @@ def _is_error(line: str) -> bool:
 
 
 def _failure(name: str, code: int, said: str) -> str:
-    if code == 127:
+    if code == NOT_STARTED:
         return f"the command {name} cannot be started: {said}"
     if code > 128:
         with contextlib.suppress(ValueError):

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from raysweep.model import Decoder
-from raysweep.model.initial import local_part
+from raysweep.model.initial import is_sharded, local_part
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -166,7 +165,7 @@ class _Exchange:
 
     def __init__(self, parameters: list[nn.Parameter], updates: list[Tensor]) -> None:
         first = parameters[0]
-        assert isinstance(first, DTensor)
+        assert is_sharded(first)
         mesh = first.device_mesh
         self.parameters, self.updates = parameters, updates
         self.group = mesh.get_group(mesh.ndim - 1)
@@ -223,7 +222,7 @@ class _Exchange:
 
 def _is_cut(parameter: Tensor) -> bool:
     """Whether a worker holds some rows of a matrix. (Of experts it holds whole matrices.)"""
-    return isinstance(parameter, DTensor) and parameter.ndim == 2
+    return is_sharded(parameter) and parameter.ndim == 2
 
 
 def _local(tensor: Tensor | None) -> Tensor:

@@ -53,6 +53,8 @@ COLUMNS = (
     "router_confidence",
 )
 """Keys of a function's answer that are columns of the results; others are kept as `metrics`."""
+LOGS = "logs"
+"""Folder of the results that holds what trials printed or raised: `KEY.log`."""
 WHOLE = 0.98
 """An answer that says it saw less than this share of the horizon's tokens is of a run that was
 stopped."""
@@ -96,7 +98,7 @@ class TrialRun:
     values of what `search.also` searches."""
     folder: Path
     """This trial's own. What is written here is there again when the trial is started anew, after
-    a crash or an interruption; with results in an object store, what `save()` has sent."""
+    a crash or an interruption; with results in an object store, what `save()` sent last."""
     cell: str
     scale: str
     architecture: str
@@ -131,8 +133,8 @@ class TrialRun:
         return self._progress.should_stop()
 
     def save(self) -> None:
-        """Send `folder` to the study's storage, where that is not a folder itself. Call it once a
-        checkpoint is complete; from the first worker only what it holds is sent."""
+        """Send `folder` to the study's storage, where that is an object store. Call it once a
+        checkpoint is complete. The first worker sends what it holds; others may call it too."""
         self._progress.save()
 
 
@@ -259,7 +261,7 @@ def train_by_function(
         steps=spec.steps,
         seed=spec.seed,
         settings={**(spec.cell.own.settings if spec.cell.own else {}), **dict(spec.also)},
-        folder=own.open(),
+        folder=_open(own, world_size, local_rank),
         cell=spec.cell.name,
         scale=spec.cell.scale,
         architecture=spec.cell.architecture,
@@ -293,7 +295,21 @@ def train_by_function(
     if rank:  # the first worker's answer counts
         answer = math.nan
     values = read_answer(answer, f"training.function {training.function} returned")
+    if training.keep_folders:
+        progress.save()
     return judge(spec, values, progress, cost)
+
+
+def _open(own: TrialFolder, world_size: int, local_rank: int) -> Path:
+    """A trial's folder; workers of one machine share it, and the first of them fetches it."""
+    if world_size == 1 or own.storage.is_local:
+        return own.open()
+    from torch import distributed
+
+    if local_rank == 0:
+        own.open()
+    distributed.barrier()
+    return own.path
 
 
 def read_answer(answer: Any, says: str) -> dict[str, Any]:
@@ -382,11 +398,13 @@ def _fail(name: str, error: BaseException, storage: Storage, key: str, world_siz
     if world_size > 1 and any(text in str(error) for text in LOST_PEER):
         raise error
     text = "".join(traceback.format_exception(error))
-    storage.write(text.encode(), "logs", f"{key}.log")
+    storage.write(text.encode(), LOGS, f"{key}.log")
     said = f"{type(error).__name__}: {error}{where(error)}"
     if _is_out_of_memory(error):
         raise WorkerOutOfMemory(said) from error
-    raise UserError(f"training.function {name} raised {said}") from error
+    raise UserError(
+        f"training.function {name} raised {said}; traceback: {LOGS}/{key}.log"
+    ) from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -3,13 +3,15 @@
 Workers, their process group and what they have compiled outlive a trial. A `GroupHost` holds one
 long `TorchTrainer` run, whose workers ask it for the next trial; whoever has a trial gives it to
 the host and listens. Ray Train starts a group again that loses a worker, and the trial that ran
-goes on from its checkpoint.
+goes on from its checkpoint. Where a user's function fails, its workers stay, and get a new process
+group.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import tempfile
 import threading
@@ -88,6 +90,13 @@ class GroupHost:
         self._changed = asyncio.Condition()
         self._nodes: dict[int, str] = {}
         """Where each worker is."""
+        self._workers = resources.workers
+        self._idle: dict[int, int] = {}
+        """Of each worker that waits for a trial, the one that it has done."""
+        self._broken = -1
+        """The trial that left the process group in any state."""
+        self._renewing: set[int] = set()
+        """Workers that are to be told to make a new process group."""
         self._closing = False
         self._dead: str | None = None
         host = ray.get_runtime_context().current_actor
@@ -135,26 +144,55 @@ class GroupHost:
         return len(self._entries) - 1
 
     async def next_job(
-        self, done: int, rank: int, node: str
-    ) -> tuple[int, Job] | Literal["wait"] | None:
-        """For a worker on a node: the next trial after the one that it has done; None ends it."""
-        self._nodes[rank] = node
+        self, done: int, rank: int, node: str, whole: bool
+    ) -> tuple[int, Job] | Literal["wait", "renew", "restart"] | None:
+        """For a worker on a node: the next trial after the one that it has done; None ends it.
+
+        One that was not left `whole`, as it failed there, may have left other workers within it:
+        once all are through with it they are told to "renew" their process group. Where some are
+        not in time, or the trial is to be begun again, whoever failed is told to "restart" all."""
+        self._nodes[rank], self._idle[rank] = node, done
+        if done < 0:  # Ray Train has begun anew
+            self._broken, self._renewing = -1, set()
+        if not whole:
+            self._broken = done
+        await self._notify()
         deadline = time.monotonic() + POLL_SECONDS
         while True:
-            for number, entry in enumerate(self._entries):
-                if number > done and not entry.over:
-                    if rank == 0 and not await self._begin(number):
-                        continue
-                    return number, entry.job
-            if self._closing:
-                return None
+            if rank in self._renewing:
+                self._renewing.discard(rank)
+                return "renew"
+            if done >= 0 and self._broken == done:
+                if all(self._idle.get(each) == done for each in range(self._workers)):
+                    if not self._entries[done].over:
+                        return "restart"
+                    self._broken, self._renewing = -1, set(range(self._workers))
+                    await self._notify()
+                    continue
+            else:
+                for number, entry in enumerate(self._entries):
+                    if number > done and not entry.over:
+                        if rank == 0 and not await self._begin(number):
+                            continue
+                        del self._idle[rank]
+                        return number, entry.job
+                if self._closing:
+                    return None
             if time.monotonic() > deadline or not await self._wait(deadline):
-                return "wait"
+                return "wait" if whole else "restart"
 
-    async def post(self, number: int, kind: EventKind | Literal["error"], payload: Any) -> None:
-        """From a worker: news of a trial. An error may be that of a worker which has lost another:
-        the trial is begun again, as often as it may."""
+    async def post(
+        self,
+        number: int,
+        kind: EventKind | Literal["error"],
+        payload: Any,
+        whole: bool = True,
+    ) -> None:
+        """From a worker: news of a trial; one that is not `whole` failed there. An error may be
+        that of a worker which has lost another: the trial is begun again, as often as it may."""
         entry = self._entries[number]
+        if not whole:
+            self._broken = number
         if kind == "error":
             if not any(text in payload for text in LOST_PEER):
                 del entry.errors[entry.starts - 1 :]  # of one start one error counts
@@ -323,27 +361,77 @@ class WorkerReporter:
 
 def _serve(config: dict[str, Any]) -> None:
     """What each worker of a group does: one trial after another."""
+    from torch import distributed
+
     host, rank = config["host"], train.get_context().get_world_rank()
     os.environ["LOCAL_WORLD_SIZE"] = str(train.get_context().get_local_world_size())
-    done, node = -1, ray.get_runtime_context().get_node_id()
-    while (given := ray.get(host.next_job.remote(done, rank, node))) is not None:
-        if given == "wait":
+    connection = _Connection()
+    done, node, whole = -1, ray.get_runtime_context().get_node_id(), True
+    while (given := ray.get(host.next_job.remote(done, rank, node, whole))) is not None:
+        if given == "restart":
+            raise RuntimeError("a trial failed, and not all of its workers came out of it")
+        if given == "renew":
+            connection.renew(done)
+            whole = True
+        if given == "renew" or given == "wait":
             continue
         number, job = given
+        outcome = None
         try:
             outcome = _train(host, number, job)
-        except GroupEnded as ended:
-            ray.get(host.post.remote(number, "outcome", ended.outcome))
-            raise
         except Exception as error:
-            kind = "error"
-            if isinstance(error, UserError):
+            kind, said = "error", f"{error}"[:2000]
+            if isinstance(error, GroupEnded):
+                kind, said = "outcome", error.outcome
+            elif isinstance(error, UserError):
                 kind = "out_of_memory" if isinstance(error, WorkerOutOfMemory) else "refused"
-            ray.get(host.post.remote(number, kind, f"{error}"[:2000]))
-            raise  # others may wait for this worker: all begin anew
-        if rank == 0:
+            whole = job.corpus is not None
+            ray.get(host.post.remote(number, kind, said, whole))
+            if whole:
+                raise  # others may wait for this worker: all begin anew
+        if rank == 0 and outcome is not None:
             ray.get(host.post.remote(number, "outcome", outcome))
         done = number
+        if not distributed.is_initialized():  # the user's function has ended it
+            whole = False
+        if not whole:
+            connection.drop()
+
+
+class _Connection:
+    """This worker's process group, that it can leave and make anew with the others."""
+
+    def __init__(self) -> None:
+        from torch import distributed
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        # The store lives on: another server at the same port could be taken for it.
+        self._store, self._backend = _get_default_store(), distributed.get_backend()
+        self._rank, self._size = distributed.get_rank(), distributed.get_world_size()
+
+    def drop(self) -> None:
+        """Leave the group: workers that wait for this one then fail, too (but for NCCL's)."""
+        from torch import distributed
+
+        gc.collect()  # of what failed, models hold on to the group
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    def renew(self, after: int) -> None:
+        """Make a new group with all others. Raises where the GPU is of no use any more."""
+        import torch
+        from torch import distributed
+
+        self.drop()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        distributed.init_process_group(
+            self._backend,
+            store=distributed.PrefixStore(f"after-{after}", self._store),
+            rank=self._rank,
+            world_size=self._size,
+        )
 
 
 def _train(host: Any, number: int, job: Job) -> TrialOutcome:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +15,9 @@ from raysweep.results.store import CHECKPOINTS
 
 KEPT = "kept"
 """Folder of the results that holds the folders of finished trials, where they are kept."""
+SAVED = "saved.json"
+"""In an object store, which of the copies of a trial's folder counts, and its files: written last,
+so that whoever reads it finds all of one copy."""
 
 
 @dataclass(frozen=True)
@@ -35,38 +41,49 @@ class TrialFolder:
         return cache_folder.root() / "trials" / self.key
 
     def open(self) -> Path:
-        """The folder, made if need be, with what an earlier start left in it."""
+        """The folder, made if need be, with what an earlier start left in it: in an object store
+        what it saved last. What this machine has of it may be older, or half of something."""
         path = self.path
-        path.mkdir(parents=True, exist_ok=True)
         if not self.storage.is_local:
-            for name in self._files():
-                target = path / name
-                data = self.storage.read(self._root, self.key, name)
-                if data is not None and not target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+            copy, files = self._saved()
+            for name in files:
+                data = self.storage.read(self._root, self.key, copy, name)
+                if data is not None:
+                    target = path / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(data)
+        path.mkdir(parents=True, exist_ok=True)
         return path
 
     def save(self) -> None:
-        """Send what is in it to the storage; what has gone here goes there too."""
+        """Send what is in it to the storage, all of it or nothing: whoever is killed meanwhile
+        leaves the copy that was saved before. Files that go while they are read are passed over."""
         if self.storage.is_local:
             return
-        here = {p.relative_to(self.path).as_posix(): p for p in self.path.rglob("*") if p.is_file()}
-        for name, path in here.items():
-            self.storage.write(path.read_bytes(), self._root, self.key, name)
-        for name in set(self._files()) - set(here):
-            self.storage.delete(self._root, self.key, name)
+        copy, files = uuid.uuid4().hex[:8], []
+        for path in sorted(self.path.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    name = path.relative_to(self.path).as_posix()
+                    self.storage.write(path.read_bytes(), self._root, self.key, copy, name)
+                    files.append(name)
+        saved = json.dumps({"copy": copy, "files": files})
+        self.storage.write(saved.encode(), self._root, self.key, SAVED)
+        for other in set(self.storage.folders(self._root, self.key)) - {copy}:
+            self.storage.delete_folder(self._root, self.key, other)
 
     def forget(self) -> None:
         """Remove it, here and there."""
         self.storage.delete_folder(self._root, self.key)
+        self.leave()
+
+    def leave(self) -> None:
+        """Remove what this machine holds of one in an object store."""
         if not self.storage.is_local:
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def _files(self, *inside: str) -> list[str]:
-        """Paths of all files that the storage has of it."""
-        at = (self._root, self.key, *inside)
-        found = ["/".join((*inside, i.base_name)) for i in self.storage.list(*at)]
-        for folder in self.storage.folders(*at):
-            found += self._files(*inside, folder)
-        return found
+    def _saved(self) -> tuple[str, list[str]]:
+        """The copy in the storage that counts, and its files."""
+        found = json.loads(self.storage.read(self._root, self.key, SAVED) or b"{}")
+        return found.get("copy", ""), found.get("files", [])

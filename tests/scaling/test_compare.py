@@ -164,7 +164,7 @@ def test_mistakes_are_named(planted_study: Make, tmp_path: Path) -> None:
         raysweep.compare(folder + "#x")
     with pytest.raises(UserError, match="no architecture 'moe' in the results; known: dense"):
         raysweep.compare(folder, folder, architectures=["moe"])
-    with pytest.raises(UserError, match="both: params and tokens"):
+    with pytest.raises(UserError, match="give both params and tokens"):
         raysweep.compare(folder, folder, params="1B")
 
 

@@ -391,6 +391,21 @@ def test_batches_are_rounded_to_what_can_be_run(tokens, length, expected):
     assert usable_batch(tokens, length) == expected
 
 
+def test_a_batch_lies_inside_its_interval_however_it_is_rounded(planted_study):
+    frame = planted_study(per_cell=12)
+    small, large = 2.0**4, 2.0 ** math.ceil(math.log2(frame["batch_tokens"].max()))
+    for length in (small, large):
+        fits = fit(frame.assign(sequence_length=length, batch_sequences=None))
+        for n in np.geomspace(1e7, 1e9, 5):
+            answer = fits.recommend("dense", n, 20 * n)
+            low, high = answer.batch_tokens_interval
+            assert low <= answer.batch_tokens <= high
+            below = answer.batch_tokens_exact < length
+            assert below == (length == large)
+            assert below == any("smaller than one sequence" in w for w in answer.warnings)
+            assert not below or answer.batch_sequences == 1
+
+
 def test_results_without_learning_rates_still_predict_losses(shared_data):
     fits = fit(read_chinchilla(shared_data / "chinchilla_points.csv"))
     answer = fits.recommend(None, 7e10, 1.4e12)

@@ -42,23 +42,27 @@ def loss(learning_rate: float, batch_tokens: float, tokens: float) -> float:
         + 0.02 * math.log(batch_tokens / 2048) ** 2  # fmt: skip
 
 
-def told(sweep: Sweep, **more: Any) -> tuple[float, int, int] | None:
+def told(sweep: Sweep, **more: Any) -> tuple[float, ...] | None:
     trial = sweep.ask()
     if trial is None:
         return None
     sweep.tell(trial, loss(trial.learning_rate, trial.batch_tokens, trial.tokens), **more)
-    return trial.learning_rate, trial.batch_sequences, trial.seed
+    further = trial.settings["weight_decay"]
+    return trial.learning_rate, trial.batch_sequences, trial.seed, further
 
 
-@pytest.mark.parametrize("strategy", ["ladder", "qmc"])
+@pytest.mark.parametrize("strategy", ["ladder", "qmc", "tpe", "gp", "cmaes"])
 def test_proposals_are_those_of_a_run_on_one_worker(strategy: str, tmp_path: Path) -> None:
-    """Also where a range is widened, and points are repeated."""
-    study = Study.from_dict(space(4, strategy, repeats_at_optimum=1))
+    """Also where a range is widened, points are repeated and more is searched."""
+    also = {"weight_decay": {"low": 0.01, "high": 1.0}}
+    study = Study.from_dict(space(4, strategy, repeats_at_optimum=1, also=also))
     live = StudyScheduler(study, study.own_data, ResourcePool({"here": {"CPU": 1.0}}))
     wanted = []
     while (proposal := live.ask(f"t{len(wanted)}")) is not None:
         spec = proposal.spec
-        wanted.append((spec.learning_rate, spec.batch_sequences, spec.seed))
+        wanted.append(
+            (spec.learning_rate, spec.batch_sequences, spec.seed, *dict(spec.also).values())
+        )
         value = loss(spec.learning_rate, spec.batch_tokens, spec.cell.tokens)
         live.tell(proposal.id, "finished", value)
     found = []
@@ -152,7 +156,7 @@ with Sweep({space!r}, {uri!r}) as sweep:
 def test_four_processes_ask_and_tell_sixty_trials(tmp_path: Path) -> None:
     """None handed out twice, no row lost."""
     path, uri = tmp_path / "asked.yaml", str(tmp_path / "results")
-    path.write_text(yaml.safe_dump(space(30, "qmc", extend_edges=False)))
+    path.write_text(yaml.safe_dump(space(30, "tpe", extend_edges=False)))
     code = CLIENT.format(repo=str(REPO), space=str(path), uri=uri)
     pipe = subprocess.PIPE
     clients = [

@@ -95,11 +95,12 @@ def test_experts_have_active_total_and_dense_counts() -> None:
 @pytest.mark.parametrize(
     ("scale", "says"),
     [
-        (without("params"), r"scales.0 as dense: params .* is missing: give it, or training.size"),
+        (without("params"), r"scales.0 as dense: params .* is missing: .*training.size function"),
         (without("flops_per_token"), r"flops_per_token .* is missing: .*6 N is 6e\+07"),
         (without(flops_per_token=1e9), "17 times 6 N of 10M parameters.*or give params_embedding"),
         (without(flops_per_token=2e7), "0.33 times 6 N of 10M parameters"),
         (without(params_total="5M"), "params_total 5M is below the active 10M"),
+        (without(params_total="30M"), "is 3 times the active 10M, too many for a dense model"),
         (without(d_model=64), "of your own, give them under settings"),
         ({"d_model": 64, "layers": 2, "heads": 2}, "d_model and the like are yours to read"),
     ],
@@ -163,7 +164,7 @@ def test_a_module_is_counted(lab: Path) -> None:
     [
         ("lab_sizes:unknown", "unknown key 'flops': did you mean 'flops_per_token'"),
         ("lab_sizes:raises", r"failed: KeyError: 'width' \(lab_sizes.py:\d+\)"),
-        ("lab_sizes:text", "it returned str: return a mapping of params,"),
+        ("lab_sizes:text", "it returned str: return a mapping with params"),
         ("lab_sizes:mappings", "did you mean lab_sizes:mapping"),
         ("lab_nowhere:size", "cannot be imported"),
     ],

@@ -19,6 +19,7 @@ from raysweep.study import Study, TrialSpec
 from raysweep.training.command import train_by_command
 from raysweep.training.outcome import Silent, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.own import train_by_function
+from raysweep.training.trial_folder import TrialFolder
 
 FUNCTIONS = """
     import json, math, time
@@ -63,6 +64,21 @@ FUNCTIONS = """
             if run.should_stop():
                 return None
         return {"loss": 3.0, "first": step}
+
+    def keeps(run):
+        step = run.folder / "deep" / ".step"
+        at = int(step.read_text()) if step.exists() else 0
+        found = sorted(path.name for path in run.folder.rglob("*"))
+        assert found == ([".step", "deep", "empty"] if at else [])
+        step.parent.mkdir(exist_ok=True)
+        (run.folder / "empty").touch()
+        step.write_text(str(at + 1))
+        run.save()
+        step.write_text("lost")
+        if at < 2:
+            raise RuntimeError("a machine is gone")
+        step.write_text("last")
+        return {"loss": 3.0, "first": at}
 
     def sleeps(run): time.sleep(60)
 """
@@ -185,6 +201,32 @@ def test_a_stopped_run_goes_on_from_its_folder(code: Path, tmp_path: Path) -> No
     assert again.curve["step"][0] == 8
 
 
+def test_a_folder_in_a_bucket_is_what_was_saved_last(
+    code: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one machine, another, and the first again, which still has its own, older copy."""
+    storage = Storage.at(bucket)
+    at = spec({"function": "my_lab_test:keeps", "keep_folders": True}, code)
+
+    def start(machine: str) -> TrialOutcome:
+        monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / machine))
+        return train_by_function(at, code, storage, Silent(), on_timeout=lambda reason: None)
+
+    for machine in ("one", "other"):
+        with pytest.raises(UserError, match="a machine is gone"):
+            start(machine)
+    # A machine that is gone as it saves leaves half a copy, which counts for nothing.
+    storage.write(b"9", "kept", at.key, "half", "deep", ".step")
+    assert start("one").metrics == {"first": 2}
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "reader"))
+    kept = TrialFolder(storage, at.key, kept=True)
+    assert (kept.open() / "deep" / ".step").read_text() == "last"
+    assert len(storage.folders("kept", at.key)) == 1
+    kept.forget()
+    assert not storage.folders("kept")
+    assert not kept.path.exists()
+
+
 def test_what_a_reporter_raises_passes(code: Path, tmp_path: Path) -> None:
     """So Tune ends a trial early."""
 
@@ -256,6 +298,15 @@ SCRIPT = """
         signal.signal(signal.SIGTERM, leave)
         (folder / "pids").write_text(str(os.getpid()))
         time.sleep(60)
+    elif what == "saves":
+        steps = folder / "steps"
+        first = step = int(steps.read_text()) if steps.exists() else 0
+        while step < 400:
+            step += 1
+            steps.with_suffix(".new").write_text(str(step))
+            steps.with_suffix(".new").replace(steps)
+            time.sleep(0.01)
+        out.write_text(json.dumps({"eval": {"loss": 3}, "first": first}))
 """
 
 
@@ -305,7 +356,7 @@ def test_a_command_makes_an_outcome(script: Path, tmp_path: Path) -> None:
     [
         ("other", r"metrics.json has no 'eval.loss' \(it has loss\)"),
         ("text", "is no JSON mapping"),
-        ("writes nothing", "no result was written: training.result.file is"),
+        ("writes nothing", "the command ended, but it wrote no result .training.result.file: "),
         ("fails", "failed with exit code 1: ValueError: no such optimizer"),
         ("killed", "was killed by SIGKILL, perhaps for want of memory"),
     ],
@@ -352,6 +403,33 @@ def test_a_command_that_is_stopped_leaves_its_folder(script: Path, tmp_path: Pat
     assert outcome.status == "stopped"
     (left,) = tmp_path.rglob("left")
     assert left.read_text() == "here"
+
+
+def test_a_command_goes_on_elsewhere_from_what_was_saved_as_it_ran(
+    script: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It replaces its files meanwhile."""
+    monkeypatch.setattr("raysweep.training.command.SAVE_SECONDS", 0.2)
+    monkeypatch.setattr("raysweep.training.command.LOOK_SECONDS", 0.05)
+    storage, at = Storage.at(bucket), spec(command("saves"), script)
+
+    class Dies(Silent):
+        asked = 0
+
+        def should_stop(self) -> bool:
+            self.asked += 1
+            if self.asked == 20:
+                raise OSError("the machine is gone")
+            return False
+
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "one"))
+    with pytest.raises(OSError, match="is gone"):
+        train_by_command(at, script, storage, Dies())
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "other"))
+    outcome = train_by_command(at, script, storage, Silent())
+    assert outcome.status == "finished"
+    assert 0 < outcome.metrics["first"] < 400
+    assert storage.read("logs", f"{at.key}.log") == b""
 
 
 def test_nothing_outlives_whoever_started_a_command(script: Path, tmp_path: Path) -> None:

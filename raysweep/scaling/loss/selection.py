@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from raysweep.errors import UserError
 from raysweep.scaling.estimate import NOT_DETERMINED
@@ -152,7 +152,7 @@ def _predict_level(law: Law, below: LossData, held: LossData, levels: int) -> Ah
     mean, sd = posterior.predict(held.inputs(law)[0])
     sd = np.sqrt(sd**2 + posterior.noise_sd**2 + held.log_se**2)
     off = np.log(held.loss) - mean
-    inside = np.abs(off) <= student(levels).ppf(0.5 + LEVEL / 2) * sd
+    inside = np.abs(off) <= stdtrit(levels, 0.5 + LEVEL / 2) * sd
     return Ahead(
         flops=float(np.exp(np.log(held.flops).mean())),
         reach=float(np.log(held.flops.max() / below.flops.max())),
