@@ -137,7 +137,8 @@ def size_shift(arm: Arm, seed: int = 0) -> Shift | None:
     pairs = [(a, b) for a in ends[0] for b in ends[1] if abs(d[a] - d[b]) < PAIRED]
     if not pairs or n.max() - n.min() < PAIRED:
         return None
-    runs = [evidence.sizes[str(cells.index[k])] for pair in pairs for k in pair]
+    names = list(map(str, cells.index))
+    runs = [evidence.sizes[names[k]] for pair in pairs for k in pair]
     optima = [evidence.surface.optimum(run) for run in runs]
     exact = np.mean([b.mean - a.mean for a, b in zip(optima[::2], optima[1::2], strict=True)], 0)
     drawn = evidence.surface.sample_optima(runs, DRAWS, np.random.default_rng(seed))
@@ -150,7 +151,8 @@ def size_shift(arm: Arm, seed: int = 0) -> Shift | None:
     return Shift(
         (math.exp(n.min()), math.exp(n.max())),
         tuple(runs[2 * k].tokens for k in range(len(pairs))),
-        *(_ratio(moved[:, k]) for k in range(2)),
+        _ratio(moved[:, 0]),
+        _ratio(moved[:, 1]),
         Estimate(*np.expm1(np.mean(gaps, axis=0)).ravel().tolist()),
     )
 

@@ -36,7 +36,8 @@ def test_forecast_and_outcome_side_by_side(tmp_path: Path) -> None:
     rows = rows_of(study, 9)
     results = Results.open(tmp_path / "results", create=True)
     results.write_many(row_table([r for r in rows if r["scale"] != "xl"]).to_pandas())
-    told = forecast(fit(results), study, "xl") | {"written": "2026-01-02 03:04 UTC"}
+    told = forecast(fit(results), study, "xl")
+    told["written"] = "2026-01-02 03:04 UTC"
     other = told["cells"]["moe-xl-10tpp"]
     other["loss"] = {"value": 1.0, "low": 0.9, "high": 1.1}  # a forecast that does not come true
     results.save_forecast(told)
