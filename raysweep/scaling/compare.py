@@ -16,6 +16,7 @@ from raysweep.scaling.optima.noise_scale import fit_noise_scale
 from raysweep.scaling.recommend import Recommendation, answer
 from raysweep.scaling.runs import AXES, describe_run, size_of
 from raysweep.study.shape import RunSize
+from raysweep.text import written
 
 QUANTITIES = ("learning_rate", "batch_tokens", "loss")
 
@@ -125,6 +126,15 @@ class Shift:
     learning_rate: Estimate
     batch_tokens: Estimate
     cost: Estimate
+
+    @property
+    def cost_said(self) -> str:
+        """The cost with its interval; the valley tells nothing of losses that are doubled."""
+        value, low, high = (
+            "over 100\N{NO-BREAK SPACE}%" if v > 1 else written(v, "percent")
+            for v in (self.cost.value, self.cost.low, self.cost.high)
+        )
+        return f"{value} ({low} to {high})"
 
 
 def size_shift(arm: Arm, seed: int = 0) -> Shift | None:
