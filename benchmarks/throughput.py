@@ -8,8 +8,9 @@
   on every shape.
 - pair: two trials at once on two cores against one. Goal: 1.8 times.
 - noise: what measuring the gradient noise scale costs. Goal: at most 3 %.
-- muon: what Muon costs over AdamW. Goal: at most 15 %. Its iteration takes about d_model / 500 of a
-  dense step's products at these batches of 2,048 tokens, and less in proportion at larger ones.
+- muon: what Muon costs over AdamW. Goal: at most 15 %. At these batches of 2,048 tokens its
+  iteration takes about d_model / 580 of a dense step's products, and d_model / 150 of those of a
+  MoE of 8 experts, all of which it turns at every step: less in proportion at larger batches.
 - gpu: model FLOPs utilisation in bfloat16, compiled, where there is a GPU; and 16 tiny trials that
   share it. Goals: 45 % dense; MoE at 60 % of its dense twin's tokens/s.
 

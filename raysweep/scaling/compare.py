@@ -16,6 +16,7 @@ from raysweep.scaling.optima.noise_scale import fit_noise_scale
 from raysweep.scaling.recommend import Recommendation, answer
 from raysweep.scaling.runs import AXES, describe_run, size_of
 from raysweep.study.shape import RunSize
+from raysweep.text import written
 
 QUANTITIES = ("learning_rate", "batch_tokens", "loss")
 
@@ -126,6 +127,15 @@ class Shift:
     batch_tokens: Estimate
     cost: Estimate
 
+    @property
+    def cost_said(self) -> str:
+        """The cost with its interval; the valley tells nothing of losses that are doubled."""
+        value, low, high = (
+            "over 100\N{NO-BREAK SPACE}%" if v > 1 else written(v, "percent")
+            for v in (self.cost.value, self.cost.low, self.cost.high)
+        )
+        return f"{value} ({low} to {high})"
+
 
 def size_shift(arm: Arm, seed: int = 0) -> Shift | None:
     """None where the smallest and the largest model share no horizon, or nothing was searched."""
@@ -137,7 +147,8 @@ def size_shift(arm: Arm, seed: int = 0) -> Shift | None:
     pairs = [(a, b) for a in ends[0] for b in ends[1] if abs(d[a] - d[b]) < PAIRED]
     if not pairs or n.max() - n.min() < PAIRED:
         return None
-    runs = [evidence.sizes[str(cells.index[k])] for pair in pairs for k in pair]
+    names = list(map(str, cells.index))
+    runs = [evidence.sizes[names[k]] for pair in pairs for k in pair]
     optima = [evidence.surface.optimum(run) for run in runs]
     exact = np.mean([b.mean - a.mean for a, b in zip(optima[::2], optima[1::2], strict=True)], 0)
     drawn = evidence.surface.sample_optima(runs, DRAWS, np.random.default_rng(seed))
@@ -150,7 +161,8 @@ def size_shift(arm: Arm, seed: int = 0) -> Shift | None:
     return Shift(
         (math.exp(n.min()), math.exp(n.max())),
         tuple(runs[2 * k].tokens for k in range(len(pairs))),
-        *(_ratio(moved[:, k]) for k in range(2)),
+        _ratio(moved[:, 0]),
+        _ratio(moved[:, 1]),
         Estimate(*np.expm1(np.mean(gaps, axis=0)).ravel().tolist()),
     )
 

@@ -73,7 +73,7 @@ def outcome(
 
 def _found(fits: Fits, name: str) -> dict[str, dict[str, float]]:
     """Optimum and loss of a trained cell, with 95 % intervals."""
-    cell = fits.cells.loc[name]
+    cell = fits.cells.to_dict("index")[name]
     evidence = fits.evidence_of(str(cell["architecture"]))
     loss, reach = float(cell["loss"]), 1.96 * float(cell["loss_se"])
     found = {"loss": {"value": loss, "low": loss - reach, "high": loss + reach}}

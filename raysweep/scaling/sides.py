@@ -130,12 +130,10 @@ class Comparison(InNotebooks):
                 f"{word} x{written(e.value, 'ratio')} ({between(e.low, e.high, 'ratio')})"
                 for word, e in (("learning rate", s.learning_rate), ("batch", s.batch_tokens))
             ]
-            span = between(s.cost.low, s.cost.high, "percent")
-            cost = f"{written(s.cost.value, 'percent')} ({span}) of loss"
             sizes = f"{short(s.params[0])} to {short(s.params[1])} parameters"
             lines.append(
                 f"  {name}, {sizes}: {', '.join(moved)}; the smallest's settings cost the largest "
-                f"{cost}"
+                f"{s.cost_said} of its loss"
             )
         head = ["", "How the optimum moves with size at equal tokens (95 % intervals)"]
         return [*head, *lines] if lines else []

@@ -137,8 +137,8 @@ def newton_schulz(x_MRC: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     x = x_MRC / torch.linalg.matrix_norm(x_MRC, keepdim=True).clamp_min(EPS)
     # Each step is (a I + b G + c G^2) x with G = x x^T: of wide matrices the factors are fewer
-    # products. Their rounding grows with every step, too much in bfloat16.
-    if x.shape[-1] >= 2 * x.shape[-2] and x.dtype != torch.bfloat16:
+    # products. Their rounding grows with every step: too much in bfloat16, or the TF32 of GPUs.
+    if x.shape[-1] >= 2 * x.shape[-2] and x.dtype != torch.bfloat16 and not x.is_cuda:
         return _factor(x @ x.mT) @ x
     for _ in range(STEPS):
         gram = x @ x.mT

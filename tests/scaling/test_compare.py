@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -104,7 +105,7 @@ def test_the_optimum_moves_with_size_as_planted(planted_study: Make, both: Fits)
     assert shift.learning_rate.value == pytest.approx(4**-0.6, rel=0.15)
     assert shift.learning_rate.covers(4**-0.6)
     assert shift.batch_tokens.covers(1)
-    cost = math.expm1(float(valley(0.6 * math.log(4), 0.0)))
+    cost = math.expm1(float(valley(np.array(0.6 * math.log(4)), np.array(0.0))))
     assert shift.cost.low < cost < shift.cost.high
     assert shift.cost.value == pytest.approx(cost, rel=0.5)
     assert size_shift(both.arm("dense")) is None  # its smallest and largest share no horizon
