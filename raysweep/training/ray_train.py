@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import os
 import tempfile
 import threading
@@ -367,12 +368,15 @@ def _serve(config: dict[str, Any]) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(train.get_context().get_local_world_size())
     connection = _Connection()
     done, node, whole = -1, ray.get_runtime_context().get_node_id(), True
+    proven: bool | None = False
+    """Whether the function has worked in a process group that was made anew; None where it is to be
+    tried: it may have kept something of the group before."""
     while (given := ray.get(host.next_job.remote(done, rank, node, whole))) is not None:
         if given == "restart":
             raise RuntimeError("a trial failed, and not all of its workers came out of it")
         if given == "renew":
-            connection.renew(done)
-            whole = True
+            connection.renew(f"after {done}")
+            whole, proven = True, proven or None
         if given == "renew" or given == "wait":
             continue
         number, job = given
@@ -385,13 +389,17 @@ def _serve(config: dict[str, Any]) -> None:
                 kind, said = "outcome", error.outcome
             elif isinstance(error, UserError):
                 kind = "out_of_memory" if isinstance(error, WorkerOutOfMemory) else "refused"
-            whole = job.corpus is not None
+            untested = proven is None and kind == "refused"
+            kind = "error" if untested else kind
+            whole = job.corpus is not None or untested
             ray.get(host.post.remote(number, kind, said, whole))
             if whole:
                 raise  # others may wait for this worker: all begin anew
         if rank == 0 and outcome is not None:
             ray.get(host.post.remote(number, "outcome", outcome))
         done = number
+        if whole and proven is None:
+            proven = True
         if not distributed.is_initialized():  # the user's function has ended it
             whole = False
         if not whole:
@@ -408,6 +416,11 @@ class _Connection:
         # The store lives on: another server at the same port could be taken for it.
         self._store, self._backend = _get_default_store(), distributed.get_backend()
         self._rank, self._size = distributed.get_rank(), distributed.get_world_size()
+        # Functions of `distributed.nn` have the group that is up when they are imported, as DDP
+        # does, for a default: it would never end.
+        distributed.destroy_process_group()
+        importlib.import_module("torch.distributed.nn")
+        self.renew("first")
 
     def drop(self) -> None:
         """Leave the group: workers that wait for this one then fail, too (but for NCCL's)."""
@@ -417,7 +430,7 @@ class _Connection:
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
-    def renew(self, after: int) -> None:
+    def renew(self, name: str) -> None:
         """Make a new group with all others. Raises where the GPU is of no use any more."""
         import torch
         from torch import distributed
@@ -428,7 +441,7 @@ class _Connection:
             torch.cuda.empty_cache()
         distributed.init_process_group(
             self._backend,
-            store=distributed.PrefixStore(f"after-{after}", self._store),
+            store=distributed.PrefixStore(name, self._store),
             rank=self._rank,
             world_size=self._size,
         )
