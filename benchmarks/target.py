@@ -1,9 +1,10 @@
 """Spending on targets: `python -m benchmarks.target GRIDS --without KEY --seeds S --json FILE`.
 
-Of recorded grids the small cells are searched and the large ones, the targets, are asked for:
-equal trials a cell against planned spending (`raysweep.search.value`) of the same FLOPs, under
-three priors. Regret is in per cent of the target's lowest smoothed loss, at the grid point nearest
-to the recommendation. Intervals are those of both searches, against the smoothed grid's optimum.
+Of recorded grids the small cells are searched and the large ones, the targets, are asked for,
+under three priors: equal trials a cell, by a search that knows of no targets and by one that does;
+and planned spending (`raysweep.search.value`) of the same FLOPs. Regret is in per cent of the
+target's lowest smoothed loss, at the grid point nearest to the recommendation. Intervals are those
+of all three searches, against the smoothed grid's optimum.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +30,7 @@ from raysweep.search.value import next_cell
 
 _TOP = 4.0  # targets have at least the largest compute over this
 _APART = 2.0  # the small cells, at most the smallest target's over this
-_FIRST = 10  # trials of the smallest cell, where nothing is known, with equal trials
-_FIRST_PLANNED = 6  # and before planning
+_FIRST = 10  # trials of the smallest cell, where nothing is known
 _MOST = 24  # trials a cell that planning may give
 
 
@@ -65,9 +66,14 @@ def spend(
     seed: int,
     prior: OptimumPrior,
     budget: float | None = None,
+    *,
+    aimed: bool = True,
 ) -> Judged:
-    """Search the small cells: `trials` each, or with a `budget` of FLOPs as planned."""
-    history = TrialHistory(prior)
+    """Search the small cells: `trials` each, what a `budget` of FLOPs leaves then as planned.
+
+    `aimed` is whether the search knows of the targets."""
+    wanted = tuple(g.cell for g in targets)
+    history = TrialHistory(prior, targets=wanted if aimed else ())
     searches = [
         grid_search(history, grid, trials=trials, seed=seed + 1000 * i)
         for i, grid in enumerate(small)
@@ -75,11 +81,10 @@ def spend(
     flops = [grid.cell.compute for grid in small]
     spent = 0.0
     for i, search in enumerate(searches):
-        first = max(trials, _FIRST) if budget is None else _FIRST_PLANNED
-        for _ in range(first if i == 0 else trials):
+        for _ in range(max(trials, _FIRST) if i == 0 else trials):
             search.run()
             spent += flops[i]
-    cells, wanted = [g.cell for g in small], tuple(g.cell for g in targets)
+    cells = [g.cell for g in small]
     while budget is not None:
         had = [search.count for search in searches]
         most = [_MOST - count for count in had]
@@ -129,47 +134,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings, covered = [], []
     for name in options.priors.split(","):
         for trials in map(int, options.trials.split(",")):
-            pairs = []
+            ways = {"uniform": [], "aimed": [], "planned": []}
             for seed in range(options.seeds):
-                alike = spend(small, targets, trials, seed, priors[name])
-                planned = spend(small, targets, 2, seed, priors[name], alike.flops)
-                pairs.append((alike, planned))
-            uniform, active = (
-                np.array([pair[way].regrets.mean() for pair in pairs]) for way in (0, 1)
-            )
-            inside = [np.concatenate([pair[way].covered for pair in pairs]) for way in (0, 1)]
-            covered += inside
-            error = float((active - uniform).std(ddof=1) / np.sqrt(len(pairs)))
+                search = partial(spend, small, targets, seed=seed, prior=priors[name])
+                alike = search(trials, aimed=False)
+                ways["uniform"].append(alike)
+                ways["aimed"].append(search(trials))
+                ways["planned"].append(search(1, budget=alike.flops))
+            by_seed = {
+                way: np.array([run.regrets.mean() for run in runs]) for way, runs in ways.items()
+            }
+            inside = {
+                way: np.concatenate([run.covered for run in runs]) for way, runs in ways.items()
+            }
+            covered += inside.values()
+            apart = by_seed["planned"] - by_seed["uniform"]
             setting = {
                 "prior": name,
                 "trials": trials,
-                "uniform": float(uniform.mean()),
-                "planned": float(active.mean()),
-                "standard_error": error,
-                "uniform_by_seed": uniform.tolist(),
-                "planned_by_seed": active.tolist(),
-                "covered_uniform": inside[0].mean(0).tolist(),
-                "covered_planned": inside[1].mean(0).tolist(),
-                "counts": [pair[1].counts for pair in pairs],
+                **{way: float(regrets.mean()) for way, regrets in by_seed.items()},
+                "standard_error": float(apart.std(ddof=1) / np.sqrt(len(apart))),
+                **{f"{way}_by_seed": regrets.tolist() for way, regrets in by_seed.items()},
+                **{f"covered_{way}": rows.mean(0).tolist() for way, rows in inside.items()},
+                "counts": [run.counts for run in ways["planned"]],
             }
             settings.append(setting)
             print(
-                f"{name:10} {trials} trials: equal {setting['uniform']:.3f} %, planned "
-                f"{setting['planned']:.3f} % (se {error:.3f}); covered "
-                f"{np.mean(inside[0], 0).round(2)} {np.mean(inside[1], 0).round(2)}; trials "
-                f"{pairs[0][1].counts}",
+                f"{name:10} {trials} trials: equal {setting['uniform']:.3f} %, aimed "
+                f"{setting['aimed']:.3f} %, planned {setting['planned']:.3f} % (se "
+                f"{setting['standard_error']:.3f}); trials {ways['planned'][0].counts}",
                 flush=True,
             )
     rate, batch = np.concatenate(covered).mean(0)
-    ratio = np.mean([s["planned"] for s in settings]) / np.mean([s["uniform"] for s in settings])
+    mean = {way: np.mean([s[way] for s in settings]) for way in ("uniform", "aimed", "planned")}
+    ratio = mean["planned"] / mean["uniform"]
     said = {
         "settings": settings,
         "ratio": float(ratio),
+        "ratio_aimed": float(mean["aimed"] / mean["uniform"]),
         "covered_learning_rate": float(rate),
         "covered_batch": float(batch),
         "n_cells": len(targets),
     }
-    print(f"planned / equal {ratio:.2f}; covered: rate {rate:.2f}, batch {batch:.2f}")
+    print(
+        f"planned / equal {ratio:.2f}, aimed / equal {said['ratio_aimed']:.2f}; covered: rate "
+        f"{rate:.2f}, batch {batch:.2f}"
+    )
     if options.json:
         options.json.write_text(json.dumps(said, indent=1))
 

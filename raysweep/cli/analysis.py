@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from raysweep.cli.common import (
     AsJson,
     Group,
     Literature,
+    OfLoss,
     ResultsArgument,
     Where,
     Without,
@@ -34,8 +36,8 @@ def import_command(
     format_: Annotated[
         str,
         typer.Argument(
-            help="csv, jsonl or parquet (a table, one row a run); steplaw, chinchilla, isoflop "
-            "(published sweeps); wandb, mlflow, optuna, ray, losscast (other tools' runs).",
+            help="A table with one row a run: csv, jsonl, parquet. A published sweep: steplaw, "
+            "chinchilla, isoflop. Runs of another tool: wandb, mlflow, optuna, ray, losscast.",
             metavar="FORMAT",
             autocompletion=complete.import_formats,
         ),
@@ -43,34 +45,36 @@ def import_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="File; or ENTITY/PROJECT (wandb), URI (mlflow), STORAGE (optuna), FOLDER (ray, "
-            "losscast). URI#NAME is one experiment or study.",
+            help="A file; or ENTITY/PROJECT (wandb), URI (mlflow), STORAGE (optuna), FOLDER (ray, "
+            "losscast). URI#NAME picks one experiment or study.",
             metavar="SOURCE",
             autocompletion=complete.paths,
         ),
     ],
-    results: Annotated[str, typer.Option("--results", help="Results folder or URI.")],
+    results: Annotated[str, typer.Option("--results", help="Results folder or URI to write to.")],
     map_: Annotated[
         str | None,
         typer.Option(
             "--map",
-            help="column=name,... ours to the source's, before what names tell; column=name*1e9 "
-            "converts units, column==text is a constant, recipe.key=name keeps a hyperparameter.",
+            help="Which column is which: OURS=THEIRS,... With units: tokens=D*1e9. The same for "
+            "all rows: architecture==dense. A hyperparameter to keep: recipe.KEY=THEIRS.",
         ),
     ] = None,
     study: Annotated[
         str | None,
-        typer.Option(help="Name of the rows' study; default: the file, project or study."),
+        typer.Option(help="Name of these runs as a study. Default: that of the file or project."),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Name of the data; studies of one name are fitted together."),
+        typer.Option(
+            help="Name of the training data. Studies on the same data are fitted together."
+        ),
     ] = None,
     curves: Annotated[
-        bool, typer.Option(help="Loss curves of other tools, too; wandb asks once a run.")
+        bool, typer.Option(help="Import loss curves too. For wandb that is one request a run.")
     ] = True,
 ) -> None:
-    """Bring runs that exist already: tables, published sweeps, or what other tools keep."""
+    """Import runs you already have: a table, a published sweep, or runs of another tool."""
     from raysweep.cli.imported import said_of_import
     from raysweep.results import Results
     from raysweep.results.importers import read_source
@@ -88,14 +92,16 @@ def import_command(
 def export_command(
     format_: Annotated[
         str,
-        typer.Argument(help="optuna.", metavar="FORMAT", autocompletion=complete.export_formats),
+        typer.Argument(
+            help="Always optuna.", metavar="FORMAT", autocompletion=complete.export_formats
+        ),
     ],
     results: ResultsArgument,
     file: Annotated[
-        Path, typer.Argument(help="Journal to write, e.g. journal.log.", metavar="FILE")
+        Path, typer.Argument(help="Journal file to write: journal.log.", metavar="FILE")
     ],
 ) -> None:
-    """Write results for other tools: `optuna` is a journal that optuna-dashboard opens."""
+    """Write the trials as an Optuna journal, which optuna-dashboard opens."""
     from raysweep.results import Results
     from raysweep.search.export import export_optuna
 
@@ -109,56 +115,60 @@ def export_command(
 def fit_command(
     results: ResultsArgument,
     everything: Annotated[
-        bool, typer.Option("--all", help="Cells, comparison, prior and checks too.")
+        bool, typer.Option("--all", help="Print cells, comparison, prior and checks too.")
     ] = False,
     group: Group = None,
     where: Where = None,
     also: Also = None,
+    loss: OfLoss = None,
     without: Without = None,
     literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the optima and the laws, and print them."""
-    fits = fit_results(results, group, without, literature, where, also)
+    """Fit how the best settings and the loss scale, and print the laws."""
+    fits = fit_results(results, group, without, literature, where, also, loss)
     typer.echo(json.dumps(fits.to_dict(), indent=1) if as_json else fits.summary(everything))
     if not (as_json or everything):
-        typer.echo("\n--all shows the cells, the comparison, the prior and the checks")
+        typer.echo("\nadd --all for the cells, the comparison, the prior and the checks")
 
 
 @app.command("recommend")
 def recommend_command(
     results: ResultsArgument,
     params: Annotated[
-        float, typer.Option(help="Active non-embedding parameters: 7e9 or 7B.", parser=size)
+        float, typer.Option(help="Active parameters without embeddings: 7e9 or 7B.", parser=size)
     ],
-    tokens: Annotated[float, typer.Option(help="Token budget: 1.4e12 or 1.4T.", parser=size)],
+    tokens: Annotated[float, typer.Option(help="Training tokens: 1.4e12 or 1.4T.", parser=size)],
     architecture: Annotated[
-        str | None, typer.Option(help="Architecture of the results; default: each of them.")
+        str | None, typer.Option(help="Architecture to answer for. Default: all in the results.")
     ] = None,
-    experts: Annotated[int | None, typer.Option(help="Routed experts of a MoE.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts a token is sent to.")] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Number of routed experts, for a MoE.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts that each token is sent to.")] = None,
     within: Annotated[
-        str, typer.Option(help="Share of the best loss that the largest batch may cost.")
+        str, typer.Option(help="How much more loss the largest batch may cost.")
     ] = "0.5%",
     of: Annotated[
         str | None,
         typer.Option(
             "--of",
-            help="With --group: the value to answer for, as 'fit' lists them; default: the best.",
+            help="With --group: the value to answer for, as 'fit' lists it. Default: the best.",
             metavar="VALUE",
         ),
     ] = None,
     group: Group = None,
     where: Where = None,
     also: Also = None,
+    loss: OfLoss = None,
     without: Without = None,
     literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Recommend learning rate and batch size for a run, with the expected loss.
+    """Recommend learning rate and batch size for a run, and predict its loss.
 
-    Of several architectures each is answered for; then --json prints a list."""
-    fits = fit_results(results, group, without, literature, where, also)
+    With several architectures it answers for each; --json then prints a list."""
+    fits = fit_results(results, group, without, literature, where, also, loss)
     names = [architecture] if architecture is not None else fits.asked(experts, of)
     answers = [
         fits.recommend(name, params, tokens, experts=experts, top_k=top_k, group=of, within=within)
@@ -176,13 +186,14 @@ def recommend_command(
 Runs = Annotated[
     str,
     typer.Argument(
-        help="Table with one row a run (CSV, JSON lines, Parquet), or a results folder.",
+        help="Table with one row a run (CSV, JSON lines or Parquet), or a results folder.",
         metavar="FILE",
         autocompletion=complete.paths,
     ),
 ]
 Map = Annotated[
-    str | None, typer.Option("--map", help="Of FILE: column=name,... as in 'raysweep import'.")
+    str | None,
+    typer.Option("--map", help="Which column of FILE is which, as in 'raysweep import'."),
 ]
 
 
@@ -198,7 +209,7 @@ def predict_command(
     literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Expected final loss of configurations: N, D, learning rate and batch a row."""
+    """Predict the final loss of runs: each row gives N, D, learning rate and batch."""
     from raysweep.results.mapping import parse_mapping
     from raysweep.scaling.plain import to_json
     from raysweep.scaling.prediction import predictions_text
@@ -219,7 +230,9 @@ def score_command(
     map_: Map = None,
     of: Annotated[
         str | None,
-        typer.Option("--of", help="Only runs of FILE for which this holds.", metavar="CONDITION"),
+        typer.Option(
+            "--of", help="Use only the runs of FILE for which this holds.", metavar="CONDITION"
+        ),
     ] = None,
     group: Group = None,
     where: Where = None,
@@ -228,7 +241,7 @@ def score_command(
     literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hold predicted losses against the known ones of runs: error, ranks, coverage, by group."""
+    """Compare predicted losses with known ones: error, ranks, coverage, by group."""
     from raysweep.results.mapping import parse_mapping
 
     columns = parse_mapping([map_] if map_ else [])
@@ -250,7 +263,7 @@ def split_command(
     literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Split training budgets between parameters and tokens at the least expected loss."""
+    """Split a training budget between parameters and tokens for the lowest expected loss."""
     from raysweep.scaling.compute.allocation import allocations_text
     from raysweep.scaling.plain import to_json
 
@@ -270,40 +283,50 @@ def serving_command(
         typer.Option(help="Training budgets in FLOPs, e.g. 1e21,3e21.", metavar="C,C,..."),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="GPU to serve on, e.g. h100.", autocompletion=complete.gpus)
+        str | None,
+        typer.Option(help="GPU that serves the model, such as h100.", autocompletion=complete.gpus),
     ] = None,
-    dollars: Annotated[float | None, typer.Option(help="Price of one GPU an hour.")] = None,
+    dollars: Annotated[
+        float | None, typer.Option(help="Price of one GPU for an hour, in dollars.")
+    ] = None,
     gpus: Annotated[
-        str | None, typer.Option(help="Numbers of GPUs that may share one model.", metavar="G,...")
+        str | None,
+        typer.Option(help="How many GPUs may share one model, such as 1,2,4.", metavar="G,..."),
     ] = None,
     max_sequences: Annotated[
-        float | None, typer.Option(help="Sequences that a server holds at once.")
+        float | None, typer.Option(help="Most sequences that a server holds at once.")
     ] = None,
-    prompt: Annotated[float | None, typer.Option(help="Tokens a request brings.")] = None,
-    generated: Annotated[float | None, typer.Option(help="Tokens a request gets.")] = None,
+    prompt: Annotated[float | None, typer.Option(help="Tokens in the prompt of a request.")] = None,
+    generated: Annotated[float | None, typer.Option(help="Tokens generated for a request.")] = None,
     experts: Annotated[
         str | None,
-        typer.Option(help="Numbers of experts to weigh; default: those trained.", metavar="E,..."),
+        typer.Option(
+            help="Numbers of experts to consider. Default: those trained.", metavar="E,..."
+        ),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Architecture, or its experts, to match; default: the smallest mixture."),
+        typer.Option(
+            help="Whose loss to match: an architecture or number of experts. Default: the smallest."
+        ),
     ] = None,
     law: Annotated[
         str | None,
-        typer.Option(help="Law of the loss: wang, yun, joint_moe, sparsity; default: the best."),
+        typer.Option(help="Law of the loss: wang, yun, joint_moe or sparsity. Default: the best."),
     ] = None,
     profile: Annotated[
         Path | None,
-        typer.Option(help="CSV of measured latencies, in place of the GPU's roofline."),
+        typer.Option(
+            help="CSV of measured latencies. Default: those expected from the GPU's data sheet."
+        ),
     ] = None,
     without: Without = None,
     literature: Literature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Weigh quality against the cost of serving: loss-optimal, over-trained and bounded models.
+    """Weigh a model's loss against what it costs to serve.
 
-    What is not given is as the study's `serving` section says."""
+    Settings that are not given here come from the study's `serving` section."""
     from raysweep.results import Results
     from raysweep.scaling.compute.roofline import Profile, find_gpu
     from raysweep.scaling.compute.serving import Serving, settings_of
@@ -336,30 +359,33 @@ def report_command(
     results: ResultsArgument,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder to write to; default: reports/STUDY."),
+        typer.Option("-o", "--output", help="Folder to write to. Default: reports/STUDY."),
     ] = None,
     asked: Annotated[
         list[str] | None,
-        typer.Option("--for", help="Run to answer for first. Repeatable.", metavar="PARAMS@TOKENS"),
+        typer.Option(
+            "--for", help="A run to answer for first: 7B@1.4T. Repeatable.", metavar="PARAMS@TOKENS"
+        ),
     ] = None,
     png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Build it again as trials land, until the run ends.")
+        bool, typer.Option("--watch", help="Rebuild it as trials finish, until the run ends.")
     ] = False,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
     group: Group = None,
     where: Where = None,
     also: Also = None,
+    loss: OfLoss = None,
     without: Without = None,
     literature: Literature = None,
 ) -> None:
-    """Write the HTML report of a results folder; with --watch, keep it live."""
+    """Write the HTML report of a results folder."""
     from raysweep.report.write import check_folder, write_report
 
     if output is not None:
         check_folder(output)
     if watch:
-        if group or where or also or without or literature or asked:
+        if group or where or also or loss or without or literature or asked:
             raise UserError("--watch fits as the study says: leave out --group, --for and the like")
         from raysweep.report.page import folder_of
         from raysweep.results import Results
@@ -368,7 +394,7 @@ def report_command(
         watch_report(results, folder, png=png, until_eof=until_eof)
         return
     runs = [_run_asked(text) for text in asked or ()]
-    fits = fit_results(results, group, without, literature, where, also)
+    fits = fit_results(results, group, without, literature, where, also, loss)
     page = write_report(results, output, fits=fits, png=png, asked=runs)
     typer.echo(page.resolve().as_uri() if sys.stdout.isatty() else str(page))
 
@@ -395,34 +421,39 @@ def compare_command(
     results: Annotated[
         list[str],
         typer.Argument(
-            help="Results folders or URIs; RESULTS#STUDY is one study of one.",
+            help="Results folders or URIs. RESULTS#STUDY picks one study of a folder.",
             metavar="RESULTS...",
             autocompletion=complete.results,
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder to write a page to.")
+        Path | None, typer.Option("-o", "--output", help="Folder to write an HTML page to.")
     ] = None,
     architecture: Annotated[
-        list[str] | None, typer.Option(help="Compare this architecture only. Repeatable.")
+        list[str] | None, typer.Option(help="Compare only this architecture. Repeatable.")
     ] = None,
     params: Annotated[
         float | None,
-        typer.Option(help="Size at which the sides stand side by side.", parser=size),
+        typer.Option(
+            help="Model size to compare at. Default: the largest that all share.", parser=size
+        ),
     ] = None,
     tokens: Annotated[
         float | None,
-        typer.Option(help="Its token budget; default: the largest shared.", parser=size),
+        typer.Option(
+            help="Training tokens to compare at. Default: the most that all share.", parser=size
+        ),
     ] = None,
     group: Group = None,
     where: Where = None,
     also: Also = None,
+    loss: OfLoss = None,
     without: Without = None,
     literature: Literature = None,
     png: Annotated[bool, typer.Option("--png", help="Write each figure as PNG as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare architectures, groups, studies or folders: optima, losses, FLOPs for equal loss."""
+    """Compare architectures, groups, studies or folders: best settings, loss, FLOPs."""
     from raysweep.scaling.sides import compare
 
     found = compare(
@@ -433,6 +464,7 @@ def compare_command(
         tokens=tokens,
         where=where,
         also=listed(also),
+        loss=loss,
         **published(without, literature),
     )
     if output is not None:
@@ -442,6 +474,20 @@ def compare_command(
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
     if output is not None:
         from raysweep.report.compare import write_comparison
+        from raysweep.report.render import relative
 
-        page = write_comparison(found.arms, output, png=png, apart=found.apart)
+        words = ["raysweep", "compare", *map(relative, results), "-o", relative(str(output))]
+        for option, values in {
+            "--architecture": architecture,
+            "--group": group,
+            "--where": [where] if where else None,
+            "--also": also,
+            "--loss": [loss] if loss else None,
+            "--without": without,
+            "--literature": literature,
+        }.items():
+            words += [word for value in values or () for word in (option, value)]
+        page = write_comparison(
+            found.arms, output, png=png, apart=found.apart, command=shlex.join(words)
+        )
         typer.echo(str(page), err=as_json)

@@ -28,24 +28,25 @@ def _lifetime(text: str) -> timedelta:
 def ask_command(
     space: Space,
     results: ResultsOption = None,
-    count: Annotated[int, typer.Option("-n", help="Trials to hand out, at most.", min=1)] = 1,
+    count: Annotated[int, typer.Option("-n", help="How many trials to get, at most.", min=1)] = 1,
     set_: Set = None,
     expires: Annotated[
-        str, typer.Option(help="Time after which a trial that was not told is given up.")
+        str,
+        typer.Option(help="Give a trial up when it is not told within this time: 90m, 24h or 3d."),
     ] = "24h",
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for a trial, or for the study to be done.")
+        bool, typer.Option("--wait", help="Wait until there is a trial, or the study is done.")
     ] = False,
     shell: Annotated[
-        bool, typer.Option("--shell", help="Print name=value words for eval, not JSON.")
+        bool, typer.Option("--shell", help="Print name=value words for the shell's eval, not JSON.")
     ] = False,
     retry_crashed: Annotated[
-        bool, typer.Option("--retry-crashed", help="Try cells again whose trials crashed.")
+        bool, typer.Option("--retry-crashed", help="Try again where trials crashed.")
     ] = False,
 ) -> None:
-    """Hand out a study's next trials, a JSON line each, to be trained anywhere.
+    """Get the next trials of a study to train anywhere: a JSON line each.
 
-    Prints nothing once the study is done; exit code 75 where others must be told first."""
+    Prints nothing once the study is done. Exit code 75: running trials must be told first."""
     from raysweep.search.sweep import Sweep, shell_words
 
     study, lifetime = load_study(space, set_), _lifetime(expires)
@@ -66,19 +67,25 @@ def ask_command(
 
 @app.command("tell")
 def tell_command(
-    trial: Annotated[str, typer.Argument(help="Id that 'ask' printed.", metavar="ID")],
-    loss: Annotated[float | None, typer.Option(help="Final validation loss, nats a token.")] = None,
-    diverged: Annotated[bool, typer.Option("--diverged", help="Its loss ran away.")] = False,
+    trial: Annotated[
+        str, typer.Argument(help="The trial's id, as 'ask' printed it.", metavar="ID")
+    ],
+    loss: Annotated[
+        float | None, typer.Option(help="Final validation loss, in nats a token.")
+    ] = None,
+    diverged: Annotated[bool, typer.Option("--diverged", help="Its loss diverged.")] = False,
     failed: Annotated[
-        str | None, typer.Option("--failed", help="Why it has no loss.", metavar="WHY")
+        str | None, typer.Option("--failed", help="It failed, and why.", metavar="WHY")
     ] = None,
     measured: Annotated[
         list[str] | None,
-        typer.Option("--with", help="Further number: name=value. Repeatable.", metavar="NAME=X"),
+        typer.Option(
+            "--with", help="Another number to keep: name=value. Repeatable.", metavar="NAME=X"
+        ),
     ] = None,
     results: ResultsOption = None,
 ) -> None:
-    """Tell how a trial ended that 'ask' handed out; its row is written."""
+    """Tell how a trial from 'ask' ended, and write its row."""
     from raysweep.results.pending import Status, tell
 
     if sum((loss is not None, diverged, failed is not None)) != 1:

@@ -19,7 +19,7 @@ JobsAddress = Annotated[
     str,
     typer.Option(
         envvar="RAY_API_SERVER_ADDRESS",
-        help="Jobs address of the head.",
+        help="Address of the cluster's Ray Jobs.",
         metavar="http://HEAD:8265",
     ),
 ]
@@ -30,16 +30,19 @@ JobArgument = Annotated[str, typer.Argument(help="Job, as 'raysweep status' list
 def submit_command(
     space: Space,
     results: Annotated[
-        str, typer.Option("--results", help="Results URI that all nodes reach.", metavar="URI")
+        str, typer.Option("--results", help="Results URI that every node can reach.", metavar="URI")
     ],
     address: JobsAddress = DEFAULT_JOBS,
     set_: Set = None,
     env_file: Annotated[
-        Path | None, typer.Option(help="KEY=VALUE lines for the study's environment.")
+        Path | None,
+        typer.Option(help="File of KEY=VALUE lines: environment variables for the study."),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the study to its end.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show the study's output until it ends.")
+    ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", help="A local results folder is shared by all nodes.")
+        bool, typer.Option("--yes", help="All nodes share this local results folder.")
     ] = False,
 ) -> None:
     """Send a study to a Ray cluster and start it there. Submit again to continue."""
@@ -59,12 +62,14 @@ def submit_command(
 def status_command(
     what: Annotated[
         str | None,
-        typer.Argument(help="A job, or a results folder or URI.", metavar="[JOB|RESULTS]"),
+        typer.Argument(
+            help="A job, or a results folder or URI. Default: all jobs.", metavar="[JOB|RESULTS]"
+        ),
     ] = None,
     address: JobsAddress = DEFAULT_JOBS,
     as_json: AsJson = False,
 ) -> None:
-    """Show a cluster's studies, one of them, or how far the cells of a results URI are."""
+    """Show the studies on a cluster, or how far a study is."""
     from raysweep.cluster import jobs
     from raysweep.results import Results, progress
 
@@ -89,9 +94,11 @@ def status_command(
 def logs_command(
     job: JobArgument,
     address: JobsAddress = DEFAULT_JOBS,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the study ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on until the study ends.")
+    ] = False,
 ) -> None:
-    """Show what a submitted study prints."""
+    """Show the output of a submitted study."""
     from raysweep.cluster.jobs import Jobs
 
     jobs = Jobs(address)
@@ -103,7 +110,7 @@ def logs_command(
 
 @app.command("stop")
 def stop_command(job: JobArgument, address: JobsAddress = DEFAULT_JOBS) -> None:
-    """End a submitted study. Its rows stay; submit it again to continue."""
+    """Stop a submitted study. Its results stay; submit it again to continue."""
     from raysweep.cluster.jobs import Jobs
 
     stopped = Jobs(address).stop(job)

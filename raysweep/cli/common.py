@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from raysweep.study import Study
 
 app = typer.Typer(
-    help="Which learning rate and batch size for a dense or MoE model of N parameters on D tokens, "
-    "and what loss will it reach?",
+    help="Find the learning rate and batch size for a dense or MoE language model of N parameters "
+    "on D tokens, and the loss it will reach.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,7 +37,7 @@ Space = Annotated[
 ResultsArgument = Annotated[
     str,
     typer.Argument(
-        help="Results folder or URI (s3://, gs://).",
+        help="Results folder, or its URI (s3://, gs://).",
         metavar="RESULTS",
         autocompletion=complete.results,
     ),
@@ -46,21 +46,23 @@ ResultsOption = Annotated[
     str | None,
     typer.Option(
         "--results",
-        help="Results folder or URI; default: results/STUDY.",
+        help="Results folder or URI. Default: results/STUDY.",
         metavar="URI",
         autocompletion=complete.results,
     ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a key of the file: dotted.key=value. Repeatable."),
+    typer.Option(
+        "--set", help="Change a key of the file for this call: dotted.key=value. Repeatable."
+    ),
 ]
 Group = Annotated[
     list[str] | None,
     typer.Option(
         "--group",
-        help="Columns, or keys of the recipe, by which runs differ (optimizer, schedule): one "
-        "valley, offsets of their own. Repeatable.",
+        help="Columns or recipe keys in which the runs differ, such as optimizer. Each value gets "
+        "its own optimum and loss level. Repeatable.",
         metavar="COLUMN,...",
     ),
 ]
@@ -68,7 +70,7 @@ Where = Annotated[
     str | None,
     typer.Option(
         "--where",
-        help="Only rows for which this holds: 'optimizer == \"adamw\" and tokens > 1e9'.",
+        help="Use only the rows for which this holds: 'optimizer == \"adamw\" and tokens > 1e9'.",
         metavar="CONDITION",
     ),
 ]
@@ -76,16 +78,25 @@ Also = Annotated[
     list[str] | None,
     typer.Option(
         "--also",
-        help="Further columns, or keys of the recipe, to adjust losses for (weight_decay, "
-        "warmup_steps). Repeatable.",
+        help="Columns or recipe keys whose effect is taken off the losses first, such as "
+        "weight_decay. Repeatable.",
         metavar="COLUMN,...",
+    ),
+]
+OfLoss = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        help="Named validation set whose loss to fit (columns loss.NAME), or ema for that of "
+        "averaged weights; default: the one that was minimised.",
+        metavar="NAME",
     ),
 ]
 Without = Annotated[
     list[str] | None,
     typer.Option(
         "--without",
-        help="Published laws to leave out of the prior. Repeatable.",
+        help="Published laws that the fit leaves out. Repeatable.",
         metavar="KEY,...",
         autocompletion=complete.published_laws,
     ),
@@ -94,7 +105,7 @@ Literature = Annotated[
     list[str] | None,
     typer.Option(
         "--literature",
-        help="The only published laws to start from. Repeatable.",
+        help="Start from these published laws only. Repeatable.",
         metavar="KEY,...",
         autocompletion=complete.published_laws,
     ),
@@ -124,7 +135,9 @@ def size(text: str) -> float:
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and debug messages.")
+    ] = False,
     version: Annotated[
         bool,
         typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
@@ -161,6 +174,7 @@ def fit_results(
     literature: list[str] | None = None,
     where: str | None = None,
     also: list[str] | None = None,
+    loss: str | None = None,
 ) -> Fits:
     from raysweep.results import Results
     from raysweep.scaling.fits import fit
@@ -171,6 +185,7 @@ def fit_results(
         group=listed(group),
         where=where,
         also=listed(also),
+        loss=loss,
         **published(without, literature),
     )
     for problem in results.problems:

@@ -28,12 +28,12 @@ def init_command(
         str,
         typer.Option(
             "--like",
-            help="What to begin with: laptop, dense, moe, own (your training code) or import.",
+            help="What to start from: laptop, dense, moe, own (your training code) or import.",
             autocompletion=complete.templates,
         ),
     ] = "laptop",
 ) -> None:
-    """Write a short commented search-space file into the current folder."""
+    """Write a short search-space file with comments into this folder."""
     known = complete.templates("")
     if like not in known:
         near = difflib.get_close_matches(like, known, n=1, cutoff=0.0)

@@ -29,20 +29,20 @@ def run_command(
     results: ResultsOption = None,
     set_: Set = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; default: start Ray on this machine.")
+        str | None, typer.Option(help="Ray cluster to join. Default: start Ray on this machine.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Folder of the report; default: reports/STUDY.")
+        Path | None, typer.Option(help="Folder of the report. Default: reports/STUDY.")
     ] = None,
     live: Annotated[
         bool | None,
         typer.Option(
             "--live/--no-live",
-            help="Keep the report up to date meanwhile; default: yes, but in CI.",
+            help="Keep the report up to date during the run. Default: yes, except in CI.",
         ),
     ] = None,
 ) -> None:
-    """Search every cell of a study, fit the laws, write the report. Run again to continue."""
+    """Run a study: search every cell, fit the laws, write the report. Run it again to continue."""
     from raysweep.report.write import check_folder, opening_answers, write_report
     from raysweep.results import Results
     from raysweep.scaling.fits import fit
@@ -84,13 +84,13 @@ def plan_command(
     calibrate: Annotated[
         bool,
         typer.Option(
-            help="Time a few training steps, some seconds, and estimate how long it takes here; "
-            "not of your own training code."
+            help="Time a few training steps to estimate how long the study takes here. Not for "
+            "your own training code."
         ),
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Show a study's cells, parameters, tokens, FLOPs, and the time it would take here."""
+    """Show what a study would run: cells, parameters, tokens, FLOPs and time."""
     from raysweep.study.plan import make_plan, render_plan, with_times
 
     study = load_study(space, set_)
@@ -125,15 +125,17 @@ def train_command(
     space: Space,
     cell: Annotated[
         str,
-        typer.Option(help="Name of the cell; 'plan' lists them.", autocompletion=complete.cells),
+        typer.Option(help="Name of the cell, as 'plan' lists it.", autocompletion=complete.cells),
     ],
     lr: Annotated[float, typer.Option(help="Peak learning rate.")],
     batch_tokens: Annotated[int, typer.Option(help="Global batch in tokens.")],
-    seed: Annotated[int | None, typer.Option(help="Seed; default: the study's.")] = None,
-    results: ResultsOption = None,
+    seed: Annotated[int | None, typer.Option(help="Seed. Default: the study's.")] = None,
+    results: Annotated[
+        str | None, typer.Option(help="Results folder or URI to keep its row in.", metavar="URI")
+    ] = None,
     set_: Set = None,
 ) -> None:
-    """Train one trial here, without Tune; of your own code too. With --results its row is kept."""
+    """Train one trial here, without Ray, also with your own code."""
     from raysweep.training.single import train_one
 
     row = train_one(load_study(space, set_), cell, lr, batch_tokens, seed=seed, results_uri=results)

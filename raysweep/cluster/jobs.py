@@ -290,7 +290,7 @@ def _explain(error: Exception, address: str) -> UserError:
             "the token that the cluster was started with"
         )
     reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return UserError(f"the head at {address} did not do it: {reason}")
+    return UserError(f"the head at {address} could not do it: {reason}")
 
 
 def _http_status(error: Exception) -> int | None:

@@ -69,7 +69,7 @@ def get_or_build(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if found is None:
-        raise UserError(f"what was written to {final} reads back otherwise: check the disk")
+        raise UserError(f"what was written to {final} cannot be read back: check the disk")
     return found
 
 

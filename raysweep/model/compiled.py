@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
-import torch._dynamo.config
 
 MAX_KINDS = 16
 """Kinds of runs (shape, micro-batch, precision) whose graphs are kept; then all are forgotten."""
@@ -27,7 +26,9 @@ def compiled(function: F) -> F:
     of a model share one, and so do all models of a shape.
     """
     if function not in _compiled:
-        config: Any = torch._dynamo.config
+        import torch._dynamo.config as dynamo  # it costs a process 0.7 s
+
+        config: Any = dynamo
         # Past its limit a function would silently run uncompiled: by default from the ninth on.
         config.recompile_limit = MAX_KINDS * GRAPHS_A_KIND
         config.accumulated_recompile_limit = 64 * MAX_KINDS * GRAPHS_A_KIND

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raysweep.model.parametrization import Parametrization
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 CHUNK = 1 << 20
 """Numbers of a parameter that one generator draws."""
@@ -37,11 +39,18 @@ def initialise(
             _fill(local.view(-1), start, std, f"{seed}/{name}", pool)
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether FSDP2 has cut it over workers. Importing DTensor for it would cost a process 1 s."""
+    return hasattr(tensor, "to_local")
+
+
 def local_part(parameter: Tensor) -> tuple[Tensor, int]:
     """What this worker holds of a parameter, and the flat index of its first number: a parameter is
     only ever cut along its first dimension, so a part is contiguous."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return parameter.detach(), 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )

@@ -274,9 +274,10 @@ class _Family:
         return found
 
     def _point(self, a: Recommendation, within: float, cell: str) -> dict[str, Any]:
-        low, high = np.log(np.array([a.learning_rate_interval, a.batch_tokens_interval])).T
         optimum = self.evidence.optimum(a.run)
         rate, batch = optimum.mean.tolist() if optimum is not None else (math.nan, math.nan)
+        # Half the width; where the rate is no answer (above 1), it has none.
+        halves = np.full(2, math.nan) if optimum is None else np.diff(optimum.interval())[:, 0] / 2
         return {
             "params": math.log(a.params),
             "tokens": math.log(a.tokens),
@@ -284,9 +285,9 @@ class _Family:
             "cell": cell,
             "flops": math.log(a.run.compute),
             "rate": rate,
-            "rate_half": (high[0] - low[0]) / 2,
+            "rate_half": halves[0] if math.isfinite(a.learning_rate) else math.nan,
             "batch": batch,
-            "batch_half": (high[1] - low[1]) / 2,
+            "batch_half": halves[1],
             "loss": _log(a.loss),
             "loss_low": _log(a.loss_interval[0]),
             "loss_high": _log(a.loss_interval[1]),

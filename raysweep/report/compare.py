@@ -27,13 +27,13 @@ from raysweep.report.figure import (
 from raysweep.report.interactive import library, packed_figures
 from raysweep.report.laws import FLOPS, QUANTITIES, SIZE_AXES, paths_along, told_along
 from raysweep.report.render import render, replace_file
-from raysweep.scaling.compare import EQUALS, Arm, Ratio, compare_arms, needed
+from raysweep.scaling.compare import EQUALS, Arm, Ratio, compare_arms, needed, size_shift
 from raysweep.scaling.optima.surface import TARGETS
 from raysweep.scaling.recommend import Recommendation, answer
 from raysweep.scaling.runs import AXES, RunMaker
 from raysweep.text import estimated, written
 
-SCRIPTS = ("common.js", "figures.js", "plots.js")
+SCRIPTS = ("common.js", "address.js", "figures.js", "plots.js")
 """What the page runs, in order."""
 
 WORDS = {
@@ -80,6 +80,7 @@ def write_comparison(
         "size": size,
         "sides": _sides(arms, size, ratios),
         "ratios": {name: _rows(own) for name, own in ratios.items()},
+        "shifts": {a.name: shift for a in arms if (shift := size_shift(a)) is not None},
         "equals": EQUALS,
         "apart": apart or {},
         "figures": figures,

@@ -429,8 +429,11 @@ def law_rows(fits: Fits) -> list[LawRow]:
                 f"{model.law.name}, {model.law.source}; N is {COUNT_NAMES[model.count]}",
             )
         )
+    said: set[str] = set()
     for name, relations in fits.relations.items():
         for target, relation in relations.items():
+            others = "" if target in said else f"; {PUBLISHED[target]}"
+            said.add(target)
             symbol = estimated(relation.coefficient, style="coefficient")
             rows.append(
                 LawRow(
@@ -439,7 +442,7 @@ def law_rows(fits: Fits) -> list[LawRow]:
                     f"{symbol} L^a",
                     (("a", relation.exponent, math.nan),),
                     "",
-                    f"{relation.n_cells} cells; {PUBLISHED[target]}",
+                    f"{relation.n_cells} cells{others}",
                 )
             )
     return rows

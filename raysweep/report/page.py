@@ -17,11 +17,13 @@ from raysweep.errors import UserError
 from raysweep.report import budgets, claims, facts, measured, serving, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
+from raysweep.report.forecast import forecast_rows, forecast_words
 from raysweep.report.interactive import library, packed_figures
 from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
 from raysweep.report.render import relative, render, replace_file
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of, picture
 from raysweep.report.trials import MAX_ROWS, trial_table
+from raysweep.results.columns import with_loss
 from raysweep.results.store import Results
 from raysweep.scaling.compute.serving import settings_of
 from raysweep.scaling.fits import Fits, fit
@@ -34,7 +36,15 @@ LARGEST = 4_000_000
 FOLDER = "reports"
 """Where a page goes that nobody names a folder for, in one of its study's name."""
 
-SCRIPTS = ("common.js", "figures.js", "plots.js", "answer.js", "parallel.js", "page.js")
+SCRIPTS = (
+    "common.js",
+    "address.js",
+    "figures.js",
+    "plots.js",
+    "answer.js",
+    "parallel.js",
+    "page.js",
+)
 """What the page runs, in order."""
 
 _STUDY = re.compile(r'<meta name="raysweep-study" content="([^"]*)">')
@@ -73,6 +83,7 @@ def report(
     page = target / "index.html"
     _refuse_another(page, names)
     fits = fit(results) if fits is None else fits
+    frame = with_loss(frame, fits.of_loss) if fits.of_loss else frame
     context, drawn, shown = _context(results, frame, fits, studies, asked)
     context |= {
         "title": title or _title(names),
@@ -161,6 +172,8 @@ def _context(
         "parabolas": "budgets" in figures
         and "parabolas" in " ".join(s.name for p in figures["budgets"].panels for s in p.series),
         "split_rows": budgets.split_rows(split),
+        "forecast_rows": forecast_rows(*results.forecast()),
+        "forecast_said": forecast_words(*results.forecast()),
         "claim_rows": claims.claim_rows(fits),
         "exponent_rows": claims.exponent_rows(fits),
         "serving": serving.words(served),

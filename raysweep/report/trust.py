@@ -47,9 +47,9 @@ def checks(fits: Fits) -> list[tuple[str, list[Mark]]]:
         ("cells, and trials that count", _counted),
         ("optima inside their trials", _interior),
         ("fit of the optima", _status),
-        ("effects told by the data, not the prior", _told),
+        ("effects that the data tell, not the prior", _told),
         *((f"{word} of held-out cells inside 95 %", _covered(q)) for q, word in WORDS.items()),
-        ("loss lost by held-out advice", _regret),
+        ("loss lost by advice for held-out cells", _regret),
         ("law of the loss", _law),
         ("loss one level of compute ahead, inside 95 %", _ahead),
     ]
@@ -125,7 +125,7 @@ def _regret(fits: Fits, name: str) -> Mark:
 def _law(fits: Fits, name: str) -> Mark:
     model = fits.loss_model(name)
     if model.ok and model.law is not None:
-        return Mark(model.law.name, True)
+        return Mark(model.law.key, True)
     return Mark("not determined", False)
 
 

@@ -59,6 +59,26 @@ def named_column(frame: pd.DataFrame, name: str, option: str) -> pd.Series:
     raise UserError(f"{option}: the results table lacks the column {name!r}{hint}")
 
 
+def with_loss(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The table whose `loss` and `loss_se` are those of a named validation set, or with `ema` of
+    the averaged weights.
+
+    Raises:
+        UserError: no row has that loss.
+    """
+    columns = {
+        str(c).removeprefix("loss."): (str(c), f"loss_se.{str(c).removeprefix('loss.')}")
+        for c in frame.columns
+        if str(c).startswith("loss.")
+    }
+    columns.setdefault("ema", ("loss_ema", "loss_ema_se"))
+    known = {n: pair for n, pair in columns.items() if pair[0] in frame and frame[pair[0]].any()}
+    if name not in known:
+        raise UserError(f"--loss {name}: no row has that loss; known: {', '.join(known) or 'none'}")
+    loss, error = known[name]
+    return frame.assign(loss=frame[loss], loss_se=frame.get(error))
+
+
 def rows_where(frame: pd.DataFrame, condition: str) -> pd.DataFrame:
     """The rows for which a condition holds, in the language of `DataFrame.query`, of columns and
     keys of the recipes: `optimizer == "adamw" and tokens > 1e9`.
@@ -85,5 +105,5 @@ def rows_where(frame: pd.DataFrame, condition: str) -> pd.DataFrame:
         raise UserError(f"--where {condition}: that is no condition: {hint}")
     found = frame[held.fillna(False).astype(bool).to_numpy()]
     if not len(found):
-        raise UserError(f"--where {condition}: no row of {len(frame)} is such")
+        raise UserError(f"--where {condition}: it holds for none of the {len(frame)} rows")
     return found.reset_index(drop=True)

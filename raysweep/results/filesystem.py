@@ -159,7 +159,7 @@ def local_folder(uri: str) -> Path | None:
         return Path(uri).expanduser().resolve()
     scheme = uri.split("://")[0]
     if scheme == "memory":
-        raise UserError(f"{uri} would end with this process: name a folder, s3:// or gs://")
+        raise UserError(f"{uri} would be lost with this process: name a folder, s3:// or gs://")
     if scheme not in _ARROW_SCHEMES and scheme not in fsspec.available_protocols():
         raise UserError(f"{uri}: no filesystem for this URI; use a folder, s3:// or gs://")
     return None

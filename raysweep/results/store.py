@@ -7,6 +7,8 @@
     URI/studies/NAME.ranges.json how far its search widened the ranges of that
     URI/studies/NAME.running.json its trials that are not over, and how it goes
     URI/runs/*.json              when each run was, on what, and how busy its workers were
+    URI/forecast.json            what was forecast of cells before they were trained, if anything
+    URI/outcome.json             what became of it
     URI/checkpoints/KEY/         of running trials only
 
 A row's file is named by its trial key and study, so that writing a trial again replaces it, and
@@ -46,6 +48,7 @@ MARKER = "raysweep.json"
 TRIALS, CURVES, STUDIES, RUNS = "trials", "curves", "studies", "runs"
 CHECKPOINTS, PENDING = "checkpoints", "pending"
 RUNNING = ".running.json"
+FORECAST, OUTCOME = "forecast.json", "outcome.json"
 COMPACT_ABOVE = 64
 """Files of a kind that a folder may hold before they are merged."""
 
@@ -194,7 +197,7 @@ class Results(InNotebooks):
 
     def ranges(self, study: str) -> dict[str, Any]:
         """What `save_ranges` kept; empty where there is nothing, or nothing readable."""
-        return self._plain(f"{study}.ranges.json")
+        return self._plain(STUDIES, f"{study}.ranges.json")
 
     def save_running(self, study: str, record: Mapping[str, Any]) -> None:
         """Keep which trials of a study are not over (`trials`), and how its run goes; any plain
@@ -203,7 +206,21 @@ class Results(InNotebooks):
 
     def running(self, study: str) -> dict[str, Any]:
         """What `save_running` kept; empty where there is nothing, or nothing readable."""
-        return self._plain(f"{study}{RUNNING}")
+        return self._plain(STUDIES, f"{study}{RUNNING}")
+
+    def save_forecast(
+        self, forecast: Mapping[str, Any], outcome: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep what was forecast of cells, and what became of it: plain JSON values, as
+        `raysweep.scaling.forecast` makes them."""
+        for record, name in ((forecast, FORECAST), (outcome, OUTCOME)):
+            if record is not None:
+                text = json.dumps(dict(record), indent=1, allow_nan=False) + "\n"
+                self.storage.write(text.encode(), name)
+
+    def forecast(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save_forecast` kept; empty where there is nothing, or nothing readable."""
+        return self._plain(FORECAST), self._plain(OUTCOME)
 
     def save_run(self, record: Mapping[str, Any]) -> None:
         """Keep what one `raysweep run` did: times, workers, utilisation. Needs `started_at`."""
@@ -260,9 +277,9 @@ class Results(InNotebooks):
         for name in sorted(unknown):
             self.storage.delete_folder(CHECKPOINTS, name)
 
-    def _plain(self, file: str) -> dict[str, Any]:
+    def _plain(self, *file: str) -> dict[str, Any]:
         try:
-            kept = json.loads(self.storage.read(STUDIES, file) or b"{}")
+            kept = json.loads(self.storage.read(*file) or b"{}")
         except (ValueError, RecursionError):
             return {}  # what it held is found anew
         return kept if isinstance(kept, dict) else {}

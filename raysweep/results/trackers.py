@@ -243,7 +243,7 @@ def _tracked(
 ) -> Tracked:
     if not found:
         more = f" ({running} are still running)" if running else ""
-        raise UserError(f"{place} holds no run that is over{more}: check the name")
+        raise UserError(f"{place} holds no finished run{more}: check the name")
     return Tracked(pd.DataFrame(found), pd.DataFrame(list(points)), running)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from raysweep.scaling.compare import Ratio, needed
 from raysweep.scaling.estimate import Estimate
@@ -238,7 +238,7 @@ def ridge_claim(evidence: Evidence, architecture: str, noise: pd.DataFrame) -> C
     seen, said = float(np.median(draws)), float(np.mean(predicted))
     low, high = np.quantile(draws, [0.025, 0.975]) - said
     scatter = float(np.std(predicted, ddof=1)) / math.sqrt(len(predicted))
-    half = math.hypot(float(stats.t.ppf(0.975, len(predicted) - 1)) * scatter, SLOPE_ERROR)
+    half = math.hypot(float(stdtrit(len(predicted) - 1, 0.975)) * scatter, SLOPE_ERROR)
     middle = seen - said
     value = Estimate(
         middle,

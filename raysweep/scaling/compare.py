@@ -111,6 +111,50 @@ class Ratio:
         return self.ok and (self.ratio.low > 1 or self.ratio.high < 1)
 
 
+@dataclass(frozen=True)
+class Shift:
+    """How an arm's optimum moves from its smallest to its largest model, at equal tokens.
+
+    `learning_rate` and `batch_tokens` are the largest model's over the smallest's, `cost` is what
+    the smallest's settings cost the largest, as a share of its loss: means (of logs) over the
+    horizons `tokens` that both have.
+    """
+
+    params: tuple[float, float]
+    tokens: tuple[float, ...]
+    learning_rate: Estimate
+    batch_tokens: Estimate
+    cost: Estimate
+
+
+def size_shift(arm: Arm, seed: int = 0) -> Shift | None:
+    """None where the smallest and the largest model share no horizon, or nothing was searched."""
+    cells, evidence = arm.cells, arm.evidence
+    if evidence.surface is None or not len(cells):
+        return None
+    n, d = (np.log(cells[AXES[axis]].to_numpy(float)) for axis in ("N", "D"))
+    ends = [np.flatnonzero(abs(n - end) < PAIRED) for end in (n.min(), n.max())]
+    pairs = [(a, b) for a in ends[0] for b in ends[1] if abs(d[a] - d[b]) < PAIRED]
+    if not pairs or n.max() - n.min() < PAIRED:
+        return None
+    runs = [evidence.sizes[str(cells.index[k])] for pair in pairs for k in pair]
+    optima = [evidence.surface.optimum(run) for run in runs]
+    exact = np.mean([b.mean - a.mean for a, b in zip(optima[::2], optima[1::2], strict=True)], 0)
+    drawn = evidence.surface.sample_optima(runs, DRAWS, np.random.default_rng(seed))
+    moved = (drawn[:, 1::2] - drawn[:, ::2]).mean(axis=1)
+    moved += exact - np.median(moved, axis=0)
+    gaps = [
+        evidence.gap(run, *np.exp(small.mean)[:, None])
+        for run, small in zip(runs[1::2], optima[::2], strict=True)
+    ]
+    return Shift(
+        (math.exp(n.min()), math.exp(n.max())),
+        tuple(runs[2 * k].tokens for k in range(len(pairs))),
+        *(_ratio(moved[:, k]) for k in range(2)),
+        Estimate(*np.expm1(np.mean(gaps, axis=0)).ravel().tolist()),
+    )
+
+
 def compare_arms(reference: Arm, other: Arm, seed: int = 0) -> list[Ratio]:
     """Ratios of the other arm over the reference at equal N and D, FLOPs and loss.
 

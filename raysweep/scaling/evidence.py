@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from raysweep.scaling.cells import CellTrials
 from raysweep.scaling.estimate import Estimate
@@ -160,7 +160,7 @@ class Evidence:
         """A new run at a cell's optimum: its level, and what one run departs from another."""
         noise = self.surface.mode.widths.noise if self.surface is not None else 0.0
         loss, se = self.losses[cell]
-        half = float(stats.t.ppf(0.975, 10)) * math.hypot(noise, se / loss)
+        half = float(stdtrit(10, 0.975)) * math.hypot(noise, se / loss)
         return Estimate(loss, loss * math.exp(-half), loss * math.exp(half))
 
     def _by_pairs(self, architecture: str, run: RunSize) -> LossAnswer | None:

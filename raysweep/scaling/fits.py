@@ -13,7 +13,7 @@ import pandas as pd
 
 from raysweep.display import InNotebooks, Plots, plots_of
 from raysweep.errors import UserError
-from raysweep.results.columns import recipe_columns, rows_where
+from raysweep.results.columns import recipe_columns, rows_where, with_loss
 from raysweep.results.importers import read_runs
 from raysweep.results.store import Results
 from raysweep.scaling.adjustment import AS_RUN, Adjustment, adjusted_cells
@@ -77,8 +77,9 @@ class Fits(InNotebooks):
     `loss_se`, `learning_rate`, `batch_tokens` and `status` of the optimum. `optima[way][cell]` are
     the optima by the model and by the readings that check it. `noise_scale` and `expert_load` are
     what trials measured beside their loss. `group` are the columns that results were grouped by,
-    `where` the condition on rows, `adjusted` the effects of further columns that losses were
-    adjusted for, if any, and `choices` say these two in sentences.
+    `where` the condition on rows, `of_loss` the loss that stands for a trial's if it is not the one
+    that was minimised, `adjusted` the effects of further columns that losses were adjusted for, if
+    any, and `choices` say these three in sentences.
     """
 
     n_rows: int
@@ -93,6 +94,7 @@ class Fits(InNotebooks):
     expert_load: pd.DataFrame
     table: CellTable
     where: str = ""
+    of_loss: str = ""
     adjusted: Adjustment | None = None
     choices: tuple[str, ...] = ()
 
@@ -100,7 +102,12 @@ class Fits(InNotebooks):
     def options(self) -> list[str]:
         """The words of a command line that fit the same."""
         also = [e.column for e in self.adjusted.effects] if self.adjusted else []
-        said = {"--group": ",".join(self.group), "--where": self.where, "--also": ",".join(also)}
+        said = {
+            "--group": ",".join(self.group),
+            "--where": self.where,
+            "--also": ",".join(also),
+            "--loss": self.of_loss,
+        }
         return [word for option, value in said.items() if value for word in (option, value)]
 
     # ------------------------------------------------------------------ what there is
@@ -579,6 +586,7 @@ def fit(
     also: str | Sequence[str] = (),
     without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
+    loss: str | None = None,
     loss_law: str | None = None,
 ) -> Fits:
     """Fit everything that a results table can tell.
@@ -593,6 +601,8 @@ def fit(
         without: keys of published laws to leave out of the prior.
         literature: keys of the only published laws to make the prior of. What is not given here
             is as the search spaces of the results say, if they agree.
+        loss: the named validation set (`data.validation`) whose loss stands for a trial's, or `ema`
+            for that of its averaged weights, in place of the one that its search minimised.
         loss_law: the law of the loss to answer with, in place of the one that predicts best.
 
     Raises:
@@ -612,6 +622,9 @@ def fit(
         literature = trusted if literature is None else literature
     prior = literature_prior(without or (), literature)
     choices = []
+    if loss:
+        frame = with_loss(frame, loss)
+        choices.append(f"losses are those of {loss}")
     if where:
         taken = rows_where(frame, where)
         choices.append(f"only rows where {where}: {len(taken)} of {len(frame)}")
@@ -652,6 +665,7 @@ def fit(
         expert_load=cell_expert_load(cells, table.trials),
         table=table,
         where=where or "",
+        of_loss=loss or "",
         adjusted=adjusted,
         choices=tuple(choices),
     )

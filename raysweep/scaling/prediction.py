@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from raysweep.errors import UserError
 from raysweep.scaling.cells import cell_table, group_values
@@ -209,7 +208,7 @@ def _scored(name: str, runs: pd.DataFrame) -> GroupScore:
     off = runs["loss"] - runs["known"]
     rank = math.nan
     if len(runs) >= FEWEST_RANKED and runs["known"].nunique() > 1 and runs["loss"].nunique() > 1:
-        rank = float(np.asarray(stats.spearmanr(runs["loss"], runs["known"]))[0])
+        rank = float(runs["loss"].rank().corr(runs["known"].rank()))  # Spearman
     inside = (runs["low"] <= runs["known"]) & (runs["known"] <= runs["high"])
     return GroupScore(
         group=name,

@@ -44,7 +44,8 @@ class Recommendation(InNotebooks):
     """What to run, how sure that is, and what it rests on.
 
     Intervals are 95 %. `batch_tokens` is `batch_tokens_exact` rounded to 4, 5, 6 or 7 times a power
-    of two sequences. `covariance` [2, 2] is that of (ln learning rate, ln batch). `largest_batch`
+    of two sequences, at least one; where rounding leaves the interval, that reaches to it.
+    `covariance` [2, 2] is that of (ln learning rate, ln batch). `largest_batch`
     is the largest batch, in tokens, whose loss at its own best learning rate
     (`largest_batch_learning_rate`) lies within `within` of the best. `verdict` says whether the run
     lies inside the cells, is extrapolated to, or is not determined; `extrapolation` by how much
@@ -192,7 +193,7 @@ def answer(
         learning_rate_interval=(rate.low, rate.high),
         batch_tokens=usable,
         batch_tokens_exact=batch.value,
-        batch_tokens_interval=(batch.low, batch.high),
+        batch_tokens_interval=_reaching(batch, usable),
         batch_sequences=sequences,
         sequence_length=length,
         covariance=np.full((2, 2), math.nan) if optimum is None else optimum.covariance,
@@ -225,6 +226,13 @@ def usable_batch(tokens: float, sequence_length: int | None) -> tuple[float, int
     choices = {quarter * k for k in range(1, 9)}
     sequences = min(choices, key=lambda c: abs(math.log(c / wanted)))
     return float(sequences * sequence_length), sequences
+
+
+def _reaching(estimate: Estimate, value: float) -> tuple[float, float]:
+    """The interval of an estimate, as far as the value that stands for it."""
+    if not (estimate.has_interval and math.isfinite(value)):
+        return estimate.low, estimate.high
+    return min(estimate.low, value), max(estimate.high, value)
 
 
 def long_reach(factors: Mapping[str, float]) -> dict[str, float]:
@@ -284,6 +292,9 @@ def _warnings(
         said.append("the fit did not converge: the numbers are its last step's")
     if not rate.known and rate.why:
         said.append(rate.why)
+    length = _sequence_length(_family(evidence, architecture))
+    if length and batch.value < length:
+        said.append(f"the best batch would be smaller than one sequence of {length} tokens")
     if not loss.loss.known:
         said.append(f"the loss is not determined: {loss.loss.why}")
     if loss.told_by == "pairs":

@@ -14,7 +14,7 @@ from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.results.columns import rows_where
 from raysweep.results.store import Results
-from raysweep.scaling.compare import Arm, Ratio, compare_arms, shared_sizes
+from raysweep.scaling.compare import Arm, Ratio, Shift, compare_arms, shared_sizes, size_shift
 from raysweep.scaling.datasets import data_sets
 from raysweep.scaling.fits import Fits, fit
 from raysweep.scaling.plain import to_json
@@ -48,6 +48,12 @@ class Comparison(InNotebooks):
     def ratios(self) -> dict[str, list[Ratio]]:
         """Of each arm over the first, by the arm's name."""
         return {arm.name: compare_arms(self.arms[0], arm) for arm in self.arms[1:]}
+
+    @cached_property
+    def shifts(self) -> dict[str, Shift]:
+        """How each arm's optimum moves with size at equal tokens, by its name, where that shows."""
+        found = {arm.name: size_shift(arm) for arm in self.arms}
+        return {name: shift for name, shift in found.items() if shift is not None}
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a side: learning rate, batch, loss and FLOPs at `size`, with their intervals."""
@@ -97,6 +103,7 @@ class Comparison(InNotebooks):
                     ]
                     for name, ratios in self.ratios.items()
                 },
+                "shifts": self.shifts,
                 "apart": self.apart,
             }
         )
@@ -113,7 +120,24 @@ class Comparison(InNotebooks):
         lines += [*([""] if lines else []), *self._table()]
         for name, ratios in self.ratios.items():
             lines += ["", *ratio_lines(f"{name} over {self.arms[0].name}", ratios)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._moves()])
+
+    def _moves(self) -> list[str]:
+        lines = []
+        for name, s in self.shifts.items():
+            moved = [
+                f"{word} x{written(e.value, 'ratio')} ({between(e.low, e.high, 'ratio')})"
+                for word, e in (("learning rate", s.learning_rate), ("batch", s.batch_tokens))
+            ]
+            span = between(s.cost.low, s.cost.high, "percent")
+            cost = f"{written(s.cost.value, 'percent')} ({span}) of loss"
+            sizes = f"{short(s.params[0])} to {short(s.params[1])} parameters"
+            lines.append(
+                f"  {name}, {sizes}: {', '.join(moved)}; the smallest's settings cost the largest "
+                f"{cost}"
+            )
+        head = ["", "How the optimum moves with size at equal tokens (95 % intervals)"]
+        return [*head, *lines] if lines else []
 
     def _table(self) -> list[str]:
         if self.size is None:
@@ -155,6 +179,7 @@ def compare(
     also: str | Sequence[str] = (),
     without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
+    loss: str | None = None,
 ) -> Comparison:
     """Compare architectures, groups, studies or folders, as many as there are.
 
@@ -167,6 +192,7 @@ def compare(
             the largest that all measured, or else that lies within the range of all.
         where, also: which rows of each source, and further columns to adjust for; see `fit`.
         without, literature: published laws to leave out, or to trust only; see `fit`.
+        loss: whose loss stands for a trial's; see `fit`.
 
     Raises:
         UserError: fewer than two sides, or one that is not there.
@@ -182,9 +208,10 @@ def compare(
         also=also,
         without=without,
         literature=literature,
+        loss=loss,
     )
     if (params is None) != (tokens is None):
-        raise UserError("a size to compare at is both: params and tokens")
+        raise UserError("give both params and tokens to compare at")
     size = None
     if params is not None and tokens is not None:
         size = read_size(params, "params"), read_size(tokens, "tokens")
@@ -199,6 +226,7 @@ def arms_of(
     also: str | Sequence[str] = (),
     without: Iterable[str] | None = None,
     literature: Iterable[str] | None = None,
+    loss: str | None = None,
 ) -> list[Arm]:
     """The sides of a comparison: an arm an architecture and group of each source, which is fitted
     alone. One folder of several studies is parted by study, unless its groups are compared.
@@ -217,7 +245,9 @@ def arms_of(
     labels = _shared_data([frame for _, frame, _ in parts])
     found: list[tuple[str, Arm]] = []
     for (name, frame, made), data in zip(parts, labels, strict=True):
-        fits = made or fit(frame, group=group, also=also, without=without, literature=literature)
+        fits = made or fit(
+            frame, group=group, also=also, without=without, literature=literature, loss=loss
+        )
         for architecture in fits.architectures:
             if wanted and architecture not in wanted:
                 continue

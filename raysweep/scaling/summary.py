@@ -228,7 +228,7 @@ def _prior(fits: Fits) -> list[str]:
 def _readings(fits: Fits) -> list[str]:
     if not fits.optima:
         return []
-    lines = ["", "Other ways to read the optima (checks; none of them answers)"]
+    lines = ["", "Other ways to read the optima (checks only)"]
     for name, row in fits.readings.iterrows():
         lines.append(
             f"  {name!s:<13}{int(row['interior']):>3} interior; from the model, median |ln|: "

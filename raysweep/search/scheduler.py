@@ -133,7 +133,10 @@ class StudyScheduler:
         self._data_hash = data_hash
         self._search = study.space.search
         space = study.space
-        self._history = TrialHistory(literature_prior(space.without, space.literature))
+        aimed = space.targets or space.search.total_flops is not None
+        self._targets = targets_of(study) if aimed else ()
+        prior = literature_prior(space.without, space.literature)
+        self._history = TrialHistory(prior, targets=self._targets)
         self._flops_spent = 0.0
         self._gpu_seconds = 0.0
         """Of trials that are over."""
@@ -448,7 +451,6 @@ class StudyScheduler:
             return
         had = [s.concluded + len(s.running) for s in candidates]
         most = MAX_GRANTED * self._search.trials_per_cell
-        targets = targets_of(self.study)
         chosen = next_cell(
             self._history.surface(),
             [s.cell.size for s in candidates],
@@ -456,7 +458,7 @@ class StudyScheduler:
             [s.trial_flops for s in candidates],
             [most - count for count in had],
             limit - self._flops_spent,
-            targets,
+            self._targets,
         )
         if chosen is None:
             return

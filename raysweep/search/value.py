@@ -188,10 +188,10 @@ def next_cell(
 ) -> int | None:
     """The cell to run a trial in, so that the budget lowers the targets' regret most.
 
-    The whole budget is planned anew from what is known now (`Outlook.plan`); first comes the cell
-    furthest behind its plan. But near the best plan the regret is flat, and trials tell less than
-    the model expects: unless the plan is expected to do better by a tenth than to spread the budget
-    (`spread`), the cell of fewest trials comes first.
+    The whole budget is planned anew from what is known now (`Outlook.plan`). But near the best plan
+    the regret is flat, and trials tell less than the model expects: unless the plan is expected to
+    do better by a tenth, the budget is spread over the cells (`spread`). Either way cheap trials
+    come first, so that the dear ones are placed by all that they told.
 
     Args:
         surface: fitted to the trials so far.
@@ -210,11 +210,8 @@ def next_cell(
     if not any(planned):
         return None
     alike = spread(counts, flops, budget, most)
-    if outlook.regret(alike) * (1 - _GAIN) < regret:
-        wanted = [i for i, more in enumerate(alike) if more]
-        return min(wanted, key=lambda i: (counts[i], flops[i]))
-    behind = [more / max(more + had, 1) for more, had in zip(planned, counts, strict=True)]
-    return max(range(len(cells)), key=lambda i: (behind[i], -flops[i]))
+    chosen = alike if outlook.regret(alike) * (1 - _GAIN) < regret else planned
+    return min((i for i, more in enumerate(chosen) if more), key=lambda i: flops[i])
 
 
 def spread(

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from raysweep.model import Decoder
-from raysweep.model.initial import local_part
+from raysweep.model.initial import is_sharded, local_part
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -27,8 +26,9 @@ EPS = 1e-7
 RMS = 0.2
 """An update's root mean square over the learning rate, about that of AdamW's (Moonlight, arXiv
 2502.16982): an orthogonal matrix has 1/sqrt(largest side)."""
-TOGETHER = 1 << 26
-"""Numbers of equal matrices that go through the iteration at once, at most."""
+TOGETHER, CACHED = 1 << 26, 1 << 17
+"""Numbers of equal matrices that go through the iteration at once, at most: on GPUs; and on CPUs,
+where they stay in a core's cache from one product to the next."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -109,13 +109,14 @@ def orthogonalise(pieces: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Make the matrices of tensors (M, in, out) orthogonal, with entries of root mean square `RMS`,
     in place; those of equal sides go through the iteration together."""
     alike: dict[tuple[int, int], list[Tensor]] = {}
+    together = CACHED if all(piece.device.type == "cpu" for piece in pieces) else TOGETHER
     for piece in pieces:
         low = piece.mT if piece.shape[1] > piece.shape[2] else piece
         room = alike.setdefault((low.shape[1], low.shape[2]), [])
-        most = max(1, TOGETHER // (low.shape[1] * low.shape[2]))
+        most = max(1, together // (low.shape[1] * low.shape[2]))
         room.extend(part for part in low.split(most) if len(part))
     for (small, large), tensors in alike.items():
-        most = max(1, TOGETHER // (small * large))
+        most = max(1, together // (small * large))
         while tensors:
             count, taken = 0, []
             while tensors and (not taken or count + len(tensors[0]) <= most):
@@ -135,10 +136,28 @@ def newton_schulz(x_MRC: Tensor) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     x = x_MRC / torch.linalg.matrix_norm(x_MRC, keepdim=True).clamp_min(EPS)
+    # Each step is (a I + b G + c G^2) x with G = x x^T: of wide matrices the factors are fewer
+    # products. Their rounding grows with every step, too much in bfloat16.
+    if x.shape[-1] >= 2 * x.shape[-2] and x.dtype != torch.bfloat16:
+        return _factor(x @ x.mT) @ x
     for _ in range(STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """What all steps together multiply x by [M, R, R], from x x^T."""
+    a, b, c = COEFFICIENTS
+    factor: Tensor | None = None
+    for left in reversed(range(STEPS)):
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
+        factor = step if factor is None else step @ factor
+        if left:
+            gram = step @ gram @ step
+    assert factor is not None
+    return factor
 
 
 class _Exchange:
@@ -146,7 +165,7 @@ class _Exchange:
 
     def __init__(self, parameters: list[nn.Parameter], updates: list[Tensor]) -> None:
         first = parameters[0]
-        assert isinstance(first, DTensor)
+        assert is_sharded(first)
         mesh = first.device_mesh
         self.parameters, self.updates = parameters, updates
         self.group = mesh.get_group(mesh.ndim - 1)
@@ -203,7 +222,7 @@ class _Exchange:
 
 def _is_cut(parameter: Tensor) -> bool:
     """Whether a worker holds some rows of a matrix. (Of experts it holds whole matrices.)"""
-    return isinstance(parameter, DTensor) and parameter.ndim == 2
+    return is_sharded(parameter) and parameter.ndim == 2
 
 
 def _local(tensor: Tensor | None) -> Tensor:

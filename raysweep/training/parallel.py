@@ -15,13 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
 from raysweep.errors import UserError
 from raysweep.model import Decoder
@@ -106,6 +99,13 @@ class Workers:
         """
         if not self.sharded:
             return FlatParameters(model, group_of)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import (  # 1 s to import, and one worker alone needs none of it
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
         shards = self.world_size // self.replicas
         sizes = (self.replicas, shards) if self.replicas > 1 else (shards,)
         names = ("replicate", "shard")[-len(sizes) :]
@@ -128,6 +128,10 @@ class Workers:
 
     def reshard(self, model: Decoder) -> None:
         """Let go of what an evaluation has left gathered: before parameters are written to."""
+        if not self.sharded:
+            return
+        from torch.distributed.fsdp import FSDPModule
+
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

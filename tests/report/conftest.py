@@ -56,13 +56,15 @@ def planted(
                 tokens = params * 20 * 3.0**horizon
                 for trial in range(trials):
                     rows.append(
-                        _row(rng, architecture, experts, scale, horizon, params, tokens, trial)
+                        planted_row(
+                            rng, architecture, experts, scale, horizon, params, tokens, trial
+                        )
                         | override
                     )
     return rows
 
 
-def _row(
+def planted_row(
     rng: np.random.Generator,
     architecture: str,
     experts: int,
@@ -175,8 +177,11 @@ def make_rows() -> Callable[..., list[Row]]:
     return planted
 
 
+INLINE = {"a", "b", "button", "code", "i", "option", "output", "select", "span", "strong", "svg"}
+
+
 class Page(HTMLParser):
-    """A page taken apart: its ids, links, tags, words and JSON."""
+    """A page taken apart: its ids, links, tags, words, sentences and JSON."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -186,6 +191,8 @@ class Page(HTMLParser):
         self.handlers: list[str] = []
         self.json: dict[str, Any] = {}
         self.words: list[str] = []
+        self._blocks = [""]
+        self._apart = 0
         self._json: str | None = None
         self._quiet = False
         self.source = path.read_text()
@@ -200,10 +207,16 @@ class Page(HTMLParser):
         held = given.get("type") == "application/json" or given.get("id") == "figures"
         self._json = given.get("id") if held else None
         self._quiet = tag in ("script", "style")
+        self._apart += tag in ("svg", "pre")
+        if tag not in INLINE:
+            self._blocks.append("")
 
     def handle_endtag(self, tag: str) -> None:
         self._json = None
         self._quiet = False
+        self._apart -= tag in ("svg", "pre")
+        if tag not in INLINE:
+            self._blocks.append("")
 
     def handle_data(self, data: str) -> None:
         if self._json is not None:
@@ -211,6 +224,14 @@ class Page(HTMLParser):
             self.json[self._json] = json.loads(text)
         if not self._quiet:
             self.words.append(data)
+            self._blocks[-1] += "" if self._apart else data
+
+    @property
+    def sentences(self) -> list[str]:
+        """Sentences of eight words and more, without those of figures and files."""
+        texts = [re.sub(r"\s+", " ", block) for block in self._blocks]
+        parts = [part.strip() for text in texts for part in re.split(r"(?<=[.;!?]) ", text)]
+        return [part for part in parts if len(re.findall(r"[^\W\d_]{2,}", part)) >= 8]
 
     @property
     def text(self) -> str:

@@ -88,27 +88,6 @@ def test_form_and_table_of_architectures_agree(ladder: Ladder, drive: Drive) -> 
     assert (shown["charts"], shown["stars"], shown["dots"]) == (3, 3, 12)
 
 
-def test_url_holds_what_is_asked(ladder: Ladder, drive: Drive) -> None:
-    asked = drive(
-        ladder[1],
-        FORM + 'set("architecture", "moe"); set("params", "2B"); return location.hash;',
-    )
-    assert asked.startswith("#N=2B&D=20B&a=moe&e=8%2F2")
-    shown = drive(
-        ladder[1],
-        FORM
-        + """
-        return ["params", "tokens", "architecture", "routing"].map((n) => form.elements[n].value)
-          .concat(out("learning_rate"));
-        """,
-        fragment=asked,
-    )
-    told = ladder[0].recommend("moe", 2e9, 2e10)
-    assert isinstance(told, Recommendation)
-    assert shown[:4] == ["2B", "20B", "moe", "8/2"]
-    assert float(shown[4]) == pytest.approx(told.learning_rate, rel=0.02)
-
-
 def test_copies_are_what_is_shown(ladder: Ladder, drive: Drive) -> None:
     fits, page = ladder
     texts = drive(
@@ -124,9 +103,10 @@ def test_copies_are_what_is_shown(ladder: Ladder, drive: Drive) -> None:
         return copied;
         """,
     )
-    command, yaml_text, json_text = texts
+    command, yaml_text, json_text, link = texts
     told = fits.recommend("moe", 1e9, 2e10)
     assert isinstance(told, Recommendation)
+    assert "#N=1B&D=20B&a=moe&e=8%2F2" in link
     assert command.startswith("raysweep recommend ")
     assert "--params 1000000000 --tokens 20000000000 --architecture moe --experts 8" in command
     found = json.loads(json_text)

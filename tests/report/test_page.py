@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,11 @@ def test_page_is_whole_and_needs_nothing_else(ladder: tuple[Fits, Path], open_pa
 
 
 def test_no_sentence_is_said_twice(ladder: tuple[Fits, Path], open_page: Make) -> None:
-    text = re.sub(r"<(script|style).*?</\1>", "", open_page(ladder[1]).source, flags=re.S)
-    said = re.findall(r"<(?:p|li|figcaption)[^>]*>([^<]{40,})", text)
-    assert len(said) > 8
-    assert len(said) == len(set(said))
+    examples = Path(__file__).parents[2] / "reports" / "examples"
+    for path in (ladder[1], *(examples / name / "index.html" for name in ("laptop", "imported"))):
+        said = Counter(open_page(path).sentences)
+        assert len(said) > 20
+        assert [sentence for sentence, times in said.items() if times > 1] == []
 
 
 def test_card_table_and_star_say_what_recommend_says(
@@ -234,8 +236,11 @@ def test_budgets_that_were_held_have_parabolas(
 def test_serving_is_that_of_the_fits(
     make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
 ) -> None:
-    """All six figures of Yun et al., and the table, as the study's section has it."""
-    rows = make_rows(("dense", "moe"), 3, 2, trials=5, smallest=2e7)
+    """All six figures of Yun et al., and the table, as the study's section has it; and the noise
+    scale along runs, as Wang et al.'s has it."""
+    quarters = [{"loss": 6.0 - k, "grad_sq": 2.0, "trace": 8.0 + k} for k in range(4)]
+    rows = make_rows(("dense", "moe4", "moe16"), 3, 2, trials=5, smallest=2e7,
+                     noise_quarters=json.dumps(quarters))  # fmt: skip
     space = "study: s\nserving: {gpu: a100-40gb, dollars: 1.5, budgets: [1e21, 4e21, 1.6e22]}"
     results = make_results(rows, space=space)
     fits = fit(results.to_pandas())
@@ -248,11 +253,17 @@ def test_serving_is_that_of_the_fits(
         assert dollars(solution.cost.dollars_per_million) in page.text
     assert "a100-40gb at $1.5 an hour" in page.text
     assert "Dense against MoE, as Wang et al. have it" in page.text
-    for claim in fits.claims["moe"]:
+    for claim in fits.claims["moe16"]:
         assert claim.claim in page.text
     drawn = {name for name in page.json["figures"] if name.startswith("serving-")}
-    assert {"serving-loss", "serving-cost", "serving-optimal", "serving-sizes"} <= drawn
-    assert "serving-bounded" in drawn
+    kinds = ("loss", "cost", "optimal", "sizes", "equal", "bounded")
+    assert drawn == {f"serving-{kind}" for kind in kinds}
+    (panel,) = page.json["figures"]["noise-along"]["panels"]
+    cells = [s for s in panel["series"] if s["name"] == "dense, cells"]
+    assert len(cells) == 6
+    for points in cells:
+        assert points["x"] == [6.0, 5.0, 4.0, 3.0]
+        assert points["y"] == [64 * (8 + k) / 2 for k in range(4)]
 
 
 # ---------------------------------------------------------------------- what surrounds it

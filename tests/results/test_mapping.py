@@ -195,7 +195,7 @@ def test_runs_cut_short_by_their_steps_and_batch_are_kept_out() -> None:
         ("optimizer = 'muon'", "no condition"),
         ("loss", "no condition"),
         ("loss >", "compare columns"),
-        ("loss > 99", "no row of 6 is such"),
+        ("loss > 99", "it holds for none of the 6 rows"),
         ("@table", "compare columns"),
         ("loss.__class__", "compare columns"),
     ],

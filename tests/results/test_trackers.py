@@ -259,5 +259,5 @@ def test_a_library_that_is_missing_is_named(library: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("format", ["ray", "losscast"])
 def test_a_folder_without_runs_is_refused(tmp_path: Path, format: str) -> None:
-    with pytest.raises(UserError, match="holds no run that is over"):
+    with pytest.raises(UserError, match="holds no finished run"):
         read_source(format, str(tmp_path))

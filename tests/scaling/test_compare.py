@@ -13,9 +13,17 @@ import pytest
 import raysweep
 from raysweep.errors import UserError
 from raysweep.results import Results
-from raysweep.scaling.compare import OTHER_DATA, QUANTITIES, compare_arms, needed, shared_sizes
+from raysweep.scaling.compare import (
+    OTHER_DATA,
+    QUANTITIES,
+    compare_arms,
+    needed,
+    shared_sizes,
+    size_shift,
+)
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.sides import arms_of
+from tests.scaling.conftest import valley
 
 Make = Callable[..., pd.DataFrame]
 
@@ -85,6 +93,23 @@ def test_an_arm_against_itself_is_one(both: Fits) -> None:
             assert ratio.ratio.covers(1)
 
 
+def test_the_optimum_moves_with_size_as_planted(planted_study: Make, both: Fits) -> None:
+    """lr* ~ N^-0.6 at equal tokens, the batch as tokens alone; a factor 4^0.6 off costs what the
+    planted valley says."""
+    frame = planted_study(scales=(1e7, 2e7, 4e7), tokens_per_param=(10, 20, 40), noise=0.0005)
+    shift = size_shift(raysweep.fit(frame).arm("dense"))
+    assert shift is not None
+    assert shift.params == pytest.approx((1e7, 4e7))
+    assert shift.tokens == pytest.approx((4e8,))
+    assert shift.learning_rate.value == pytest.approx(4**-0.6, rel=0.15)
+    assert shift.learning_rate.covers(4**-0.6)
+    assert shift.batch_tokens.covers(1)
+    cost = math.expm1(float(valley(0.6 * math.log(4), 0.0)))
+    assert shift.cost.low < cost < shift.cost.high
+    assert shift.cost.value == pytest.approx(cost, rel=0.5)
+    assert size_shift(both.arm("dense")) is None  # its smallest and largest share no horizon
+
+
 def test_losses_on_other_data_are_not_compared(planted_study: Make, tmp_path: Path) -> None:
     one = store(planted_study(per_cell=8), tmp_path / "one", data_hash="web")
     two = store(planted_study(per_cell=8, seed=1), tmp_path / "two", data_hash="books")
@@ -139,7 +164,7 @@ def test_mistakes_are_named(planted_study: Make, tmp_path: Path) -> None:
         raysweep.compare(folder + "#x")
     with pytest.raises(UserError, match="no architecture 'moe' in the results; known: dense"):
         raysweep.compare(folder, folder, architectures=["moe"])
-    with pytest.raises(UserError, match="both: params and tokens"):
+    with pytest.raises(UserError, match="give both params and tokens"):
         raysweep.compare(folder, folder, params="1B")
 
 

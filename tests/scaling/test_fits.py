@@ -143,18 +143,18 @@ def test_the_comparison_finds_the_planted_ratios(both):
 
 
 def test_optima_against_the_loss_are_wangs_relations(both):
-    """B = B0 / L^a along the cells; checked against a plain regression on the planted optima."""
-    relation = both.relations["dense"]["batch_tokens"]
+    """B = B0 / L^a, and lr alike, along the cells: as a plain regression on the planted optima."""
     cells = both.cells_of("dense")
-    batch = [
-        planted(n, d)[1] for n, d in cells[["params_active_non_embedding", "tokens"]].to_numpy()
-    ]
-    slope = np.polyfit(np.log(cells["loss"]), np.log(batch), 1)[0]
-    assert relation.exponent.covers(slope)
-    assert relation.exponent.value == pytest.approx(slope, rel=0.15)
-    level = np.mean(np.log(batch)) - slope * np.mean(np.log(cells["loss"]))
-    assert relation.coefficient.covers(float(np.exp(level)))
-    assert relation.n_cells == 8
+    sizes = cells[["params_active_non_embedding", "tokens"]].to_numpy()
+    for k, quantity in enumerate(("learning_rate", "batch_tokens")):
+        relation = both.relations["dense"][quantity]
+        optima = np.log([planted(n, d)[k] for n, d in sizes])
+        slope = np.polyfit(np.log(cells["loss"]), optima, 1)[0]
+        assert relation.exponent.covers(slope)
+        assert relation.exponent.value == pytest.approx(slope, rel=0.15)
+        level = optima.mean() - slope * np.mean(np.log(cells["loss"]))
+        assert relation.coefficient.covers(float(np.exp(level)))
+        assert relation.n_cells == 8
 
 
 def test_held_out_cells_are_predicted_by_the_smaller_ones(both):
@@ -177,6 +177,18 @@ def test_the_prior_stands_beside_what_the_data_made_of_it(dense):
     assert "step_law" not in without.prior.laws
     with pytest.raises(UserError, match="no published law 'chinchila'"):
         fit(dense.table.trials, without=["chinchila"])
+
+
+def test_losses_of_a_named_validation_set_are_fitted(planted_study, dense):
+    frame = planted_study(per_cell=14)
+    fits = fit(
+        frame.assign(**{"loss.code": 0.5 * frame["loss"], "loss_se.code": 1e-4}), loss="code"
+    )
+    np.testing.assert_allclose(fits.cells["loss"], 0.5 * dense.cells["loss"], rtol=2e-3)
+    assert "losses are those of code" in fits.choices
+    assert fits.options == ["--loss", "code"]
+    with pytest.raises(UserError, match="--loss cod: no row has that loss; known: code"):
+        fit(frame.assign(**{"loss.code": 1.0}), loss="cod")
 
 
 def test_groups_share_the_valley_and_answer_apart(planted_study):
@@ -377,6 +389,21 @@ def test_unknown_options_and_columns_are_named(planted_study):
 )
 def test_batches_are_rounded_to_what_can_be_run(tokens, length, expected):
     assert usable_batch(tokens, length) == expected
+
+
+def test_a_batch_lies_inside_its_interval_however_it_is_rounded(planted_study):
+    frame = planted_study(per_cell=12)
+    small, large = 2.0**4, 2.0 ** math.ceil(math.log2(frame["batch_tokens"].max()))
+    for length in (small, large):
+        fits = fit(frame.assign(sequence_length=length, batch_sequences=None))
+        for n in np.geomspace(1e7, 1e9, 5):
+            answer = fits.recommend("dense", n, 20 * n)
+            low, high = answer.batch_tokens_interval
+            assert low <= answer.batch_tokens <= high
+            below = answer.batch_tokens_exact < length
+            assert below == (length == large)
+            assert below == any("smaller than one sequence" in w for w in answer.warnings)
+            assert not below or answer.batch_sequences == 1
 
 
 def test_results_without_learning_rates_still_predict_losses(shared_data):

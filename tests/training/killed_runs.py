@@ -5,7 +5,6 @@ Each attempt is a fork of this process, which has imported all but computed noth
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+import toys
 
 from raysweep.results.filesystem import Storage
 from raysweep.training import loop
@@ -38,13 +38,6 @@ class SaysFirst(Silent):
 
 
 def attempt(architecture: str, folder: Path, pipe: int) -> None:
-    conftest = importlib.util.spec_from_file_location(
-        "toys", Path(__file__).with_name("conftest.py")
-    )
-    assert conftest is not None
-    assert conftest.loader is not None
-    toys = importlib.util.module_from_spec(conftest)
-    conftest.loader.exec_module(toys)
     trial = toys.make_spec(
         architecture,
         tokens=16 * 8 * 150,

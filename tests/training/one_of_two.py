@@ -1,15 +1,14 @@
 """One of two workers of a process group, started as a script by test_parallel.py."""
 
-import importlib.util
-import os
 import pickle
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import toys
+from workers import work
 
 from raysweep.errors import UserError
 from raysweep.model import Decoder
@@ -31,18 +30,8 @@ def short_of_memory(*arguments: object) -> NoReturn:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
 
 
-def main(rank: int, folder: Path) -> None:
-    conftest = importlib.util.spec_from_file_location(
-        "toys", Path(__file__).with_name("conftest.py")
-    )
-    assert conftest is not None
-    assert conftest.loader is not None
-    toys = importlib.util.module_from_spec(conftest)
-    conftest.loader.exec_module(toys)
+def task(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
     corpus = toys.ToyCorpus()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-
     outcomes, sent = {}, []
     from_leader = Workers.from_leader
 
@@ -99,14 +88,8 @@ def main(rank: int, folder: Path) -> None:
         checkpoints=Storage.at(folder / "ddp-dense"),
     )
     outcomes["sent"] = sent
-    with (folder / f"outcomes{rank}").open("wb") as file:
-        pickle.dump(outcomes, file)
-    dist.destroy_process_group()
-    sys.stderr.flush()
-    # A thread of gloo may still have a tensor to drop, for which it takes Python's lock: while
-    # the interpreter ends (3.11), that aborts the process. So there is no such end.
-    os._exit(0)
+    return outcomes
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    work(task)

@@ -1,36 +1,19 @@
 """One of two workers of a process group, started as a script by test_recipes.py."""
 
 import dataclasses
-import importlib.util
-import os
-import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
+import toys
+from workers import work
 
 from raysweep.results.filesystem import Storage
 from raysweep.study import TrialSpec
 from raysweep.training.loop import train
-from raysweep.training.outcome import Silent
+from raysweep.training.outcome import Silent, TrialOutcome
 from raysweep.training.parallel import Workers
-
-
-def load_toys() -> Any:
-    conftest = importlib.util.spec_from_file_location(
-        "toys", Path(__file__).with_name("conftest.py")
-    )
-    assert conftest is not None
-    assert conftest.loader is not None
-    toys = importlib.util.module_from_spec(conftest)
-    conftest.loader.exec_module(toys)
-    return toys
-
-
-toys = load_toys()
 
 
 class TwoSets(toys.ToyCorpus):
@@ -94,9 +77,7 @@ class Killed(Silent):
             raise KeyboardInterrupt
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def task(rank: int, world_size: int, folder: Path) -> dict[Any, TrialOutcome]:
     corpus, outcomes = TwoSets(), {}
     for strategy in ("ddp", "fsdp"):
         workers = Workers.of_process_group(strategy)
@@ -111,12 +92,8 @@ def main(rank: int, folder: Path) -> None:
             except KeyboardInterrupt:
                 dist.barrier()
             outcomes[strategy, name, "resumed"] = train(trial, corpus, **options)
-    with (folder / f"outcomes{rank}").open("wb") as file:
-        pickle.dump(outcomes, file)
-    dist.destroy_process_group()
-    sys.stderr.flush()
-    os._exit(0)  # as in one_of_two.py
+    return outcomes
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    work(task)

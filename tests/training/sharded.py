@@ -1,31 +1,19 @@
 """One of several workers that share a model, started as a script by test_sharded.py: what FSDP
 gathers and keeps, and what a trial comes to."""
 
-import importlib.util
 import os
-import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import toys
+from workers import work
 
 from raysweep.training.learner import Learner
 from raysweep.training.loop import train
 from raysweep.training.outcome import TrialOutcome
 from raysweep.training.parallel import Workers
-
-
-def load_toys() -> Any:
-    conftest = importlib.util.spec_from_file_location(
-        "toys", Path(__file__).with_name("conftest.py")
-    )
-    assert conftest is not None
-    assert conftest.loader is not None
-    toys = importlib.util.module_from_spec(conftest)
-    conftest.loader.exec_module(toys)
-    return toys
 
 
 def traffic(learner: Learner) -> dict[str, Any]:
@@ -80,14 +68,9 @@ def traffic(learner: Learner) -> dict[str, Any]:
     }
 
 
-def main(rank: int, world_size: int, folder: Path) -> None:
-    toys, corpus = load_toys(), None
+def task(rank: int, world_size: int, folder: Path) -> dict[Any, TrialOutcome | dict[str, Any]]:
     corpus = toys.ToyCorpus()
-    torch.set_num_threads(1)
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet{world_size}", rank=rank, world_size=world_size
-    )
     outcomes: dict[Any, TrialOutcome | dict[str, Any]] = {}
     strategy = "fsdp" if world_size == 2 else "hsdp"
     workers = Workers.of_process_group(strategy)
@@ -107,12 +90,8 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         learner = Learner(big, corpus, torch.device("cpu"), workers)
         learner.build()
         outcomes[architecture, "traffic"] = traffic(learner)
-    with (folder / f"sharded{world_size}-{rank}").open("wb") as file:
-        pickle.dump(outcomes, file)
-    dist.destroy_process_group()
-    sys.stderr.flush()
-    os._exit(0)  # as in one_of_two.py
+    return outcomes
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    work(task)

@@ -1,9 +1,10 @@
 """A run with all the memory it wants, then one with too little, then one whose model alone is too
 large; started by test_quality.py."""
 
-import importlib.util
 import resource
 from pathlib import Path
+
+import toys
 
 from raysweep.training.loop import train
 
@@ -12,13 +13,6 @@ ROOM = 60 << 20
 
 
 def main() -> None:
-    conftest = importlib.util.spec_from_file_location(
-        "toys", Path(__file__).with_name("conftest.py")
-    )
-    assert conftest is not None
-    assert conftest.loader is not None
-    toys = importlib.util.module_from_spec(conftest)
-    conftest.loader.exec_module(toys)
     # Memory that a run leaves is kept for the next, so the first one may only need little.
     small, trial = (
         toys.make_spec(

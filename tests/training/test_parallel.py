@@ -1,12 +1,7 @@
 """Two workers agree with one, replicated (DDP) and sharded (FSDP2), also after a kill."""
 
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from workers import run_workers
 
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
@@ -24,7 +19,6 @@ class Heard(Silent):
 
 
 SHORT = 16 * 8 * 20
-SCRIPT = Path(__file__).with_name("one_of_two.py")
 
 
 @pytest.fixture(scope="module")
@@ -33,26 +27,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder, repo):
+def outcomes(folder):
     """What each of two workers said of the same trials."""
-    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error:::raysweep", str(SCRIPT), str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, error = process.communicate(timeout=240)
-            assert process.returncode == 0, error[-2000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return [pickle.loads((folder / f"outcomes{rank}").read_bytes()) for rank in range(2)]
+    return run_workers("one_of_two.py", folder)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -1,37 +1,16 @@
 """Recipes beyond AdamW's: whole runs on one worker and two, killed and resumed."""
 
-import importlib.util
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from recipe_of_two import RECIPES, TwoSets, trial_of
+from workers import run_workers
 
 from raysweep.results.filesystem import Storage
 from raysweep.training.learner import Learner
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
 from raysweep.training.parallel import Workers
-
-SCRIPT = Path(__file__).with_name("recipe_of_two.py")
-
-
-def load_script() -> Any:
-    loading = importlib.util.spec_from_file_location("recipe_of_two", SCRIPT)
-    assert loading is not None
-    assert loading.loader is not None
-    script = importlib.util.module_from_spec(loading)
-    loading.loader.exec_module(script)
-    return script
-
-
-script = load_script()
-RECIPES, TwoSets, trial_of = script.RECIPES, script.TwoSets, script.trial_of
 
 
 class Dies(Silent):
@@ -60,24 +39,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory, repo):
-    folder = tmp_path_factory.mktemp("recipes")
-    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(folder)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            _, error = process.communicate(timeout=240)
-            assert process.returncode == 0, error[-2000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return [pickle.loads((folder / f"outcomes{rank}").read_bytes()) for rank in range(2)]
+def outcomes(tmp_path_factory):
+    return run_workers("recipe_of_two.py", tmp_path_factory.mktemp("recipes"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -1,49 +1,20 @@
 """Models shared by workers in mixed precision: what is gathered and kept, and the same results."""
 
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from workers import run_workers
 
 from raysweep.errors import UserError
 from raysweep.model import build, initial
 from raysweep.training.loop import train
 from raysweep.training.parallel import Workers
 
-SCRIPT = Path(__file__).with_name("sharded.py")
-
-
-def run_workers(folder: Path, repo: Path, world_size: int) -> list:
-    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(world_size), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        for process in processes:
-            _, error = process.communicate(timeout=240)
-            assert process.returncode == 0, error[-2000:]
-    finally:
-        for process in processes:
-            process.kill()
-    files = (folder / f"sharded{world_size}-{rank}" for rank in range(world_size))
-    return [pickle.loads(file.read_bytes()) for file in files]
-
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory, repo):
+def outcomes(tmp_path_factory):
     """By the number of workers: two share a model; four hold it twice, two a node."""
     folder = tmp_path_factory.mktemp("sharded")
-    return {size: run_workers(folder, repo, size)[0] for size in (2, 4)}
+    return {size: run_workers("sharded.py", folder, size)[0] for size in (2, 4)}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

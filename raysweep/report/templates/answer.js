@@ -63,6 +63,8 @@ const answers = (() => {
     let rate = Math.exp(told.rate);
     if (rate > 1) { rate = NaN; warnings.push("the learning rate would be above 1"); }
     const [batch, sequences] = usable(Math.exp(told.batch), entry.sequence_length);
+    const spread = between(told.batch, told.batch_half);
+    if (entry.sequence_length && Math.exp(told.batch) < entry.sequence_length) warnings.push(`the best batch would be smaller than one sequence of ${entry.sequence_length} tokens`);
     const most = at(entry.coarse, entry.coarse.fields[`most${within}`], x, y);
     const mostRate = at(entry.coarse, entry.coarse.fields[`most_rate${within}`], x, y);
     const sizes = { N: params, D: tokens, FLOPs: Math.exp(told.flops) };
@@ -78,7 +80,7 @@ const answers = (() => {
     const directions = near?.cell ? "" : (entry.grid.directions[code] ?? "");
     return {
       entry, params, tokens, rate, rate_interval: between(told.rate, told.rate_half), batch, sequences,
-      batch_exact: Math.exp(told.batch), batch_interval: between(told.batch, told.batch_half), loss: Math.exp(told.loss),
+      batch_exact: Math.exp(told.batch), batch_interval: [Math.min(spread[0], batch), Math.max(spread[1], batch)], loss: Math.exp(told.loss),
       loss_interval: [Math.exp(told.loss_low), Math.exp(told.loss_high)], most: Math.exp(told.batch + most),
       most_rate: Math.exp(told.rate + mostRate), flops: sizes.FLOPs, total: Math.exp(at(entry.grid, entry.grid.fields.total, x, y)),
       cell: near?.cell ?? "", verdict: entry.verdict ?? (outside <= data.near ? data.words.inside : data.words.extrapolated),
@@ -136,6 +138,7 @@ const answers = (() => {
 
   let shown = null;
   const copies = {
+    link: () => address.link(),
     command: (a) => {
       const text = (word) => (/^[\w./:@%+-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
       const parts = ["raysweep recommend", text(page.results), "--params", a.params, "--tokens", a.tokens, "--architecture", text(a.entry.architecture)];
@@ -302,7 +305,7 @@ const answers = (() => {
     }));
     charts(a);
   };
-  const update = (write_url) => {
+  const update = () => {
     const params = read(field("params").value, "Active parameters"), tokens = read(field("tokens").value, "Tokens");
     const entry = answers.find(field("architecture").value, field("routing").value, field("group").value);
     const within = Number(form.elements.within?.value ?? 0);
@@ -316,18 +319,15 @@ const answers = (() => {
     if (problem) return;
     show(shown);
     beside(params, tokens, within);
-    if (!write_url) return;
-    const state = new URLSearchParams({ N: field("params").value.trim(), D: field("tokens").value.trim(), a: entry.architecture });
-    if (entry.experts > 1) state.set("e", `${entry.experts}/${entry.top_k}`);
-    if (entry.group) state.set("g", entry.group);
-    history.replaceState(history.state, "", `#${state}`);
   };
+  const KEYS = [["N", "params"], ["D", "tokens"], ["a", "architecture"], ["e", "routing"], ["g", "group"], ["w", "within"]];
+  const asked = () => KEYS.map(([key, name]) => [key, field(name)]).filter(([key, f]) => f?.value && !(key === "e" && f.value.startsWith("1/")));
   const fill = (given) => {
-    for (const [key, name] of [["a", "architecture"], ["N", "params"], ["D", "tokens"]])
-      if (given.get(key)) field(name).value = given.get(key);
+    for (const [key, name] of KEYS.filter(([key]) => "NDaw".includes(key)))
+      if (given.get(key) && field(name)) field(name).value = given.get(key);
     if (!field("architecture").value) field("architecture").selectedIndex = 0;
     choices();
-    for (const [key, name] of [["e", "routing"], ["g", "group"]])
+    for (const [key, name] of KEYS.filter(([key]) => "eg".includes(key)))
       if (given.get(key) && [...field(name).options].some((o) => o.value === given.get(key))) field(name).value = given.get(key);
   };
   let drawn_for = 0;
@@ -335,19 +335,31 @@ const answers = (() => {
     if (drawn_for && Math.abs(contentRect.width - drawn_for) > 1 && shown) charts(shown);
     drawn_for = contentRect.width;
   }).observe(document.getElementById("ask-charts"));
-  form.addEventListener("input", (event) => {
-    if (event.target.name === "architecture") { field("group").value = ""; choices(); }
-    update(true);
-  });
-  form.elements.within?.addEventListener("input", () => update(true));
+  for (const part of [form, field("within")]) // the latter stands outside of the form
+    part?.addEventListener("input", ({ target }) => {
+      if (target.name === "architecture") { field("group").value = ""; choices(); }
+      update();
+      address.changed(target.name);
+    });
   form.addEventListener("submit", (event) => event.preventDefault());
   for (const chip of document.querySelectorAll("[data-ask]"))
     chip.addEventListener("click", () => {
       const [n, d, a] = chip.dataset.ask.split("|");
       fill(new URLSearchParams({ N: n, D: d, a }));
-      update(true);
+      update();
+      address.changed("chip");
     });
-  const state = new URLSearchParams(location.hash.slice(1));
-  fill(state.get("N") ? state : new URLSearchParams());
-  update(false);
+  fill(new URLSearchParams());
+  const came = asked().map(([key, f]) => [key, f.value]);
+  const same = () => asked().map(([key, f]) => [key, f.value]).join() === came.join();
+  address.add({
+    tell: (all, whole) => {
+      if (whole || !same()) for (const [key, f] of asked()) if (key !== "w" || whole || f.value !== came.find(([k]) => k === key)[1]) all.set(key, f.value.trim());
+    },
+    take: (given) => {
+      fill(new URLSearchParams(came));
+      fill(given);
+      update();
+    },
+  });
 })();

@@ -1,3 +1,15 @@
+// The laws' tabs.
+(() => {
+  const tabs = [...document.querySelectorAll(".tabs > input")];
+  if (!tabs.length) return;
+  const named = (name) => tabs.find((tab) => tab.id === `tab-${name}`);
+  for (const tab of tabs) tab.addEventListener("change", () => address.changed("tab"));
+  address.add({
+    tell: (all) => { if (!tabs[0].checked) all.set("tab", tabs.find((tab) => tab.checked).id.slice(4)); },
+    take: (given) => { (named(given.get("tab")) ?? tabs[0]).checked = true; },
+  });
+})();
+
 // One large surface of a cell, chosen from a strip.
 (() => {
   const strip = document.getElementById("cells");
@@ -78,16 +90,22 @@
     const button = make("button", column.heading);
     button.type = "button";
     button.addEventListener("click", () => {
-      descending = sorted === column ? !descending : false;
-      sorted = column;
-      for (const other of head.children) other.removeAttribute("aria-sort");
-      cell.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      sort(column, sorted === column && !descending);
       update();
+      address.changed("sort");
     });
     cell.append(button);
     head.append(cell);
   }
   table.tHead.append(head);
+
+  const sort = (column, down) => {
+    [sorted, descending] = [column, down];
+    columns.forEach((c, i) => {
+      if (c === sorted) head.children[i].setAttribute("aria-sort", descending ? "descending" : "ascending");
+      else head.children[i].removeAttribute("aria-sort");
+    });
+  };
 
   // A trial's loss curve, beside that of the best trial of its cell.
   const named = (name) => columns.find((c) => c.name === name);
@@ -219,7 +237,10 @@
     document.getElementById("trial-back").disabled = page === 0;
     document.getElementById("trial-on").disabled = page >= pages - 1;
   };
-  form.addEventListener("input", update);
+  form.addEventListener("input", ({ target }) => {
+    update();
+    address.changed(target.name);
+  });
   document.addEventListener("picked", ({ detail }) => {
     picked = detail.length ? new Set(detail) : null;
     update();
@@ -228,6 +249,7 @@
     form.reset();
     picked = null;
     update();
+    address.changed("clear");
   });
   kit.parallel = ranged.length > 1 && parallel(document.getElementById("parallel"), {
     axes: ranged.map((c) => ({ label: c.heading, style: c.kind, values: c.values })),
@@ -236,10 +258,23 @@
     keep: (k, ends) => {
       ["from", "to"].forEach((end, i) => { form.elements[`${end}_${ranged[k].name}`].value = ends ? kit.exact(ends[i]) : ""; });
       update();
+      address.changed(ranged[k].name);
     },
   });
   form.addEventListener("submit", (event) => event.preventDefault());
   document.getElementById("trial-back").addEventListener("click", () => { page--; draw(); });
   document.getElementById("trial-on").addEventListener("click", () => { page++; draw(); });
-  update();
+  const fields = [...form.elements].filter((e) => e.name && e.type !== "submit");
+  address.add({
+    tell: (all) => {
+      for (const field of fields) if (field.value.trim()) all.set(field.name, field.value.trim());
+      if (sorted) all.set("sort", `${descending ? "-" : ""}${sorted.name}`);
+    },
+    take: (given) => {
+      for (const field of fields) field.value = given.get(field.name) ?? "";
+      const by = given.get("sort") ?? "";
+      sort(named(by.replace(/^-/, "")) ?? null, by.startsWith("-"));
+      update();
+    },
+  });
 })();

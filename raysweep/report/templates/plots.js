@@ -281,30 +281,67 @@ const plots = (() => {
       if (event) tell("picked", event.points.map((p) => own.made.series[p.curveNumber].rows?.[p.pointNumber] ?? -1).filter((row) => row >= 0));
     });
   };
-  const buttons = (label, names, chosen, press) => {
+  /** A row of buttons, one of them pressed: the element, and what presses another. */
+  const buttons = (label, names, press) => {
     const group = make("span", label);
     group.setAttribute("role", "group");
     group.setAttribute("aria-label", label);
-    names.forEach((name, i) => {
+    const own = names.map((name) => {
       const button = make("button", name);
       button.type = "button";
-      button.setAttribute("aria-pressed", String(i === chosen));
-      button.addEventListener("click", () => {
-        for (const other of group.children) other.setAttribute("aria-pressed", String(other === button));
-        press(i);
-      });
+      button.addEventListener("click", () => press(name));
       group.append(button);
+      return button;
     });
-    return group;
+    return { group, mark: (name) => own.forEach((b, i) => b.setAttribute("aria-pressed", String(names[i] === name))) };
   };
+  // What readers chose of a figure, by its name: the first choice is how the page came.
+  const choices = new Map();
+  const BY = ["architecture", "N", "D"];
+  const chosen = (name, data) => {
+    const own = choices.get(name) ?? {};
+    return { x: data.choose.includes(own.x) ? own.x : data.choose[0], colour: BY.includes(own.colour) ? own.colour : BY[0] };
+  };
+  address.add({
+    tell: (all) => {
+      for (const [name, own] of choices) for (const [what, value] of Object.entries(own)) all.set(`${what}-${name}`, value);
+    },
+    take: (given) => {
+      choices.clear();
+      for (const [key, value] of given) {
+        const [, what, name] = /^(x|colour)-(.+)$/.exec(key) ?? [];
+        if (what) choices.set(name, { ...choices.get(name), [what]: value });
+      }
+      for (const own of drawn.values()) own.choose?.();
+    },
+  });
   const start = async (figure, own) => {
     const data = (own.data = await kit.figure(figure.dataset.plot));
     own.plot.setAttribute("role", "group");
     own.plot.setAttribute("aria-label", data.label);
     if (data.choose.length) {
-      const tools = make("div", undefined, "tools");
-      if (data.choose.length > 1) tools.append(buttons("x-axis", data.choose, 0, (i) => { own.state.panel = i; render(figure); }));
-      if (data.panels.some((p) => p.series.some((s) => s.shades))) tools.append(buttons("colour", ["architecture", "N", "D"], 0, (i) => { own.state.by = ["", "N", "D"][i]; render(figure); }));
+      const name = figure.dataset.plot, tools = make("div", undefined, "tools");
+      const choice = (what, label, names) => {
+        const row = buttons(label, names, (value) => {
+          choices.set(name, { ...choices.get(name), [what]: value });
+          address.changed(`${what}-${name}`);
+          own.choose();
+        });
+        tools.append(row.group);
+        return () => row.mark(chosen(name, data)[what]);
+      };
+      const rows = [];
+      if (data.choose.length > 1) rows.push(choice("x", "x-axis", data.choose));
+      if (data.panels.some((p) => p.series.some((s) => s.shades))) rows.push(choice("colour", "colour", BY));
+      const stand = () => {
+        const { x, colour } = chosen(name, data);
+        const before = own.state;
+        own.state = { panel: data.choose.indexOf(x), by: colour === BY[0] ? "" : colour };
+        for (const mark of rows) mark();
+        return before.panel !== own.state.panel || before.by !== own.state.by;
+      };
+      stand();
+      own.choose = () => { if (stand()) render(figure); };
       figure.querySelector(".static").before(tools);
     }
     figure.querySelector(".static").after(own.plot);

@@ -90,6 +90,6 @@
     };
     document.head.append(script);
   };
-  if (was) restore(was);
+  if (was) address.quietly(() => restore(was));
   setInterval(poll, POLL);
 })();

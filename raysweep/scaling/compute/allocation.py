@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from raysweep.errors import UserError
 from raysweep.scaling.estimate import NOT_DETERMINED, Estimate
@@ -321,7 +321,7 @@ def _ends(
     if left_out is not None:
         k = len(left_out)
         sd = math.hypot(sd, math.sqrt((k - 1) / k * ((left_out - left_out.mean()) ** 2).sum()))
-    own = float(student(freedom).ppf(0.5 + LEVEL / 2)) * sd
+    own = float(stdtrit(freedom, 0.5 + LEVEL / 2)) * sd
     down, up = max(value - float(low), 0.0), max(float(high) - value, 0.0)
     return value - math.hypot(down, own), value + math.hypot(up, own)
 

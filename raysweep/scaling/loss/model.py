@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from raysweep.errors import UserError
 from raysweep.scaling.estimate import Estimate
@@ -174,9 +174,7 @@ class LossModel:
         if self.posterior is not None and known.any():
             inputs = {name: v[known] for name, v in inputs.items()}
             mean, sd = self.posterior.predict(inputs)
-            reach = student(self.freedom).ppf(0.5 + LEVEL / 2) * np.hypot(
-                self.inflation * sd, noise
-            )
+            reach = stdtrit(self.freedom, 0.5 + LEVEL / 2) * np.hypot(self.inflation * sd, noise)
             value[known], low[known], high[known] = np.exp([mean, mean - reach, mean + reach])
         return value, low, high
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from raysweep.errors import UserError
 from raysweep.scaling.estimate import NOT_DETERMINED
@@ -26,8 +26,10 @@ MIN_CELLS = 3
 LEVELS_AHEAD = 6
 """The highest levels, at most, that are predicted from those below them."""
 
-PREFERENCE = 0.75
-"""A law answers in place of one listed before it where its error is this share of that one's."""
+PREFERENCE, CHANCE = 0.75, 0.8
+"""A law answers in place of one listed before it where its error is at most this share of that
+one's; over many predicted runs, where chance tells errors of equal laws apart by about 1/sqrt(runs)
+at most, 1 - CHANCE/sqrt(runs)."""
 
 SPREAD = 0.05
 """An input that varies by less, in its log, says nothing of its exponent."""
@@ -70,7 +72,8 @@ def _choose(data: LossData, laws: Sequence[Law]) -> LossModel:
         return LossModel(NOT_DETERMINED, why, data, scores)
     best = usable[0]
     for score in usable[1:]:
-        if score.error < PREFERENCE * best.error:
+        runs = sum(a.n for a in score.ahead)
+        if score.error < max(PREFERENCE, 1 - CHANCE / math.sqrt(runs)) * best.error:
             best = score
     posterior = fits[best.law][1]
     squares = [min(a.square, WORST_SQUARE) for a in best.ahead]
@@ -149,7 +152,7 @@ def _predict_level(law: Law, below: LossData, held: LossData, levels: int) -> Ah
     mean, sd = posterior.predict(held.inputs(law)[0])
     sd = np.sqrt(sd**2 + posterior.noise_sd**2 + held.log_se**2)
     off = np.log(held.loss) - mean
-    inside = np.abs(off) <= student(levels).ppf(0.5 + LEVEL / 2) * sd
+    inside = np.abs(off) <= stdtrit(levels, 0.5 + LEVEL / 2) * sd
     return Ahead(
         flops=float(np.exp(np.log(held.flops).mean())),
         reach=float(np.log(held.flops.max() / below.flops.max())),

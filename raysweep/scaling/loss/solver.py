@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import qmc
 
 from raysweep.scaling.loss.expression import Design, evaluate
 
@@ -122,7 +121,7 @@ def starting_points(
     ]
     theta = np.zeros((candidates, size))
     if draw:
-        unit = qmc.Sobol(len(draw), scramble=False).random(candidates)
+        unit = _low_discrepancy(candidates, len(draw))
         low = np.array([expression.coefficients[j].start[0] for j in draw])
         high = np.array([expression.coefficients[j].start[1] for j in draw])
         theta[:, draw] = low + unit * (high - low)
@@ -144,6 +143,16 @@ def starting_points(
     scores = (weights * huber(value - target, 0.02)).sum(axis=1)
     order = np.argsort(np.where(np.isfinite(scores), scores, np.inf), kind="stable")
     return theta[order[:keep]]
+
+
+def _low_discrepancy(count: int, dims: int) -> np.ndarray:
+    """[count, dims] points that fill the unit cube evenly: the additive recurrence with powers of
+    the root of x^(dims + 1) = x + 1 (Roberts 2018). SciPy's Sobol would cost 0.3 s of imports."""
+    root = 2.0
+    for _ in range(40):
+        root = (1 + root) ** (1 / (dims + 1))
+    steps = root ** -np.arange(1.0, dims + 1)
+    return (0.5 + np.arange(1, count + 1)[:, None] * steps) % 1
 
 
 def _project(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from raysweep.scaling.estimate import Estimate
 
@@ -146,7 +146,7 @@ def fit_noise_scale(
         theta = normal @ (design.T @ (weight * y))
         square = float((weight * (y - design @ theta) ** 2).sum())
         scatter = max(0.0, scatter + (square - degrees) / float(weight.sum()))
-    reach = stats.t.ppf(0.975, degrees) * np.sqrt(normal.diagonal() * max(square / degrees, 1.0))
+    reach = stdtrit(degrees, 0.975) * np.sqrt(normal.diagonal() * max(square / degrees, 1.0))
     exponents = {
         name: Estimate(float(t), float(t - r), float(t + r))
         for name, t, r in zip(names, theta[1:], reach[1:], strict=True)

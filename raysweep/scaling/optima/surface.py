@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from raysweep.errors import UserError
 from raysweep.scaling.estimate import Estimate
@@ -82,7 +82,7 @@ class OptimumPosterior:
 
     def interval(self, level: float = 0.95) -> np.ndarray:
         """[2, 2]: low and high end of ln learning rate, then of ln batch tokens."""
-        reach = stats.t.ppf(0.5 + level / 2, self.degrees)
+        reach = stdtrit(self.degrees, 0.5 + level / 2)
         half = reach * np.sqrt(self.covariance.diagonal())
         return np.stack([self.mean - half, self.mean + half], -1)
 
@@ -141,7 +141,7 @@ class OptimumLaws:
         axis, column = TARGETS.index(target), 1 + EXPONENTS.index(name)
         mean = float(self.coefficients[axis, column])
         index = axis * LINEAR + column
-        reach = float(stats.t.ppf(0.5 + level / 2, self.degrees[axis]))
+        reach = float(stdtrit(self.degrees[axis], 0.5 + level / 2))
         half = reach * float(self.covariance[index, index]) ** 0.5
         return Estimate(mean, mean - half, mean + half)
 
