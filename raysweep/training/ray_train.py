@@ -366,7 +366,7 @@ def _serve(config: dict[str, Any]) -> None:
 
     host, rank = config["host"], train.get_context().get_world_rank()
     os.environ["LOCAL_WORLD_SIZE"] = str(train.get_context().get_local_world_size())
-    connection = _Connection()
+    connection: _Connection | None = None
     done, node, whole = -1, ray.get_runtime_context().get_node_id(), True
     proven: bool | None = False
     """Whether the function has worked in a process group that was made anew; None where it is to be
@@ -374,12 +374,14 @@ def _serve(config: dict[str, Any]) -> None:
     while (given := ray.get(host.next_job.remote(done, rank, node, whole))) is not None:
         if given == "restart":
             raise RuntimeError("a trial failed, and not all of its workers came out of it")
-        if given == "renew":
+        if given == "renew" and connection is not None:
             connection.renew(f"after {done}")
             whole, proven = True, proven or None
         if given == "renew" or given == "wait":
             continue
         number, job = given
+        if job.corpus is None and connection is None:
+            connection = _Connection()
         outcome = None
         try:
             outcome = _train(host, number, job)
@@ -400,14 +402,14 @@ def _serve(config: dict[str, Any]) -> None:
         done = number
         if whole and proven is None:
             proven = True
-        if not distributed.is_initialized():  # the user's function has ended it
-            whole = False
-        if not whole:
+        if connection is not None and not distributed.is_initialized():
+            whole = False  # the user's function has ended it
+        if connection is not None and not whole:
             connection.drop()
 
 
 class _Connection:
-    """This worker's process group, that it can leave and make anew with the others."""
+    """The process group that a user's function finds: workers can leave it and make another."""
 
     def __init__(self) -> None:
         from torch import distributed
