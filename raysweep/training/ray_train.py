@@ -428,8 +428,8 @@ class _Connection:
         """Leave the group: workers that wait for this one then fail, too (but for NCCL's)."""
         from torch import distributed
 
-        gc.collect()  # of what failed, models hold on to the group
         if distributed.is_initialized():
+            gc.collect()  # of what failed, models hold on to the group
             distributed.destroy_process_group()
 
     def renew(self, name: str) -> None:
