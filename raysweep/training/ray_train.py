@@ -436,6 +436,7 @@ class _Connection:
         """Make a new group with all others. Raises where the GPU is of no use any more."""
         import torch
         from torch import distributed
+        from torch.distributed.distributed_c10d import PrefixStore
 
         self.drop()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -443,7 +444,7 @@ class _Connection:
             torch.cuda.empty_cache()
         distributed.init_process_group(
             self._backend,
-            store=distributed.PrefixStore(name, self._store),
+            store=PrefixStore(name, self._store),
             rank=self._rank,
             world_size=self._size,
         )
