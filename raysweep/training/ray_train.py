@@ -43,6 +43,8 @@ REPORT_SECONDS, REPORT_PERCENT = 1.0, 5
 """Progress is told so often, and at each such share of the horizon."""
 POLL_SECONDS = 5.0
 """Workers and listeners ask again after so long without an answer."""
+LEAVE_SECONDS = 15.0
+"""What workers get to come out of a trial that failed on one of them."""
 CLOSE_SECONDS = 5.0
 
 
@@ -158,7 +160,7 @@ class GroupHost:
         if not whole:
             self._broken = done
         await self._notify()
-        deadline = time.monotonic() + POLL_SECONDS
+        deadline = time.monotonic() + (POLL_SECONDS if whole else LEAVE_SECONDS)
         while True:
             if rank in self._renewing:
                 self._renewing.discard(rank)
