@@ -1,14 +1,17 @@
 """A study through everything that breaks: `python -m benchmarks.chaos --minutes 5 [--seed S]`.
 
 A study of tiny trials (sampler `ladder`, checkpoints every second) runs on three Ray nodes of this
-machine, through `raysweep run` in a process of its own. Every 10 to 20 s something is killed with
-SIGKILL: a trial's worker; the driver (then the same command again); a whole node (then another
-joins); the head with the driver on it and all nodes (then a new cluster, and the command again).
+machine, through `raysweep run` in a process of its own. Those of two scales run on two workers, in
+groups that are kept: on one node, and on two. Every 10 to 20 s something is killed with SIGKILL: a
+process in which a trial runs; a worker of a group; the driver (then the same command again); a
+whole node (then another joins); the head with the driver on it and all nodes (then a new cluster,
+and the command again).
 In the end no finished trial may be lost or run twice, every trial that was seen in flight must
 have its row, every cell its trials, and no checkpoint be left. Some rows are made again by training
-their trials alone in this process: every column that measures neither time nor place is bit-equal.
-Training done twice is told: the age of the checkpoints of trials in flight at each kill, in seconds
-and in tokens.
+their trials alone in this process: every column that measures neither time nor place is bit-equal;
+of trials on two workers the loss is, to 1e-4.
+Every process counts the tokens that it trains, in a file that outlives it: what was trained beyond
+what the rows needed was trained twice, and is told as seconds a start of a trial anew.
 """
 
 from __future__ import annotations
@@ -17,19 +20,21 @@ import argparse
 import json
 import os
 import random
+import struct
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from benchmarks.nodes import Cluster, Driver, in_trial
+from benchmarks.nodes import ONE_WORKER, TRAIN_WORKER, Cluster, Driver, in_trial
 from raysweep.results.schema import row_table
 from raysweep.study import Study
 from raysweep.training.single import train_one
@@ -48,13 +53,55 @@ MEASURED = (
 """Columns that say when, where and how fast; all others must be equal."""
 PAUSES = (10.0, 20.0)
 """Shortest and longest time between two kills, seconds."""
-ROUND = ("worker", "driver", "worker", "node", "worker", "driver", "node", "head")
+ROUND = ("worker", "driver", "group", "node", "worker", "driver", "group", "node", "head")
 """What is killed in one round, in an order shuffled anew each time."""
 CHECKPOINT_SECONDS = 1.0
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 1.0
 """Besides, a checkpoint may take to be looked for and written on a busy machine."""
+SAME_LOSS = 1e-4
+"""Of trials on one worker and on two, whose sums differ in order."""
+COUNTER = """
+import importlib.util, mmap, os, struct, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name != "raysweep.training.learner":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (execute(module), count(module.Learner))
+        return spec
+
+def count(learner):
+    learn, files = learner.learn, {}
+
+    def counted(self, *args, **kwargs):
+        result = learn(self, *args, **kwargs)
+        if self.workers.rank == 0:
+            key = self.spec.key
+            if key not in files:
+                path = os.path.join(os.environ["COUNTS"], f"{key}.{os.getpid()}")
+                with open(path, "wb+") as stream:
+                    stream.truncate(8)
+                    files[key] = mmap.mmap(stream.fileno(), 8)
+            (before,) = struct.unpack("d", files[key])
+            files[key][:] = struct.pack("d", before + self.spec.batch_tokens)
+        return result
+
+    learner.learn = counted
+
+if "COUNTS" in os.environ:
+    sys.meta_path.insert(0, Finder())
+"""
+"""Loaded by every Python process of the cluster before anything else."""
 GIVE_UP_SECONDS = 3600.0
 """A study that is not done after this long never will be."""
+
+
+def two(cpus: float) -> dict[str, Any]:
+    """Resources of trials on two workers."""
+    return {"workers": 2, "cpus_per_worker": cpus}
 
 
 def search_space(minutes: float, seed: int) -> dict[str, Any]:
@@ -67,12 +114,13 @@ def search_space(minutes: float, seed: int) -> dict[str, Any]:
         "scales": [
             {"name": "a", "d_model": 8, "layers": 1, "heads": 1},
             {"name": "b", "d_model": 16, "layers": 1, "heads": 1},
-            {"name": "c", "d_model": 24, "layers": 1, "heads": 1},
+            {"name": "c", "d_model": 24, "layers": 1, "heads": 1, "resources": two(0.5)},
+            {"name": "d", "d_model": 32, "layers": 1, "heads": 1, "resources": two(1)},
         ],
         "horizons": [{"tokens": 150_000}, {"tokens": 300_000}],
         "search": {
             "strategy": "ladder",
-            "trials_per_cell": max(2, 2 * round(minutes)),
+            "trials_per_cell": max(2, round(minutes)),
             "extend_edges": False,
             "learning_rate": {"low": 1e-3, "high": 1e-1},
             "batch_sequences": {"low": 4, "high": 8},
@@ -93,8 +141,6 @@ class Chaos:
         """Finished trials seen before some kill, with the time of their start."""
         self.in_flight: set[str] = set()
         """Trials that had a checkpoint at some kill."""
-        self.redone: list[float] = []
-        """Seconds of training that a kill lost, a trial that it hit each: since its checkpoint."""
         self._cluster, self._driver = cluster, driver
         self._random = random.Random(seed)
         self._queue: list[str] = []
@@ -110,37 +156,30 @@ class Chaos:
             self.seen.setdefault(str(row.trial_key), row.started_at)  # pyright: ignore
         if not self._queue:
             self._queue = self._random.sample(ROUND, len(ROUND))
-        kind = self._queue.pop()
-        ages = self._ages()
-        if getattr(self, f"_kill_{kind}")():
-            self.injected[kind] += 1
-            hit = 1 if kind == "worker" else len(ages)
-            self.redone += sorted(ages)[-hit:] if hit else []
-            print(f"{now - self._until:+6.0f} s: {kind} killed, {len(self.seen)} finished before")
-        else:
-            self._queue.append(kind)  # nothing of that kind runs: soon again
+        self.in_flight |= {path.parent.name for path in self._driver.checkpoints()}
+        kind = next((k for k in self._queue if getattr(self, f"_kill_{k}")()), None)
+        if kind is None:
+            return  # nothing of these kinds runs: soon again
+        self._queue.remove(kind)
+        self.injected[kind] += 1
+        print(f"{now - self._until:+6.0f} s: {kind} killed, {len(self.seen)} finished before")
         self._next = time.monotonic() + self._pause()
-
-    def _ages(self) -> list[float]:
-        """Seconds since the checkpoints of trials that run now."""
-        ages = []
-        for path in self._driver.checkpoints():
-            self.in_flight.add(path.parent.name)
-            with suppress(FileNotFoundError):
-                ages.append(time.time() - path.stat().st_mtime)
-        running = len(trial_pids(self._cluster))
-        return sorted(ages)[:running]  # older ones wait for a worker
 
     def _pause(self) -> float:
         return self._random.uniform(*PAUSES)
 
     def _kill_worker(self) -> bool:
-        running = trial_pids(self._cluster)
-        if not running:
-            self._next = 0.0
+        return self._kill_one(ONE_WORKER)
+
+    def _kill_group(self) -> bool:
+        return self._kill_one(TRAIN_WORKER)
+
+    def _kill_one(self, name: str) -> bool:
+        found = trial_pids(self._cluster, (name,))
+        if not found:
             return False
         self.hit_running += 1
-        os.kill(self._random.choice(running), SIGKILL)
+        os.kill(self._random.choice(found), SIGKILL)
         return True
 
     def _kill_driver(self) -> bool:
@@ -186,9 +225,9 @@ def start_nodes(cluster: Cluster) -> None:
     cluster.add_worker()
 
 
-def trial_pids(cluster: Cluster) -> list[int]:
-    """Workers in which a trial is running now."""
-    return in_trial(pid for node in cluster.workers for pid in node.pids())
+def trial_pids(cluster: Cluster, names: tuple[str, ...] = (ONE_WORKER, TRAIN_WORKER)) -> list[int]:
+    """Processes in which a trial is running now, or of a group that may wait for one."""
+    return in_trial((pid for node in cluster.workers for pid in node.pids()), names)
 
 
 def differing(left: pd.DataFrame, right: pd.DataFrame) -> list[str]:
@@ -210,9 +249,23 @@ def trained_alone(space: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
     return row_table(made).to_pandas()
 
 
-def mean(values: list[float]) -> float:
-    """Nought of none."""
-    return sum(values) / len(values) if values else 0.0
+def trained(folder: Path) -> pd.Series:
+    """Tokens by trial and process, from what `COUNTER` has kept."""
+    files = sorted(folder.iterdir())
+    names = [tuple(path.name.split(".")) for path in files]
+    index = pd.MultiIndex.from_tuples(names, names=["trial_key", "process"])
+    return pd.Series([struct.unpack("d", p.read_bytes())[0] for p in files], index, dtype=float)
+
+
+def twice(counts: pd.Series, rows: pd.DataFrame) -> pd.DataFrame:
+    """By trial that was started more than once: `tokens` trained beyond those needed, `starts` in
+    another process than before, and the `seconds` of training that each of these cost."""
+    of = counts.groupby("trial_key")
+    row = rows.set_index("trial_key")
+    found = pd.DataFrame({"tokens": of.sum() - row["tokens_trained"], "starts": of.size() - 1})
+    found = found[found["starts"] > 0].dropna()
+    each = found["tokens"] / found["starts"]
+    return found.assign(seconds=each / row["tokens_per_second"].reindex(found.index))
 
 
 def main() -> None:
@@ -226,7 +279,13 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     folder = args.folder or Path(tempfile.mkdtemp(prefix="chaos"))
     space = search_space(args.minutes, args.seed)
-    with Cluster(head_cpus=0) as cluster, ExitStack() as stack:
+    shim, counts = folder / "shim", folder / "counts"
+    for each in (shim, counts):
+        each.mkdir(parents=True)
+    (shim / "sitecustomize.py").write_text(COUNTER)
+    paths = os.pathsep.join([str(shim), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {"PYTHONPATH": paths, "COUNTS": str(counts)}
+    with Cluster(head_cpus=0, env=env) as cluster, ExitStack() as stack:
 
         def start(name: str) -> Driver:
             driver = Driver(folder / name, space, "--address", cluster.address, env=cluster.env)
@@ -241,10 +300,12 @@ def main() -> None:
     finished = rows[rows["status"] == "finished"]
     starts = dict(zip(finished["trial_key"], finished["started_at"], strict=True))
     stored = pd.read_parquet(driver.results / "trials", columns=["trial_key"])["trial_key"]
-    sample = finished.sample(min(args.alone, len(finished)), random_state=args.seed)
-    columns = differing(trained_alone(space, sample), sample)
+    one, group = (finished[(finished["world_size"] > 1) == many] for many in (False, True))
+    one, group = (f.sample(min(args.alone, len(f)), random_state=args.seed) for f in (one, group))
+    columns = differing(trained_alone(space, one), one)
+    off = np.abs(trained_alone(space, group)["loss"] / group["loss"].to_numpy() - 1).max()
     short = (finished.groupby("cell").size() != space["search"]["trials_per_cell"]).sum()
-    speed = rows["tokens_per_second"].mean()
+    again = twice(trained(counts), finished)
     figures = {
         "minutes": seconds / 60,
         "killed": dict(chaos.injected),
@@ -260,24 +321,31 @@ def main() -> None:
         "trials in flight lost": len(chaos.in_flight - set(rows["trial_key"])),
         "cells with other than their trials": int(short),
         "checkpoints left": len(driver.checkpoints()),
-        "seconds lost a kill and trial, mean": mean(chaos.redone),
-        "seconds lost a kill and trial, most": max(chaos.redone, default=0.0),
-        "tokens trained twice": round(sum(chaos.redone) * speed),
+        "trials started again": len(again),
+        "starts again": int(again["starts"].sum()),
+        "tokens trained twice": round(again["tokens"].sum()),
         "tokens needed": round(rows["tokens_trained"].sum()),
-        "rows trained again alone": len(sample),
+        "seconds trained twice a start again, mean": float(
+            np.average(again["seconds"], weights=again["starts"]) if len(again) else 0.0
+        ),
+        "seconds trained twice a start again, most": float(again["seconds"].max()),
+        "rows trained again alone": len(one),
         "columns compared": len(rows.columns) - len(MEASURED),
         "columns that differ": columns,
+        "rows of two workers trained again alone": len(group),
+        "their losses differ by, at most": float(off),
     }
     width = max(map(len, figures))
     for name, value in figures.items():
-        print(f"{name:{width}}  {f'{value:.1f}' if isinstance(value, float) else value}")
+        print(f"{name:{width}}  {f'{value:.3g}' if isinstance(value, float) else value}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
     nought = ("finished trials lost", "finished trials run twice", "rows stored twice")
     nought = (*nought, "trials in flight lost", "cells with other than their trials")
     nought = (*nought, "checkpoints left", "columns that differ")
     most = CHECKPOINT_SECONDS + GRACE_SECONDS
-    if any(figures[name] for name in nought) or mean(chaos.redone) > most:
+    lost = figures["seconds trained twice a start again, mean"] > most
+    if any(figures[name] for name in nought) or lost or not off < SAME_LOSS:
         sys.exit(f"not as it should be: see {folder}")
 
 

@@ -27,7 +27,27 @@ from raysweep.results.schema import ARROW_SCHEMA
 
 REPO = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
-START_SECONDS = 90.0
+START_SECONDS = 240.0
+PATIENT_START = f"""
+import sys, time
+from ray._private import services
+from ray.scripts.scripts import main
+
+get_node, until = services.get_node, time.monotonic() + {START_SECONDS}
+
+def patient(*args):
+    while True:
+        try:
+            return get_node(*args)
+        except RuntimeError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+
+services.get_node = patient
+sys.exit(main())
+"""
+"""`ray start`, which gives its node half a minute: too little on a busy machine."""
 _PORTS = (
     "dashboard-agent-listen",
     "dashboard-agent-grpc",
@@ -142,8 +162,9 @@ class Cluster:
         self._started += 1
         # A folder of its own: nodes would unpack submitted code over each other's.
         folder = self.root / f"n{self._started}"
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--block"]
+        command = [sys.executable, "-c", PATIENT_START, "start", *options, "--block"]
         command += ["--node-ip-address", HOST, "--object-store-memory", "100000000"]
+        command += ["--include-log-monitor", "false"]  # one process less a node
         command += ["--temp-dir", str(folder)]
         for name, port in zip(_PORTS, free_ports(len(_PORTS)), strict=True):
             command += [f"--{name}-port", str(port)]
@@ -152,7 +173,11 @@ class Cluster:
                 command, stdout=stream, stderr=stream, env=self.env, start_new_session=True
             )
         node = Node(folder, process)
-        self._wait(node, lambda: "runtime started" in node.log)
+        try:
+            self._wait(node, lambda: "runtime started" in node.log)
+        except RuntimeError:
+            node.kill()
+            raise
         return node
 
     def _wait(self, node: Node, ready: Callable[[], bool]) -> None:
@@ -182,7 +207,13 @@ class Driver:
         self.results, self.starts = folder / "results", 0
         self._folder, self._env = folder, env
         self._command = [sys.executable, "-m", "raysweep.cli", "run", str(space), *options]
-        self._command += ["--results", str(self.results), "--report", str(folder / "report")]
+        self._command += [
+            "--results",
+            str(self.results),
+            "--report",
+            str(folder / "report"),
+            "--no-live",
+        ]
         self.start()
 
     def start(self) -> None:

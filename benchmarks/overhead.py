@@ -1,5 +1,5 @@
 """What a trial costs besides its training: `python -m benchmarks.overhead [--trials 200]
-[--workers 2] [--own]`.
+[--workers 2] [--own] [--reports]`.
 
 Runs a study of almost empty trials (one layer of width 4, eight steps of one sequence) on a local
 Ray with one CPU a worker. It reports what each trial but a worker's first costs besides training:
@@ -8,6 +8,10 @@ Tune experiment with reused actors whose trials report once and return.
 
 With `--own` the trials are those of a user's function that returns at once: what the function path
 costs beyond the user's code.
+
+With `--reports` it is what progress costs where many trials report at once: trials of 60 cells, 20
+at a time, tell theirs five times a second each, as often as 500 trials do in all, and do nothing
+between. Reported is the share of a trial's time that its reports are waited for.
 
 With several workers, each trial runs on all of them together, in a group that is kept. It reports
 the seconds from the start of the first trial to its end, and of those that follow the median of
@@ -63,6 +67,58 @@ def own_study(trials: int, folder: Path) -> Study:
         "search": {"strategy": "random", "trials_per_cell": trials, "extend_edges": False},
     }
     return Study.from_dict(space, folder)
+
+
+REPORTERS, REPORTS, PAUSE_SECONDS = 20, 150, 0.2
+"""Trials at once, reports of each, and the time between them."""
+
+REPORTING = f"""
+import time
+import raysweep.search.trial
+raysweep.search.trial.REPORT_SECONDS = 0.0
+
+def train(run):
+    waited, begun = 0.0, time.perf_counter()
+    for step in range({REPORTS}):
+        time.sleep({PAUSE_SECONDS})
+        asked = time.perf_counter()
+        run.report((step + 1) * run.tokens / {REPORTS}, 3.0)
+        waited += time.perf_counter() - asked
+    return waited / (time.perf_counter() - begun)
+"""
+"""A user's function whose loss is the share of its time that reports take."""
+
+
+def reports() -> dict[str, Any]:
+    """What reports cost a trial, where 20 of 60 cells report 100 times a second together."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "overhead_reporting.py").write_text(REPORTING)
+        scales = [{"params": 1e6 * 1.1**i, "flops_per_token": 6e6 * 1.1**i} for i in range(30)]
+        space = {
+            "study": "reports",
+            "training": {"function": "overhead_reporting:train"},
+            "scales": scales,
+            "horizons": [{"tokens": 1e9}, {"tokens": 2e9}],
+            "search": {"strategy": "ladder", "trials_per_cell": 1, "extend_edges": False},
+            "resources": {"cpus_per_worker": (os.cpu_count() or 1) / REPORTERS},
+        }
+        study = Study.from_dict(space, Path(folder))
+        frame = run(study, results_uri=f"{folder}/results").results.to_pandas()
+    later = frame.sort_values("started_at")[REPORTERS:]  # the others start while processes do
+    shares, seconds = later["loss"], later["seconds_train"]
+    answer = {
+        "trials": len(later),
+        "reports_a_second": REPORTERS * REPORTS / float(seconds.median()),
+        "share_waited": [float(share) for share in shares],
+        "cpus": os.cpu_count(),
+        "versions": library_versions(),
+    }
+    print(
+        f"{answer['reports_a_second']:.0f} reports a second of {REPORTERS} trials in 60 cells: "
+        f"median {shares.median():.1%} of a trial waited for them, worst {shares.max():.1%} "
+        f"(n={len(later)})"
+    )
+    return answer
 
 
 def gaps(results: Results) -> np.ndarray:
@@ -131,10 +187,11 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--workers", type=int, default=1, help="of each trial")
     parser.add_argument("--own", action="store_true", help="a user's function, not our models")
+    parser.add_argument("--reports", action="store_true", help="what reports cost, only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.workers > 1:
-        answer = in_a_group(args.trials, args.workers)
+    if args.workers > 1 or args.reports:
+        answer = reports() if args.reports else in_a_group(args.trials, args.workers)
         if args.json:
             args.json.write_text(json.dumps(answer, indent=1))
         return

@@ -232,10 +232,9 @@ class Simulation:
         """What came out."""
         times, busy = np.array(self.busy).T
         used = float(np.sum(busy[:-1] * np.diff(times)))
-        cells = self.scheduler.states.values()
-        work = {s.cell: s.concluded * seconds_of(s.cell) for s in cells}
-        needed = sum(seconds * cell.resources.workers for cell, seconds in work.items())
-        bound = max(needed / self.gpus, max(map(seconds_of, work)))
+        cells = [(s.cell, s.concluded) for s in self.scheduler.states.values()]
+        needed = sum(n * seconds_of(cell) * cell.resources.workers for cell, n in cells)
+        bound = max(needed / self.gpus, max(seconds_of(cell) for cell, _ in cells))
         late = times[busy >= 0.9 * self.gpus]
         return {
             "trials": self.known,

@@ -71,14 +71,15 @@ def status_command(
 ) -> None:
     """Show the studies on a cluster, or how far a study is."""
     from raysweep.cluster import jobs
-    from raysweep.results import Results, progress
+    from raysweep.results import progress
 
     if what is not None and not what.startswith(("raysweep-", "raysubmit_")):
-        cells = progress.progress(what)
+        cells, studies = progress.status(what)
         if as_json:
-            typer.echo(json.dumps([cell.to_dict() for cell in cells], indent=1))
+            found = {"cells": [cell.to_dict() for cell in cells], "studies": studies}
+            typer.echo(json.dumps(found, indent=1))
         else:
-            typer.echo(progress.render(cells, progress.how_it_goes(Results.open(what))))
+            typer.echo(progress.render(cells, studies))
         return
     cluster = jobs.Jobs(address)
     found = [jobs.describe(j) for j in ([cluster.get(what)] if what else cluster.all())]

@@ -125,6 +125,9 @@ class Storage:
 
     def delete_folder(self, *parts: str) -> None:
         """Remove a folder and all in it; one that is gone already is no error."""
+        # A look is one request of an object store, and what follows five.
+        if not self.is_local and not self._holds(*parts):
+            return
 
         def attempt() -> None:
             try:
@@ -133,6 +136,13 @@ class Storage:
                 return
 
         retry(attempt, f"delete {'/'.join(parts)} in {self.uri}")
+
+    def _holds(self, *parts: str) -> bool:
+        def attempt() -> bool:
+            selector = fs.FileSelector(self.path(*parts), allow_not_found=True)
+            return bool(self.filesystem.get_file_info(selector))
+
+        return retry(attempt, f"list {'/'.join(parts)} in {self.uri}")
 
     def exists(self) -> bool:
         """Whether anything stands at the root (object stores have no empty folders)."""

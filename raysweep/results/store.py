@@ -23,7 +23,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ TRIALS, CURVES, STUDIES, RUNS = "trials", "curves", "studies", "runs"
 CHECKPOINTS, PENDING = "checkpoints", "pending"
 RUNNING = ".running.json"
 FORECAST, OUTCOME = "forecast.json", "outcome.json"
-COMPACT_ABOVE = 64
-"""Files of a kind that a folder may hold before they are merged."""
+COMPACT_ABOVE, COMPACT_ABOVE_REMOTE = 64, 2
+"""Files of a kind that a folder may hold before they are merged; of rows in an object store, where
+each costs whoever looks two requests."""
 
 _opened: dict[str, Storage] = {}
 """Object stores with results that this process has seen: each trial opens them several times, and
@@ -188,8 +189,16 @@ class Results(InNotebooks):
 
     def search_spaces(self) -> dict[str, str]:
         """Search-space texts by study name."""
-        texts = self._texts(STUDIES, ".yaml")
-        return {name.removesuffix(".yaml"): text for name, text in texts.items()}
+        return {study: text for study, (text, _) in self.studies().items()}
+
+    def studies(self, *, running: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
+        """By study, its search space as text, and with `running` what `save_running` kept."""
+        texts = self._texts(STUDIES, ".yaml", *([RUNNING] if running else []))
+        return {
+            (study := name.removesuffix(".yaml")): (text, _plain(texts.get(f"{study}{RUNNING}")))
+            for name, text in texts.items()
+            if name.endswith(".yaml")
+        }
 
     def save_ranges(self, study: str, ranges: Mapping[str, Any]) -> None:
         """Keep how far a study has widened its ranges; any plain values."""
@@ -197,7 +206,7 @@ class Results(InNotebooks):
 
     def ranges(self, study: str) -> dict[str, Any]:
         """What `save_ranges` kept; empty where there is nothing, or nothing readable."""
-        return self._plain(STUDIES, f"{study}.ranges.json")
+        return _plain(self.storage.read(STUDIES, f"{study}.ranges.json"))
 
     def save_running(self, study: str, record: Mapping[str, Any]) -> None:
         """Keep which trials of a study are not over (`trials`), and how its run goes; any plain
@@ -206,7 +215,7 @@ class Results(InNotebooks):
 
     def running(self, study: str) -> dict[str, Any]:
         """What `save_running` kept; empty where there is nothing, or nothing readable."""
-        return self._plain(STUDIES, f"{study}{RUNNING}")
+        return _plain(self.storage.read(STUDIES, f"{study}{RUNNING}"))
 
     def save_forecast(
         self, forecast: Mapping[str, Any], outcome: Mapping[str, Any] | None = None
@@ -220,7 +229,7 @@ class Results(InNotebooks):
 
     def forecast(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `save_forecast` kept; empty where there is nothing, or nothing readable."""
-        return self._plain(FORECAST), self._plain(OUTCOME)
+        return _plain(self.storage.read(FORECAST)), _plain(self.storage.read(OUTCOME))
 
     def save_run(self, record: Mapping[str, Any]) -> None:
         """Keep what one `raysweep run` did: times, workers, utilisation. Needs `started_at`."""
@@ -239,14 +248,18 @@ class Results(InNotebooks):
                 self._damaged[name] = f"{RUNS}/{name} is unreadable and was left out"
         return [found[key] for key in sorted(found)]
 
-    def compact(self, above: int = COMPACT_ABOVE, recent: int = 0) -> None:
-        """Merge small files where there are more than `above`; the newest `recent` rows' stay.
+    def compact(
+        self, above: int | None = None, kept: Callable[[], Collection[str]] = tuple
+    ) -> None:
+        """Merge small files where there are more than `above`, or too many; but for those of trials
+        that may be started again, and look for a row of their own: `kept` gives their keys.
 
         The merged file is in place before the small ones go, so a crash between the two leaves
         rows twice, which reading resolves, and never loses one.
         """
-        self._trials.compact(above, recent)
-        self._curves.compact(above, recent)
+        self.compact_rows(above, kept)
+        above = COMPACT_ABOVE if above is None else above
+        self._curves.compact(above, kept)
         names = [n for i in self.storage.list(RUNS) if (n := i.base_name).endswith(".json")]
         if len(names) > above:
             records = self.runs()
@@ -258,6 +271,13 @@ class Results(InNotebooks):
         # Long runs do this often, and what reading takes would never be used again.
         pa.default_memory_pool().release_unused()
         allocator.give_back_freed()
+
+    def compact_rows(
+        self, above: int | None = None, kept: Callable[[], Collection[str]] = tuple
+    ) -> None:
+        """The same of rows alone."""
+        usual = COMPACT_ABOVE if self.storage.is_local else COMPACT_ABOVE_REMOTE
+        self._trials.compact(usual if above is None else above, kept)
 
     def drop_checkpoints(self) -> None:
         """Remove the checkpoints that no trial will use: of trials that are in flight in no study
@@ -277,18 +297,11 @@ class Results(InNotebooks):
         for name in sorted(unknown):
             self.storage.delete_folder(CHECKPOINTS, name)
 
-    def _plain(self, *file: str) -> dict[str, Any]:
-        try:
-            kept = json.loads(self.storage.read(*file) or b"{}")
-        except (ValueError, RecursionError):
-            return {}  # what it held is found anew
-        return kept if isinstance(kept, dict) else {}
-
-    def _texts(self, folder: str, suffix: str) -> dict[str, str]:
+    def _texts(self, folder: str, *suffixes: str) -> dict[str, str]:
         """Text files of a folder by name, sorted; damaged ones become problems."""
         found: dict[str, str] = {}
         for name in sorted(i.base_name for i in self.storage.list(folder)):
-            if not name.endswith(suffix):
+            if not name.endswith(suffixes):
                 continue
             data = self.storage.read(folder, name)
             try:
@@ -297,6 +310,15 @@ class Results(InNotebooks):
             except UnicodeDecodeError:
                 self._damaged[name] = f"{folder}/{name} is unreadable and was left out"
         return found
+
+
+def _plain(text: str | bytes | None) -> dict[str, Any]:
+    """A JSON object; empty where there is none that is readable: what it held is found anew."""
+    try:
+        kept = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def keys_in_flight(running: Mapping[str, Any]) -> list[str]:

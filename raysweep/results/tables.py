@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ PART = "part-"
 """Beginning of the names of merged files; a single file begins with its trial key."""
 PART_ROWS = 50_000
 """Rows a merged file may hold before a new one is begun."""
+SMALL_BYTES = 1 << 20
+"""A merged file below this takes up the next single ones: some thousand rows."""
 _STALE_SECONDS = 3600.0
 """Age of a half-written file that nobody can be writing any more."""
 _THREADS = 8
@@ -59,7 +62,8 @@ class TableFolder:
             self.problems.clear()
             names = [i.base_name for i in self._list()]
             try:
-                return self._read_at_once(names)
+                if self.storage.is_local:  # from an object store: three requests a file, not two
+                    return self._read_at_once(names)
             except (pa.ArrowException, OSError, ValueError):
                 pass  # a damaged or vanished file is looked for only when there is one
             try:
@@ -76,19 +80,27 @@ class TableFolder:
         except _VanishedError:
             return None
 
-    def compact(self, above: int, recent: int = 0) -> None:
-        """Merge single files where there are more than `above`, and likewise merged ones.
+    def compact(self, above: int, kept: Callable[[], Collection[str]] = tuple) -> None:
+        """Merge single files where there are more than `above`, together with merged ones that are
+        small; else merged ones where there are more.
 
-        The newest `recent` single files stay. A merged file is in place before those it holds go,
-        so that a crash at any point leaves rows twice at worst, which reading must resolve.
+        Of trials whose keys are `kept` the single files stay: that is asked after a look at the
+        files. A merged file is in place before those it holds go, so that a crash at any point
+        leaves rows twice at worst, which reading must resolve.
         """
         infos = sorted(self._list(), key=lambda i: (i.mtime_ns or 0, i.base_name))
-        singles = [i for i in infos if not i.base_name.startswith(PART)]
-        singles = singles[: len(singles) - recent]
+        keys = set(kept())
+        singles = [
+            i
+            for i in infos
+            if not i.base_name.startswith(PART) and i.base_name.split(".")[0] not in keys
+        ]
         parts = [i for i in infos if i.base_name.startswith(PART)]
-        for group, largest in ((singles, None), (parts, PART_ROWS // 2)):
-            if len(group) > above:
-                self._merge(group, largest)
+        small = [i for i in parts if i.size < SMALL_BYTES]
+        if len(singles) > above:
+            self._merge([*small, *singles], None)
+        elif len(parts) > above:
+            self._merge(parts, PART_ROWS // 2)
         self._sweep()
 
     def _merge(self, infos: list[fs.FileInfo], largest: int | None) -> None:
@@ -98,7 +110,7 @@ class TableFolder:
             return  # somebody else merges
         if largest is not None:
             tables = {name: table for name, table in tables.items() if len(table) < largest}
-        if len(tables) < (1 if largest is None else 2):
+        if len(tables) < 2 and all(name.startswith(PART) for name in tables):
             return
         merged = pa.concat_tables(tables.values())
         for start in range(0, max(1, len(merged)), PART_ROWS):

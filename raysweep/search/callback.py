@@ -39,9 +39,9 @@ from raysweep.search.scheduler import StudyScheduler
 from raysweep.search.trial import FAILED
 from raysweep.training.record import unfinished_row
 
-TIDY_EVERY, TIDY_RECENT = 128, 64
-"""Trials after which the rows' files are merged but for the newest: those of trials that may be
-started again, which look for a row of their own."""
+TIDY_EVERY, TIDY_ROWS_EVERY = 128, 3
+"""Trials after which files are merged; those of rows in an object store sooner, where each costs
+whoever looks at the study two requests."""
 STILL_READ = ("trial_id", "status", "training_iteration", "done")
 """Of a concluded trial's last result, what Tune or this module may still look at."""
 RETRIES = 2
@@ -84,6 +84,7 @@ class StudyCallback(tune.Callback):
         self._look_at_nodes = look
         self._record = record
         self._recorded = -1
+        self._tidied_at = self._all_tidied_at = 0
         self._tidying = self._tidied()
         self._gauges = Gauges(self._study.name)
         self._now: dict[str, Any] = {}
@@ -294,7 +295,11 @@ class StudyCallback(tune.Callback):
 
         def tidy() -> None:
             try:
-                self._results.compact(recent=TIDY_RECENT)
+                if self.concluded >= self._all_tidied_at + TIDY_EVERY or not self.concluded:
+                    self._all_tidied_at = self.concluded
+                    self._results.compact(kept=self._scheduler.open_keys)
+                else:
+                    self._results.compact_rows(kept=self._scheduler.open_keys)
             except UserError as error:
                 _log.warning("files were not merged: %s", error)
 
@@ -304,7 +309,9 @@ class StudyCallback(tune.Callback):
 
     def _conclude(self, trial: Trial, status: str) -> tuple[float, datetime]:
         self.concluded += 1
-        if self.concluded % TIDY_EVERY == 0 and not self._tidying.is_alive():
+        every = TIDY_EVERY if self._results.storage.is_local else TIDY_ROWS_EVERY
+        if self.concluded >= self._tidied_at + every and not self._tidying.is_alive():
+            self._tidied_at = self.concluded
             self._tidying = self._tidied()
         result = trial.last_result or {}
         self.training_seconds += float(result.get("seconds_train") or 0.0)

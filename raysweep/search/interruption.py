@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +20,7 @@ ASK_SECONDS = 1.0
 """Least time between two looks of a trial at what its driver wants."""
 
 _NAMESPACE = "raysweep"
+_ALL = b"*"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"
 
@@ -90,27 +91,44 @@ class Interruption:
 
 def tell_trials_to_stop() -> None:
     """Let the trials of this Ray job know that they should leave a checkpoint and return."""
-    from raysweep.search.ray_internals import put_flag
+    from raysweep.search.ray_internals import put_word
 
-    put_flag(_key(), _NAMESPACE)
+    put_word(_key(), _ALL, _NAMESPACE)
+
+
+def tell_trials_to_leave(nodes: Collection[str]) -> None:
+    """Let those on these nodes know that they should leave a checkpoint, and go on elsewhere."""
+    from raysweep.search.ray_internals import put_word
+
+    put_word(_key(), ",".join(sorted(nodes)).encode(), _NAMESPACE)
 
 
 class StopRequest:
-    """What a trial asks: whether its driver wants it to stop."""
+    """What a trial asks: whether its driver wants it to stop, or to go on elsewhere."""
 
     def __init__(self) -> None:
+        self.leaves = False
+        """Whether it should stop because its node is about to go."""
         self._asked = -math.inf
         self._answer = False
 
     def __call__(self) -> bool:
         """Ask the head, which all nodes reach; one that is away has asked for nothing."""
-        from raysweep.search.ray_internals import has_flag
+        from raysweep.search.ray_internals import get_word
 
         now = time.monotonic()
         if not self._answer and now - self._asked >= ASK_SECONDS:
             self._asked = now
-            self._answer = has_flag(_key(), _NAMESPACE)
+            word = get_word(_key(), _NAMESPACE) or b""
+            self.leaves = word != _ALL and _node() in word.decode().split(",")
+            self._answer = self.leaves or word == _ALL
         return self._answer
+
+
+def _node() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
 
 
 def _descendants(pid: int) -> list[int]:

@@ -40,22 +40,30 @@ def placement_hint(node: str) -> dict[str, str]:
     return {"strategy": "STRICT_PACK", "_soft_target_node_id": node}
 
 
-def put_flag(key: str, namespace: str) -> None:
-    """Raise a flag at the head, for all processes of the cluster."""
+def put_word(key: str, word: bytes, namespace: str) -> None:
+    """Leave a word at the head, for all processes of the cluster, in place of the one before."""
     from ray.experimental.internal_kv import _internal_kv_put
 
-    _internal_kv_put(key, b"1", namespace=namespace)
+    _internal_kv_put(key, word, namespace=namespace)
 
 
-def has_flag(key: str, namespace: str) -> bool:
-    """Whether a flag is raised; not where the head is away."""
+def get_word(key: str, namespace: str) -> bytes | None:
+    """What was left; None where nothing was, or the head is away."""
     from ray.exceptions import RaySystemError, RpcError
     from ray.experimental.internal_kv import _internal_kv_get
 
     try:
-        return _internal_kv_get(key, namespace=namespace) is not None
+        return _internal_kv_get(key, namespace=namespace)
     except (RpcError, RaySystemError):
-        return False
+        return None
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of the nodes that are about to go: their machines are to be taken away, or were told to
+    shut down. Ray puts nothing there any more."""
+    from ray._private.state import state
+
+    return frozenset(state.get_draining_nodes())
 
 
 def dashboard_url() -> str | None:

@@ -91,10 +91,14 @@ def cluster_address(address: str | None) -> str | None:
 
 
 def cluster_nodes() -> Mapping[str, Mapping[str, float]]:
-    """Resources of the nodes that are alive, by node id."""
+    """Resources of the nodes that are alive and are to stay, by node id."""
     import ray
 
-    return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
+    from raysweep.search.ray_internals import draining_nodes
+
+    alive = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
+    going = draining_nodes()
+    return {node: resources for node, resources in alive.items() if node not in going}
 
 
 def _scratch_folder() -> Path:

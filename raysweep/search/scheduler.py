@@ -185,6 +185,16 @@ class StudyScheduler:
         ]
         return [*self._in_flight.values(), *map(_as_plain, waiting)]
 
+    def open_keys(self) -> set[str]:
+        """Keys of the trials that run, and of their branches; any thread may ask."""
+        keys = set()
+        for trial in list(self._in_flight.values()):
+            keys.add(trial["trial_key"])
+            point = trial["learning_rate"], trial["batch_sequences"], trial["seed"]
+            for branch in self.study.branches(self.states[trial["cell"]].cell):
+                keys.add(self.study.trial(branch, self._data_hash, *point).key)
+        return keys
+
     @property
     def running(self) -> int:
         return sum(len(state.running) for state in self._ordered())

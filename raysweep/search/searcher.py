@@ -16,7 +16,8 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from raysweep.search.autoscaler import AutoscalerRequests, PlacementRequest
-from raysweep.search.interruption import INTERRUPTED, Interruption
+from raysweep.search.interruption import INTERRUPTED, Interruption, tell_trials_to_leave
+from raysweep.search.ray_internals import draining_nodes
 from raysweep.search.resources import Bundle
 from raysweep.search.scheduler import StudyScheduler, bundles_of
 from raysweep.study.cells import Resources
@@ -54,6 +55,10 @@ class StudySearcher(Searcher):
         """The groups of workers there are: they end with their handles here."""
         self._asked: dict[Any, str] = {}
         """Groups that were asked where they are, by the answer that will come."""
+        self._where: dict[str, list[str]] = {}
+        """The nodes of groups, as they said last."""
+        self._going: frozenset[str] = frozenset()
+        """Nodes that are about to go."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial; None while nothing fits or all waits on running trials."""
@@ -100,6 +105,7 @@ class StudySearcher(Searcher):
         scheduler = self.scheduler
         scheduler.pool.update(self._nodes())
         self._find_groups()
+        self._leave_nodes()
         if any(trial.status == Trial.PENDING for trial in trials):
             self._autoscaler.withdraw()
         else:
@@ -112,11 +118,23 @@ class StudySearcher(Searcher):
         for answer in ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else ():
             group = self._asked.pop(answer)
             with contextlib.suppress(RayError):  # it has ended
-                self.scheduler.pool.found(group, ray.get(answer))
+                self._where[group] = ray.get(answer)
+                self.scheduler.pool.found(group, self._where[group])
         waiting = set(self._asked.values())
         for group, host in self.groups.items():
             if group not in waiting:
                 self._asked[host.where.remote()] = group
+
+    def _leave_nodes(self) -> None:
+        """Have trials on nodes that are about to go leave a checkpoint now, and go on elsewhere."""
+        going = draining_nodes()
+        fresh, self._going = going - self._going, going
+        if not fresh:
+            return
+        tell_trials_to_leave(going)
+        for group, host in self.groups.items():
+            if fresh & set(self._where.get(group, ())):
+                host.leave.remote()
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False

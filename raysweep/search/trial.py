@@ -150,6 +150,8 @@ def run_trial(
     except UserError as error:  # it would end so again: no retry, but a row
         return write.refused(spec, error)
     if outcome.status == "stopped":
+        if stop is not None and stop.leaves:
+            os._exit(1)  # as if its node were gone already: Tune starts the trial on another
         return {"status": INTERRUPTED, "loss": None, "seconds_train": outcome.seconds_train}
     row = write(spec, outcome)
     if spec.training is None:

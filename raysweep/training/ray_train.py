@@ -82,6 +82,8 @@ class _Entry:
     errors: list[str] = field(default_factory=list)
     """One for each start that an error of its own ended."""
     cancelled: bool = False
+    leaving: bool = False
+    """Whether it should begin anew, at a checkpoint, as a node of the group is about to go."""
     over: bool = False
 
 
@@ -190,12 +192,17 @@ class GroupHost:
         kind: EventKind | Literal["error"],
         payload: Any,
         whole: bool = True,
-    ) -> None:
+    ) -> bool:
         """From a worker: news of a trial; one that is not `whole` failed there. An error may be
-        that of a worker which has lost another: the trial is begun again, as often as it may."""
+        that of a worker which has lost another: the trial is begun again, as often as it may.
+        Returns whether the workers should begin anew, as one of their nodes is about to go."""
         entry = self._entries[number]
         if not whole:
             self._broken = number
+        if kind == "outcome" and payload.status == "stopped" and entry.leaving:
+            entry.leaving = False
+            if not entry.cancelled:
+                return True
         if kind == "error":
             if not any(text in payload for text in LOST_PEER):
                 del entry.errors[entry.starts - 1 :]  # of one start one error counts
@@ -209,6 +216,7 @@ class GroupHost:
                 await self._notify()
         elif not entry.over:
             await self._end(entry, kind, payload)
+        return False
 
     async def events(self, number: int) -> list[tuple[EventKind, Any]]:
         """For a listener: what is new of its trial; after some seconds, even nothing."""
@@ -227,8 +235,14 @@ class GroupHost:
         await self._notify()
 
     async def cancelled(self, number: int) -> bool:
-        """Whether a trial should stop."""
-        return self._entries[number].cancelled
+        """Whether a trial should stop, for now or for good."""
+        entry = self._entries[number]
+        return entry.cancelled or entry.leaving
+
+    async def leave(self) -> None:
+        """Have the trial leave a checkpoint and begin anew: a node of the group is about to go."""
+        for entry in self._entries:
+            entry.leaving = not entry.over
 
     async def where(self) -> list[str]:
         """The node of each worker that has been heard of, by id."""
@@ -247,6 +261,7 @@ class GroupHost:
         """Note that a trial begins; whether it may."""
         entry = self._entries[number]
         entry.starts += 1
+        entry.leaving = False
         entry.fruitless = 0 if entry.reached > entry.reached_before else entry.fruitless + 1
         entry.reached_before = entry.reached
         if entry.fruitless > LOSSES:
@@ -399,8 +414,9 @@ def _serve(config: dict[str, Any]) -> None:
             ray.get(host.post.remote(number, kind, said, whole))
             if whole:
                 raise  # others may wait for this worker: all begin anew
-        if rank == 0 and outcome is not None:
-            ray.get(host.post.remote(number, "outcome", outcome))
+        told = rank == 0 and outcome is not None
+        if told and ray.get(host.post.remote(number, "outcome", outcome)):
+            raise RuntimeError("a node of the group is about to go")  # Ray Train finds others
         done = number
         if whole and proven is None:
             proven = True

@@ -134,9 +134,9 @@ def test_addresses_that_are_none(address: str) -> None:
     ("error", "expected"),
     [
         (RuntimeError("Request failed with status code 401: no."), "refuses the token"),
-        (RuntimeError("Request failed with status code 500: job 401."), "did not do it"),
-        (RuntimeError("cannot write /data/4040"), "did not do it"),
-        (ConnectionError("port 401"), "did not do it"),
+        (RuntimeError("Request failed with status code 500: job 401."), "could not do it"),
+        (RuntimeError("cannot write /data/4040"), "could not do it"),
+        (ConnectionError("port 401"), "could not do it"),
     ],
 )
 def test_a_token_is_blamed_only_where_it_was_refused(error: Exception, expected: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ray.util import placement_group_table
 
 from benchmarks.nodes import in_trial, session_pids
@@ -20,7 +19,6 @@ from raysweep.training.single import train_one
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 
-MARK = 10_000.0
 OUTCOME = ("loss", "loss_se", "train_loss", "step", "tokens_seen", "noise_trace", "noise_grad_sq")
 
 
@@ -30,25 +28,19 @@ def undisturbed(space: dict[str, Any], row: Any) -> dict[str, Any]:
     return train_one(study, row.cell, row.learning_rate, int(row.batch_tokens), seed=int(row.seed))
 
 
-def mark(path: Path) -> str:
-    """Add to the time that a checkpoint's run has taken: a row shows whether it was taken up."""
-    state = torch.load(path, weights_only=True)
-    state["seconds"] += MARK
-    torch.save(state, path)
-    return state["key"]
-
-
 def workers_of(nodes) -> list[int]:
     return in_trial(pid for node in nodes.workers for pid in node.pids())
 
 
-def test_a_killed_worker_loses_a_second(nodes, driver, search_space, assert_study_complete) -> None:
+def test_a_killed_worker_loses_a_second(
+    nodes, driver, marks, search_space, assert_study_complete
+) -> None:
     """The trial goes on in another worker from its checkpoint, to the very same row."""
     running = driver("--address", nodes.address, env=nodes.env)
     running.until(lambda: running.checkpoints() and workers_of(nodes))
     for pid in workers_of(nodes):
         os.kill(pid, signal.SIGKILL)
-    marked = [mark(path) for path in running.checkpoints()]
+    marked = marks.put(running.checkpoints())
     assert running.wait() == 0, running.log
     rows = assert_study_complete(running.results, cells=1)
     for row in rows.itertuples():
@@ -56,12 +48,12 @@ def test_a_killed_worker_loses_a_second(nodes, driver, search_space, assert_stud
         assert {name: getattr(row, name) for name in OUTCOME} == {n: alone[n] for n in OUTCOME}
         assert alone["trial_key"] == row.trial_key
     assert marked
-    assert set(marked) == set(rows[rows["seconds_train"] > MARK]["trial_key"])
+    assert marked == marks.found(rows)
     assert not running.checkpoints()
 
 
 def test_the_head_is_killed_and_the_study_continued_on_another(
-    nodes, driver, assert_study_complete
+    nodes, driver, marks, assert_study_complete
 ) -> None:
     """The driver gives up by itself; the same command goes on."""
     running = driver("--address", nodes.address, env=nodes.env)
@@ -69,7 +61,7 @@ def test_the_head_is_killed_and_the_study_continued_on_another(
     for node in (nodes.head, *nodes.workers):
         nodes.kill(node)
     assert running.wait() != 0
-    left = {mark(path) for path in running.checkpoints()}
+    left = marks.put(running.checkpoints())
     assert left
     nodes.start_head()
     nodes.add_worker()
@@ -77,12 +69,12 @@ def test_the_head_is_killed_and_the_study_continued_on_another(
     running.start()
     assert running.wait() == 0, running.log
     rows = assert_study_complete(running.results, cells=1)
-    assert left == set(rows[rows["seconds_train"] > MARK]["trial_key"])
+    assert left == marks.found(rows)
     assert not running.checkpoints()
 
 
 def test_a_killed_driver_is_followed_by_one_that_takes_up_its_trials(
-    driver, assert_study_complete
+    driver, marks, assert_study_complete
 ) -> None:
     """Four trials of two cells, of which two run; a checkpoint that nobody knows goes."""
     running = driver(horizons=[{"tokens": 300_000}, {"tokens": 400_000}])
@@ -91,7 +83,7 @@ def test_a_killed_driver_is_followed_by_one_that_takes_up_its_trials(
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     running.process.wait()
-    left = {mark(path) for path in running.checkpoints()}
+    left = marks.put(running.checkpoints())
     unknown = running.results / "checkpoints" / "unknown"
     unknown.mkdir()
     running.start()
@@ -99,7 +91,7 @@ def test_a_killed_driver_is_followed_by_one_that_takes_up_its_trials(
     assert running.wait() == 0, running.log
     rows = assert_study_complete(running.results, cells=2)
     assert len(left) == 2
-    assert left == set(rows[rows["seconds_train"] > MARK]["trial_key"])
+    assert left == marks.found(rows)
     assert not running.checkpoints()
 
 

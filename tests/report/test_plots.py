@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raysweep.report.compare import write_comparison
 from raysweep.report.figure import Axis, Contours, Line, Panel, PlotFigure, Points
 from raysweep.report.interactive import described, library
+from raysweep.scaling.compare import compare_arms
 from raysweep.scaling.fits import Fits
+from raysweep.text import estimated
 
 Drive = Callable[..., Any]
 Ladder = tuple[Fits, Path]
@@ -181,6 +184,57 @@ def test_zoom_reset_and_legend(ladder: Ladder, drive: Drive) -> None:
     assert shown["again"] == pytest.approx([low, high])
     assert shown["legend"] == ["dense", "moe", "run asked about", "published laws"]
     assert shown["fewer"] < shown["all"]
+
+
+@pytest.mark.browser
+def test_figures_of_a_comparison_tell_its_ratios_and_cells(
+    ladder: Ladder, drive: Drive, tmp_path: Path
+) -> None:
+    arms = [ladder[0].arm("dense"), ladder[0].arm("moe")]
+    ratios = [r for r in compare_arms(arms[0], arms[1]) if r.ok]
+    cells = ladder[0].cells_of("moe")
+    page = write_comparison(arms, tmp_path / "out")
+    shown = drive(
+        page,
+        DO
+        + f"const cells = {json.dumps(cells[['flops', 'learning_rate']].values.tolist())};"
+        + """
+        const panel = (await kit.figure("ratios")).panels[0];
+        const ratios = (await drawn("#figure-ratios")).querySelector(".plot");
+        const at = async (plot, x, y) => {
+          mouse(layer(plot), "mousemove", place(plot, x, y));
+          await pause(150);
+          return hover(plot);
+        };
+        const [dots] = panel.series, told = {};
+        for (const [i, x] of dots.x.entries()) told[panel.y.names[Math.round(dots.y[i])]] = await at(ratios, x, dots.y[i]);
+        const sides = (await drawn("#figure-sides")).querySelector(".plot");
+        const found = [];
+        for (const [x, y] of cells) found.push(await at(sides, x, y));
+        const marks = () => sides.querySelectorAll("path.js-line").length;
+        const all = marks();
+        const legend = [...sides.querySelectorAll(".legend .traces")].map((g) => g.textContent);
+        const toggle = sides.querySelectorAll(".legendtoggle")[legend.indexOf("moe")];
+        for (const kind of ["mousedown", "mouseup"]) mouse(toggle, kind, {});
+        await pause(800);
+        return { told, found, legend, all, fewer: marks() };
+        """,
+    )
+    names = {
+        "learning_rate": "learning rate",
+        "batch_tokens": "batch",
+        "flops": "FLOPs",
+        "noise_scale_tokens": "gradient noise scale",
+    }
+    for r in ratios:
+        row = f"{names.get(r.quantity, r.quantity)} at equal {r.at_equal}"
+        assert (
+            estimated(r.ratio, style="number" if r.quantity == "loss" else "ratio")
+            in shown["told"][row]
+        )
+    assert [text.split(":")[0] for text in shown["found"]] == list(cells.index)
+    assert shown["legend"] == ["dense", "moe"]
+    assert 0 < shown["fewer"] < shown["all"], shown
 
 
 @pytest.mark.browser

@@ -83,7 +83,7 @@ def check_all(uri: str) -> None:
     assert results.search_spaces() == {"s": "study: s\n"}
     assert len(results.runs()) == 12
     assert not results.problems
-    assert len(results.storage.list("trials")) == 3
+    assert len(results.storage.list("trials")) == 2
     assert len(results.storage.list("runs")) == 1
 
 

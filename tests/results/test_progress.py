@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from raysweep.results import Results
-from raysweep.results.progress import how_it_goes, progress, render
+from raysweep.results.progress import progress, render, status
 from raysweep.results.schema import make_row
 from raysweep.study import Study
 
@@ -18,7 +20,7 @@ def test_status_of_results_without_ray(tmp_path: Path) -> None:
     store = Results.open(tmp_path / "r", create=True)
     store.save_search_space("smoke", SMOKE.read_text())
     cell = Study.load(SMOKE).cells[0]
-    for second, (status, loss) in enumerate(
+    for second, (outcome, loss) in enumerate(
         [("finished", 2.5), ("diverged", None), ("finished", 2.0)], start=5
     ):
         row = make_row(
@@ -33,7 +35,9 @@ def test_status_of_results_without_ray(tmp_path: Path) -> None:
             top_k=1,
             params_active_non_embedding=1.0,
             tokens=1.0,
-            status=status,
+            gpu_hours=second / 2,
+            mfu=0.1 * second if loss else None,
+            status=outcome,
             loss=loss,
             started_at=dt.datetime(2026, 1, 2, 3, 4, second, tzinfo=dt.UTC),
         )
@@ -44,6 +48,11 @@ def test_status_of_results_without_ray(tmp_path: Path) -> None:
     assert (cells[0].wanted, cells[0].best_loss) == (2, 2.0)
     assert cells[0].last == "2026-01-02 03:04:07"
     assert (cells[1].statuses, cells[1].best_loss, cells[1].last) == ({}, None, None)
+    mfu = (5 * 0.5 + 7 * 0.7) / (5 + 7)
+    assert (cells[0].gpu_hours, cells[0].mfu) == (9.0, pytest.approx(mfu))
+    _, totals = status(str(tmp_path / "r"))
+    assert totals == {"smoke": {"gpu_hours": 9.0, "cost": None, "mfu": pytest.approx(mfu)}}
+    assert render(cells, totals).endswith("\nsmoke: 9 GPU-hours so far, MFU 62%")
     text = render(cells)
     assert "1 diverged" in text
     assert text.endswith("smoke: 1 of 4 cells complete, 3 trials concluded")
@@ -53,12 +62,12 @@ def test_status_of_results_without_ray(tmp_path: Path) -> None:
     store.save_running("smoke", {"trials": [{"trial_key": "k9"}], "now": now})
     cells = progress(str(tmp_path / "r"))
     assert [c.running for c in cells] == [1, None, None, None]
-    assert render(cells, how_it_goes(store)).splitlines()[-1] == (
+    assert render(*status(str(tmp_path / "r"))).splitlines()[-1] == (
         "smoke: 1 running, about 2h 00m left, 50% of the GPUs in use, 3 GPU-hours for 7.50 so far, "
-        "5 GPU-hours for 12.50 to come (at 2026-01-02T03:05:00+00:00)"
+        "5 GPU-hours for 12.50 to come, MFU 62% (at 2026-01-02T03:05:00+00:00)"
     )
     store.save_running("smoke", {"trials": [{"trial_key": "k9"}], "now": now | {"ended": True}})
-    text = render(progress(str(tmp_path / "r")), how_it_goes(store))
+    text = render(*status(str(tmp_path / "r")))
     assert "smoke: 1 trials in flight wait for the next run, 3 GPU-hours for 7.50 so far" in text
     code = (
         "import sys; from raysweep.cli import app; app(sys.argv[1:], standalone_mode=False); "
@@ -72,4 +81,4 @@ def test_status_of_results_without_ray(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0]["best_loss"] == 2.0
+    assert json.loads(done.stdout)["cells"][0]["best_loss"] == 2.0

@@ -50,7 +50,7 @@ def test_run_damage_run_again_status_and_fit(
     starts = [f.set_index("trial_key").loc[kept, "started_at"].tolist() for f in (rows, now)]
     assert starts[0] == starts[1]
     status = raysweep("status", bucket, "--json", cwd=tmp_path)
-    assert [c["statuses"] for c in json.loads(status.stdout)] == [{"finished": 2}] * 4
+    assert [c["statuses"] for c in json.loads(status.stdout)["cells"]] == [{"finished": 2}] * 4
     assert "optima" in json.loads(raysweep("fit", bucket, "--json", cwd=tmp_path).stdout)
     page = tmp_path / "reports" / "smoke" / "index.html"
     assert page.stat().st_size > 10_000, "the report is made from the bucket"

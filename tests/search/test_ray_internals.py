@@ -2,15 +2,21 @@
 to a version that keeps things elsewhere: each says what to do."""
 
 import inspect
+from collections import Counter
+from typing import Any
 
 import pytest
-from ray import tune
+import ray
+from ray import _raylet, tune
+from ray.core.generated import autoscaler_pb2
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from ray.util import placement_group
 
-from raysweep.search import ray_internals
+from raysweep.search import interruption, ray_internals
+from raysweep.search.interruption import StopRequest, tell_trials_to_leave, tell_trials_to_stop
+from raysweep.search.runtime import cluster_nodes, ray_runtime
 
 
 def test_a_concluded_trial_is_not_pickled_and_keeps_little() -> None:
@@ -45,6 +51,39 @@ def test_a_placement_group_takes_a_hint() -> None:
     assert one == other, "an actor is used again for a trial of the same node"
     assert hash(one) == hash(other)
     assert one != tune.PlacementGroupFactory([{"CPU": 1}])
+
+
+@pytest.mark.ray
+def test_nodes_that_are_about_to_go_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else find what `ray.train`'s PreemptionWatcher asks; a whole study with such a node is in
+    tests/faults/test_notice.py."""
+    with ray_runtime(None, cpus=1):
+        node = ray.get_runtime_context().get_node_id()
+        assert ray_internals.draining_nodes() == frozenset()
+        assert list(cluster_nodes()) == [node]
+        actor: Any = ray.remote(num_cpus=1)(Counter)
+        holder = actor.remote()  # an idle node would be gone at once
+        ray.get(holder.total.remote())
+        raylet: Any = _raylet  # both are compiled: they have no types to check
+        messages: Any = autoscaler_pb2
+        client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+        reason = messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        assert client.drain_node(node, reason, "spot", 0)[0]
+        assert ray_internals.draining_nodes() == {node}
+        assert cluster_nodes() == {}
+        assert ray_internals.get_word("none", "raysweep") is None
+        request = StopRequest()
+        monkeypatch.setattr(interruption, "ASK_SECONDS", 0.0)
+        assert not request()
+        tell_trials_to_leave({"another"})
+        assert not request()
+        tell_trials_to_leave({"another", node})
+        assert request()
+        assert request.leaves
+        tell_trials_to_stop()
+        stops = StopRequest()
+        assert stops()
+        assert not stops.leaves
 
 
 def test_sixteen_trials_may_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

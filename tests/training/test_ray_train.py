@@ -198,3 +198,27 @@ def test_an_error_of_its_own_is_tried_three_times(text, fitting, tmp_path):
     good = train_in_group(host, job(trial, text, results), Heard())
     assert good.status == "finished"
     end_groups([host], wait=True)
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_group_whose_node_is_about_to_go_begins_anew_where_it_was(text, fitting, tmp_path):
+    """No checkpoint was due."""
+    from raysweep.training.ray_train import end_groups, find_group, train_in_group
+
+    results = Storage.at(tmp_path / "results")
+    upload(text, results)
+    trial = fitting(seed=6, tokens=16 * 8 * 3000, recipe={"checkpoint_seconds": 600})
+    storage_path = str(tmp_path / "ray")
+    host = find_group("moves", trial.cell.resources, strict=True, storage_path=storage_path)
+    before: list[int] = []
+
+    def leave() -> None:
+        before.extend(worker_pids())
+        host.leave.remote()
+
+    heard = Heard(at=1000, then=leave)
+    assert train_in_group(host, job(trial, text, results), heard).status == "finished"
+    assert len(before) == 2
+    assert not set(worker_pids()) & set(before)
+    assert heard.steps == sorted(heard.steps), "nothing was trained twice"
+    end_groups([host], wait=True)
