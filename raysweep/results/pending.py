@@ -99,6 +99,8 @@ def tell(
         UserError: no such trial was handed out there, or the loss is missing.
     """
     study, _, _ = trial.rpartition("-")
+    if not study:
+        raise UserError(f"{trial} is no trial's id: it is what 'raysweep ask' printed as id")
     uri = results_uri or str(Path("results") / study)
     results = Results.open(uri)
     found = _read(results.storage, f"{trial}.json")

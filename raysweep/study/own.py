@@ -70,7 +70,8 @@ class CommandProgress(Section):
 
 
 class Training(Section):
-    """Your own training code in place of raysweep's models: a function, a command, or none here."""
+    """Your own training code in place of raysweep's models: a function, a command, or none here, as
+    trials are trained elsewhere."""
 
     function: FunctionName | None = None
     """`module:function`, called as `train(run)` with a `raysweep.TrialRun`. It returns the final

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import os
 import tempfile
 import threading
@@ -42,6 +43,8 @@ REPORT_SECONDS, REPORT_PERCENT = 1.0, 5
 """Progress is told so often, and at each such share of the horizon."""
 POLL_SECONDS = 5.0
 """Workers and listeners ask again after so long without an answer."""
+LEAVE_SECONDS = 15.0
+"""What workers get to come out of a trial that failed on one of them."""
 CLOSE_SECONDS = 5.0
 
 
@@ -159,7 +162,7 @@ class GroupHost:
         if not whole:
             self._broken = done
         await self._notify()
-        deadline = time.monotonic() + POLL_SECONDS
+        deadline = time.monotonic() + (POLL_SECONDS if whole else LEAVE_SECONDS)
         while True:
             if rank in self._renewing:
                 self._renewing.discard(rank)
@@ -380,17 +383,22 @@ def _serve(config: dict[str, Any]) -> None:
 
     host, rank = config["host"], train.get_context().get_world_rank()
     os.environ["LOCAL_WORLD_SIZE"] = str(train.get_context().get_local_world_size())
-    connection = _Connection()
+    connection: _Connection | None = None
     done, node, whole = -1, ray.get_runtime_context().get_node_id(), True
+    proven: bool | None = False
+    """Whether the function has worked in a process group that was made anew; None where it is to be
+    tried: it may have kept something of the group before."""
     while (given := ray.get(host.next_job.remote(done, rank, node, whole))) is not None:
         if given == "restart":
             raise RuntimeError("a trial failed, and not all of its workers came out of it")
-        if given == "renew":
-            connection.renew(done)
-            whole = True
+        if given == "renew" and connection is not None:
+            connection.renew(f"after {done}")
+            whole, proven = True, proven or None
         if given == "renew" or given == "wait":
             continue
         number, job = given
+        if job.corpus is None and connection is None:
+            connection = _Connection()
         outcome = None
         try:
             outcome = _train(host, number, job)
@@ -400,7 +408,9 @@ def _serve(config: dict[str, Any]) -> None:
                 kind, said = "outcome", error.outcome
             elif isinstance(error, UserError):
                 kind = "out_of_memory" if isinstance(error, WorkerOutOfMemory) else "refused"
-            whole = job.corpus is not None
+            untested = proven is None and kind == "refused"
+            kind = "error" if untested else kind
+            whole = job.corpus is not None or untested
             ray.get(host.post.remote(number, kind, said, whole))
             if whole:
                 raise  # others may wait for this worker: all begin anew
@@ -408,14 +418,16 @@ def _serve(config: dict[str, Any]) -> None:
         if told and ray.get(host.post.remote(number, "outcome", outcome)):
             raise RuntimeError("a node of the group is about to go")  # Ray Train finds others
         done = number
-        if not distributed.is_initialized():  # the user's function has ended it
-            whole = False
-        if not whole:
+        if whole and proven is None:
+            proven = True
+        if connection is not None and not distributed.is_initialized():
+            whole = False  # the user's function has ended it
+        if connection is not None and not whole:
             connection.drop()
 
 
 class _Connection:
-    """This worker's process group, that it can leave and make anew with the others."""
+    """The process group that a user's function finds: workers can leave it and make another."""
 
     def __init__(self) -> None:
         from torch import distributed
@@ -424,19 +436,25 @@ class _Connection:
         # The store lives on: another server at the same port could be taken for it.
         self._store, self._backend = _get_default_store(), distributed.get_backend()
         self._rank, self._size = distributed.get_rank(), distributed.get_world_size()
+        # Functions of `distributed.nn` have the group that is up when they are imported, as DDP
+        # does, for a default: it would never end.
+        distributed.destroy_process_group()
+        importlib.import_module("torch.distributed.nn")
+        self.renew("first")
 
     def drop(self) -> None:
         """Leave the group: workers that wait for this one then fail, too (but for NCCL's)."""
         from torch import distributed
 
-        gc.collect()  # of what failed, models hold on to the group
         if distributed.is_initialized():
+            gc.collect()  # of what failed, models hold on to the group
             distributed.destroy_process_group()
 
-    def renew(self, after: int) -> None:
+    def renew(self, name: str) -> None:
         """Make a new group with all others. Raises where the GPU is of no use any more."""
         import torch
         from torch import distributed
+        from torch.distributed.distributed_c10d import PrefixStore
 
         self.drop()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -444,9 +462,7 @@ class _Connection:
             torch.cuda.empty_cache()
         distributed.init_process_group(
             self._backend,
-            store=distributed.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
-                f"after-{after}", self._store
-            ),
+            store=PrefixStore(name, self._store),
             rank=self._rank,
             world_size=self._size,
         )

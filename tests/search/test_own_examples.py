@@ -24,15 +24,19 @@ EXAMPLES = REPO / "search_spaces/own_training"
 FEW = {
     "huggingface": {
         "search.trials_per_cell": "2",
-        "search.batch_sequences": "{low: 16, high: 64}",
-        "horizons": "[{tokens_per_param: 5}]",
+        "search.batch_sequences": "{low: 8, high: 32}",
+        "horizons": "[{tokens: 100k}]",
     },
-    "torchrun": {"search.trials_per_cell": "1"},
+    "torchrun": {
+        "search.trials_per_cell": "1",
+        "search.batch_sequences": "{low: 8, high: 8}",
+        "horizons": "[{tokens: 400k}]",
+    },
 }
 
 
 class Example(Driver):
-    """An example as a user runs it, with a few trials."""
+    """An example as a user runs it, with a few trials, each of a second or more."""
 
     def __init__(self, name: str, folder: Path) -> None:
         sets = [word for at, value in FEW[name].items() for word in ("--set", f"{at}={value}")]

@@ -199,6 +199,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert wrong.stderr.startswith("error: say one of")
     unknown = raysweep("tell", "asked-1234", "--loss", "3")
     assert "no trial asked-1234 was handed out in results/asked" in unknown.stderr
+    assert "1234 is no trial's id" in raysweep("tell", "1234", "--loss", "3").stderr
     assert raysweep("tell", second["id"], "--failed", "no GPU").returncode == 0
     shell = raysweep("ask", str(path), "--shell")
     assert f"learning_rate={json.loads(asked.stdout.splitlines()[1])['learning_rate']}" not in (

@@ -19,7 +19,7 @@ from raysweep.study import Study, TrialSpec
 from raysweep.training.command import train_by_command
 from raysweep.training.outcome import Silent, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.own import train_by_function
-from raysweep.training.trial_folder import TrialFolder
+from raysweep.training.trial_folder import SAVED, TrialFolder
 
 FUNCTIONS = """
     import json, math, time
@@ -301,7 +301,7 @@ SCRIPT = """
     elif what == "saves":
         steps = folder / "steps"
         first = step = int(steps.read_text()) if steps.exists() else 0
-        while step < 400:
+        while step < (first + 10 if first else 1_000_000):
             step += 1
             steps.with_suffix(".new").write_text(str(step))
             steps.with_suffix(".new").replace(steps)
@@ -414,11 +414,8 @@ def test_a_command_goes_on_elsewhere_from_what_was_saved_as_it_ran(
     storage, at = Storage.at(bucket), spec(command("saves"), script)
 
     class Dies(Silent):
-        asked = 0
-
         def should_stop(self) -> bool:
-            self.asked += 1
-            if self.asked == 20:
+            if b'"steps"' in (storage.read("checkpoints", at.key, SAVED) or b""):
                 raise OSError("the machine is gone")
             return False
 
@@ -428,7 +425,7 @@ def test_a_command_goes_on_elsewhere_from_what_was_saved_as_it_ran(
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "other"))
     outcome = train_by_command(at, script, storage, Silent())
     assert outcome.status == "finished"
-    assert 0 < outcome.metrics["first"] < 400
+    assert outcome.metrics["first"] > 0
     assert storage.read("logs", f"{at.key}.log") == b""
 
 
