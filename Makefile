@@ -19,9 +19,9 @@ demo: $(STAMP)
 	$(BIN)/raysweep run search_spaces/laptop.yaml
 
 # ruff, pyright and import-linter, then every test that needs no GPU: those that wait for Ray or a
-# browser, and at low priority beside them, in the time that they leave, the others.
+# browser, and beside them, at a lower priority than Ray gives its workers, the others.
 test: check browser
-	$(MAKE) --jobs 2 waiting fast NICE="nice -n 10"
+	$(MAKE) --jobs 2 waiting fast NICE="nice -n 19"
 
 waiting: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "(ray or browser) and not gpu"
