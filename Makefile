@@ -18,11 +18,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/raysweep run search_spaces/laptop.yaml
 
-# ruff, pyright and import-linter, then every test that needs no GPU: those that wait for Ray or a
-# browser, and beside them, at a lower priority than Ray gives its workers, the others.
-test: check browser
-	$(MAKE) --jobs 2 waiting fast NICE="nice -n 19"
+# ruff, pyright and import-linter, then every test that needs no GPU: one part after the other, since
+# a Ray on busy cores does not start in time.
+test: check browser fast waiting
 
+# The tests that wait for Ray or a browser more than they work, two at a time, those of one cluster
+# one after the other.
 waiting: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "(ray or browser) and not gpu"
 
@@ -34,7 +35,7 @@ check: $(STAMP)
 
 # The tests without Ray or a browser, some on each core: under three minutes on two.
 fast: $(STAMP)
-	$(NICE) $(BIN)/python -m pytest -n logical --dist loadfile -m "not gpu and not ray and not browser"
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not gpu and not ray and not browser"
 
 # Headless Chromium for the tests of the report's page.
 browser:

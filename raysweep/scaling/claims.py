@@ -176,8 +176,8 @@ def _overlap(
     value = Estimate(ends[0], min(ends), max(ends))
     lengths = [math.exp(r[1] - r[0]) for r in ranges]
     note = (
-        f"within {NEAR_OPTIMAL:.2%} of the best loss dense's range spans a factor of "
-        f"{lengths[0]:.2g}, MoE's of {lengths[1]:.2g}"
+        f"within {NEAR_OPTIMAL:.2%} of the best loss dense's {word} span a factor of "
+        f"{lengths[0]:.2g}, MoE's {lengths[1]:.2g}"
     )
     verdict: Verdict = "seen" if value.low > 0 else "not seen" if value.high <= 0 else (
         "not determined")  # fmt: skip

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import importlib
 import os
 import tempfile
 import threading
@@ -439,7 +438,8 @@ class _Connection:
         # Functions of `distributed.nn` have the group that is up when they are imported, as DDP
         # does, for a default: it would never end.
         distributed.destroy_process_group()
-        importlib.import_module("torch.distributed.nn")
+        import torch.distributed.nn  # noqa: F401
+
         self.renew("first")
 
     def drop(self) -> None:

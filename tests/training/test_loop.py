@@ -14,6 +14,7 @@ from raysweep.results.filesystem import Storage
 from raysweep.training import loop, monitor, noise_scale
 from raysweep.training.checkpoint import Checkpoints
 from raysweep.training.loop import train
+from raysweep.training.optimizer import AdamW
 from raysweep.training.outcome import Silent, TrialOutcome
 
 
@@ -138,7 +139,7 @@ def test_no_memory_at_all_is_an_outcome(corpus, spec, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "steps"), [(torch.optim.AdamW, "step", 0), (Decoder, "evaluate", 40)]
+    ("owner", "name", "steps"), [(AdamW, "step", 0), (Decoder, "evaluate", 40)]
 )
 def test_no_memory_beside_the_gradient_is_an_outcome(corpus, spec, monkeypatch, owner, name, steps):
     def fails(*arguments):
