@@ -38,7 +38,7 @@ def test_sigterm_to_the_driver_of_a_group(driver, marks, assert_study_complete) 
         recipe={"checkpoint_seconds": 600}, resources=TWO, horizons=[{"tokens": 1_000_000}]
     )
     running.until(lambda: len(running.rows()) == 1)  # the second trial has the group at once
-    time.sleep(1)
+    time.sleep(8)  # for its first steps
     assert len(group_workers(session_pids(running.process.pid))) == 2
     begun = time.monotonic()
     running.process.terminate()
