@@ -127,7 +127,7 @@ CALLS: dict[str, tuple[Callable[[Fits], Any], Callable[[Any], bool]]] = {
     "plot optima": (lambda f: f.plot.optima(), lambda x: isinstance(x, Figure)),
     "plot loss": (lambda f: f.plot.loss(), lambda x: isinstance(x, Figure)),
     "plot surface": (
-        lambda f: f.plot.surface("dense-s-5tpp"),
+        lambda f: f.plot.surface("dense-s-80ktok"),
         lambda x: isinstance(x, Figure) and len(x.axes) > 0,
     ),
     "plot trials": (lambda f: f.plot.trials(), lambda x: isinstance(x, Figure)),
@@ -212,7 +212,7 @@ def test_mistakes_say_what_was_meant(fits: Fits, tmp_path: Path) -> None:
         (lambda: fits.recommend("tiny", "7B", "1.4T"), "known: dense, moe"),
         (lambda: fits.recommend("dense", "7B", "1.4T", group="muon"), "no group 'muon'"),
         (lambda: fits.predict(-1, 512, "1M", "20M"), "learning_rate must be above zero"),
-        (lambda: fits.plot.surface("nope"), "known: dense-xs-5tpp"),
+        (lambda: fits.plot.surface("nope"), "known: dense-xs-40ktok"),
         (lambda: raysweep.Study.load(SMOKE, set={"n_trials": 3}), "--set search.trials_per_cell=3"),
     ):
         with pytest.raises(raysweep.UserError) as caught:

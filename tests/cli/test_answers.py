@@ -30,7 +30,7 @@ def test_fit_says_the_laws_first_and_the_rest_on_request() -> None:
     warnings = [i for i, line in enumerate(lines) if line.startswith("  warning: ")]
     assert max(warnings) < at[1]
     assert "moe over dense" not in head
-    for more in ("dense-s-5tpp", "moe over dense", "Prior, of", "Other ways to read"):
+    for more in ("dense-s-80ktok", "moe over dense", "Prior, of", "Other ways to read"):
         assert more in everything
     assert len(lines) <= 25
 
