@@ -1,11 +1,8 @@
-"""Trials on two workers, whose group loses a node, or its driver."""
-
-import signal
-import time
+"""Trials on two workers, whose group loses a node."""
 
 import pytest
 
-from benchmarks.nodes import TRAIN_WORKER, in_trial, session_pids
+from benchmarks.nodes import TRAIN_WORKER, in_trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
 
@@ -29,26 +26,4 @@ def test_a_node_of_a_group_is_killed(nodes, driver, marks, assert_study_complete
     rows = assert_study_complete(running.results, cells=1)
     assert (rows["world_size"] == 2).all()
     assert marked == marks.found(rows)
-    assert not running.checkpoints()
-
-
-def test_sigterm_to_the_driver_of_a_group(driver, marks, assert_study_complete) -> None:
-    """The trial leaves a checkpoint although none was due, and the next run takes it up."""
-    running = driver(
-        recipe={"checkpoint_seconds": 600}, resources=TWO, horizons=[{"tokens": 1_000_000}]
-    )
-    running.until(lambda: len(running.rows()) == 1)  # the second trial has the group at once
-    time.sleep(8)  # for its first steps
-    assert len(group_workers(session_pids(running.process.pid))) == 2
-    begun = time.monotonic()
-    running.process.terminate()
-    assert running.wait() == 128 + signal.SIGTERM
-    assert time.monotonic() - begun < 30
-    assert "Traceback" not in running.log
-    stopped = marks.put(running.checkpoints())
-    assert len(stopped) == 1
-    running.start()
-    assert running.wait() == 0, running.log
-    rows = assert_study_complete(running.results, cells=1)
-    assert stopped == marks.found(rows)
     assert not running.checkpoints()
