@@ -292,7 +292,15 @@ for (const kind of ["error", "warn"]) console[kind] = (...all) => seen.errors.pu
 HARNESS = """<script>
 addEventListener("load", async () => {
   let result;
-  try { result = await (async () => { %s })(); } catch (e) { seen.errors.push(String(e)); }
+  try {  // `form`, `set` and `out` are the calculator's, for any script that has none of its own
+    const form = document.getElementById("ask");
+    const set = (name, value) => {
+      form.elements[name].value = value;
+      form.elements[name].dispatchEvent(new Event("input", { bubbles: true }));
+    };
+    const out = (name) => document.querySelector(`[data-out="${name}"]`).textContent;
+    result = await (async () => { %s })();
+  } catch (e) { seen.errors.push(String(e)); }
   const loaded = performance.getEntriesByType("resource").map((e) => e.name);
   const out = document.createElement("script");
   out.type = "application/json";

@@ -19,15 +19,6 @@ pytestmark = pytest.mark.browser
 Drive = Callable[..., Any]
 Ladder = tuple[Fits, Path]
 
-FORM = """
-const form = document.getElementById("ask");
-const set = (name, value) => {
-  form.elements[name].value = value;
-  form.elements[name].dispatchEvent(new Event("input", { bubbles: true }));
-};
-const out = (name) => document.querySelector(`[data-out="${name}"]`).textContent;
-"""
-
 SETTINGS = """
 const filter = document.getElementById("trial-filter");
 const shown = () => ({
@@ -55,13 +46,12 @@ const ready = async () => {
 def test_url_holds_what_is_asked(ladder: Ladder, drive: Drive) -> None:
     asked = drive(
         ladder[1],
-        FORM + 'set("architecture", "moe"); set("params", "2B"); return location.hash;',
+        'set("architecture", "moe"); set("params", "2B"); return location.hash;',
     )
     assert asked.startswith("#N=2B&D=20B&a=moe&e=8%2F2")
     shown = drive(
         ladder[1],
-        FORM
-        + """
+        """
         return ["params", "tokens", "architecture", "routing"].map((n) => form.elements[n].value)
           .concat(out("learning_rate"));
         """,
@@ -78,8 +68,7 @@ def test_back_and_forward_and_a_copied_link_bring_the_settings_again(
 ) -> None:
     seen = drive(
         ladder[1],
-        FORM
-        + SETTINGS
+        SETTINGS
         + """
         const press = (text) => [...document.querySelectorAll("#figure-loss .tools button")]
           .find((b) => b.textContent === text).click();
@@ -138,7 +127,7 @@ def test_back_and_forward_and_a_copied_link_bring_the_settings_again(
     assert "#" in link
     again = drive(
         ladder[1],
-        FORM + SETTINGS + "await ready(); return shown();",
+        SETTINGS + "await ready(); return shown();",
         fragment="#" + link.split("#")[1],
     )
     assert again == last

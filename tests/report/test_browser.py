@@ -25,17 +25,6 @@ pytestmark = pytest.mark.browser
 Drive = Callable[..., Any]
 Ladder = tuple[Fits, Path]
 
-FORM = """
-const form = document.getElementById("ask");
-const set = (name, value) => {
-  form.elements[name].value = value;
-  form.elements[name].dispatchEvent(new Event("input", { bubbles: true }));
-};
-const out = (name) => document.querySelector(`[data-out="${name}"]`).textContent;
-const beside = (name, key) =>
-  document.querySelector(`[data-side="${name}"] [data-side-out="${key}"]`).textContent;
-"""
-
 
 def test_numbers_are_written_as_text_py_writes_them(ladder: Ladder, drive: Drive) -> None:
     rng = np.random.default_rng(0)
@@ -59,8 +48,9 @@ def test_form_and_table_of_architectures_agree(ladder: Ladder, drive: Drive) -> 
     fits, page = ladder
     shown = drive(
         page,
-        FORM
-        + """
+        """
+        const beside = (name, key) =>
+          document.querySelector(`[data-side="${name}"] [data-side-out="${key}"]`).textContent;
         set("params", "300M"); set("tokens", "9B"); set("architecture", "moe");
         const within = form.elements.within;
         const most = [...within.options].map((o) => {
@@ -92,8 +82,7 @@ def test_copies_are_what_is_shown(ladder: Ladder, drive: Drive) -> None:
     fits, page = ladder
     texts = drive(
         page,
-        FORM
-        + """
+        """
         const copied = [];
         Object.defineProperty(navigator, "clipboard",
           { value: { writeText: async (text) => { copied.push(text); } } });
@@ -119,8 +108,7 @@ def test_copies_are_what_is_shown(ladder: Ladder, drive: Drive) -> None:
 def test_form_refuses_what_makes_no_sense(ladder: Ladder, drive: Drive) -> None:
     said = drive(
         ladder[1],
-        FORM
-        + """
+        """
         const given = ["", "seven", "-1", "0", "1e999", "7", "1,4T", "7 B", "7b", "1,400,000"];
         return given.map((text) => {
           set("params", text);

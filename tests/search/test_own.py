@@ -1,12 +1,18 @@
-"""A user's own training on a real local Ray: rows of every kind of end."""
+"""A user's own training on a real local Ray: rows of every kind of end, and processes killed."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from raysweep.results import Results
 from raysweep.search.run import run
@@ -58,6 +64,33 @@ CODE = """
         if what == "ends":
             distributed.destroy_process_group()
         return {"loss": loss(run.learning_rate, run.batch_tokens), "pid": os.getpid()}
+
+    def slow(run):
+        # 1 s, in steps, each kept; every start is noted
+        with open(run.folder.parent.parent / "starts", "a") as starts:
+            starts.write(f"{os.getpid()} {run.folder.name}\\n")
+        kept = run.folder / "step"
+        step = int(kept.read_text()) if kept.exists() else 0
+        first = step
+        while step < 10:
+            time.sleep(0.1)
+            step += 1
+            kept.write_text(str(step))
+            run.report(run.tokens * step / 10, 4.0)
+        return {"loss": loss(run.learning_rate, run.batch_tokens), "first": first}
+
+    if __name__ == "__main__":
+        import sys
+        folder, lr, batch = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+        with open(folder.parent.parent / "starts", "a") as starts:
+            starts.write(f"{os.getpid()} {folder.name}\\n")
+        kept = folder / "step"
+        first = step = int(kept.read_text()) if kept.exists() else 0
+        while step < 10:
+            time.sleep(0.1)
+            step += 1
+            kept.write_text(str(step))
+        (folder / "out.json").write_text(json.dumps({"loss": loss(lr, batch), "first": first}))
 """
 
 
@@ -149,3 +182,81 @@ def test_several_workers_have_a_process_group(code: Path, tmp_path: Path) -> Non
     pids = {row["scale"]: json.loads(row["metrics"])["pid"] for _, row in finished.iterrows()}
     assert len({pids[what] for what in whats[:-1]}) == 1
     assert pids["worker_dies"] != pids["good"]
+
+
+TRAININGS = {
+    "function": {"function": "own_search_test:slow"},
+    "command": {
+        "command": [
+            *(sys.executable, "own_search_test.py", "{folder}"),
+            *("{learning_rate}", "{batch_tokens}"),
+        ],
+        "result": {"file": "{folder}/out.json"},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", TRAININGS)
+def test_killed_worker_and_killed_driver_lose_and_repeat_nothing(
+    kind: str, code: Path, tmp_path: Path
+) -> None:
+    """A worker, then the driver, are killed with SIGKILL while trials run; then it is run again."""
+    path = code / f"{kind}.yaml"
+    path.write_text(yaml.safe_dump(space(TRAININGS[kind], "good", "best")))
+    results = tmp_path / "results"
+    words = [sys.executable, "-m", "raysweep.cli", "run", str(path), "--results", str(results)]
+    words += ["--report", str(tmp_path / "report")]
+    with open(tmp_path / "log", "w") as log:
+        driver = subprocess.Popen(words, stdout=log, stderr=log)
+
+        def until(count: int, what: str) -> list[str]:
+            deadline = time.monotonic() + 200
+            while True:
+                found = (
+                    list((results / "trials").glob("[!.]*.parquet"))
+                    if what == "rows"
+                    else _lines(results / "starts")
+                )
+                if len(found) >= count:
+                    return [str(f) for f in found]
+                assert driver.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+        until(1, "rows")
+        starts = until(len(_lines(results / "starts")) + 1, "starts")
+        time.sleep(0.3)
+        pid, key = starts[-1].split()
+        worker = int(pid) if kind == "function" else _worker_of(int(pid))
+        os.kill(worker, signal.SIGKILL)
+        until(3, "rows")
+        until(len(_lines(results / "starts")) + 1, "starts")
+        time.sleep(0.3)
+        driver.kill()
+        driver.wait()
+    time.sleep(2)
+    before = rows(results)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    frame = rows(results)
+    assert frame["trial_key"].is_unique
+    assert set(frame["status"]) == {"finished"}
+    assert frame.groupby("cell").size().tolist() == [3, 3]
+    assert set(before["trial_key"]) <= set(frame["trial_key"])
+    # The trial of the killed worker went on from what it had left in its folder.
+    starts = [line.split()[1] for line in _lines(results / "starts")]
+    assert starts.count(key) == 2
+    killed = frame[frame["trial_key"] == key]
+    assert killed["metrics"].str.contains('"first": [1-9]').all()
+    # A finished trial was started once, but for those that were running at a kill.
+    assert len(starts) <= 6 + 1 + 2
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _worker_of(pid: int) -> int:
+    """The Ray worker that a command's process was started by, through its supervisor."""
+    supervisor = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(Path(f"/proc/{supervisor}/stat").read_text().rpartition(")")[2].split()[1])
