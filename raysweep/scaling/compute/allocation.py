@@ -24,6 +24,7 @@ from raysweep.scaling.loss.model import LEVEL, LossModel
 from raysweep.scaling.loss.posterior import LawPosterior
 from raysweep.scaling.loss.selection import LEVELS_AHEAD, fit_data
 from raysweep.study.shape import COUNTS
+from raysweep.text import estimated, written
 
 Interval = tuple[float, float]
 
@@ -407,26 +408,29 @@ def allocations_text(found: Mapping[str, Sequence[Allocation]]) -> str:
     lines: list[str] = []
     for name, rows in found.items():
         counts = dict.fromkeys(COUNT_NAMES[a.count] for a in rows if a.ok)
-        said = f": N is {', '.join(counts)}" if counts else ""
-        lines += [*([""] if lines else []), f"{name}{said}"]
+        which = f": N is {', '.join(counts)}" if counts else ""
+        lines += [*([""] if lines else []), f"{name}{which}"]
         for a in rows:
+            at = f"  {written(a.flops, 'flops'):>9} FLOPs  "
             if not a.ok:
-                lines.append(f"  {a.flops:9.3g} FLOPs  {a.status}: {a.why}")
+                lines.append(f"{at}{a.status}: {a.why}")
                 continue
-            cells = [
-                f"{symbol} {getattr(a, key):{style}} ({a.intervals[key][0]:{style}}.."
-                f"{a.intervals[key][1]:{style}})"
-                for symbol, key, style in (
-                    ("N", "params", ".3g"),
-                    ("D", "tokens", ".3g"),
-                    ("loss", "loss", ".4f"),
-                    ("N ~ C^", "exponent", ".3f"),
-                    ("D ~ C^", "tokens_exponent", ".3f"),
+            said = {
+                key: estimated(getattr(a, key), *a.intervals[key], style=style)
+                for key, style in (
+                    ("params", "params"),
+                    ("tokens", "tokens"),
+                    ("loss", "loss"),
+                    ("exponent", "exponent"),
+                    ("tokens_exponent", "exponent"),
                 )
-            ]
+            }
             far = ", outside the cells" if a.status == "outside" else ""
-            lines.append(f"  {a.flops:9.3g} FLOPs  {'  '.join(cells)}{far}")
-    return "\n".join([*lines, "", "In brackets: 95 % intervals; of the loss, those of a new run."])
+            lines.append(f"{at}N {said['params']}, D {said['tokens']}{far}")
+            lines.append(f"{'':{len(at)}}loss {said['loss']} of a new run")
+            exponents = f"N ~ C^{said['exponent']}, D ~ C^{said['tokens_exponent']}"
+            lines.append(f"{'':{len(at)}}{exponents}")
+    return "\n".join(lines)
 
 
 def _nothing(flops: float, count: str, status: str, why: str) -> Allocation:
