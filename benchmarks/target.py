@@ -1,10 +1,10 @@
 """Spending on targets: `python -m benchmarks.target GRIDS --without KEY --seeds S --json FILE`.
 
 Of recorded grids the small cells are searched and the large ones, the targets, are asked for,
-under three priors: equal trials a cell, by a search that knows of no targets and by one that does;
-and planned spending (`raysweep.search.value`) of the same FLOPs. Regret is in per cent of the
+under three priors: equal trials a cell against planned spending (`raysweep.search.value`) of the
+same FLOPs. Regret is in per cent of the
 target's lowest smoothed loss, at the grid point nearest to the recommendation. Intervals are those
-of all three searches, against the smoothed grid's optimum.
+of both searches, against the smoothed grid's optimum.
 """
 
 from __future__ import annotations
@@ -66,14 +66,10 @@ def spend(
     seed: int,
     prior: OptimumPrior,
     budget: float | None = None,
-    *,
-    aimed: bool = True,
 ) -> Judged:
-    """Search the small cells: `trials` each, what a `budget` of FLOPs leaves then as planned.
-
-    `aimed` is whether the search knows of the targets."""
+    """Search the small cells: `trials` each, what a `budget` of FLOPs leaves then as planned."""
     wanted = tuple(g.cell for g in targets)
-    history = TrialHistory(prior, targets=wanted if aimed else ())
+    history = TrialHistory(prior)
     searches = [
         grid_search(history, grid, trials=trials, seed=seed + 1000 * i)
         for i, grid in enumerate(small)
@@ -134,12 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings, covered = [], []
     for name in options.priors.split(","):
         for trials in map(int, options.trials.split(",")):
-            ways = {"uniform": [], "aimed": [], "planned": []}
+            ways = {"uniform": [], "planned": []}
             for seed in range(options.seeds):
                 search = partial(spend, small, targets, seed=seed, prior=priors[name])
-                alike = search(trials, aimed=False)
+                alike = search(trials)
                 ways["uniform"].append(alike)
-                ways["aimed"].append(search(trials))
                 ways["planned"].append(search(1, budget=alike.flops))
             by_seed = {
                 way: np.array([run.regrets.mean() for run in runs]) for way, runs in ways.items()
@@ -160,26 +155,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
             settings.append(setting)
             print(
-                f"{name:10} {trials} trials: equal {setting['uniform']:.3f} %, aimed "
-                f"{setting['aimed']:.3f} %, planned {setting['planned']:.3f} % (se "
+                f"{name:10} {trials} trials: equal {setting['uniform']:.3f} %, planned "
+                f"{setting['planned']:.3f} % (se "
                 f"{setting['standard_error']:.3f}); trials {ways['planned'][0].counts}",
                 flush=True,
             )
     rate, batch = np.concatenate(covered).mean(0)
-    mean = {way: np.mean([s[way] for s in settings]) for way in ("uniform", "aimed", "planned")}
+    mean = {way: np.mean([s[way] for s in settings]) for way in ("uniform", "planned")}
     ratio = mean["planned"] / mean["uniform"]
     said = {
         "settings": settings,
         "ratio": float(ratio),
-        "ratio_aimed": float(mean["aimed"] / mean["uniform"]),
         "covered_learning_rate": float(rate),
         "covered_batch": float(batch),
         "n_cells": len(targets),
     }
-    print(
-        f"planned / equal {ratio:.2f}, aimed / equal {said['ratio_aimed']:.2f}; covered: rate "
-        f"{rate:.2f}, batch {batch:.2f}"
-    )
+    print(f"planned / equal {ratio:.2f}; covered: rate {rate:.2f}, batch {batch:.2f}")
     if options.json:
         options.json.write_text(json.dumps(said, indent=1))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,20 +67,10 @@ class TrialHistory:
     any other failure tells nothing; RUNNING ones are pending. A trial that ran elsewhere than it
     was asked to says so in the user attribute "ran_at": (learning rate, log2 batch in sequences);
     one whose parameters are not what was asked for, in "asked_at".
-
-    Args:
-        prior: of the laws of the optimum; default: the published laws'.
-        settings: of the surface model.
-        targets: larger runs that the study is to recommend for, if it knows them.
     """
 
-    def __init__(
-        self,
-        prior: OptimumPrior | None = None,
-        settings: Settings = DEFAULT,
-        targets: Sequence[RunSize] = (),
-    ) -> None:
-        self.prior, self.settings, self.targets = prior, settings, tuple(targets)
+    def __init__(self, prior: OptimumPrior | None = None, settings: Settings = DEFAULT) -> None:
+        self.prior, self.settings = prior, settings
         self._entries: dict[str, _CellRecord] = {}
         self._cache: tuple[int, Surface] | None = None
         self._full_fit = 0  # trials of the last fit from several starts

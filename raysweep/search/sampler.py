@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,7 @@ from raysweep.study.shape import RunSize
 _DRAWS = 128
 _RATES = 21  # candidate learning rates across the range, beside 13 about the optimum
 _GRAIN = 1.7  # half a grid's step over the rms distance to its nearest point, sqrt(3)
-_LAW_WEIGHT = 0.5  # of the laws' expected gap in the cells beside the cell's own
-_TARGET_WEIGHT = 1.0  # of their expected gap in the targets
+_LAW_WEIGHT = 0.5  # of the laws' expected gap beside the cell's own
 
 
 class RelativeSampler(BaseSampler):
@@ -57,8 +55,7 @@ class LadderSampler(RelativeSampler):
 
     Of each candidate point it adds, in units of relative loss: the expected improvement over the
     best trial so far; the expected fall of the gap of what would be recommended for this cell; and
-    that of what the laws alone would recommend in every cell, and in the runs that the study is to
-    recommend for (`TrialHistory.targets`). All come from joint posterior
+    that of what the laws alone would recommend in every cell. All three come from joint posterior
     draws of the surface model; running trials count as if their outcome were known but for its
     value. Draws depend on the seed, the cell and the trial's number only.
     """
@@ -100,7 +97,6 @@ class LadderSampler(RelativeSampler):
             rng,
             # Points closer than the grain at which trials really run are one point.
             np.hypot(surface.settings.roughness_length, _GRAIN * self._history.granularity()),
-            self._history.targets,
         )
         best = candidates[int(scores.argmax())]
         rate, batch = self._space[LEARNING_RATE], self._space[LOG2_BATCH]
@@ -167,7 +163,6 @@ def acquisition(
     pending: np.ndarray,
     rng: np.random.Generator,
     length: np.ndarray,
-    targets: Sequence[RunSize] = (),
 ) -> np.ndarray:
     """The score of each candidate, in expected relative loss. Points are [n, 2] logs.
 
@@ -200,19 +195,11 @@ def acquisition(
     variance = (outcome[:, :count] ** 2).mean(0) + noise[:count] / np.maximum(fresh, 1e-6)
     half = 0.5 * surface.optimum(cell).curvature
     taught = np.einsum("in,ij,jn->n", covariance[:2], half, covariance[:2]) / variance
-    by_law = covariance[2:].reshape(2, -1, count)
-
-    def lowered(runs: Sequence[RunSize], halves: np.ndarray) -> np.ndarray:
-        """The fall of the laws' expected gap, averaged over some runs, [candidates]."""
-        at = np.einsum("ck,akn->can", surface.design.matrix(runs), by_law)
-        return np.einsum("can,cab,cbn->n", at, halves, at) / len(runs) / variance
-
-    score = improvement + taught
-    score += _LAW_WEIGHT * lowered(surface.cells, half[None].repeat(len(surface.cells), 0))
-    if targets:
-        halves = np.array([0.5 * surface.optimum(target).curvature for target in targets])
-        score += _TARGET_WEIGHT * lowered(targets, halves)
-    return score
+    # The laws' expected gap, averaged over the cells of the ladder.
+    design = surface.design.matrix(surface.cells)
+    by_cell = np.einsum("ck,akn->can", design, covariance[2:].reshape(2, -1, count))
+    by_law = np.einsum("can,ab,cbn->n", by_cell, half, by_cell) / len(design) / variance
+    return improvement + taught + _LAW_WEIGHT * by_law
 
 
 def _improvement(

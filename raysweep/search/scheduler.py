@@ -133,10 +133,7 @@ class StudyScheduler:
         self._data_hash = data_hash
         self._search = study.space.search
         space = study.space
-        aimed = space.targets or space.search.total_flops is not None
-        self._targets = targets_of(study) if aimed else ()
-        prior = literature_prior(space.without, space.literature)
-        self._history = TrialHistory(prior, targets=self._targets)
+        self._history = TrialHistory(literature_prior(space.without, space.literature))
         self._flops_spent = 0.0
         self._gpu_seconds = 0.0
         """Of trials that are over."""
@@ -461,6 +458,7 @@ class StudyScheduler:
             return
         had = [s.concluded + len(s.running) for s in candidates]
         most = MAX_GRANTED * self._search.trials_per_cell
+        targets = targets_of(self.study)
         chosen = next_cell(
             self._history.surface(),
             [s.cell.size for s in candidates],
@@ -468,7 +466,7 @@ class StudyScheduler:
             [s.trial_flops for s in candidates],
             [most - count for count in had],
             limit - self._flops_spent,
-            self._targets,
+            targets,
         )
         if chosen is None:
             return

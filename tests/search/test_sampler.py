@@ -232,27 +232,6 @@ def test_proposing_takes_at_most_50_ms_with_40_cells_and_500_trials():
     assert np.median(seconds) < 0.05
 
 
-def test_a_search_that_knows_its_targets_is_surer_of_them():
-    """Trials are placed where they tell most of the target, at the same number in each cell."""
-    target = RunSize(name="target", params_active_non_embedding=5e8, tokens=1e10)
-
-    def expected_gap(targets: tuple[RunSize, ...], seed: int) -> float:
-        noise = np.random.default_rng(seed)
-        history = TrialHistory(targets=targets)
-        for cell in CELLS:
-            study = add_cell(history, cell, seed)
-            for _ in range(4):
-                trial = study.ask(SPACE)
-                luck = np.exp(0.001 * noise.standard_normal())
-                study.tell(trial, true_loss(cell, trial.params) * luck)
-        return history.surface().optimum(target).expected_gap
-
-    aimed, plain = (
-        np.mean([expected_gap(targets, seed) for seed in range(6)]) for targets in ((target,), ())
-    )
-    assert aimed < 0.9 * plain
-
-
 def test_planted_exponents_lie_in_their_intervals_and_recommendations_near_the_optimum():
     # 6 studies of each of two valleys that are not of the model's family; noise 0.1 %, 4 trials.
     studies = [plant(seed, shape, sizes=(3, 3)) for shape in SHAPES for seed in range(6)]
