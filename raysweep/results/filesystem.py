@@ -145,7 +145,8 @@ class Storage:
         return retry(attempt, f"list {'/'.join(parts)} in {self.uri}")
 
     def exists(self) -> bool:
-        """Whether anything stands at the root (object stores have no empty folders)."""
+        """Whether anything but hidden files, such as half-written ones, stands at the root (object
+        stores have no empty folders)."""
 
         def attempt() -> bool:
             info = self.filesystem.get_file_info(self.root)
@@ -153,7 +154,8 @@ class Storage:
                 raise UserError(f"{self.uri} is a file: name a folder")
             if info.type is fs.FileType.NotFound:
                 return False
-            return bool(self.filesystem.get_file_info(fs.FileSelector(self.root)))
+            infos = self.filesystem.get_file_info(fs.FileSelector(self.root))
+            return any(not info.base_name.startswith(".") for info in infos)
 
         return retry(attempt, f"look at {self.uri}")
 

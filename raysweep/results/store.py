@@ -86,14 +86,16 @@ class Results(InNotebooks):
             return cls(known)
         storage = Storage.at(uri)
         marker = storage.read(MARKER)
+        if marker is None and storage.exists():  # perhaps another process made it just now
+            marker = storage.read(MARKER)
+            if marker is None and create:
+                raise UserError(
+                    f"{storage.uri} is not empty and holds no raysweep results: name another folder"
+                )
         if marker is not None:
             _check_marker(marker, storage.uri)
         elif not create:
             raise UserError(_nothing_at(storage))
-        elif storage.exists():
-            raise UserError(
-                f"{storage.uri} is not empty and holds no raysweep results: name another folder"
-            )
         else:
             content = {"format": "raysweep results", "schema_version": SCHEMA_VERSION}
             storage.write(json.dumps(content).encode(), MARKER)

@@ -7,6 +7,8 @@ import json
 import math
 import multiprocessing
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
@@ -136,6 +138,19 @@ def test_search_spaces_and_runs_are_kept(results: Results) -> None:
     results.save_run({"started_at": "2026-01-02T03:04:05+00:00", "trials": 3})
     assert results.search_spaces() == {"s": "study: s\n"}
     assert [r["trials"] for r in results.runs()] == [3]
+
+
+def test_many_writers_may_make_one_folder_at_once(tmp_path: Path) -> None:
+    barrier = threading.Barrier(8)
+
+    def make(path: Path) -> str:
+        barrier.wait()
+        return Results.open(path, create=True).uri
+
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(10):
+            path = tmp_path / str(attempt)
+            assert set(pool.map(make, [path] * 8)) == {str(path)}
 
 
 def test_opening_what_is_not_results_says_so(tmp_path: Path) -> None:
