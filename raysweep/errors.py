@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""What a user is told in one line: a mistake, or a storage that fails."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(_one_line(message))
+
+
+class StorageError(UserError):
+    """A storage failed for longer than could be waited for: the same call may work later."""
 
 
 def _one_line(message: str) -> str:

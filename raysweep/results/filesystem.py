@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import random
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +20,7 @@ import fsspec
 import pyarrow as pa
 from pyarrow import fs
 
-from raysweep.errors import UserError
+from raysweep.errors import StorageError, UserError
 
 T = TypeVar("T")
 
@@ -26,6 +28,9 @@ ATTEMPTS = 6
 """Tries at a storage call; waits double from 0.1 or 0.2 s, so a fault of 3 s is ridden out."""
 PATIENCE_SECONDS = 20.0
 """After which a call that failed is not tried again: clients retry too, some for long."""
+STUDY_PATIENCE_SECONDS = 300.0
+"""The same within a study: what it has trained is worth more than the wait. Less than the silence
+after which a worker counts as hung."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
@@ -177,10 +182,26 @@ def local_folder(uri: str) -> Path | None:
     return None
 
 
+_study_runs = False
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Wait longer for a storage that fails, as processes of a study do."""
+    global _study_runs
+    before, _study_runs = _study_runs, True
+    try:
+        yield
+    finally:
+        _study_runs = before
+
+
 def retry(action: Callable[[], T], what: str) -> T:
-    """Run a storage call; passing faults are tried again, lasting ones become one clear line."""
+    """Run a storage call; passing faults are tried again. Lasting ones become one clear line, as
+    UserError, and those that did not pass in time as StorageError."""
     begun = time.monotonic()
-    for attempt in range(ATTEMPTS):
+    patience = STUDY_PATIENCE_SECONDS if _study_runs else PATIENCE_SECONDS
+    for attempt in itertools.count(1):
         try:
             return action()
         except OSError as error:
@@ -188,11 +209,12 @@ def retry(action: Callable[[], T], what: str) -> T:
                 raise UserError(
                     f"cannot {what}: no space left; free some, then run again"
                 ) from error
-            lasting = error.errno in _LASTING or _REFUSED.search(str(error))
-            spent = time.monotonic() - begun > PATIENCE_SECONDS
-            if lasting or spent or attempt == ATTEMPTS - 1:
+            if error.errno in _LASTING or _REFUSED.search(str(error)):
                 raise UserError(f"cannot {what}: {error}") from error
-            time.sleep(random.uniform(0.5, 1.0) * 0.2 * 2**attempt)
+            tried = attempt >= ATTEMPTS and not _study_runs
+            if tried or time.monotonic() - begun > patience:
+                raise StorageError(f"cannot {what}: {error}") from error
+            time.sleep(random.uniform(0.5, 1.0) * min(5.0, 0.1 * 2**attempt))
     raise AssertionError("unreachable")
 
 

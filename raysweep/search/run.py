@@ -20,6 +20,7 @@ from raysweep.data.corpus import Corpus, prepare
 from raysweep.data.shipping import upload
 from raysweep.errors import UserError
 from raysweep.results import Results
+from raysweep.results.filesystem import patient
 from raysweep.results.lock import study_lock
 from raysweep.scaling.datasets import other_data
 from raysweep.search.interruption import Interrupted, Interruption
@@ -173,12 +174,18 @@ def _run_on_ray(
     )
     started_at, begun = datetime.now(UTC), time.monotonic()
     with (
+        patient(),
         interruption.defer_signals(),
         Progress(scheduler, console) as progress,
         RunningRecord(results, study.name) as record,
     ):
+        early_stop = EarlyStop(scheduler)
         searcher = StudySearcher(
-            scheduler, cluster_nodes, interruption, functools.partial(start_group, context)
+            scheduler,
+            cluster_nodes,
+            interruption,
+            functools.partial(start_group, context),
+            early_stop.drop_cached_actors,
         )
         callback = StudyCallback(
             scheduler,
@@ -193,7 +200,7 @@ def _run_on_ray(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=EarlyStop(scheduler),
+                scheduler=early_stop,
                 num_samples=-1,
                 reuse_actors=True,
             ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
+from ray.exceptions import RayActorError
 
 from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import fetch
-from raysweep.errors import UserError
+from raysweep.errors import StorageError, UserError
 from raysweep.results import Results
-from raysweep.results.filesystem import Storage
+from raysweep.results.filesystem import Storage, patient
 from raysweep.search.early_stopping import REPORT_PERCENT
 from raysweep.search.interruption import INTERRUPTED, StopRequest
 from raysweep.study import Resources, Study, TrialSpec
@@ -98,6 +100,8 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
         stop = StopRequest() if context.study.space.recipe.checkpoint_seconds else None
         try:
             row = run_trial(context, config, stop)
+        except RayActorError:
+            raise  # the host of its group was lost: no failure of its own
         except Exception as error:
             tune.report({FAILED: str(error)})  # else the driver could not tell it from a lost node
             raise
@@ -112,6 +116,7 @@ def make_trainable(context: TrialContext) -> Callable[[dict[str, Any]], None]:
     return trial
 
 
+@patient()
 def run_trial(
     context: TrialContext, config: dict[str, Any], stop: StopRequest | None = None
 ) -> dict[str, Any]:
@@ -147,6 +152,8 @@ def run_trial(
         else:
             missing = functools.partial(_missing, context.results_uri, branch_specs(study, spec))
             outcome = _train(context, config, spec, corpus, results.storage, missing, write, stop)
+    except StorageError:
+        raise
     except UserError as error:  # it would end so again: no retry, but a row
         return write.refused(spec, error)
     if outcome.status == "stopped":
@@ -175,7 +182,8 @@ class RowWriter:
     train_tokens: int | None
     started_at: datetime
     begun: float
-    """By this machine's monotonic clock."""
+    """By the monotonic clock of `host`."""
+    host: str = field(default_factory=socket.gethostname)
 
     def __call__(self, spec: TrialSpec, outcome: TrialOutcome) -> dict[str, Any]:
         """Write the row of an outcome, and return it."""
@@ -185,10 +193,15 @@ class RowWriter:
             strategy=self.strategy,
             train_tokens=self.train_tokens,
             started_at=self.started_at,
-            seconds_wall=time.monotonic() - self.begun,
+            seconds_wall=self._seconds_wall(),
         )
         Results.open(self.results_uri).write(row, outcome.curve)
         return row
+
+    def _seconds_wall(self) -> float:
+        if socket.gethostname() == self.host:
+            return time.monotonic() - self.begun
+        return (datetime.now(UTC) - self.started_at).total_seconds()
 
     def refused(self, spec: TrialSpec, error: UserError) -> dict[str, Any]:
         """Write the row of a trial that cannot run, with the reason, and return it."""
@@ -200,7 +213,7 @@ class RowWriter:
             str(error),
             strategy=self.strategy,
             started_at=self.started_at,
-            seconds_wall=time.monotonic() - self.begun,
+            seconds_wall=self._seconds_wall(),
             last_report={},
         )
         Results.open(self.results_uri).write(row)

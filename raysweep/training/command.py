@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import UserError
+from raysweep.errors import StorageError, UserError
 from raysweep.results.filesystem import Storage
 from raysweep.study.own import CommandProgress, CommandResult, fill_in
 from raysweep.study.study import TrialSpec
@@ -63,7 +63,7 @@ def train_by_command(
             timeout, or leaves no loss.
         WorkerOutOfMemory: its last words say that memory ran out.
     """
-    training = spec.training
+    training, workers = spec.training, spec.cell.resources.workers
     assert training is not None
     assert training.command is not None
     assert training.result is not None
@@ -83,9 +83,10 @@ def train_by_command(
     with open(log, "wb") as output, _started(words, folder, spec, output) as process:
         ending = _watch(process, training.timeout, reporter, progress, tail, own)
     code = process.wait()
-    cost = Cost(time.perf_counter() - started, _peak_memory(), cpu_name(), 1)
+    cost = Cost(time.perf_counter() - started, _peak_memory(), cpu_name(), workers)
     if not storage.is_local:
-        storage.write(log.read_bytes(), LOGS, f"{spec.key}.log")
+        with contextlib.suppress(StorageError):  # what was trained is worth more
+            storage.write(log.read_bytes(), LOGS, f"{spec.key}.log")
     if ending == "stop":
         own.save()
         return ended_early(spec, progress, "stopped", None, cost)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import UserError
+from raysweep.errors import StorageError, UserError
 from raysweep.results.filesystem import Storage
 from raysweep.study.study import TrialSpec
 from raysweep.training.outcome import (
@@ -395,7 +395,8 @@ def ended_early(
 
 def _fail(name: str, error: BaseException, storage: Storage, key: str, world_size: int) -> None:
     """Raise what an error of the function means; its whole traceback goes to the trial's log."""
-    if world_size > 1 and any(text in str(error) for text in LOST_PEER):
+    lost = world_size > 1 and any(text in str(error) for text in LOST_PEER)
+    if lost or isinstance(error, StorageError):
         raise error
     text = "".join(traceback.format_exception(error))
     storage.write(text.encode(), LOGS, f"{key}.log")

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from benchmarks.object_store import ObjectStore
-from raysweep.errors import UserError
+from raysweep.errors import StorageError, UserError
 from raysweep.results import Results, lease
-from raysweep.results.filesystem import Storage
+from raysweep.results.filesystem import Storage, patient, retry
 from raysweep.results.lock import study_lock
 
 REPO = Path(__file__).resolve().parents[2]
@@ -109,6 +109,26 @@ def test_a_store_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match=r"cannot read raysweep\.json in s3://bucket/x"):
         Results.open("s3://bucket/x?scheme=http&endpoint_override=127.0.0.1:1")
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("calls", [5, 20])
+def test_a_study_waits_longer_for_a_store_that_fails(
+    monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    monkeypatch.setattr("raysweep.results.filesystem.time.sleep", lambda seconds: None)
+    left = [calls]
+
+    def fails() -> str:
+        left[0] -= 1
+        if left[0] > 0:
+            raise OSError("try again")
+        return "done"
+
+    if calls > 6:
+        with pytest.raises(StorageError, match="cannot look: try again"):
+            retry(fails, "look")
+    with patient():
+        assert retry(fails, "look") == "done"
 
 
 def test_two_drivers_of_one_study(bucket: str, quick: None) -> None:

@@ -1,12 +1,14 @@
 """One trial as a Tune actor runs it: what is lost, and what is not, when its process is."""
 
 import dataclasses
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raysweep.data.corpus import prepare
+from raysweep.errors import StorageError, UserError
 from raysweep.results import Results
 from raysweep.search.trial import RowWriter, TrialContext, run_trial
 from raysweep.study import Study
@@ -55,6 +57,33 @@ def test_lost_between_its_outcome_and_its_row_it_goes_on(
     assert standing is not None
     assert standing["loss"] == row["loss"]
     assert not list(kept.iterdir())
+
+
+def test_a_storage_that_fails_is_no_end_of_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune starts it anew."""
+    context, point = in_folder(tmp_path)
+
+    def fails(*arguments: object) -> None:
+        raise StorageError("cannot write")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("raysweep.search.trial._train", fails)
+        with pytest.raises(StorageError):
+            run_trial(context, point)
+    assert Results.open(context.results_uri).to_pandas().empty
+    assert run_trial(context, point)["status"] == "finished"
+
+
+def test_a_row_written_on_another_host_has_sensible_seconds(tmp_path: Path) -> None:
+    """Monotonic clocks of hosts have nothing in common."""
+    context, _ = in_folder(tmp_path)
+    spec = context.study.trial(context.study.cells[0], "data", 0.01, 8, 0)
+    writer = RowWriter(
+        context.results_uri, "ladder", None, datetime.now(UTC), begun=1e9, host="another"
+    )
+    assert 0 <= writer.refused(spec, UserError("no"))["seconds_wall"] < 60
 
 
 def test_studies_in_one_folder_that_run_the_same_trial_have_a_row_each(tmp_path: Path) -> None:
