@@ -62,6 +62,8 @@ class Checkpoints:
         """Copy the state now; a thread writes the copy. Call `commit` once no worker is writing: a
         worker alone does so itself."""
         self.wait()
+        if not self._workers.owns:
+            state = _without_parts(state)
         copy = snapshot({**state, "key": self._key, "world_size": self._workers.world_size})
         parts = _take_parts(copy)
         slot = SLOTS[self._slot]
@@ -162,12 +164,11 @@ class Checkpoints:
         rank = self._workers.rank
         try:
             index: dict[str, list[tuple[str, int, int]]] = {}
-            if self._workers.owns:
-                for number, pieces in enumerate(_files(parts)):
-                    file = f"{slot}-{rank}-{number}.pt"
-                    index[file] = [(name, start, len(piece)) for name, start, piece in pieces]
-                    data = _packed({f"{name}@{start}": piece for name, start, piece in pieces})
-                    self._storage.write(data, *self._folder, file)
+            for number, pieces in enumerate(_files(parts)):
+                file = f"{slot}-{rank}-{number}.pt"
+                index[file] = [(name, start, len(piece)) for name, start, piece in pieces]
+                data = _packed({f"{name}@{start}": piece for name, start, piece in pieces})
+                self._storage.write(data, *self._folder, file)
             text = json.dumps([step, index]).encode()
             self._storage.write(text, *self._folder, f"{slot}-{rank}.json")
         except Exception as error:
@@ -193,6 +194,14 @@ def _take_parts(state: dict[str, Any]) -> Parts:
         for prefix, place in _places(state)
         for name, part in place.pop("parts", {}).items()
     }
+
+
+def _without_parts(state: Mapping[str, Any]) -> dict[str, Any]:
+    """For workers that write none: copies of the model are large."""
+    left = {name: value for name, value in state.items() if name != "parts"}
+    if left.get("trunk") is not None:
+        left["trunk"] = _without_parts(left["trunk"])
+    return left
 
 
 def _files(parts: Parts) -> Iterator[list[tuple[str, int, Tensor]]]:

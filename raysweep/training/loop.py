@@ -229,6 +229,8 @@ class _Run:
             stop, save, pause = self._decide(due, min(pause, metrics.monitor.every))
             look = state.step + pause
             stop = stop and state.step < metrics.steps
+            if stop:  # what is under way first: the next goes where the one that counts now lies
+                self._finish_checkpoint()
             if (stop or save) and self.checkpoints:
                 self.checkpoints.save(self._saved())
             if stop:

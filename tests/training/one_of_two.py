@@ -1,6 +1,8 @@
 """What each of two workers runs for test_parallel.py: whole, killed and resumed, out of memory."""
 
+import contextlib
 import pickle
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
@@ -12,6 +14,7 @@ import toys
 from raysweep.errors import UserError
 from raysweep.model import Decoder
 from raysweep.results.filesystem import Storage
+from raysweep.training.checkpoint import Checkpoints
 from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
 from raysweep.training.parallel import Workers
@@ -23,6 +26,32 @@ class Killed(Silent):
     def report(self, step: int, tokens: int, loss: float) -> None:
         if step == 11:
             raise KeyboardInterrupt
+
+
+class Stopped(Silent):
+    """Wants to stop while the second checkpoint is being written; all die as the third is, before
+    it counts."""
+
+    def __init__(self) -> None:
+        self.saves = 0
+
+    def should_stop(self) -> bool:
+        return self.saves == 2
+
+    def save(self, checkpoints: Checkpoints, state: Any) -> None:
+        self.saves += 1
+        _save(checkpoints, state)
+        if self.saves == 3:
+            checkpoints.wait()
+            raise KeyboardInterrupt
+
+    def write(self, checkpoints: Checkpoints, *arguments: Any) -> None:
+        if self.saves == 2:
+            time.sleep(0.3)
+        _write(checkpoints, *arguments)
+
+
+_save, _write = Checkpoints.save, Checkpoints._write
 
 
 def short_of_memory(*arguments: object) -> NoReturn:
@@ -86,9 +115,26 @@ def _run(corpus: Any, rank: int, folder: Path, outcomes: dict[Any, Any]) -> None
             except UserError as error:
                 outcomes[strategy, "out of memory"] = str(error)
     sharded = Workers.of_process_group("fsdp")
+    outcomes["stopped"] = stopped_while_writing(sharded, Storage.at(folder / "stopped"))
     outcomes["from ddp to fsdp"] = train(
         toys.make_spec(tokens=16 * 8 * 20, recipe={"checkpoint_seconds": 1e-9}),
         corpus,
         workers=sharded,
         checkpoints=Storage.at(folder / "ddp-dense"),
     )
+
+
+def stopped_while_writing(workers: Workers, states: Storage) -> int | None:
+    """The step of the checkpoint that is left."""
+    trial = toys.make_spec(tokens=16 * 8 * 400, recipe={"checkpoint_seconds": 1e-9})
+    stopped = Stopped()
+    patched = {
+        "save": lambda checkpoints, state: stopped.save(checkpoints, state),
+        "_write": lambda checkpoints, *arguments: stopped.write(checkpoints, *arguments),
+    }
+    with patch.multiple(Checkpoints, **patched), contextlib.suppress(KeyboardInterrupt):
+        train(trial, toys.ToyCorpus(), workers=workers, checkpoints=states, reporter=stopped)
+    dist.barrier()
+    nothing = {"nothing": (0, torch.empty(0))}
+    left = Checkpoints(states, trial.key, workers).load_on_all(nothing)
+    return None if left is None else left["step"]

@@ -57,6 +57,10 @@ def test_lost_workers_resume(outcomes, strategy, architecture):
         assert resumed.curve == whole.curve
 
 
+def test_killed_as_it_stops_a_run_keeps_the_checkpoint_that_was_being_written(outcomes):
+    assert all(found["stopped"] for found in outcomes)
+
+
 def test_what_a_sharded_model_has_learned_is_never_sent_whole(outcomes, spec):
     sent = outcomes[0]["sent"]
     assert max(sent) > 500, "runs resumed"
