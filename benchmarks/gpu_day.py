@@ -297,9 +297,10 @@ def in_a_process(part: str, name: str, out: Path, seconds: float) -> dict[str, A
     """A task, in a process of its own that is ended when its time is up; an error is a result."""
     command = [sys.executable, "-m", "benchmarks.gpu_day", "--out", str(out)]
     command += ["--task", part, name, f"{0.9 * seconds:.0f}"]
+    paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env=os.environ | {"PYTHONPATH": str(REPO)},
+        start_new_session=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     begun = time.monotonic()
     try:

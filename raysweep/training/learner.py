@@ -90,12 +90,11 @@ class Learner:
     def _fit_memory(self) -> None:
         """Try on this device what it has memory for, beside weights, moments and gradients."""
         spec, device, workers, model = self.spec, self.device, self.workers, self.model
-        reserve = 0.0
-        if spec.recipe.noise_scale:  # keeps a copy of the gradient
-            reserve = float(sum(value.nbytes for value in self.parameters.values()))
+        held = float(sum(value.nbytes for value in self.parameters.values()))
+        reserve = held * spec.recipe.noise_scale  # it keeps a copy of the gradient
         tried = model
         if workers.sharded:
-            reserve *= 2  # there is no gradient yet either
+            reserve += held  # of the gradient, which there is not yet
             tried, extra = memory.stand_in(model, device)
             reserve += extra
         share = spec.cell.resources.gpus_per_worker

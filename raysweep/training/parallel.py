@@ -99,18 +99,13 @@ class Workers:
         """
         if not self.sharded:
             return FlatParameters(model, group_of)
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import (  # 1 s to import, and one worker alone needs none of it
             MixedPrecisionPolicy,
             fully_shard,
             register_fsdp_forward_method,
         )
 
-        shards = self.world_size // self.replicas
-        sizes = (self.replicas, shards) if self.replicas > 1 else (shards,)
-        names = ("replicate", "shard")[-len(sizes) :]
-        # Without a mesh it would take the machine's accelerator, also for a run on its CPUs.
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        mesh = _mesh(device.type, self.replicas, self.world_size // self.replicas)
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         mixed = MixedPrecisionPolicy(
             param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -142,3 +137,22 @@ class Workers:
         if self.world_size > 1:
             dist.broadcast_object_list(box)
         return box[0]
+
+
+_meshes: dict[tuple[str, int, int, Any], Any] = {}
+"""By device, sizes and process group. Each mesh of two dimensions makes communicators, which stay
+for as long as the process: trials share one."""
+
+
+def _mesh(device: str, replicas: int, shards: int) -> Any:
+    """The workers as (replicas, shards), or in a row. Without a mesh FSDP2 would take the machine's
+    accelerator, also for a run on its CPUs."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    key = device, replicas, shards, dist.group.WORLD
+    if key not in _meshes:
+        _meshes.clear()  # those of a process group that was ended
+        sizes = (replicas, shards) if replicas > 1 else (shards,)
+        names = ("replicate", "shard")[-len(sizes) :]
+        _meshes[key] = init_device_mesh(device, sizes, mesh_dim_names=names)
+    return _meshes[key]

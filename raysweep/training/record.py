@@ -150,14 +150,16 @@ def outcome_columns(
 
 
 def _mfu(spec: TrialSpec, outcome: TrialOutcome) -> float | None:
-    """Model FLOPs utilisation; None on a device whose peak no data sheet here tells."""
+    """Model FLOPs utilisation of the share of GPUs that the trial had; None on a device whose peak
+    no data sheet here tells."""
     from raysweep.scaling.compute.roofline import gpu_of_device
 
     gpu = gpu_of_device(outcome.device)
     if gpu is None:
         return None
     flops = spec.cell.counts.flops_per_token * outcome.tokens_per_second
-    return flops / (gpu.flops * outcome.world_size)
+    share = min(1.0, spec.cell.resources.gpus_per_worker or 1.0)
+    return flops / (gpu.flops * share * outcome.world_size)
 
 
 def unfinished_row(

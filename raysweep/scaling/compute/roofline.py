@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import pandas as pd
 
 from raysweep.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BYTES = 2.0  # of a weight, an activation and a cached key or value in 16 bits
 
@@ -198,6 +200,8 @@ class Profile:
     @classmethod
     def read(cls, path: str | Path) -> Profile:
         """A CSV with the columns PROFILE_COLUMNS; `phase` is prefill or decode, `params` dense."""
+        import pandas as pd  # here: a row of a trial needs GPUS alone, and perhaps no pandas
+
         try:
             table = pd.read_csv(path)
         except (OSError, ValueError) as error:
