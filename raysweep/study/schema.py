@@ -48,8 +48,10 @@ class Data(Section):
     minimise: Name | None = None
     """The named set that gives a trial's `loss`, which the search minimises; default: the first."""
     validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    validation_sequences: Count = 256
-    """Size of the one validation slice that all trials of a study are measured on."""
+    validation_sequences: Count = 4096
+    """Size of the one validation slice that all trials of a study are measured on. Losses of texts
+    of a thousand tokens scatter by about .3 nats, so 4,096 of them leave a standard error of .005,
+    below the .2 % by which another seed moves a loss of 3."""
     max_megabytes: Positive | None = None
     """Stop reading the corpus after this much text."""
 
