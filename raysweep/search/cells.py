@@ -18,8 +18,9 @@ from raysweep.study import Cell, Search
 
 MIN_STEPS = 8
 """A batch so large that a trial would take fewer steps than this is never proposed."""
-CRASHES_ALLOWED = 3
-"""A cell whose trials crash this often in one run, none having finished, is given up."""
+CRASHES_ALLOWED, CRASHES_AFTER_SUCCESS = 3, 10
+"""A cell whose trials crash this often in a row in one run is given up: while none has finished,
+and later."""
 EXTENSION_TRIALS = 2
 """Trials that a widened range adds to a cell's budget."""
 CONCLUDED = (FINISHED, "diverged", "stopped", "out_of_memory")
@@ -81,6 +82,7 @@ class CellState:
     granted: int = 0
     """Trials beyond the budget, paid from the study's FLOPs because they are worth most here."""
     crashes: int = 0
+    """In a row."""
     running: set[int] = field(default_factory=set)
     """Numbers of running trials of `study`."""
     repeats: set[int] = field(default_factory=set)
@@ -154,7 +156,7 @@ class CellState:
 
     @property
     def given_up(self) -> bool:
-        return self.crashes >= CRASHES_ALLOWED and not self.finished
+        return self.crashes >= (CRASHES_AFTER_SUCCESS if self.finished else CRASHES_ALLOWED)
 
     @property
     def best(self) -> FrozenTrial | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
 
@@ -27,6 +28,12 @@ def forget_results(trial: Trial, kept: Collection[str]) -> None:
 def actor_of(trial: Trial) -> Any:
     """The actor in which a trial runs; None while it waits."""
     return trial.temporary_state.ray_actor
+
+
+def drop_cached_actors(controller: TuneController) -> None:
+    """Have Tune end the actors that it keeps for trials to come: each holds its resources, while
+    nothing is staged for ever."""
+    controller._cleanup_cached_actors(force_all=True)
 
 
 def allow_another_failure(trial: Trial) -> None:

@@ -68,6 +68,8 @@ def restore_trials(
         number = state.add_row(rate, log2_batch, row["status"], row["loss"], also)
         if row["status"] == RUNNING:
             state.running.add(number)
+        if row["status"] != RUNNING:
+            state.crashes = 0
         spent += state.flops
     if other_recipe:
         raise UserError(

@@ -415,8 +415,8 @@ class StudyScheduler:
         else:
             pruned = status == "stopped"
             state.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
+        state.crashes = state.crashes + 1 if status == "crashed" else 0
         if status == "crashed":
-            state.crashes += 1
             self._flops_spent -= state.trial_flops
             state.take_back(proposal.spec.learning_rate, log2_batch, dict(proposal.spec.also))
             if state.given_up:

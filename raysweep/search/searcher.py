@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 
 from raysweep.search.autoscaler import AutoscalerRequests, PlacementRequest
 from raysweep.search.interruption import INTERRUPTED, Interruption, tell_trials_to_leave
-from raysweep.search.ray_internals import draining_nodes
+from raysweep.search.ray_internals import draining_nodes, drop_cached_actors
 from raysweep.search.resources import Bundle
 from raysweep.search.scheduler import StudyScheduler, bundles_of
 from raysweep.study.cells import Resources
@@ -42,9 +42,10 @@ class StudySearcher(Searcher):
         nodes: Callable[[], Mapping[str, Bundle]],
         interruption: Interruption,
         start_group: Callable[[str, Resources, bool], Any],
+        drop_cached: Callable[[], None],
     ) -> None:
         super().__init__(metric="loss", mode="min")
-        self._start_group = start_group
+        self._start_group, self._drop_cached = start_group, drop_cached
         self.scheduler = scheduler
         self._nodes = nodes
         self._interruption = interruption
@@ -53,6 +54,8 @@ class StudySearcher(Searcher):
         self._has_groups = any(len(bundles_of(cell)) > 1 for cell in scheduler.study.cells)
         self.groups: dict[str, Any] = {}
         """The groups of workers there are: they end with their handles here."""
+        self._made: dict[str, Callable[[], Any]] = {}
+        """How each is started."""
         self._asked: dict[Any, str] = {}
         """Groups that were asked where they are, by the answer that will come."""
         self._where: dict[str, list[str]] = {}
@@ -71,6 +74,9 @@ class StudySearcher(Searcher):
         pool = self.scheduler.pool
         if ended := pool.take_ended():
             end_groups([self.groups.pop(group) for group in ended if group in self.groups])
+            for group in ended:
+                self._where.pop(group, None)
+                self._made.pop(group, None)
         if proposal is None:
             return None
         spec = proposal.spec
@@ -86,7 +92,8 @@ class StudySearcher(Searcher):
             one_node = pool.on_one_node(bundles_of(spec.cell))
             config |= {"group": group, "one_node": one_node}
             if group not in self.groups:
-                self.groups[group] = self._start_group(group, spec.cell.resources, one_node)
+                made = functools.partial(self._start_group, group, spec.cell.resources, one_node)
+                self._made[group], self.groups[group] = made, made()
         if len(pool.nodes) > 1 and self._has_groups and (node := pool.nodes_of(trial_id)[0]):
             config["node"] = node
         return config
@@ -113,17 +120,27 @@ class StudySearcher(Searcher):
 
     def _find_groups(self) -> None:
         """Learn on which nodes Ray has put groups: it need not be those that the pool had in mind.
-        Answers are for the next look."""
+        Answers are for the next look. A group whose host was lost is started anew, or found if its
+        trial has done so already."""
         asked = list(self._asked)
         for answer in ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else ():
             group = self._asked.pop(answer)
-            with contextlib.suppress(RayError):  # it has ended
+            if group not in self.groups:
+                continue
+            try:
                 self._where[group] = ray.get(answer)
-                self.scheduler.pool.found(group, self._where[group])
+            except RayError:
+                self.groups[group] = self._made[group]()
+                continue
+            self.scheduler.pool.found(group, self._where[group])
         waiting = set(self._asked.values())
         for group, host in self.groups.items():
             if group not in waiting:
                 self._asked[host.where.remote()] = group
+        # The room that the pool has found for a group may still be held by an actor that Tune
+        # keeps for trials to come.
+        if any(not self.scheduler.pool.nodes.issuperset(nodes) for nodes in self._where.values()):
+            self._drop_cached()
 
     def _leave_nodes(self) -> None:
         """Have trials on nodes that are about to go leave a checkpoint now, and go on elsewhere."""
@@ -165,6 +182,12 @@ class EarlyStop(FIFOScheduler):
     def __init__(self, scheduler: StudyScheduler) -> None:
         super().__init__()
         self._scheduler = scheduler
+        self._controller: TuneController | None = None
+
+    def drop_cached_actors(self) -> None:
+        """Have Tune end the actors that it keeps for trials to come."""
+        if self._controller is not None:
+            drop_cached_actors(self._controller)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EarlyStop:
         """Tune copies its scheduler; the scheduler must stay the one in use."""
@@ -174,6 +197,7 @@ class EarlyStop(FIFOScheduler):
         self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
     ) -> str:
         """Called with each progress report."""
+        self._controller = tune_controller
         if "percent" not in result:
             return self.CONTINUE
         prune = self._scheduler.report(trial.trial_id, result["percent"], result["train_loss"])

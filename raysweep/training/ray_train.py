@@ -5,6 +5,9 @@ long `TorchTrainer` run, whose workers ask it for the next trial; whoever has a 
 the host and listens. Ray Train starts a group again that loses a worker, and the trial that ran
 goes on from its checkpoint. Where a user's function fails, its workers stay, and get a new process
 group.
+
+Ray Train gives up where a group cannot be set up, and tries for ever where workers fail before
+they ask for a trial. So the host has it give up at each failure, counts, and starts it anew.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from ray.exceptions import RayError
 
 from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import fetch
-from raysweep.errors import UserError
-from raysweep.results.filesystem import Storage
+from raysweep.errors import StorageError, UserError
+from raysweep.results.filesystem import Storage, patient
 from raysweep.study.cells import Resources
 from raysweep.study.study import TrialSpec
 from raysweep.training.outcome import Reporter, TrialOutcome, WorkerOutOfMemory
@@ -35,6 +38,8 @@ from raysweep.training.own import LOST_PEER, GroupEnded, train_by_function
 
 FAILURES = 2
 """How often a trial is begun again after an error of its own."""
+STARTS = 5
+"""How often in a row a group may fail before its first worker has begun a trial."""
 LOSSES = 20
 """How often in a row a trial may lose workers without getting further than before: spot nodes come
 and go, and a loss is no failure of the trial's own."""
@@ -45,6 +50,8 @@ POLL_SECONDS = 5.0
 LEAVE_SECONDS = 15.0
 """What workers get to come out of a trial that failed on one of them."""
 CLOSE_SECONDS = 5.0
+ROOM_SECONDS = 600.0
+"""How long a group waits for its room before it asks anew."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,12 @@ class GroupHost:
         self._renewing: set[int] = set()
         """Workers that are to be told to make a new process group."""
         self._closing = False
-        self._dead: str | None = None
+        self._begun = False
+        """Whether the group as it is has begun a trial."""
+        self._lost: str | None = None
+        """Why the group was started anew last."""
+        self._refused: tuple[int, str] | None = None
+        """How many trials cannot run, as the group does not start, and why."""
         host = ray.get_runtime_context().current_actor
         arguments = host, resources, strict, storage_path
         self._thread = threading.Thread(target=self._fit, args=arguments, daemon=True)
@@ -114,29 +126,44 @@ class GroupHost:
         # Ray looks after its workers every 2 s and starts a watcher a run: too slow for short runs.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{ROOM_SECONDS:g}")
         per_worker = {"CPU": resources.cpus_per_worker}
         if resources.gpus_per_worker:
             per_worker["GPU"] = resources.gpus_per_worker
-        try:
-            with tempfile.TemporaryDirectory(prefix="raysweep-") as folder:
-                TorchTrainer(
-                    _serve,
-                    train_loop_config={"host": host},
-                    scaling_config=train.ScalingConfig(
-                        num_workers=resources.workers,
-                        use_gpu=resources.gpus_per_worker > 0,
-                        resources_per_worker=per_worker,
-                        placement_strategy="STRICT_PACK" if strict else "PACK",
-                    ),
-                    run_config=train.RunConfig(
-                        name=f"group-{os.getpid()}-{time.time_ns()}",
-                        storage_path=storage_path or folder,
-                        failure_config=train.FailureConfig(max_failures=-1),
-                    ),
-                ).fit()
-        except Exception as error:
-            self._dead = str(error)
-        self._dead = self._dead or "its group of workers has ended"
+        scaling = train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=per_worker,
+            placement_strategy="STRICT_PACK" if strict else "PACK",
+        )
+        no_retries = train.FailureConfig(
+            max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+        )
+        failures = 0
+        while not self._closing:
+            self._begun = False
+            try:
+                with tempfile.TemporaryDirectory(prefix="raysweep-") as folder:
+                    TorchTrainer(
+                        _serve,
+                        train_loop_config={"host": host},
+                        scaling_config=scaling,
+                        run_config=train.RunConfig(
+                            name=f"group-{os.getpid()}-{time.time_ns()}",
+                            storage_path=storage_path or folder,
+                            failure_config=no_retries,
+                        ),
+                    ).fit()
+            except Exception as error:
+                self._lost = _reason(error)
+                failures = 0 if self._begun or _waits_for_room(error) else failures + 1
+            if failures >= STARTS:
+                self._refused = len(self._entries), f"its group does not start: {self._lost}"
+                failures = 0
+                while not self._closing and all(e.over or e.cancelled for e in self._entries):
+                    time.sleep(POLL_SECONDS / 10)
+            elif failures:
+                time.sleep(2 ** (failures - 1))
 
     async def submit(self, job: Job) -> int:
         """Take a trial; its number. One that is under way already is not taken twice."""
@@ -222,8 +249,8 @@ class GroupHost:
         entry = self._entries[number]
         deadline = time.monotonic() + POLL_SECONDS / 5
         while not entry.events and time.monotonic() < deadline:
-            if self._dead is not None and not entry.over:
-                await self._end(entry, "crashed", self._dead)
+            if self._refused and number < self._refused[0] and not entry.over:
+                await self._end(entry, "crashed", self._refused[1])
             await self._wait(deadline)
         found, entry.events = entry.events, []
         return found
@@ -264,9 +291,10 @@ class GroupHost:
         entry.fruitless = 0 if entry.reached > entry.reached_before else entry.fruitless + 1
         entry.reached_before = entry.reached
         if entry.fruitless > LOSSES:
-            reason = f"its workers were lost {entry.fruitless} times without progress"
+            reason = f"its workers were lost {entry.fruitless} times without progress: {self._lost}"
             await self._end(entry, "crashed", entry.errors[-1] if entry.errors else reason)
             return False
+        self._begun = True
         return True
 
     async def _end(self, entry: _Entry, kind: EventKind, payload: Any) -> None:
@@ -312,6 +340,18 @@ def end_groups(hosts: Sequence[Any], *, wait: bool = False) -> None:
         end.start()
     for end in ends if wait else []:
         end.join(2 * CLOSE_SECONDS)
+
+
+def _waits_for_room(error: Exception) -> bool:
+    said = type(getattr(error, "controller_failure", None)).__name__
+    return said == "WorkerGroupStartupTimeoutError"
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what ended a group."""
+    workers = getattr(error, "worker_failures", {})
+    said = next((str(each) for each in workers.values()), str(error)).strip()
+    return said.splitlines()[-1][:300] if said else type(error).__name__
 
 
 def _end(host: Any) -> None:
@@ -376,6 +416,7 @@ class WorkerReporter:
         return ray.get(self._host.cancelled.remote(self._number))
 
 
+@patient()
 def _serve(config: dict[str, Any]) -> None:
     """What each worker of a group does: one trial after another."""
     from torch import distributed
@@ -405,7 +446,7 @@ def _serve(config: dict[str, Any]) -> None:
             kind, said = "error", f"{error}"[:2000]
             if isinstance(error, GroupEnded):
                 kind, said = "outcome", error.outcome
-            elif isinstance(error, UserError):
+            elif isinstance(error, UserError) and not isinstance(error, StorageError):
                 kind = "out_of_memory" if isinstance(error, WorkerOutOfMemory) else "refused"
             untested = proven is None and kind == "refused"
             kind = "error" if untested else kind
@@ -480,6 +521,9 @@ def _train(host: Any, number: int, job: Job) -> TrialOutcome:
         return _train_own(host, number, job)
     if isinstance(corpus, Corpus) and job.checkpoints is not None:
         corpus = fetch(corpus, job.checkpoints)  # this worker's node may not have it yet
+    workers = Workers.of_process_group(resources.strategy)
+    # The first worker looks for all: another node may not see yet what was written last.
+    branches = workers.from_leader(job.branches() if workers.rank == 0 else None)
     return train_one(
         spec,
         corpus,
@@ -487,8 +531,8 @@ def _train(host: Any, number: int, job: Job) -> TrialOutcome:
         checkpoints=job.checkpoints,
         device=get_device(),
         threads=max(1, int(resources.cpus_per_worker)),
-        workers=Workers.of_process_group(resources.strategy),
-        branches=job.branches(),
+        workers=workers,
+        branches=branches,
         on_branch=job.on_branch,
     )
 

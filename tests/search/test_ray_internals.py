@@ -43,6 +43,12 @@ def test_a_lost_worker_gives_a_trial_another_start() -> None:
     assert ray_internals.actor_of(trial) is None
 
 
+def test_tune_drops_the_actors_that_it_keeps() -> None:
+    """Else find what ends the actors of `reuse_actors`: `TuneController._actor_cache`."""
+    parameters = inspect.signature(TuneController._cleanup_cached_actors).parameters
+    assert list(parameters) == ["self", "force_all"]
+
+
 def test_a_placement_group_takes_a_hint() -> None:
     """Else name the node by `bundle_label_selector`, and place trials anew whose node is gone."""
     assert "_soft_target_node_id" in inspect.signature(placement_group).parameters
@@ -55,8 +61,7 @@ def test_a_placement_group_takes_a_hint() -> None:
 
 @pytest.mark.ray
 def test_nodes_that_are_about_to_go_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else find what `ray.train`'s PreemptionWatcher asks; a whole study with such a node is in
-    tests/faults/test_notice.py."""
+    """Else find what `ray.train`'s PreemptionWatcher asks."""
     with ray_runtime(None, cpus=1):
         node = ray.get_runtime_context().get_node_id()
         assert ray_internals.draining_nodes() == frozenset()

@@ -220,6 +220,19 @@ def test_crashes_do_not_use_up_the_budget_and_a_broken_cell_is_given_up() -> Non
     assert (cells.drop(broken) >= 4).all()
 
 
+def test_a_cell_that_worked_and_now_always_crashes_is_given_up_too() -> None:
+    started: list[str] = []
+
+    def outcome(proposal: Proposal):
+        started.append(proposal.spec.cell.name)
+        worked = started.count(proposal.spec.cell.name) < 2
+        return planted(proposal) if worked else ("crashed", None)
+
+    study = make_study(**QUICK, extend_edges=False)
+    log = simulate(StudyScheduler(study, "data", two_workers()), outcome)
+    assert len(log) <= len(study.cells) * 13
+
+
 def test_where_everything_diverges_a_cell_ends_all_the_same() -> None:
     log = simulate(
         StudyScheduler(make_study(), "data", two_workers()), lambda p: ("diverged", None)

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,20 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def _ray(repo, tmp_path_factory):
+def cache(tmp_path_factory) -> str:
+    """The cache folder of the workers here: no other processes have it."""
+    return str(tmp_path_factory.mktemp("node") / "cache")
+
+
+@pytest.fixture(scope="module")
+def _ray(repo, cache):
     import ray
     from ray._private.authentication_test_utils import reset_auth_token_state
 
     reset_auth_token_state()  # an earlier test may have used another token
     environment = {
         "PYTHONPATH": f"{repo}:{repo / 'tests' / 'training'}",
-        "RAYSWEEP_CACHE": str(tmp_path_factory.mktemp("node") / "cache"),
+        "RAYSWEEP_CACHE": cache,
         "OMP_NUM_THREADS": "1",
     }
     ray.init(
@@ -87,30 +94,55 @@ class Heard(Silent):
         return self.stop
 
 
-def worker_pids() -> list[int]:
+@pytest.fixture
+def worker_pids(cache) -> Callable[[], list[int]]:
     """Of the processes of Ray Train's workers."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"RayTrainWorker" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
+
+    def find() -> list[int]:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = cache.encode() in (folder / "environ").read_bytes()
+                if ours and b"RayTrainWorker" in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+        return found
+
+    return find
 
 
-@pytest.mark.usefixtures("_ray")
-def test_a_group_lives_through_trials_of_every_end(text, fitting, tmp_path):
-    """One group: trials finish, diverge, are refused, stopped, lose a worker, and follow on."""
+@pytest.fixture
+def group(_ray, fitting, tmp_path) -> Iterator[Callable[[str], Any]]:
+    """Hosts by name, each of a group of two; all end with the test, and give their room back."""
     import ray
 
-    from raysweep.training.ray_train import end_groups, find_group, train_in_group
+    from raysweep.training.ray_train import end_groups, find_group
+
+    hosts = []
+
+    def find(name: str) -> Any:
+        resources, notes = fitting().cell.resources, str(tmp_path / "ray")
+        hosts.append(find_group(name, resources, strict=True, storage_path=notes))
+        return hosts[-1]
+
+    yield find
+    end_groups(hosts, wait=True)
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2
+
+
+def test_a_group_lives_through_trials_of_every_end(text, fitting, group, worker_pids, tmp_path):
+    """One group: trials finish, diverge, are refused, stopped, lose a worker, and follow on."""
+    from raysweep.training.ray_train import train_in_group
 
     results = Storage.at(tmp_path / "results")
     upload(text, results)
     elsewhere = dataclasses.replace(text, path=tmp_path / "only where the driver is")
     first = fitting()
-    host = find_group("kept", first.cell.resources, strict=True, storage_path=str(tmp_path / "ray"))
+    host = group("kept")
     heard = Heard()
     outcome = train_in_group(host, job(first, elsewhere, results), heard)
     one = train(dataclasses.replace(first, seed=0), text)
@@ -168,22 +200,14 @@ def test_a_group_lives_through_trials_of_every_end(text, fitting, tmp_path):
     follows = train_in_group(host, job(fitting(seed=5), elsewhere, results), Heard())
     assert follows.status == "finished"
 
-    # Given back, its resources are free.
-    end_groups([host], wait=True)
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert ray.available_resources()["CPU"] == 2
 
-
-@pytest.mark.usefixtures("_ray")
-def test_an_error_of_its_own_is_tried_three_times(text, fitting, tmp_path):
-    from raysweep.training.ray_train import end_groups, find_group, train_in_group
+def test_an_error_of_its_own_is_tried_three_times(text, fitting, group, tmp_path):
+    from raysweep.training.ray_train import train_in_group
 
     results = Storage.at(tmp_path / "results")
     upload(text, results)
     trial = fitting(seed=9)
-    host = find_group("errs", trial.cell.resources, strict=True, storage_path=str(tmp_path / "ray"))
+    host = group("errs")
     folder = tmp_path / "starts"
     folder.mkdir()
 
@@ -197,19 +221,33 @@ def test_an_error_of_its_own_is_tried_three_times(text, fitting, tmp_path):
     threading.Event().wait(0.1)
     good = train_in_group(host, job(trial, text, results), Heard())
     assert good.status == "finished"
-    end_groups([host], wait=True)
 
 
-@pytest.mark.usefixtures("_ray")
-def test_a_group_whose_node_is_about_to_go_begins_anew_where_it_was(text, fitting, tmp_path):
+def test_a_group_that_does_not_start_ends_its_trial_with_the_reason(text, fitting, group, tmp_path):
+    """Then it tries again for the next one."""
+    from raysweep.training.ray_train import train_in_group
+
+    results = Storage.at(tmp_path / "results")
+    upload(text, results)
+    notes = tmp_path / "ray"
+    notes.write_text("no folder")
+    host = group("starts")
+    with pytest.raises(UserError, match=r"its group does not start: .*ray"):
+        train_in_group(host, job(fitting(seed=7), text, results), Heard())
+    notes.unlink()
+    assert train_in_group(host, job(fitting(seed=8), text, results), Heard()).status == "finished"
+
+
+def test_a_group_whose_node_is_about_to_go_begins_anew_where_it_was(
+    text, fitting, group, worker_pids, tmp_path
+):
     """No checkpoint was due."""
-    from raysweep.training.ray_train import end_groups, find_group, train_in_group
+    from raysweep.training.ray_train import train_in_group
 
     results = Storage.at(tmp_path / "results")
     upload(text, results)
     trial = fitting(seed=6, tokens=16 * 8 * 3000, recipe={"checkpoint_seconds": 600})
-    storage_path = str(tmp_path / "ray")
-    host = find_group("moves", trial.cell.resources, strict=True, storage_path=storage_path)
+    host = group("moves")
     before: list[int] = []
 
     def leave() -> None:
@@ -221,4 +259,3 @@ def test_a_group_whose_node_is_about_to_go_begins_anew_where_it_was(text, fittin
     assert len(before) == 2
     assert not set(worker_pids()) & set(before)
     assert heard.steps == sorted(heard.steps), "nothing was trained twice"
-    end_groups([host], wait=True)
