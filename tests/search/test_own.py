@@ -65,6 +65,11 @@ CODE = """
             distributed.destroy_process_group()
         return {"loss": loss(run.learning_rate, run.batch_tokens), "pid": os.getpid()}
 
+    def keep(kept, step):
+        part = kept.with_name("part")
+        part.write_text(str(step))
+        part.replace(kept)  # whole, whenever it is killed
+
     def slow(run):
         # 1 s, in steps, each kept; every start is noted
         with open(run.folder.parent.parent / "starts", "a") as starts:
@@ -75,7 +80,7 @@ CODE = """
         while step < 10:
             time.sleep(0.1)
             step += 1
-            kept.write_text(str(step))
+            keep(kept, step)
             run.report(run.tokens * step / 10, 4.0)
         return {"loss": loss(run.learning_rate, run.batch_tokens), "first": first}
 
@@ -89,7 +94,7 @@ CODE = """
         while step < 10:
             time.sleep(0.1)
             step += 1
-            kept.write_text(str(step))
+            keep(kept, step)
         (folder / "out.json").write_text(json.dumps({"loss": loss(lr, batch), "first": first}))
 """
 
@@ -240,7 +245,7 @@ def test_killed_worker_and_killed_driver_lose_and_repeat_nothing(
     assert done.returncode == 0, done.stderr
     frame = rows(results)
     assert frame["trial_key"].is_unique
-    assert set(frame["status"]) == {"finished"}
+    assert set(frame["status"]) == {"finished"}, frame["reason"].tolist()
     assert frame.groupby("cell").size().tolist() == [3, 3]
     assert set(before["trial_key"]) <= set(frame["trial_key"])
     # The trial of the killed worker went on from what it had left in its folder.
