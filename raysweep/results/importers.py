@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,15 @@ import pandas as pd
 
 from raysweep.errors import UserError
 from raysweep.results.mapping import (
+    OF_ONE_PASS,
     guess,
+    last_part,
     map_columns,
     near,
     numbers,
     outliers,
     parse_mapping,
+    plain,
     reasons,
     recipes,
 )
@@ -208,6 +212,7 @@ def read_rows(
     if known.recipe:
         said = recipes(pd.DataFrame(known.recipe), rows.get("recipe"))
         rows["recipe"] = pd.Series(said, index=table.index, dtype=object)
+    notes += _accumulate(rows, known.guessed, table)
     notes += _complete(rows)
     counted, said = count_shapes(rows, known.recipe)
     rows |= counted
@@ -288,6 +293,45 @@ def _curves(points: pd.DataFrame, rows: pd.DataFrame, at: Mapping[str, int]) -> 
     # A tracker may have a row a metric: the last of each step is as good as any.
     found = found.drop_duplicates(["trial_key", "step"], keep="last")
     return found.assign(step=found["step"].round().astype("int64")).reset_index(drop=True)
+
+
+def _accumulate(
+    rows: dict[str, pd.Series], guessed: Mapping[str, str], table: pd.DataFrame
+) -> list[str]:
+    """Multiply, in place, a batch of one pass by the passes that a step accumulates, and say so.
+
+    It is one where its name was guessed and does not say global, but where the numbers say that it
+    is: it holds as many micro-batches as a step has, or is nearer to what tokens a batch, or tokens
+    and steps, tell.
+    """
+    name = next((n for n in ("batch_sequences", "batch_tokens") if n in guessed), "")
+    theirs, passes = guessed.get(name, ""), rows.get("accumulation")
+    if last_part(theirs) not in OF_ONE_PASS or passes is None or not (passes > 1).any():
+        return []
+    several = passes > 1
+    passes, batch = passes[several], rows[name][several]
+    for column in table:
+        if re.search("micro.*batch|batch.*micro|per_(device|gpu).*batch", plain(str(column))):
+            micro = numbers(table[column])[several]
+            if (batch % (micro * passes) == 0).all():
+                return []
+    told = pd.DataFrame(rows)[several].reindex(
+        columns=["tokens", "steps", "batch_tokens", "sequence_length"]
+    )
+    implied = told["tokens"] / told["steps"]
+    if name == "batch_sequences":
+        implied = told["batch_tokens"].fillna(implied) / told["sequence_length"]
+    implied, batch = implied.where(implied > 0), batch.where(batch > 0)
+    whole = np.abs(np.log(implied / batch)) < np.abs(np.log(implied / (batch * passes)))
+    if whole.sum() > implied.notna().sum() / 2:
+        return []
+    rows[name] = rows[name].where(~several, rows[name] * rows["accumulation"])
+    of = "tokens" if name == "batch_tokens" else "sequences"
+    return [
+        f"the batch is {theirs} x {guessed.get('accumulation', 'accumulation')} "
+        f"({batch.iloc[0]:g} x {passes.iloc[0]:g} {of}, say): where {theirs} is the global batch, "
+        f"--map {name}={theirs}"
+    ]
 
 
 def _complete(rows: dict[str, pd.Series]) -> list[str]:

@@ -21,6 +21,9 @@ from raysweep.text import read_number
 RECIPE = "recipe."
 """Before a key of the recipe, where one is mapped."""
 
+OF_ONE_PASS = ("bs", "batch_size", "train_batch_size", "batch")
+"""Names of batches that may be what one pass holds, of which a step accumulates several."""
+
 TOKENS_A_BATCH = 10_000
 """A column `batch_size` of larger numbers holds tokens, not sequences."""
 
@@ -40,8 +43,9 @@ COMMON_NAMES: dict[str, tuple[str, ...]] = {
         "tokens_per_step",
     ),
     "batch_sequences": (
-        "bs", "batch_size", "global_batch_size", "batch_sequences", "total_train_batch_size",
-        "total_batch_size", "train_batch_size", "global_batch", "gbs", "batch",
+        "global_batch_size", "batch_sequences", "total_train_batch_size", "total_batch_size",
+        "effective_batch_size", "global_batch", "gbs", "bs", "batch_size", "train_batch_size",
+        "batch",
     ),
     "sequence_length": (
         "seq_len", "seq_length", "sequence_len", "sequence_length", "context_length",
@@ -53,6 +57,11 @@ COMMON_NAMES: dict[str, tuple[str, ...]] = {
         "training_tokens", "num_train_tokens", "token_budget", "max_tokens", "tokens",
     ),
     "tokens_seen": ("tokens_seen", "total_tokens_seen", "seen_tokens", "num_tokens_seen"),
+    "accumulation": (
+        "gradient_accumulation_steps", "grad_accumulation_steps", "gradient_accumulation",
+        "grad_accum_steps", "grad_accum", "grad_acc_steps", "accumulate_grad_batches",
+        "accumulation_steps", "accum_steps",
+    ),
     "steps": (
         "steps", "total_steps", "max_steps", "num_steps", "n_steps", "num_train_steps",
         "train_steps", "num_iterations", "max_iters",
@@ -201,8 +210,8 @@ def guess(table: pd.DataFrame, told: set[str], taken: set[str]) -> dict[str, str
     whole: dict[str, str] = {}
     parts: dict[str, list[str]] = {}
     for name in free:
-        whole.setdefault(_plain(name), name)
-        parts.setdefault(_plain(re.split(r"[./]", name)[-1]), []).append(name)
+        whole.setdefault(plain(name), name)
+        parts.setdefault(last_part(name), []).append(name)
     found: dict[str, str] = {}
     for ours, names in COMMON_NAMES.items():
         if ours in told:
@@ -222,8 +231,14 @@ def guess(table: pd.DataFrame, told: set[str], taken: set[str]) -> dict[str, str
     return found
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A column's name as `COMMON_NAMES` has it."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def last_part(name: str) -> str:
+    """The last part of a column's name, likewise: `batch_size` of `train/Batch Size`."""
+    return plain(re.split(r"[./]", name)[-1])
 
 
 def _fits(ours: str, column: pd.Series) -> bool:

@@ -212,3 +212,55 @@ def test_conditions_read_columns_and_recipes() -> None:
     assert len(rows_where(rows, "optimizer == 'muon' and loss < 3.05")) == 2
     assert len(rows_where(rows, "weight_decay > 0")) == 3
     assert list(rows_where(rows, "optimizer == 'adamw'").columns) == list(rows.columns)
+
+
+NANOGPT = {
+    "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 1024, "batch_size": 12,
+    "gradient_accumulation_steps": 40, "max_iters": 2000,
+    "learning_rate": np.geomspace(1e-3, 2e-3, 6), "val/loss": np.linspace(3.0, 3.1, 6),
+}  # fmt: skip
+
+
+def test_accumulated_batches_are_whole() -> None:
+    found = read(pd.DataFrame(NANOGPT))
+    assert set(found.rows["batch_tokens"]) == {12 * 40 * 1024}
+    assert set(found.rows["tokens"]) == {2000 * 12 * 40 * 1024}
+    assert set(found.rows["accumulation"]) == {40}
+    (note,) = (n for n in found.notes if "gradient_accumulation_steps" in n)
+    assert note == (
+        "the batch is batch_size x gradient_accumulation_steps (12 x 40 sequences, say): "
+        "where batch_size is the global batch, --map batch_sequences=batch_size"
+    )
+    told = read(pd.DataFrame(NANOGPT), batch_sequences="batch_size")
+    assert set(told.rows["batch_tokens"]) == {12 * 1024}
+    assert not [n for n in told.notes if "gradient_accumulation_steps" in n]
+    some = pd.DataFrame({**NANOGPT, "gradient_accumulation_steps": [40, 1, np.nan, 40, 1, 20]})
+    assert list(read(some).rows["batch_sequences"]) == [480, 12, 12, 480, 12, 240]
+    zeros = pd.DataFrame({**NANOGPT, "batch_size": [0, -1, 12, 12, 12, 12], "num_tokens": 0})
+    assert read(zeros).rows["excluded"].notna().all()
+    tokens = pd.DataFrame({**NANOGPT, "batch_size": 12288})
+    assert set(read(tokens).rows["batch_tokens"]) == {12288 * 40}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"global_batch_size": 480},
+        {"batch_size": 480, "num_tokens": 480 * 1024 * 2000},
+        {"batch_size": 480, "micro_batch_size": 6},
+        {"batch_size": 480, "train_micro_batch_size_per_gpu": 12},
+        {"batch_size": 480, "batch_tokens": 480 * 1024},
+        {"batch_size": 480, "gradient_accumulation_steps": 1},
+    ],
+)
+def test_global_batches_are_not_multiplied(columns: dict[str, Any]) -> None:
+    found = read(pd.DataFrame({**NANOGPT, **columns}))
+    assert set(found.rows["batch_tokens"]) == {480 * 1024}
+    assert set(found.rows["tokens"]) == {2000 * 480 * 1024}
+    assert not [n for n in found.notes if "the batch is" in n]
+
+
+def test_steps_and_tokens_tell_a_batch_of_one_pass() -> None:
+    found = read(pd.DataFrame({**NANOGPT, "num_tokens": 480 * 1024 * 2000}))
+    assert set(found.rows["batch_tokens"]) == {480 * 1024}
+    assert found.rows["excluded"].isna().all()
