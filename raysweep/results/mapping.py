@@ -115,6 +115,13 @@ _SYMBOLS = {"params_active_non_embedding": "N", "tokens": "D"}
 _WHOLE_NAMES_ONLY = ("loss", "train_loss", "step", "tokens", "data_hash", "status")
 """Their last part alone tells too little: `train/loss` is no validation loss."""
 NUMERIC = tuple(n for n, c in COLUMNS.items() if str(c.type) in ("int64", "double"))
+FITTED = (
+    "params_active_non_embedding", "params_total_non_embedding", "params_active", "params_total",
+    "tokens", "tokens_seen", "steps", "step", "loss", "learning_rate", "batch_sequences",
+    "batch_tokens", "accumulation", "sequence_length", "d_model", "layers", "heads", "kv_heads",
+    "d_ff", "vocab_size", "experts", "top_k", "shared_experts", "expert_ff", "moe_layers",
+)  # fmt: skip
+"""Columns of numbers that the fits need, or that others are made from."""
 _NOT_MAPPED = ("trial_key", "schema_version", "source")
 
 
@@ -153,7 +160,8 @@ def map_columns(
 
     Raises:
         UserError: a column of ours or of the table that does not exist, and what is near it; or a
-            column of numbers that mostly holds others, with the first such line.
+            column of `FITTED`, or one that is told, that mostly holds no numbers, as it must, with
+            the first such line.
     """
     rows: dict[str, pd.Series] = {}
     recipe: dict[str, pd.Series] = {}
@@ -195,7 +203,7 @@ def map_columns(
             at, count = int(np.flatnonzero(bad)[0]), int(bad.sum())
             said = f"line {at + first_line} of {where}: {sources.get(ours, ours)} "
             said += f"{str(rows[ours].iloc[at])!r} is no number"
-            if count > read.notna().sum():
+            if count > read.notna().sum() and (ours in FITTED or ours in mapping):
                 raise UserError(f"{said}, as {ours} must be (in {count} rows it is none)")
             notes.append(said + (f" (nor in {count - 1} rows more)" if count > 1 else ""))
         rows[ours] = read

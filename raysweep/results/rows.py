@@ -84,6 +84,7 @@ def finish(
     frame = pd.DataFrame(dict(rows), index=table.index).reindex(columns=list(COLUMNS))
     for name in _TEXT:
         frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
+        frame[name] = frame[name].map(_text, na_action="ignore")
     for name in NUMERIC:
         frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
     frame["experts"] = frame["experts"].fillna(1.0)
@@ -112,9 +113,19 @@ def finish(
     frame["excluded"] = _excluded(frame, hyperparameters, copies)
     frame["started_at"] = pd.to_datetime(frame["started_at"], utc=True, errors="coerce")
     for name in _WHOLE:
-        finite = frame[name].where(np.isfinite(frame[name]))
-        frame[name] = finite.round().astype("Int64")
+        fits = frame[name].where(frame[name].abs() < 2.0**63)
+        frame[name] = fits.round().astype("Int64")
     return frame
+
+
+def _text(value: object) -> str:
+    """What a column of text holds of a value: whole numbers, floats where some are missing, plain,
+    and structures as JSON."""
+    if isinstance(value, dict | list):
+        return json.dumps(value, sort_keys=True, default=str)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
 
 
 def routing(experts: pd.Series, top_k: pd.Series) -> pd.Series:

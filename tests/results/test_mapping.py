@@ -264,3 +264,46 @@ def test_steps_and_tokens_tell_a_batch_of_one_pass() -> None:
     found = read(pd.DataFrame({**NANOGPT, "num_tokens": 480 * 1024 * 2000}))
     assert set(found.rows["batch_tokens"]) == {480 * 1024}
     assert found.rows["excluded"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ours", "kept"),
+    [
+        ("dataset", 1, "data_hash", "1"),
+        ("dataset", [1, 2, 1, 2, 1, None], "data_hash", "1"),
+        ("scale", [1, 2, 1, 2, 1, 2], "scale", "1"),
+        ("cell", range(6), "cell", "0"),
+        ("study", 7, "study", "7"),
+        ("architecture", 3, "architecture", "3"),
+        ("metrics", 3, "metrics", "3"),
+        ("metrics", [{"a": 1}] * 6, "metrics", '{"a": 1}'),
+        ("reason", 1.5, "reason", "1.5"),
+        ("device", True, "device", "True"),
+        ("seed", np.uint64(17446744073709551615), "seed", None),
+        ("seed", [1.74e19, 1, 2, 3, 4, 5], "seed", None),
+        ("seed", 1234, "seed", 1234),
+        ("seed", "a", "seed", None),
+        ("mfu", "45%", "mfu", None),
+        ("seconds_wall", "1:20:00", "seconds_wall", None),
+        ("gpu_hours", "3h", "gpu_hours", None),
+    ],
+)
+def test_columns_that_no_fit_needs_do_no_harm(
+    name: str, value: Any, ours: str, kept: object, tmp_path: Path
+) -> None:
+    import raysweep
+
+    frame = table().assign(**{name: value})
+    found = read(frame)
+    assert found.rows["excluded"].isna().all()
+    first = found.rows[ours].iloc[0]
+    assert pd.isna(first) if kept is None else first == kept
+    unread = [n for n in found.notes if n.startswith(f"line 2 of sweep.csv: {name} ")]
+    assert bool(unread) == isinstance(value, str)
+    store = raysweep.import_results(frame, tmp_path / "results")
+    assert len(store.to_pandas()) == len(frame)
+
+
+def test_a_column_that_is_told_must_hold_numbers() -> None:
+    with pytest.raises(UserError, match=r"sweep.csv: used '45%' is no number, as mfu must be"):
+        read(table(used="45%"), mfu="used")
