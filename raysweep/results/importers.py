@@ -32,10 +32,11 @@ from raysweep.results.published import (
 )
 from raysweep.results.rows import finish, first_line, read_table
 from raysweep.results.schema import CURVE_SCHEMA, FINISHED
-from raysweep.results.shapes import count_shapes
+from raysweep.results.shapes import N, count_shapes
 from raysweep.results.store import Results
 from raysweep.results.trackers import RUN, TRACKERS
 from raysweep.results.trend import off_trend
+from raysweep.results.units import BUDGET_OFF
 
 TABLES = ("csv", "jsonl", "parquet")
 """Files with one row a run; their names tell them apart, whatever the format is called."""
@@ -216,6 +217,7 @@ def read_rows(
     notes += _complete(rows)
     counted, said = count_shapes(rows, known.recipe)
     rows |= counted
+    _imply(rows, known.rows)
     notes += said
     for name in needed:
         if name not in rows:
@@ -354,6 +356,26 @@ def _complete(rows: dict[str, pd.Series]) -> list[str]:
         return said
     rows["tokens"] = rows["steps"] * rows["batch_tokens"]
     return ["tokens are steps x batch"]
+
+
+def _imply(rows: dict[str, pd.Series], told: Mapping[str, pd.Series]) -> None:
+    """Fill in place what counts that are told imply, before what a shape counts: where there are
+    experts, all parameters but embeddings, and where FLOPs are near 6 N D, those of a token."""
+    known = pd.DataFrame(rows).reindex(
+        columns=["experts", N, "params_active", "flops", "tokens", "tokens_seen"]
+    )
+    missing = pd.Series(np.nan, index=known.index)
+    embeddings = (known["params_active"] - known[N]).clip(lower=0).fillna(0)
+    total = told.get("params_total", missing) - embeddings
+    each = known["flops"] / known["tokens_seen"].fillna(known["tokens"])
+    near = (each / (6 * known[N])).between(1 / BUDGET_OFF, BUDGET_OFF)
+    implied = {
+        "params_total_non_embedding": total.where((known["experts"] > 1) & (total > known[N])),
+        "flops_per_token": each.where(near),
+    }
+    for name, found in implied.items():
+        counted = rows.get(name, missing)
+        rows[name] = told.get(name, missing).fillna(found).fillna(counted)
 
 
 def _suspects(rows: pd.DataFrame, table: pd.DataFrame, first_line: int) -> list[str]:

@@ -307,3 +307,31 @@ def test_columns_that_no_fit_needs_do_no_harm(
 def test_a_column_that_is_told_must_hold_numbers() -> None:
     with pytest.raises(UserError, match=r"sweep.csv: used '45%' is no number, as mfu must be"):
         read(table(used="45%"), mfu="used")
+
+
+def test_a_told_total_counts_the_experts() -> None:
+    """Less the embeddings, where they are told, and before what the shape counts."""
+    frame = table(n_experts=8, top_k=2, active_params=1e8, total_params=1.75e8)
+    frame = frame.drop(columns="n_params")
+    assert set(read(frame).rows["params_total_non_embedding"]) == {1.75e8}
+    found = read(frame.assign(params_active=1.2e8))
+    assert set(found.rows["params_total_non_embedding"]) == {1.55e8}
+    found = read(frame.assign(total_params_non_embedding=1.5e8))
+    assert set(found.rows["params_total_non_embedding"]) == {1.5e8}
+    found = read(frame.assign(**MOE, total_params=600e6).drop(columns="active_params"))
+    assert set(found.rows["params_total_non_embedding"]) == {600e6 - 2 * 768 * 50257}
+    for other in (frame.assign(total_params=0.5e8), frame.assign(n_experts=1, top_k=1)):
+        assert read(other).rows["params_total_non_embedding"].isna().all()
+
+
+def test_flops_that_are_told_cost_each_token() -> None:
+    found = read(table(flops=10 * 1e8 * 2e9))
+    assert set(found.rows["flops_per_token"]) == {10 * 1e8}
+    found = read(table(flops=10 * 1e8 * 1.99e9, tokens_seen=1.99e9))
+    assert set(found.rows["flops_per_token"]) == {10 * 1e8}
+    shaped = table(**DENSE).drop(columns="n_params")
+    counted = float(read(shaped).rows["flops_per_token"].iloc[0])
+    found = read(shaped.assign(flops=1.2 * counted * 2e9))
+    assert found.rows["flops_per_token"].to_numpy() == pytest.approx(1.2 * counted)
+    found = read(table(flops=50 * 1e8 * 2e9))  # 8 times 6 N D: in doubt
+    assert found.rows["flops_per_token"].isna().all()
