@@ -215,6 +215,7 @@ def read_rows(
         rows["recipe"] = pd.Series(said, index=table.index, dtype=object)
     notes += _accumulate(rows, known.guessed, table)
     notes += _complete(rows)
+    notes += _of_experts(rows, known.guessed)
     counted, said = count_shapes(rows, known.recipe)
     rows |= counted
     _imply(rows, known.rows)
@@ -356,6 +357,35 @@ def _complete(rows: dict[str, pd.Series]) -> list[str]:
         return said
     rows["tokens"] = rows["steps"] * rows["batch_tokens"]
     return ["tokens are steps x batch"]
+
+
+def _of_experts(rows: Mapping[str, pd.Series], guessed: Mapping[str, str]) -> list[str]:
+    """Sentences on what rows with experts leave open: top-k, and whether N is of active ones; that
+    is told by its name, by a larger total, or by the shape."""
+    known = pd.DataFrame(rows).reindex(
+        columns=["experts", "top_k", N, "params_total", "params_total_non_embedding"]
+    )
+    known = known[known["experts"] > 1]
+    said = []
+    untold = int(known["top_k"].isna().sum())
+    if untold:
+        said.append(
+            f"top_k is not told in {_many(untold, 'row')} with experts: one expert a token is "
+            "assumed (--map top_k==2, say)"
+        )
+    theirs = guessed.get(N)
+    totals = known[["params_total", "params_total_non_embedding"]].max(axis=1)
+    unsure = int((known[N].notna() & ~(totals > known[N])).sum())
+    shape = {"d_model", "layers"} <= rows.keys()
+    checked = shape and bool({"d_ff", "expert_ff"} & rows.keys())
+    if unsure and theirs and "active" not in plain(theirs) and not checked:
+        mend = f"--map params_total={theirs}"
+        mend += " and N is counted from the shape" if shape else f",{N}=COLUMN of active ones"
+        said.append(
+            f"{theirs} is read as active parameters in {_many(unsure, 'row')} with experts: where "
+            f"it counts all experts, {mend}"
+        )
+    return said
 
 
 def _imply(rows: dict[str, pd.Series], told: Mapping[str, pd.Series]) -> None:

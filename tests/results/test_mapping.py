@@ -335,3 +335,26 @@ def test_flops_that_are_told_cost_each_token() -> None:
     assert found.rows["flops_per_token"].to_numpy() == pytest.approx(1.2 * counted)
     found = read(table(flops=50 * 1e8 * 2e9))  # 8 times 6 N D: in doubt
     assert found.rows["flops_per_token"].isna().all()
+
+
+def test_what_rows_with_experts_leave_open_is_told() -> None:
+    frame = table(n_experts=[1, 1, 8, 8, 8, 8], top_k=[None, None, 2, 2, 2, 2])
+    active = (
+        "n_params is read as active parameters in 4 rows with experts: where it counts all "
+        "experts, --map params_total=n_params,params_active_non_embedding=COLUMN of active ones"
+    )
+    assert read(frame).notes == (active,)
+    assert read(frame.drop(columns="top_k")).notes == (
+        "top_k is not told in 4 rows with experts: one expert a token is assumed "
+        "(--map top_k==2, say)",
+        active,
+    )
+    for told in (
+        frame.assign(n_experts=1),
+        frame.assign(total_params=3e8),
+        frame.rename(columns={"n_params": "active_params"}),
+    ):
+        assert not read(told).notes
+    assert not read(frame, params_active_non_embedding="n_params").notes
+    (note,) = read(frame.assign(d_model=768, n_layers=12), experts="n_experts").notes
+    assert note.endswith("--map params_total=n_params and N is counted from the shape")
