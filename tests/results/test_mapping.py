@@ -141,7 +141,8 @@ def test_a_missing_count_comes_from_the_shape(shape: dict[str, int]) -> None:
     for name in ("params_active_non_embedding", "params_total", "params_active", "flops_per_token"):
         assert row[name] == getattr(true, name), name
     assert found.rows["excluded"].isna().all()
-    assert any(note.startswith("N of 6 rows is counted from the shape") for note in found.notes)
+    said = "N of 6 rows is counted from the shape (feed-forwards with a gate, as in SwiGLU)"
+    assert said in found.notes
 
 
 def test_a_count_that_holds_embeddings_is_told_of() -> None:
@@ -358,3 +359,40 @@ def test_what_rows_with_experts_leave_open_is_told() -> None:
     assert not read(frame, params_active_non_embedding="n_params").notes
     (note,) = read(frame.assign(d_model=768, n_layers=12), experts="n_experts").notes
     assert note.endswith("--map params_total=n_params and N is counted from the shape")
+
+
+@pytest.mark.parametrize("matrices", [2, 3])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_n_tells_whether_feed_forwards_have_a_gate(activation: str | None, matrices: int) -> None:
+    d, layers = 768, 12
+    shape = {"n_layers": layers, "d_model": d, "d_ff": 4 * d, "vocab_size": 50257}
+    n = layers * (4 + 4 * matrices) * d**2
+    found = read(table(**shape, activation=activation, n_params=n))
+    assert set(found.rows["params_active_non_embedding"]) == {n}
+    total = found.rows["params_total"].iloc[0]
+    assert total == pytest.approx(n + 2 * d * 50257, rel=1e-3)
+    assert not [n for n in found.notes if "the shape" in n]
+
+
+def test_a_shape_that_n_contradicts_counts_nothing_else() -> None:
+    found = read(table(**DENSE, n_params=30e6))
+    (note,) = (n for n in found.notes if "the shape" in n)
+    assert note == (
+        "params_active_non_embedding is 0.35 times what the shape counts without embeddings (in 6 "
+        "rows), so nothing else is counted from it; leave it out to count the shape"
+    )
+    for name in ("params_total", "params_active", "flops_per_token", "params_dense"):
+        assert found.rows[name].isna().all(), name
+
+
+def test_an_n_of_all_experts_is_seen_from_the_shape() -> None:
+    counted = read(table(**MOE).drop(columns="n_params")).rows.iloc[0]
+    assert not read(table(**MOE, n_params=counted["params_active_non_embedding"])).notes
+    for total in ("params_total", "params_total_non_embedding"):
+        (note,) = read(table(**MOE, n_params=counted[total])).notes
+        assert note.endswith("map it to params_total; leave it out to count the shape")
+    found = read(table(**MOE, n_params=counted["params_total"]), params_total="n_params")
+    assert set(found.rows["params_active_non_embedding"]) == {
+        counted["params_active_non_embedding"]
+    }
+    assert found.rows["excluded"].isna().all()
