@@ -80,7 +80,8 @@ def finish(
     study: str,
     hyperparameters: bool = False,
 ) -> pd.DataFrame:
-    """Rows of the schema: names derived, keys given, unusable rows excluded with a reason."""
+    """Rows of the schema: names derived, keys given, unusable rows excluded with a reason. Runs of
+    infinite loss diverged."""
     frame = pd.DataFrame(dict(rows), index=table.index).reindex(columns=list(COLUMNS))
     for name in _TEXT:
         frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
@@ -94,6 +95,11 @@ def finish(
     names = routing(frame["experts"], frame["top_k"])
     frame["architecture"] = frame["architecture"].fillna(names)
     frame["status"] = frame["status"].fillna(FINISHED)
+    infinite = frame["loss"] == np.inf
+    broken = infinite & (frame["status"] == FINISHED)
+    frame["status"] = frame["status"].mask(broken, "diverged")
+    frame["reason"] = frame["reason"].mask(broken & frame["reason"].isna(), "its loss is infinite")
+    frame["loss"] = frame["loss"].mask(infinite)
     frame["study"] = frame["study"].fillna(study)
     frame["scale"] = frame["scale"].fillna(frame["params_active_non_embedding"].map(_named))
     horizon = frame["tokens"].map(_named) + "tok"

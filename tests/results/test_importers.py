@@ -85,7 +85,7 @@ def test_rows_that_cannot_be_used_stay_with_a_reason(tmp_path):
     frame.loc[2, "lr"] = 0.0
     frame.loc[3, "D"] = np.nan
     frame.loc[4, "lr"] = "fast"
-    frame.loc[5, "smooth loss"] = np.inf
+    frame.loc[5, "smooth loss"] = -np.inf
     rows = read_steplaw(write(tmp_path, frame))
     assert len(rows) == 8
     assert list(rows["excluded"][:6]) == [
@@ -97,6 +97,19 @@ def test_rows_that_cannot_be_used_stay_with_a_reason(tmp_path):
         "loss is not finite",
     ]
     assert rows["excluded"][6:].isna().all()
+
+
+def test_runs_of_infinite_loss_diverged(tmp_path):
+    path = write(tmp_path, runs(loss=[3.0, np.inf, 3.1, "inf"], seed=[1, 2, 3, 4]))
+    rows = read_csv(path, {})
+    assert list(rows["status"]) == ["finished", "diverged"] * 2
+    assert list(rows["reason"][[1, 3]]) == ["its loss is infinite"] * 2
+    assert rows["loss"][[1, 3]].isna().all()
+    assert rows["excluded"].isna().all()
+    table = cell_table(rows)
+    assert (len(table.trials), len(table.failed)) == (2, 2)
+    told = read_csv(write(tmp_path, runs(loss=[3.0, np.inf, 3.1, 3.2], status="crashed")), {})
+    assert set(told["status"]) == {"crashed"}
 
 
 def test_a_repeated_row_is_kept_out_once_and_keys_are_stable(tmp_path):
