@@ -409,13 +409,23 @@ def _imply(rows: dict[str, pd.Series], told: Mapping[str, pd.Series]) -> None:
 
 
 def _suspects(rows: pd.DataFrame, table: pd.DataFrame, first_line: int) -> list[str]:
-    """Keep out, in place, rows far below the trend of their kind; name them, and those above."""
+    """Keep out, in place, rows far below the trend of their kind, but for those whose learning rate
+    may be the reason; name both, and those above."""
     counted = rows[(rows["status"] == FINISHED) & rows["excluded"].isna()]
-    off = off_trend(counted).dropna()
-    below, above = off[off < 0], off[off > 0]
-    rows.loc[below.index, "excluded"] = "suspect: its loss is far below the trend of N and D"
+    found = off_trend(counted)
+    off, below = found["off"], found["off"] < 0
+    out = below & ~found["alone"]
+    rows.loc[out.index[out], "excluded"] = "suspect: its loss is far below the trend of N and D"
     said = []
-    for part, where in ((below, "below"), (above, "above")):
+    for part, where, what in (
+        (off[out], "below", "kept out"),
+        (
+            off[below & ~out],
+            "below",
+            "at learning rates far from the others', still counted: exclude what is wrong",
+        ),
+        (off[~below], "above", "still counted: exclude what is wrong"),
+    ):
         if not len(part):
             continue
         worst = part.abs().sort_values(ascending=False).index[:_NAMED]
@@ -425,10 +435,9 @@ def _suspects(rows: pd.DataFrame, table: pd.DataFrame, first_line: int) -> list[
             for i in worst
         ]
         rest = f" and {len(part) - len(worst)} more" if len(part) > len(worst) else ""
-        kept = "kept out" if where == "below" else "still counted: exclude what is wrong"
         said.append(
             f"suspects: {_many(len(part), 'row')} far {where} the trend of loss against N and D, "
-            f"{kept}: {', '.join(told)}{rest}"
+            f"{what}: {', '.join(told)}{rest}"
         )
     return said
 

@@ -18,6 +18,9 @@ SPREADS = 6.0
 LEAST_BELOW, DEPTHS = 0.05, 3.0
 """So far below, and by so many times the depth that one row in twenty of its kind reaches, a row is
 a suspect too: no choice of hyperparameters goes below the optimum, so that side is short."""
+RATES_APART = 3.0
+"""A learning rate so many times above or below those of all runs on the trend may be the reason why
+a run lies under it: the others may all be badly tuned."""
 FEWEST, FEWEST_SIZES = 12, 3
 """Rows, and different (N, D), that a kind needs to have a trend."""
 
@@ -25,8 +28,9 @@ _KIND = ("optimizer", "schedule")
 _ROUNDS = 30
 
 
-def off_trend(rows: pd.DataFrame) -> pd.Series:
-    """By how much, in ln loss, the rows that are suspects lie off the trend; NaN for all others.
+def off_trend(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that lie off the trend: `off`, by how much in ln loss, and `alone`, whether their
+    learning rate is far from those of all others of their kind that do not lie below.
 
     The trend of a kind (architecture, data, study, optimizer, schedule) is a plane in ln N and ln D
     through the medians of equal sizes, of least absolute deviation, so that a few wrong rows do not
@@ -40,13 +44,14 @@ def off_trend(rows: pd.DataFrame) -> pd.Series:
         rows["data_hash"].fillna(""),
         pd.Series(kind, rows.index),
     ]
-    found = pd.Series(np.nan, index=rows.index)
+    found = pd.DataFrame({"off": np.nan, "alone": False}, index=rows.index)
     for _, part in rows.groupby(keys, sort=False):
         size = np.log(part[["params_active_non_embedding", "tokens"]].to_numpy(float))
         loss = np.log(part["loss"].to_numpy(float))
         cell = np.unique(size.round(1), axis=0, return_inverse=True)[1].ravel()
         if len(part) < FEWEST or cell.max() + 1 < FEWEST_SIZES:
             continue
+        rate = part["learning_rate"].to_numpy(float)
         off = loss - _trend(size, loss, cell)
         spread = 1.4826 * float(np.median(np.abs(off - np.median(off))))
         off -= np.median(off)
@@ -54,9 +59,19 @@ def off_trend(rows: pd.DataFrame) -> pd.Series:
         above = (off > max(ABOVE, SPREADS * spread)) & ~hot
         depth = -float(np.quantile(off, 0.05))
         lowest = min(max(BELOW, SPREADS * spread), max(LEAST_BELOW, DEPTHS * depth))
-        suspect = (off < -lowest) | above
-        found[part.index[suspect]] = off[suspect]
-    return found
+        below = off < -lowest
+        suspect = below | above
+        found.loc[part.index[suspect], "off"] = off[suspect]
+        found.loc[part.index, "alone"] = _alone(rate, ~below)
+    return found.dropna()
+
+
+def _alone(rate: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[n] bool: whether a run's learning rate is far above or below those of the others."""
+    known = rate[others & (rate > 0)]
+    if not len(known):
+        return np.zeros(len(rate), bool)
+    return (rate > known.max() * RATES_APART) | (rate < known.min() / RATES_APART)
 
 
 def _hotter(rate: np.ndarray, loss: np.ndarray, cell: np.ndarray) -> np.ndarray:

@@ -396,3 +396,22 @@ def test_an_n_of_all_experts_is_seen_from_the_shape() -> None:
         counted["params_active_non_embedding"]
     }
     assert found.rows["excluded"].isna().all()
+
+
+def test_the_few_tuned_runs_among_untuned_ones_count() -> None:
+    """All others, at a thirtieth of their learning rate, make a trend that is too high."""
+    rng = np.random.default_rng(0)
+    size = np.repeat([2e7, 6e7, 2e8], 25)
+    tuned = np.arange(75) % 25 == 24
+    loss = (1.8 + 482 / size**0.348 + 2085 / 2e9**0.366) * np.where(tuned, 1, 1.15)
+    loss *= np.exp(0.001 * rng.standard_normal(75))
+    rate = 1e-3 * (size / 2e8) ** -0.3 * np.where(tuned, 1, rng.uniform(1 / 40, 1 / 30, 75))
+    frame = table(75, n_params=size, val_loss=loss, lr=rate)
+    found = read(frame)
+    assert found.rows["excluded"].isna().all()
+    (note,) = (n for n in found.notes if n.startswith("suspects"))
+    assert "3 rows far below" in note
+    assert "at learning rates far from the others', still counted" in note
+    assert "line 26 (loss" in note
+    frame["lr"] = rate * np.where(tuned, 1 / 30, 1)
+    assert read(frame).rows["excluded"].notna().tolist() == tuned.tolist()
