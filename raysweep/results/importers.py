@@ -196,11 +196,15 @@ def read_rows(
     bear our names, those of our recipes' keys (optimizer, schedule, weight_decay, ...) or common
     ones (`mapping.COMMON_NAMES`) need no mapping; "recipe.NAME" keeps any other of the recipe's.
     Each of `needed` must come from one of these, or N from the shape and D from steps and batch;
-    batches in tokens and sequences complete each other through `sequence_length`. Rows whose
-    numbers cannot be in the units of their columns are excluded, and a table of such rows is
-    refused; so are rows far below the trend of the others. Without `status` rows count as finished;
-    without `experts` as dense; without `architecture` each routing is one, such as moe-e8k2. Rows
-    flagged in a column `outlier` stay, excluded, with the `reason`, if any.
+    batches in tokens and sequences complete each other through `sequence_length`, and those of one
+    pass are multiplied by the passes that a step accumulates. Counts that are told go before those
+    of the shape.
+
+    Rows whose numbers cannot be in the units of their columns are excluded, and a table of such
+    rows is refused; so are rows far below the trend of the others. Runs of infinite loss diverged.
+    Without `status` rows count as finished; without `experts` as dense; without `architecture` each
+    routing is one, such as moe-e8k2. Rows flagged in a column `outlier` stay, excluded, with the
+    `reason`, if any.
 
     UserError names a column of ours or of the table that does not exist, and what is near it.
     """

@@ -159,10 +159,13 @@ def map_columns(
     keys, then what `COMMON_NAMES` guess. Numbers are read as people write them (7B, 1.4T).
 
     Raises:
-        UserError: a column of ours or of the table that does not exist, and what is near it; or a
-            column of `FITTED`, or one that is told, that mostly holds no numbers, as it must, with
-            the first such line.
+        UserError: a column of ours or of the table that does not exist, and what is near it; one
+            that the table has twice; or a column of `FITTED`, or one that is told, that mostly
+            holds no numbers, as it must, with the first such line.
     """
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise UserError(f"{where} has the column {twice!r} twice: rename or drop one")
     rows: dict[str, pd.Series] = {}
     recipe: dict[str, pd.Series] = {}
     sources: dict[str, str] = {}

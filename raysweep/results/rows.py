@@ -84,8 +84,9 @@ def finish(
     infinite loss diverged."""
     frame = pd.DataFrame(dict(rows), index=table.index).reindex(columns=list(COLUMNS))
     for name in _TEXT:
-        frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
-        frame[name] = frame[name].map(_text, na_action="ignore")
+        said = zip(frame[name], frame[name].notna(), strict=True)
+        texts = [_text(value) if known else None for value, known in said]
+        frame[name] = pd.Series(texts, frame.index, dtype=object)
     for name in NUMERIC:
         frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
     frame["experts"] = frame["experts"].fillna(1.0)

@@ -215,6 +215,12 @@ def test_conditions_read_columns_and_recipes() -> None:
     assert list(rows_where(rows, "optimizer == 'adamw'").columns) == list(rows.columns)
 
 
+def test_a_column_that_is_there_twice_is_refused() -> None:
+    frame = pd.concat([table(), table()[["lr"]]], axis=1)
+    with pytest.raises(UserError, match="has the column 'lr' twice: rename or drop one"):
+        read(frame)
+
+
 NANOGPT = {
     "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 1024, "batch_size": 12,
     "gradient_accumulation_steps": 40, "max_iters": 2000,
