@@ -313,9 +313,11 @@ def _accumulate(
     """
     name = next((n for n in ("batch_sequences", "batch_tokens") if n in guessed), "")
     theirs, passes = guessed.get(name, ""), rows.get("accumulation")
-    if last_part(theirs) not in OF_ONE_PASS or passes is None or not (passes > 1).any():
+    if last_part(theirs) not in OF_ONE_PASS or passes is None:
         return []
-    several = passes > 1
+    several = (passes > 1) & np.isfinite(passes)
+    if not several.any():
+        return []
     passes, batch = passes[several], rows[name][several]
     for column in table:
         if re.search("micro.*batch|batch.*micro|per_(device|gpu).*batch", plain(str(column))):

@@ -241,7 +241,7 @@ def test_accumulated_batches_are_whole() -> None:
     told = read(pd.DataFrame(NANOGPT), batch_sequences="batch_size")
     assert set(told.rows["batch_tokens"]) == {12 * 1024}
     assert not [n for n in told.notes if "gradient_accumulation_steps" in n]
-    some = pd.DataFrame({**NANOGPT, "gradient_accumulation_steps": [40, 1, np.nan, 40, 1, 20]})
+    some = pd.DataFrame({**NANOGPT, "gradient_accumulation_steps": [40, 1, np.nan, 40, np.inf, 20]})
     assert list(read(some).rows["batch_sequences"]) == [480, 12, 12, 480, 12, 240]
     zeros = pd.DataFrame({**NANOGPT, "batch_size": [0, -1, 12, 12, 12, 12], "num_tokens": 0})
     assert read(zeros).rows["excluded"].notna().all()
