@@ -194,10 +194,10 @@ class Score:
                 "out (--where) to see how far to trust it"
             )
         wide = max(len(g.group) for g in (self.overall, *self.groups))
-        head = (
-            f"{'':<{wide}}  {'runs':>5}  {'MAE':>7}  {'bias':>8}  {'rank corr.':>10}  inside 95 %"
+        lines.append(
+            f"{'':<{wide}}  {'runs':>5}  {'MAE':>7}  {'median':>7}  {'bias':>8}  "
+            f"{'rank corr.':>10}  inside 95 %"
         )
-        lines.append(head)
         for g in (*self.groups, self.overall):
             rank = f"{g.rank_correlation:.3f}" if math.isfinite(g.rank_correlation) else "-"
             lines.append(

@@ -49,6 +49,23 @@ def test_runs_held_out_are_predicted(fits: Fits, rows: pd.DataFrame) -> None:
     assert json.loads(json.dumps(score.to_dict()))["overall"]["n"] == score.overall.n
 
 
+def test_each_column_of_a_score_stands_under_its_name(fits: Fits, rows: pd.DataFrame) -> None:
+    score = fits.score(rows[rows["params_active_non_embedding"] > 4e8])
+    head, *lines = str(score).splitlines()[-4:]
+    of = max(len(g.group) for g in score.groups)
+    for line, one in zip(lines, (*score.groups, score.overall), strict=True):
+        told = {
+            "runs": f"{one.n}",
+            "MAE": f"{one.mae:.4f}",
+            "median": f"{one.median:.4f}",
+            "bias": f"{one.bias:+.4f}",
+            "rank corr.": f"{one.rank_correlation:.3f}",
+        }
+        for name, value in told.items():  # to the right, under the name
+            end = head.index(name, of) + len(name)
+            assert line[:end].split("  ")[-1].strip() == value
+
+
 def test_a_score_on_fitted_rows_says_so(fits: Fits, rows: pd.DataFrame) -> None:
     score = fits.score(rows)
     assert score.fitted > score.overall.n / 2
