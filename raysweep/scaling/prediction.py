@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.results.rows import routing
 from raysweep.scaling.cells import cell_table, group_values
 from raysweep.scaling.plain import to_json
 from raysweep.text import short, written
@@ -25,15 +26,18 @@ NEEDED = (N, "tokens")
 SAME_SIZE = 0.005
 """Configurations whose ln N and ln D agree so well are answered for as one run."""
 FEWEST_RANKED = 3
+UNKNOWN = "\x00"
+"""Of a run whose set of data is not among the fitted."""
 
 
 def predict_runs(fits: Fits, runs: pd.DataFrame) -> pd.DataFrame:
     """The expected final loss of each run, in the order of `runs`.
 
-    `runs` has the schema's columns. Returned are `architecture`, `group`, `params`, `tokens`,
-    `learning_rate`, `batch_tokens`, `loss` with its 95 % interval `low` and `high`, `cost` (the
-    share by which it lies above the loss at the optimum), and `why`, empty where there is a loss.
-    A run that tells neither learning rate nor batch is taken at its optimum.
+    `runs` has the schema's columns. Returned are `architecture` (the fitted one that answers),
+    `group`, `params`, `tokens`, `learning_rate`, `batch_tokens`, `loss` with its 95 % interval
+    `low` and `high`, `cost` (the share by which it lies above the loss at the optimum), and `why`,
+    empty where there is a loss. A run that tells neither learning rate nor batch is taken at its
+    optimum.
     """
     runs = runs.reset_index(drop=True)
     frame = pd.DataFrame(
@@ -56,11 +60,13 @@ def predict_runs(fits: Fits, runs: pd.DataFrame) -> pd.DataFrame:
     sized = frame[(frame["params"] > 0) & (frame["tokens"] > 0)]
     size = np.log(sized[["params", "tokens"]].to_numpy(float)) / SAME_SIZE
     at = [pd.Series(column.round(), index=sized.index) for column in size.T]
-    keys = [frame["architecture"], frame["group"], experts, top_k, *at]
+    dataset = _data_of(fits, runs)
+    keys = [frame["architecture"], dataset, frame["group"], experts, top_k, *at]
     for _, part in sized.groupby([k[sized.index] for k in keys], sort=False):
         first = part.index[0]
+        routed = int(experts[first]), int(top_k[first])
         try:
-            found = _one_size(fits, part, int(experts[first]), int(top_k[first]))
+            found = _one_size(fits, part, str(dataset[first]), *routed)
         except UserError as error:
             frame.loc[part.index, "why"] = str(error)
             continue
@@ -103,17 +109,62 @@ def predict_around(
         )
 
 
-def _one_size(fits: Fits, part: pd.DataFrame, experts: int, top_k: int) -> pd.DataFrame:
+def _data_of(fits: Fits, runs: pd.DataFrame) -> pd.Series:
+    """The set of data of each run, as `evidence` names it: that of its data's hash, or else of its
+    study; UNKNOWN where the fits know neither, or have them in several sets."""
+    trials = fits.table.trials
+    found = [UNKNOWN] * len(runs)
+    for column in ("study", "data_hash"):
+        sets = trials["dataset"].groupby(_text(trials, column)).unique()
+        known = {of: each[0] for of, each in sets.items() if of and len(each) == 1}
+        found = [known.get(of, f) for of, f in zip(_text(runs, column), found, strict=True)]
+    return pd.Series(found, index=runs.index, dtype=object)
+
+
+def _answering(fits: Fits, name: str, dataset: str, routed: tuple[int, int]) -> tuple[str, bool]:
+    """The fitted architecture that answers for a run, and whether it is the one that it names.
+
+    Names are told apart by their data (`dense (web)`), and compared without case. A run that names
+    no fitted one is answered for by the only one of its kind and data.
+
+    Raises:
+        UserError: there is none, or several might be meant.
+    """
+    known = fits.architectures if dataset == UNKNOWN else fits.evidence[dataset].architectures
+    wanted = name.casefold(), f"{name} ({dataset})".casefold()
+    alike = [n for n in known if n.casefold() in wanted]
+    if name in known or len(alike) == 1:
+        return (name if name in known else alike[0]), True
+    experts, top_k = routed
+    many = experts > 1
+    if many:
+        fits.asked(experts)  # says so where there is no MoE
+    own = [n for n in known if (fits.kind(n) == "moe") == many] or ([] if many else known)
+    cells = {n: fits.cells_of(n) for n in own}
+    alike = [n for n, c in cells.items() if (c["experts"].eq(experts) & c["top_k"].eq(top_k)).any()]
+    own = alike or own
+    # Where names say the routing only, another number of experts is asked of any of them.
+    by_routing = set(own) <= set(routing(fits.cells["experts"], fits.cells["top_k"]))
+    if name in fits.architectures or not own or (len(own) > 1 and not by_routing):
+        to = "" if dataset in (UNKNOWN, "") else f" to {dataset}"
+        listed = ", ".join(known)
+        raise UserError(f"architecture {name!r} is not among those fitted{to}: {listed}")
+    return own[0], False
+
+
+def _one_size(
+    fits: Fits, part: pd.DataFrame, dataset: str, experts: int, top_k: int
+) -> pd.DataFrame:
     """Columns of `predict_runs` for runs of one size."""
     params, tokens = (float(np.exp(np.log(part[n]).mean())) for n in ("params", "tokens"))
     name, group = str(part["architecture"].iloc[0]), str(part["group"].iloc[0])
-    known = name if name in fits.architectures else None
+    known, named = _answering(fits, name, dataset, (experts, top_k))
     # A table that names a MoE need not repeat its routing.
-    told = experts > 1 or known is None or fits.kind(known) == "dense"
-    routing = {"experts": experts, "top_k": top_k} if told else {}
-    best = fits.recommend(known, params, tokens, **routing, group=group or None)
-    evidence = fits.evidence_of(best.architecture)
-    made = pd.DataFrame(index=part.index)
+    told = experts > 1 or not named or fits.kind(known) == "dense"
+    routed = {"experts": experts, "top_k": top_k} if told else {}
+    best = fits.recommend(known, params, tokens, **routed, group=group or None)
+    evidence = fits.evidence_of(known)
+    made = pd.DataFrame({"architecture": known}, index=part.index)
     made["loss"], (made["low"], made["high"]) = best.loss, best.loss_interval
     made["cost"], made["why"] = math.nan, ""
     rate, batch = part["learning_rate"], part["batch_tokens"]
@@ -216,6 +267,9 @@ def score_runs(fits: Fits, runs: pd.DataFrame) -> Score:
     """
     table = cell_table(runs, group=fits.group)
     counted = table.trials
+    # As the runs name it, not told apart among themselves.
+    named = runs["architecture"].reset_index(drop=True)
+    counted = counted.assign(architecture=named[counted.index])
     found = predict_runs(fits, counted).assign(known=counted["loss"].to_numpy(float))
     skipped = pd.concat([table.left_out["why"], found["why"][found["why"] != ""]]).value_counts()
     done = found[found["why"] == ""].drop(columns="why")

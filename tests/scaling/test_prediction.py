@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,57 @@ def test_from_files_at_the_command_line(log: PlantedLog, tmp_path: Path) -> None
     muon = ("--where", "optimizer == 'muon'")
     said = run("recommend", folder, "--params", "1B", "--tokens", "20B", *muon)
     assert said.startswith("only rows where optimizer == 'muon': ")
+
+
+def _several(make: Callable[..., pd.DataFrame], column: str, **factors: float) -> pd.DataFrame:
+    """Runs of one planted law under several names in a column, the loss times a factor of each."""
+    parts = []
+    for k, (name, factor) in enumerate(factors.items()):
+        rows = make(scales=(1e7, 3e7), tokens_per_param=(20, 60), per_cell=8, seed=k)
+        parts.append(rows.assign(**{column: name}, loss=factor * rows["loss"], cell=None))
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.assign(trial_key=[f"{i}" for i in range(len(rows))], data_hash=None)
+
+
+def test_each_set_of_data_is_predicted_from_its_own(
+    planted_study: Callable[..., pd.DataFrame],
+) -> None:
+    rows = _several(planted_study, "study", a=1.0, b=0.75)
+    held = rows.index % 4 == 0
+    fits = fit(rows[~held])
+    assert fits.architectures == ["dense (a)", "dense (b)"]
+    score = fits.score(rows[held])
+    assert set(score.runs["architecture"]) == {"dense (a)", "dense (b)"}
+    assert score.overall.n == held.sum()
+    assert score.overall.mae < 0.03
+    alone = fits.score(rows[held & (rows["study"] == "b")])
+    assert set(alone.runs["architecture"]) == {"dense (b)"}
+    assert alone.overall.mae < 0.03
+    found = fits.predict_runs(rows[held].assign(study="c"))
+    assert set(found["why"]) == {
+        "architecture 'dense' is not among those fitted: dense (a), dense (b)"
+    }
+    assert found["loss"].isna().all()
+    with pytest.raises(UserError, match="no run can be scored: architecture 'dense' is not among"):
+        fits.score(rows[held].assign(study="c"))
+
+
+def test_an_unknown_architecture_is_not_answered_for_by_another(
+    planted_study: Callable[..., pd.DataFrame],
+) -> None:
+    rows = _several(planted_study, "architecture", llama=1.0, mamba=1.1)
+    fits = fit(rows)
+    new = rows[rows["architecture"] == "mamba"][:3].assign(architecture=["Mamba", "mamba", "rwkv"])
+    found = fits.predict_runs(new)
+    assert list(found["architecture"]) == ["mamba", "mamba", "rwkv"]
+    for k in range(2):
+        asked = new[["learning_rate", "batch_tokens", "params_active_non_embedding", "tokens"]]
+        one = fits.predict(*asked.iloc[k], architecture="mamba")
+        assert found["loss"][k] == pytest.approx(one["loss"][0])
+    assert list(found["why"]) == [
+        "",
+        "",
+        "architecture 'rwkv' is not among those fitted: llama, mamba",
+    ]
+    alone = fit(rows[rows["architecture"] == "llama"]).predict_runs(new)
+    assert set(alone["architecture"]) == {"llama"}  # the only dense one
