@@ -83,6 +83,8 @@ def _status(fits: Fits, name: str) -> Mark:
         return Mark("no trial tells its learning rate and batch")
     if surface.batch_rule is not None:
         return Mark(f"{surface.status}; at the batch that was run", False)
+    if not surface.varied[0]:
+        return Mark(f"{surface.status}; no learning rate was varied", False)
     return Mark(surface.status, surface.status == "converged")
 
 

@@ -72,6 +72,8 @@ def _laws(fits: Fits, label: str) -> list[str]:
         lines.append(
             "  warning: no cell varied its batch: the learning rate is that at the batch run"
         )
+    if not surface.varied[0]:
+        lines.append("  warning: no cell varied its learning rate: it follows published laws")
     n, d = (written(float(v), "params") for v in laws.centre_sizes)
     scales = {"params": f"(N/{n})", "tokens": f"(D/{d})", "sparsity": "(total/active)"}
     names = [name for name in EXPONENTS if name != "sparsity" or surface.sparse]

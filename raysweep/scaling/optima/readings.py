@@ -12,6 +12,7 @@ from raysweep.scaling.cells import CellTrials
 from raysweep.scaling.optima.surface import Surface
 
 INTERIOR, FLAT, TOO_FEW = "interior", "flat", "too few trials"
+ONE_RATE = "one learning rate"
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,8 @@ class Optimum:
     """Where one cell's loss is least.
 
     `covariance` [2, 2] is that of (ln learning_rate, ln batch_tokens), NaN where the trials do not
-    identify it. `status` is `interior`, `flat`, `too few trials`, or `edge: ` with the sides, as in
+    identify it. `status` is `interior`, `flat`, `too few trials`, `one learning rate` (where that
+    was not varied, while the batch was), or `edge: ` with the sides, as in
     `edge: learning_rate high, batch low`. Batch in tokens, loss in nats a token.
     """
 
@@ -91,7 +93,7 @@ def optimum_at(
     log_loss_sd: float,
     unclipped: np.ndarray | None = None,
 ) -> Optimum:
-    """An optimum with its status: flat before edge before interior."""
+    """An optimum with its status: flat before edge before one rate before interior."""
     low, high = searched_range(trials)
     edge = edges_met(where if unclipped is None else unclipped, low, high)
     width = high - low
@@ -100,7 +102,7 @@ def optimum_at(
     sd = np.sqrt(np.diag(covariance))
     blind = bool((sd[searched] > width[searched] / 2).all()) if searched.any() else True
     same = float(np.ptp(np.log(trials.loss))) < 1e-9
-    status = FLAT if same or blind else edge or INTERIOR
+    status = FLAT if same or blind else edge or (INTERIOR if searched[0] else ONE_RATE)
     for k, name in enumerate(("learning_rate", "batch")):
         if not searched[k] or status == FLAT or f"{name} low" in status or f"{name} high" in status:
             covariance[k, :] = covariance[:, k] = np.nan
@@ -184,7 +186,7 @@ def mean_within(trials: CellTrials, tolerance: float = 0.0025) -> Optimum:
     )
     # A mean lies inside; the best trial tells whether the grid ended too early.
     edge = edges_met(point[log_loss.argmin()], *searched_range(trials))
-    return replace(optimum, status=edge or INTERIOR) if optimum.status != FLAT else optimum
+    return replace(optimum, status=edge) if edge and optimum.status != FLAT else optimum
 
 
 def quadratic(trials: CellTrials) -> Optimum:

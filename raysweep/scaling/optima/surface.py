@@ -189,6 +189,17 @@ class Surface:
         """[cells], finished and diverged trials of each."""
         return np.bincount(self.observed.cell, minlength=len(self.cells))
 
+    @cached_property
+    def varied(self) -> tuple[bool, bool]:
+        """Whether learning rate, and batch, were varied at all: other than as a power law of size,
+        within cells or over them."""
+        x = self.problem.rows[:, :LINEAR]
+        if len(x) <= 1:
+            return False, False
+        rule, *_ = np.linalg.lstsq(x, self.observed.point, rcond=None)
+        rate, batch = np.ptp(self.observed.point - x @ rule, axis=0) > _VARIED
+        return bool(rate), bool(batch)
+
     @property
     def status(self) -> str:
         """`prior` without data, else `converged` or `not converged`."""
