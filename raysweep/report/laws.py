@@ -161,7 +161,8 @@ def _cell_points(
     y = own[quantity].to_numpy(float)
     if quantity == "loss":
         half = 1.96 * (own["loss_se"] / own["loss"]).to_numpy(float)
-        full = (own["loss_from"] != "trials").to_numpy() | (own["n_searched"] == 0).to_numpy()
+        reached = ~own["loss_from"].isin(["trials", "edge"])
+        full = reached.to_numpy() | (own["n_searched"] == 0).to_numpy()
     else:
         k = TARGETS.index(quantity)
         half = np.array([1.96 * fits.optima["model"][str(c)].covariance[k, k] ** 0.5

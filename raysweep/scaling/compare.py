@@ -342,10 +342,7 @@ def _centred(
     if optimum is not None:
         optima = optima - np.median(optima, axis=0) + optimum.mean
     noise = rng.standard_normal(len(level))
-    if run.name in evidence.cells.index and evidence.surface is not None:
-        if not math.isfinite(evidence.cells["loss_se"].to_dict()[run.name]):
-            level = level + evidence.surface.mode.widths.noise * noise
-    elif loss.has_interval and not np.isfinite(level).all():  # another architecture's law told it
+    if loss.has_interval and not np.isfinite(level).all():  # another architecture's law told it
         level = math.log(loss.high / loss.low) / 3.92 * noise
     return optima, level - np.median(level) + math.log(loss.value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,13 +28,23 @@ WITHIN, AT_LEAST = 0.05, 12
 """The surface is fitted to the trials within this share of their cell's best loss, but to at least
 so many a cell: far up its walls a valley tells little of its bottom."""
 
+BOTH_SIDES = 0.1
+"""An optimum is enclosed if at least this share of the runs lies on either side of it."""
+
+ONE_SD = 0.84
+"""The quantile one sd above the median."""
+
+REACH = float(stdtrit(10, 0.975))
+"""Half of a 95 % interval of a measured loss, in its standard errors."""
+
 PAIRED = 0.05
 """Cells of two architectures whose ln N and ln D differ by less than this are a pair."""
 
 
 @dataclass(frozen=True)
 class LossAnswer:
-    """The expected loss of a run, and what told it: a law's name, `cell`, or `pairs`."""
+    """The expected loss of a run, and what told it: a law's name, `cell` (`edge` where its trials
+    do not reach the optimum), or `pairs`."""
 
     loss: Estimate
     told_by: str
@@ -46,10 +56,11 @@ class LossAnswer:
 class Evidence:
     """All that is fitted to one set of data.
 
-    `cells` has one row a cell (index its name), smallest compute first, with `loss`: the loss at
-    the optimum where the trials enclose it, else the best one. `surface` is None where no trial
-    tells its learning rate and batch. `shared_loss` is the law of the loss over all architectures,
-    `own_loss` those of single ones where the shared one is not determined.
+    `cells` has one row a cell (index its name), smallest compute first, with `loss` and `loss_se`,
+    those of the loss at the optimum (see `_with_losses`), and `loss_unseen`, the part of `loss_se`
+    that is common to the cells of an arm whose trials do not reach their optimum. `surface` is None
+    where no trial tells its learning rate and batch. `shared_loss` is the law of the loss over all
+    architectures, `own_loss` those of single ones where the shared one is not determined.
     """
 
     dataset: str
@@ -71,10 +82,32 @@ class Evidence:
 
     @cached_property
     def losses(self) -> dict[str, tuple[float, float]]:
-        """The loss of each cell that has one, and its standard error (0 where not known)."""
-        columns = self.cells[["loss", "loss_se"]].to_numpy(float)
-        pairs = zip(self.cells.index, columns, strict=True)
-        return {str(n): (float(v), float(np.nan_to_num(e))) for n, (v, e) in pairs if v > 0}
+        """The loss of each cell that has one, and its standard error: where repeats do not tell it,
+        what one run departs from another (NaN where nothing tells that)."""
+        found = {}
+        for name, row in self.cells[self.cells["loss"] > 0].iterrows():
+            loss, se = float(row["loss"]), float(row["loss_se"])
+            known = math.isfinite(se)
+            found[str(name)] = loss, se if known else loss * self.noise(row["architecture"])
+        return found
+
+    def noise(self, architecture: str) -> float:
+        """The sd of ln loss from run to run; NaN where neither a surface nor a law tells it."""
+        if self.surface is not None:
+            return self.surface.mode.widths.noise
+        posterior = self.loss_model(architecture).posterior
+        return math.nan if posterior is None else posterior.noise_sd
+
+    def unseen(self, architecture: str, run: RunSize) -> float:
+        """The sd of ln loss at a run's optimum because trials do not reach it (see `_with_losses`);
+        0 where they enclose it."""
+        if run.name in self.losses:
+            return float(self.cells["loss_unseen"].to_dict()[run.name])
+        return self.loss_model(architecture).unseen
+
+    def enclosed(self, cell: str) -> bool:
+        """Whether trials of a cell, which must be measured, lie on all sides of its optimum."""
+        return self.cells["loss_from"].to_dict()[cell] == "optimum"
 
     def optimum(self, run: RunSize) -> OptimumPosterior | None:
         """The posterior of a run's optimum; None where no trial tells its rate and batch."""
@@ -100,7 +133,8 @@ class Evidence:
         found = []
         for run, ends in zip(runs, predicted, strict=True):
             if run.name in self.losses:
-                found.append(LossAnswer(self._measured(run.name), "cell"))
+                told_by = "edge" if self.unseen(architecture, run) else "cell"
+                found.append(LossAnswer(self._measured(architecture, run.name), told_by))
             elif model.law is not None and math.isfinite(ends[0]):
                 factor = math.exp(self.group_offset(run.group))
                 loss = Estimate(*(factor * ends).tolist())
@@ -139,8 +173,19 @@ class Evidence:
             losses[:, i] += self.group_offset(run.group)
             if run.name in self.losses:
                 loss, se = self.losses[run.name]
-                losses[:, i] = math.log(loss) + se / loss * rng.standard_normal(DRAWS)
+                unseen = self.unseen(architecture, run)
+                own = math.sqrt(max((se / loss) ** 2 - unseen**2, 0.0)) if se == se else se
+                losses[:, i] = math.log(loss) + own * rng.standard_normal(DRAWS)
+                losses[:, i] += unseen * self._common(architecture, run.group)
         return optima, losses
+
+    def _common(self, architecture: str, group: str) -> np.ndarray:
+        """Normal draws [draws], the same for all cells of an arm: where trials stop short of the
+        optimum, the surface errs alike in all of them."""
+        arms = self.cells[["architecture", "group"]].drop_duplicates()
+        arms = list(arms.itertuples(index=False, name=None))
+        arm = arms.index((architecture, group)) if (architecture, group) in arms else len(arms)
+        return np.random.default_rng([1, arm]).standard_normal(DRAWS)
 
     def pairs(self, one: str, two: str) -> list[tuple[str, str]]:
         """Cells of two architectures with a loss whose active N and D agree."""
@@ -156,11 +201,10 @@ class Evidence:
                 found.append((str(known.index[i]), str(known.index[j])))
         return found
 
-    def _measured(self, cell: str) -> Estimate:
+    def _measured(self, architecture: str, cell: str) -> Estimate:
         """A new run at a cell's optimum: its level, and what one run departs from another."""
-        noise = self.surface.mode.widths.noise if self.surface is not None else 0.0
         loss, se = self.losses[cell]
-        half = float(stdtrit(10, 0.975)) * math.hypot(noise, se / loss)
+        half = REACH * math.hypot(self.noise(architecture), se / loss)
         return Estimate(loss, loss * math.exp(-half), loss * math.exp(half))
 
     def _by_pairs(self, architecture: str, run: RunSize) -> LossAnswer | None:
@@ -202,18 +246,32 @@ def gather(
     """
     surface = surface_of(trials, prior) if trials else None
     cells = _with_losses(cells, surface, {t.name: t for t in trials})
-    data = cells
+    data, noise = cells, 0.0
     if surface is not None:
         offset = cells["group"].map(surface.group_offset).astype(float)
         data = cells.assign(loss=cells["loss"] * np.exp(-offset))
-    shared = choose_loss(LossData.from_cells(data), loss_laws)
+        noise = surface.mode.widths.noise
+    shared = _law_of(data, noise, loss_laws)
     names = list(dict.fromkeys(cells["architecture"]))
     own = {}
     if not shared.ok and len(names) > 1:
         for name in names:
-            part = data[data["architecture"] == name]
-            own[name] = choose_loss(LossData.from_cells(part), loss_laws)
+            own[name] = _law_of(data[data["architecture"] == name], noise, loss_laws)
     return Evidence(dataset, cells, surface, shared, own)
+
+
+def _law_of(cells: pd.DataFrame, noise: float, loss_laws: Sequence[str] | None) -> LossModel:
+    """The law of the loss through cells. What their trials leave unseen is common to them as far as
+    they share it, by weight; the rest adds to each one's error."""
+    unseen = cells["loss_unseen"].to_numpy(float)
+    variance = (cells["loss_se"] / cells["loss"]).to_numpy(float) ** 2
+    common = 0.0
+    if unseen.any():
+        weight = np.nan_to_num(1 / (variance + noise**2))
+        common = float((weight * unseen).sum() / weight.sum())
+        variance = np.maximum(variance - unseen**2, 0.0) + (unseen - common) ** 2
+        cells = cells.assign(loss_se=cells["loss"] * np.sqrt(variance))
+    return replace(choose_loss(LossData.from_cells(cells), loss_laws), unseen=common)
 
 
 def surface_of(trials: Sequence[CellTrials], prior: OptimumPrior) -> Surface:
@@ -240,21 +298,52 @@ def _near_bottom(trials: CellTrials) -> np.ndarray:
 def _with_losses(
     cells: pd.DataFrame, surface: Surface | None, trials: Mapping[str, CellTrials]
 ) -> pd.DataFrame:
-    """The cell table with `loss`, `loss_se` and `loss_from`: what stands for each cell."""
-    loss, se, told = [], [], []
+    """The cell table with `loss`, `loss_se` and `loss_unseen` of the optimum, and `loss_from`:
+
+    - `optimum`: the surface's, where the cell's trials enclose it;
+    - `surface`: the surface's, where those of all cells like it do, each seen from its cell's
+      optimum: runs of ragged tokens have a cell each;
+    - `edge`: half way, in logs, between the best run's and the surface's, with half of the distance
+      as `loss_unseen`: there the surface only guesses how far the valley falls beyond the trials.
+      Where no learning rate was varied it is the published laws that guess, with all their width;
+    - `trials`: of the best setting, where there is no surface; `none`: no loss.
+    """
+    loss, se, unseen, told = [], [], [], []
+    around = {} if surface is None else _enclosed(surface)
     for name, row in cells.iterrows():
         value, error, by = float(row["loss_mean"]), float(row["loss_se"]), "trials"
+        shift = hidden = 0.0
         if surface is not None and name in trials:
             posterior = surface.optimum(str(name))
             if _encloses(trials[str(name)], posterior, surface.batch_rule is not None):
-                value, by = posterior.loss, "optimum"
-                error = posterior.loss * posterior.log_loss_sd
+                by = "optimum"
+            elif around[str(name)]:
+                by = "surface"
+            else:
+                by = "edge"
+                shift = max(math.log(value) - posterior.log_loss, 0.0) / 2
+                hidden = math.hypot(shift, _below(surface, trials[str(name)]))
+            value = posterior.loss * math.exp(shift)
+            error = value * math.hypot(posterior.log_loss_sd, hidden)
         if not math.isfinite(value):
             by = "none"
         loss.append(value)
         se.append(error)
+        unseen.append(hidden)
         told.append(by)
-    return cells.assign(loss=loss, loss_se=se, loss_from=told)
+    return cells.assign(loss=loss, loss_se=se, loss_unseen=unseen, loss_from=told)
+
+
+def _below(surface: Surface, trials: CellTrials) -> float:
+    """By how much, as an sd of ln loss, the optimum may lie below the best of trials that never
+    varied their learning rate, 0 where they did: such that the interval reaches a drop of one sd.
+    (The drop is skewed: its 97.5 % quantile rests on walls that no trial has seen.)"""
+    if surface.varied[0]:
+        return 0.0
+    best = int(trials.loss.argmin())
+    point = np.log([[trials.learning_rate[best], trials.batch_tokens[best]]])
+    gaps = surface.sample_cell(trials.name, point, DRAWS, np.random.default_rng(0)).gaps
+    return float(np.quantile(gaps, ONE_SD)) / 2
 
 
 def _encloses(trials: CellTrials, optimum: OptimumPosterior, one_batch: bool) -> bool:
@@ -265,6 +354,22 @@ def _encloses(trials: CellTrials, optimum: OptimumPosterior, one_batch: bool) ->
     if one_batch:
         return bool(inside)
     return bool(inside and batch.min() <= optimum.mean[1] <= batch.max())
+
+
+def _enclosed(surface: Surface) -> dict[str, bool]:
+    """By cell, whether the runs of all cells of its routing and group lie on all sides of the
+    optimum, each seen from that of its own cell."""
+    axes = slice(1) if surface.batch_rule is not None else slice(2)
+    varied = all(surface.varied[axes])
+    optima = np.array([surface.optimum(cell).mean for cell in surface.cells])
+    off = (surface.observed.point - optima[surface.observed.cell])[:, axes]
+    kinds = [(cell.experts, cell.top_k, cell.group) for cell in surface.cells]
+    found = {}
+    for kind in dict.fromkeys(kinds):
+        own = off[[kinds[c] == kind for c in surface.observed.cell]]
+        share = np.minimum((own < 0).mean(0), (own > 0).mean(0)) if len(own) else np.zeros(1)
+        found[kind] = varied and bool((share >= BOTH_SIDES).all())
+    return {cell.name: found[kind] for cell, kind in zip(surface.cells, kinds, strict=True)}
 
 
 def interior_share(optima: Mapping[str, Optimum]) -> tuple[int, int]:

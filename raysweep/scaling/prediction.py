@@ -13,6 +13,8 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.results.rows import routing
 from raysweep.scaling.cells import cell_table, group_values
+from raysweep.scaling.evidence import REACH
+from raysweep.scaling.loss.model import NORMAL
 from raysweep.scaling.plain import to_json
 from raysweep.text import short, written
 
@@ -25,6 +27,8 @@ N = "params_active_non_embedding"
 NEEDED = (N, "tokens")
 SAME_SIZE = 0.005
 """Configurations whose ln N and ln D agree so well are answered for as one run."""
+SAME_BATCH = math.log(1.5)
+"""Where no cell varied its batch, runs within this of it, in ln, are still told."""
 FEWEST_RANKED = 3
 UNKNOWN = "\x00"
 """Of a run whose set of data is not among the fitted."""
@@ -82,7 +86,8 @@ def predict_around(
 ) -> pd.DataFrame:
     """The loss of a recommended run at other learning rates and batches (tokens), arrays that
     broadcast: `learning_rate`, `batch_tokens`, `loss`, the ends `low` and `high` of its 95 %
-    interval, and `cost`, the share by which it lies above the loss at the optimum.
+    interval, and `cost`, the share by which it lies above the loss at the optimum. They are NaN
+    where no cell varied its batch and another one is asked.
 
     Raises:
         UserError: no trial tells its learning rate and batch.
@@ -90,23 +95,44 @@ def predict_around(
     if evidence.surface is None:
         raise UserError("no trial tells its learning rate and batch: only the loss of cells")
     rate, batch = np.broadcast_arrays(rate, batch)
-    gap, least, most = evidence.gap(best.run, rate, batch)
-    noise = 1.96 * evidence.surface.mode.widths.growth * gap  # of one run, beside the optimum's
+    surface, run = evidence.surface, best.run
+    unseen = evidence.unseen(best.architecture, run)
     base = np.log(np.array([best.loss, *best.loss_interval]))
-    own = base[0] - base[1], base[2] - base[0]
-    down = np.sqrt(own[0] ** 2 + (gap - least) ** 2 + noise**2)
-    up = np.sqrt(own[1] ** 2 + (most - gap) ** 2 + noise**2)
+    if run.name in evidence.losses and not evidence.enclosed(run.name):
+        # Level and gap err against each other: near the trials their sum is known best.
+        expected, se = surface.predict(run, rate, batch)
+        level = surface.optimum(run).log_loss
+        gap, shift = np.log(expected) - level, max(base[0] - level, 0.0)
+        sd = np.sqrt((se / expected) ** 2 + surface.noise_variance(gap))
+        down = up = REACH * np.hypot(sd, unseen * _hidden(shift, gap))
+    else:
+        (gap, least, most), shift = evidence.gap(run, rate, batch), unseen
+        noise = NORMAL * surface.mode.widths.growth * gap  # of one run, beside the optimum's
+        common = (NORMAL * unseen) ** 2 * (1 - _hidden(shift, gap) ** 2)
+        own = (base[0] - base[1]) ** 2 - common, (base[2] - base[0]) ** 2 - common
+        down = np.sqrt(own[0] + (gap - least) ** 2 + noise**2)
+        up = np.sqrt(own[1] + (most - gap) ** 2 + noise**2)
+    cost = gap - shift * (1 - _hidden(shift, gap))
+    if surface.batch_rule is not None:
+        cost = np.where(abs(np.log(batch) - surface.law(run)[1]) < SAME_BATCH, cost, math.nan)
     with np.errstate(over="ignore"):  # far off the optimum the loss has no upper end
         return pd.DataFrame(
             {
                 "learning_rate": rate,
                 "batch_tokens": batch,
-                "loss": np.exp(base[0] + gap),
-                "low": np.exp(base[0] + gap - down),
-                "high": np.exp(base[0] + gap + up),
-                "cost": np.expm1(gap),
+                "loss": np.exp(base[0] + cost),
+                "low": np.exp(base[0] + cost - down),
+                "high": np.exp(base[0] + cost + up),
+                "cost": np.expm1(cost),
             }
         )
+
+
+def _hidden(shift: float, gap: np.ndarray) -> np.ndarray:
+    """The share of what trials leave unseen at `gap` above the optimum's loss, which the surface
+    expects `shift` below the loss that is told: all at the optimum, and nothing as high as the best
+    trial, at twice that."""
+    return np.maximum(1 - gap / max(2 * shift, 1e-9), 0.0)
 
 
 def _data_of(fits: Fits, runs: pd.DataFrame) -> pd.Series:
@@ -169,14 +195,17 @@ def _one_size(
     made["cost"], made["why"] = math.nan, ""
     rate, batch = part["learning_rate"], part["batch_tokens"]
     if evidence.surface is not None:
+        ran = float(np.exp(evidence.surface.law(best.run)[1]))
         if evidence.surface.batch_rule is not None:
-            # No cell varied the batch: it makes no difference.
-            batch = batch.where(batch.notna() | rate.isna(), 1.0)
+            batch = batch.where(batch.notna() | rate.isna(), ran)
         both = (rate > 0) & (batch > 0) & np.isfinite(rate * batch)
         if both.any():
             found = predict_around(evidence, best, rate[both].to_numpy(), batch[both].to_numpy())
             for column in ("loss", "low", "high", "cost"):
                 made.loc[both, column] = found[column].to_numpy()
+            made.loc[both & made["loss"].isna(), "why"] = (
+                f"no cell varied its batch: only runs at about {short(ran)} tokens can be predicted"
+            )
         half = ((rate > 0) | (batch > 0)) & ~both
         made.loc[half, ["loss", "low", "high"]] = math.nan
         made.loc[half, "why"] = "only one of learning rate and batch is told"

@@ -299,6 +299,17 @@ def _warnings(
     surface = evidence.surface
     if surface is not None and surface.batch_rule is not None:
         said.append("no cell varied its batch: the learning rate is that at the batch that was run")
+    if surface is not None and surface.trials.any() and not surface.varied[0]:
+        said.append(
+            "no cell varied its learning rate: it follows published laws, and the batch is that at "
+            "the rate that was run"
+        )
+    unseen = evidence.unseen(architecture, run)
+    if loss.loss.known and unseen > evidence.noise(architecture):
+        said.append(
+            "the trials do not reach the optimum: its loss is told half way between the best runs' "
+            "and what the fit expects"
+        )
     if surface is not None and surface.status == "not converged":
         said.append("the fit did not converge: the numbers are its last step's")
     if not rate.known and rate.why:
@@ -399,7 +410,12 @@ def _batch_text(answer: Recommendation) -> str:
 
 def _loss_text(answer: Recommendation) -> str:
     said = _told(answer.loss, answer.loss_interval, "loss")
-    by = {"": "", "pairs": "", "cell": ", as measured in this cell"}  # pairs: a warning says it
+    by = {
+        "": "",
+        "pairs": "",
+        "edge": ", beyond the trials of this cell",
+        "cell": ", as measured in this cell",
+    }
     return said + by.get(answer.told_by, f", by the law {answer.told_by!r}")
 
 

@@ -335,7 +335,7 @@ def test_cells_along_one_path_do_not_tell_another_split(planted_study):
     assert np.ptp(np.log(off.learning_rate_interval)) > np.ptp(np.log(on.learning_rate_interval))
 
 
-def test_edges_are_said_and_their_loss_is_the_best_trials(planted_study):
+def test_edges_are_said_and_their_loss_is_told_by_all_cells(planted_study):
     frame = planted_study(per_cell=14)
     name = frame["cell"].iloc[0]
     optimum = 3e-3 * 0.1**-0.6 * 0.05**0.25
@@ -343,7 +343,8 @@ def test_edges_are_said_and_their_loss_is_the_best_trials(planted_study):
     fits = fit(frame[~((frame["cell"] == name) & high)])
     row = fits.cells.loc[name]
     assert row["status"].startswith("edge: learning_rate high")
-    assert row["loss_from"] == "trials"
+    assert row["loss_from"] == "surface"
+    assert row["loss"] == pytest.approx(planted(1e7, 1e8)[2], rel=0.01)
     assert any("7 of 8 optima lie inside their trials" in m for m in fits.messages)
 
 

@@ -18,6 +18,9 @@ from raysweep.scaling.loss.posterior import LawPosterior
 LEVEL = 0.95
 """Of every interval."""
 
+NORMAL = 1.96
+"""Half of such an interval, in known sds."""
+
 DRAWS = 1000
 
 
@@ -64,7 +67,8 @@ class LossModel:
     `status` is `ok` or `not determined`, and `why` says it in a sentence; then every number is
     NaN. `count` is the column that the law takes as N. `inflation` (at least 1) is how much larger
     errors one level ahead were than claimed, by which the claim is widened; `freedom` the levels
-    that the claim rests on, Student's degrees of freedom. `scores` tells how every law did."""
+    that the claim rests on, Student's degrees of freedom. `scores` tells how every law did.
+    `unseen` is an sd of ln loss that all its data have in common, and no scatter tells of."""
 
     status: str
     why: str
@@ -75,6 +79,7 @@ class LossModel:
     posterior: LawPosterior | None = None
     inflation: float = 1.0
     freedom: int = 1
+    unseen: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -104,6 +109,8 @@ class LossModel:
             rng = np.random.default_rng(seed)
             inputs = {name: value[known] for name, value in inputs.items()}
             draws[:, known] = self.posterior.draws(inputs, count, rng, self._scales(count, rng))
+            if self.unseen:
+                draws[:, known] += self.unseen * rng.standard_normal((count, 1))
         return draws
 
     def inputs(self, runs: Runs) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -157,6 +164,7 @@ class LossModel:
             "noise": self.posterior.noise_sd if self.posterior else math.nan,
             "departure": self.posterior.departure if self.posterior else math.nan,
             "inflation": self.inflation,
+            "unseen": self.unseen,
             "n_cells": len(self.data),
             "levels": self.freedom,
             "scores": [asdict(score) for score in self.scores],
@@ -175,6 +183,7 @@ class LossModel:
             inputs = {name: v[known] for name, v in inputs.items()}
             mean, sd = self.posterior.predict(inputs)
             reach = stdtrit(self.freedom, 0.5 + LEVEL / 2) * np.hypot(self.inflation * sd, noise)
+            reach = np.hypot(reach, NORMAL * self.unseen)
             value[known], low[known], high[known] = np.exp([mean, mean - reach, mean + reach])
         return value, low, high
 
