@@ -169,7 +169,7 @@ def recommend_command(
 
     With several architectures it answers for each; --json then prints a list."""
     fits = fit_results(results, group, without, literature, where, also, loss)
-    names = [architecture] if architecture is not None else fits.asked(experts, of)
+    names = [architecture] if architecture is not None else fits.asked(experts, top_k, of)
     answers = [
         fits.recommend(name, params, tokens, experts=experts, top_k=top_k, group=of, within=within)
         for name in names

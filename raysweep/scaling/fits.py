@@ -184,7 +184,7 @@ class Fits(InNotebooks):
         Raises:
             UserError: what no results could answer.
         """
-        name = self._architecture(architecture, experts, group)
+        name = self._architecture(architecture, experts, top_k, group)
         evidence = self.evidence_of(name)
         share = _share(within)
 
@@ -492,7 +492,9 @@ class Fits(InNotebooks):
         the comparison of architectures, the prior and the checks too."""
         return summary(self, everything)
 
-    def asked(self, experts: int | None = None, group: str | None = None) -> list[str]:
+    def asked(
+        self, experts: int | None = None, top_k: int | None = None, group: str | None = None
+    ) -> list[str]:
         """The architectures that a request without one means: all that have such experts, and
         cells of such a group.
 
@@ -501,12 +503,22 @@ class Fits(InNotebooks):
         """
         names = self._with_group(group)
         if not names or experts == 1:
-            return [self._architecture(None, experts, group)]
+            return [self._architecture(None, experts, top_k, group)]
         if (experts or 1) > 1:
             moe = [name for name in names if self.kind(name) == "moe"]
-            known = [n for n in moe if experts in set(self.cells_of(n)["experts"])]
-            return known or moe or [self._architecture(None, experts, group)]
+            return self._routed(moe, experts, top_k) or [
+                self._architecture(None, experts, top_k, group)
+            ]
         return names
+
+    def _routed(self, names: list[str], experts: int | None, top_k: int | None) -> list[str]:
+        """Those with cells of such a routing; else of as many experts; else all."""
+        routings = {
+            n: set(self.cells_of(n)[["experts", "top_k"]].itertuples(index=False)) for n in names
+        }
+        same = [n for n in names if any(e == experts for e, _ in routings[n])]
+        exact = [n for n in same if (experts, top_k) in routings[n]]
+        return exact or same or names
 
     def _with_group(self, group: str | None) -> list[str]:
         """Names of the architectures that have cells of a group, or of all."""
@@ -519,7 +531,7 @@ class Fits(InNotebooks):
         return own
 
     def _architecture(
-        self, wanted: str | None, experts: int | None, group: str | None = None
+        self, wanted: str | None, experts: int | None, top_k: int | None, group: str | None
     ) -> str:
         """The name that a request means."""
         if not self.architectures:
@@ -531,8 +543,7 @@ class Fits(InNotebooks):
         kind = wanted if wanted is not None else "moe" if many else "dense"
         of_kind = [n for n in names if self.kind(n) == kind]
         if wanted in ("dense", "moe", None) and of_kind:
-            routing = [n for n in of_kind if experts in set(self.cells_of(n)["experts"])]
-            return (routing or of_kind)[0]
+            return self._routed(of_kind, experts, top_k)[0]
         if wanted is None and not many:
             return names[0]
         if wanted in ("moe", None):

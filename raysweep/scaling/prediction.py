@@ -164,7 +164,7 @@ def _answering(fits: Fits, name: str, dataset: str, routed: tuple[int, int]) -> 
     experts, top_k = routed
     many = experts > 1
     if many:
-        fits.asked(experts)  # says so where there is no MoE
+        fits.asked(experts, top_k)  # says so where there is no MoE
     own = [n for n in known if (fits.kind(n) == "moe") == many] or ([] if many else known)
     cells = {n: fits.cells_of(n) for n in own}
     alike = [n for n, c in cells.items() if (c["experts"].eq(experts) & c["top_k"].eq(top_k)).any()]

@@ -250,6 +250,17 @@ def test_other_numbers_of_experts_are_said(both):
     assert both.recommend(None, 1e9, 2e10, experts=8).architecture == "moe"
 
 
+def test_of_architectures_with_as_many_experts_the_one_of_that_top_k_answers(planted_study):
+    rows = planted_study(kinds=("dense", "moe"), per_cell=6)
+    moe = rows[rows["architecture"] == "moe"]
+    other = moe.assign(architecture="first", top_k=1)
+    fits = fit(pd.concat([other, rows], ignore_index=True))
+    assert fits.recommend(None, 1e9, 2e10, experts=8, top_k=2).architecture == "moe"
+    assert fits.recommend(None, 1e9, 2e10, experts=8, top_k=1).architecture == "first"
+    assert fits.asked(8, 2) == ["moe"]
+    assert fits.asked(8) == ["first", "moe"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
