@@ -86,9 +86,9 @@ class Results(InNotebooks):
             return cls(known)
         storage = Storage.at(uri)
         marker = storage.read(MARKER)
-        if marker is None and storage.exists():  # perhaps another process made it just now
-            marker = storage.read(MARKER)
-            if marker is None and create:
+        if marker is None and create and storage.exists():
+            marker = storage.read(MARKER)  # perhaps another process has made it just now
+            if marker is None:
                 raise UserError(
                     f"{storage.uri} is not empty and holds no raysweep results: name another folder"
                 )

@@ -15,6 +15,7 @@ def space(recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any
         "model": {"sequence_length": 16},
         "scales": scales,
         "horizons": [{"tokens": 1e5}],
+        "data": {"validation_sequences": 256},  # the default when the first keys were made
         "recipe": recipe or {},
     }
     return {**given, **changes}
