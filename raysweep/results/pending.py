@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
-from raysweep.results.schema import COLUMNS, FINISHED, make_row
+from raysweep.results.schema import COLUMNS, FINISHED, is_loss, make_row
 from raysweep.results.store import Results
 
 FOLDER = "pending"
@@ -96,7 +96,7 @@ def tell(
         measured: further columns (`MEASURED`), or numbers of any other name.
 
     Raises:
-        UserError: no such trial was handed out there, or the loss is missing.
+        UserError: no such trial was handed out there, or the loss is missing or not positive.
     """
     study, _, _ = trial.rpartition("-")
     if not study:
@@ -113,6 +113,8 @@ def tell(
         raise UserError(f"trial {trial} needs a loss, or say that it diverged or failed")
     if loss is not None and not math.isfinite(loss):
         status, reason = "diverged", reason or "non-finite final loss"
+    if status == FINISHED and not is_loss(loss):
+        raise UserError(f"loss {loss:g} of trial {trial}: it must be positive, in nats a token")
     columns, asked = found.columns, datetime.fromisoformat(found.asked_at)
     whole = status == FINISHED
     seen = columns["steps"] * columns["batch_tokens"] if whole else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,11 @@ FINISHED = "finished"
 STATUSES = (FINISHED, "diverged", "out_of_memory", "crashed", "stopped")
 """`finished` reached its full horizon. `stopped` was ended early on purpose. All but `finished`
 stay out of the fits, with their reason."""
+
+
+def is_loss(value: float | None) -> bool:
+    """Whether a number can be a final loss: finite, and positive, as fits take its logarithm."""
+    return value is not None and 0 < value < math.inf
 
 
 @dataclass(frozen=True)

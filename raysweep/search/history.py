@@ -90,9 +90,9 @@ class TrialHistory:
         loss: np.ndarray,
         diverged: np.ndarray | None = None,
     ) -> None:
-        """Add imported rows. A loss that is not finite counts as diverged."""
+        """Add imported rows. A loss that is not finite and positive counts as diverged."""
         loss = np.asarray(loss, dtype=float)
-        lost = ~np.isfinite(loss)
+        lost = ~((loss > 0) & (loss < np.inf))
         if diverged is not None:
             lost = lost | np.asarray(diverged, dtype=bool)
         rows = CellTrials(

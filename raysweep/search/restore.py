@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from raysweep.errors import UserError
-from raysweep.results.schema import FINISHED
+from raysweep.results.schema import FINISHED, is_loss
 from raysweep.search.cells import CellState, Point
 from raysweep.search.history import TrialHistory
 from raysweep.study import Study
@@ -34,7 +34,7 @@ def restore_trials(
 ) -> float:
     """Rebuild the trials of earlier runs of this study in its cells; crashed ones are run again,
     at the same points where their cell still wants trials, unless `keep_crashes` counts them as if
-    this run had seen them.
+    this run had seen them. A finished one whose loss cannot be one counts as diverged.
 
     Returns the FLOPs spent on them. Raises UserError where rows of these cells were made otherwise
     than the study says now: losses of two recipes must not be compared.
@@ -65,10 +65,12 @@ def restore_trials(
             state.take_back(rate, int(log2_batch), also)
             continue
         points[(state.stable_run or state).cell.name, state.cell.name].add(point)
-        number = state.add_row(rate, log2_batch, row["status"], row["loss"], also)
-        if row["status"] == RUNNING:
+        lost = row["status"] == FINISHED and not is_loss(row["loss"])
+        status = "diverged" if lost else row["status"]
+        number = state.add_row(rate, log2_batch, status, row["loss"], also)
+        if status == RUNNING:
             state.running.add(number)
-        if row["status"] != RUNNING:
+        else:
             state.crashes = 0
         spent += state.flops
     if other_recipe:

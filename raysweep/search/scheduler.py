@@ -17,7 +17,7 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
-from raysweep.results.schema import FINISHED
+from raysweep.results.schema import FINISHED, is_loss
 from raysweep.scaling.optima.literature import literature_prior
 from raysweep.search.cells import CellState, point_key
 from raysweep.search.durations import Durations
@@ -404,7 +404,7 @@ class StudyScheduler:
         log2_batch = int(math.log2(proposal.spec.batch_sequences))
         for cell, its_status, its_loss in branches:
             self.states[cell].add_row(proposal.spec.learning_rate, log2_batch, its_status, its_loss)
-        usable = status == FINISHED and loss is not None and math.isfinite(loss)
+        usable = status == FINISHED and is_loss(loss)
         if status == FINISHED and not usable:
             status = "diverged"
         trial.set_user_attr("status", status)

@@ -22,6 +22,7 @@ from typing import Any
 
 from raysweep.errors import StorageError, UserError
 from raysweep.results.filesystem import Storage
+from raysweep.results.schema import is_loss
 from raysweep.study.study import TrialSpec
 from raysweep.training.outcome import (
     CURVE_COLUMNS,
@@ -333,6 +334,8 @@ def read_answer(answer: Any, says: str) -> dict[str, Any]:
                 raise UserError(f"{says} a loss that is no number ({kind}): {error}") from None
     if isinstance(found["loss"], str | bool):
         raise UserError(f"{says} loss {found['loss']!r}: it must be a number")
+    if math.isfinite(found["loss"]) and not is_loss(found["loss"]):
+        raise UserError(f"{says} loss {found['loss']:g}: it must be positive, in nats a token")
     return found
 
 

@@ -47,7 +47,7 @@ def told(sweep: Sweep, **more: Any) -> tuple[float, ...] | None:
     if trial is None:
         return None
     sweep.tell(trial, loss(trial.learning_rate, trial.batch_tokens, trial.tokens), **more)
-    further = trial.settings["weight_decay"]
+    further = trial.settings.get("weight_decay", 0.0)
     return trial.learning_rate, trial.batch_sequences, trial.seed, further
 
 
@@ -97,6 +97,30 @@ def test_rows_are_those_of_any_trial(tmp_path: Path) -> None:
     assert not read_pending(Results.open(uri).storage, "asked")
     with pytest.raises(UserError, match="was told already"):
         sweep.tell(trial, 2.0)
+
+
+def test_losses_that_cannot_be_are_refused_and_where_they_stand_counted_as_diverged(
+    tmp_path: Path,
+) -> None:
+    uri = str(tmp_path / "results")
+    study = Study.from_dict(space(2))
+    with Sweep(study, uri) as sweep:
+        trial = sweep.ask()
+        assert trial is not None
+        for none in (0.0, -5.0):
+            with pytest.raises(UserError, match="it must be positive"):
+                sweep.tell(trial, none)
+        sweep.tell(trial, 3.0)
+        results = Results.open(uri)
+        row = results.find(trial.id.removeprefix("asked-"), "asked")
+        assert row is not None
+        results.write({**row, "loss": 0.0})
+        results.write({**row, "study": "other", "loss": -1.0})
+        while told(sweep):
+            pass
+        assert sweep.done
+    frame = results.to_pandas("asked")
+    assert (frame["loss"] > 0).groupby(frame["cell"]).sum().tolist() == [2, 2]
 
 
 def test_pending_trials_are_counted_until_they_expire(tmp_path: Path) -> None:

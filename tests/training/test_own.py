@@ -34,6 +34,7 @@ FUNCTIONS = """
 
     def nothing(run): pass
     def words(run): return "low"
+    def zero(run): return 0.0
     def no_loss(run): return {"lose": 3.0}
     def nan(run): return float("nan")
     def raises(run): raise KeyError("bad config\\nsecond line")
@@ -143,6 +144,7 @@ def test_columns_and_metrics_and_a_curve(code: Path, tmp_path: Path) -> None:
     [
         ("my_lab_test:nothing", "my_lab_test:nothing returned None: return the final loss"),
         ("my_lab_test:words", "returned loss 'low': it must be a number"),
+        ("my_lab_test:zero", "my_lab_test:zero returned loss 0: it must be positive"),
         ("my_lab_test:no_loss", "returned no 'loss'"),
         ("my_lab_test:raises", r"raised KeyError: 'bad config.*\(my_lab_test.py:\d+\)"),
         ("my_lab_test:exits", "raised SystemExit: 3"),
