@@ -89,6 +89,8 @@ class CellState:
     """Numbers of trials, of all, that give a point another seed: they are no part of the search."""
     tried: dict[tuple[str, float], int] = field(default_factory=dict)
     """How often each (learning rate, log2 batch) was given out: the seed of the next such trial."""
+    finished_at: set[tuple[str, float]] = field(default_factory=set)
+    """The points where a trial has finished."""
 
     def __post_init__(self) -> None:
         self.bounds = self._range()
@@ -163,11 +165,15 @@ class CellState:
         done = [t for t in self.trials(FINISHED) if t.state is TrialState.COMPLETE]
         return min(done, key=lambda t: t.value or math.inf, default=None)
 
-    def is_tried(
+    def is_repeat(
         self, learning_rate: float, log2_batch: float, also: Mapping[str, float] = NOTHING
     ) -> bool:
-        """Whether a trial was given out at this very point."""
-        return bool(self.tried.get(point_key(learning_rate, log2_batch, also)))
+        """Whether an earlier run's trial at this very point repeated it: a trial has finished
+        there, and repeats are wanted. Any other was part of the search, which may come back to a
+        point: were it not counted, a search that keeps to one point would never end."""
+        key = point_key(learning_rate, log2_batch, also)
+        few = 1 <= self.tried.get(key, 0) <= self.search.repeats_at_optimum
+        return few and key in self.finished_at
 
     def further(self, trial: FrozenTrial | optuna.Trial) -> dict[str, float]:
         """The values of a trial's further hyperparameters."""
@@ -211,11 +217,13 @@ class CellState:
         also: Mapping[str, float] = NOTHING,
     ) -> int:
         """Rebuild one trial of an earlier run, or one that runs elsewhere (`running`); its number.
-        It may lie outside the range searched now, and is a repeat where another stands at its
-        point."""
+        It may lie outside the range searched now."""
         number = len(self.study.get_trials(deepcopy=False))
-        if self.next_seed(learning_rate, log2_batch, also):
+        if self.is_repeat(learning_rate, log2_batch, also):
             self.repeats.add(number)
+        self.next_seed(learning_rate, log2_batch, also)
+        if status == FINISHED:
+            self.finished_at.add(point_key(learning_rate, log2_batch, also))
         rate, batch = self.bounds.learning_rate, self.bounds.log2_batch
         params = {
             LEARNING_RATE: min(max(learning_rate, rate[0]), rate[1]),

@@ -401,9 +401,10 @@ class StudyScheduler:
         self._gpu_seconds += _gpus(state.cell) * (self.clock() - begun)
         self.pool.release(trial_id)
         state.running.discard(proposal.number)
+        rate, also = proposal.spec.learning_rate, dict(proposal.spec.also)
         log2_batch = int(math.log2(proposal.spec.batch_sequences))
         for cell, its_status, its_loss in branches:
-            self.states[cell].add_row(proposal.spec.learning_rate, log2_batch, its_status, its_loss)
+            self.states[cell].add_row(rate, log2_batch, its_status, its_loss)
         usable = status == FINISHED and is_loss(loss)
         if status == FINISHED and not usable:
             status = "diverged"
@@ -412,13 +413,14 @@ class StudyScheduler:
             if trial_id not in self._taken_up:  # it began before
                 self.durations.add(state.cell, self.clock() - begun)
             state.study.tell(trial, loss)
+            state.finished_at.add(point_key(rate, log2_batch, also))
         else:
             pruned = status == "stopped"
             state.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
         state.crashes = state.crashes + 1 if status == "crashed" else 0
         if status == "crashed":
             self._flops_spent -= state.trial_flops
-            state.take_back(proposal.spec.learning_rate, log2_batch, dict(proposal.spec.also))
+            state.take_back(rate, log2_batch, also)
             if state.given_up:
                 _log.warning("cell %s given up: its trials crash", state.cell.name)
         self._maybe_extend(state)
@@ -536,7 +538,7 @@ class StudyScheduler:
         if again := state.unfinished or (state.crashed if not repeat else []):
             *place, seed, pairs = again.pop(0)
             point, further = (place[0], int(place[1])), dict(pairs)
-            repeat = state.is_tried(*point, further)
+            repeat = state.is_repeat(*point, further)
         elif repeat:
             assert state.best is not None
             point, further = _where(state.best), state.further(state.best)

@@ -316,6 +316,17 @@ def test_repeats_do_not_eat_the_budget_of_a_study_that_is_continued(strategy: st
     assert StudyScheduler(more, "data", two_workers(), rows=rows_of(log)).done
 
 
+def test_a_cell_that_diverges_ends_wherever_its_study_was_stopped() -> None:
+    study = make_study(batch_sequences={"low": 16, "high": 32}, extend_edges=False)
+    log = []
+    for _ in range(40):
+        scheduler = StudyScheduler(study, "data", two_workers(), rows=rows_of(log))
+        if scheduler.done:
+            break
+        log += simulate(scheduler, lambda p: ("diverged", None), stop_after=1)
+    assert len(log) == 3 * 8
+
+
 def test_imported_results_teach_the_first_trial() -> None:
     # A sweep of someone else's whose optimum lies far from the published law.
     study = make_study()

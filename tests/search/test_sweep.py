@@ -159,6 +159,21 @@ def test_cells_whose_trials_fail_are_given_up(tmp_path: Path) -> None:
         assert sweep.ask() is not None
 
 
+def test_cells_whose_trials_diverge_end_as_in_a_run_on_one_worker(tmp_path: Path) -> None:
+    """Where all diverges, the search keeps to one corner of its range."""
+    narrow: dict[str, Any] = {"learning_rate": {"low": 1e-3, "high": 1e-2}}
+    narrow |= {"batch_sequences": {"low": 16, "high": 64}}
+    study = Study.from_dict(space(4, repeats_at_optimum=1, extend_edges=False, **narrow))
+    seeds = []
+    with Sweep(study, str(tmp_path / "results")) as sweep:
+        while (trial := sweep.ask()) and len(seeds) < 30:
+            seeds.append(trial.seed)
+            sweep.tell(trial, status="diverged")
+    assert sweep.done
+    assert len(seeds) == 2 * 2 * 4
+    assert max(seeds) > 1
+
+
 CLIENT = """
 import json, subprocess, sys, time
 sys.path.insert(0, {repo!r})
