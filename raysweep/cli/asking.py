@@ -41,7 +41,7 @@ def ask_command(
         bool, typer.Option("--shell", help="Print name=value words for the shell's eval, not JSON.")
     ] = False,
     retry_crashed: Annotated[
-        bool, typer.Option("--retry-crashed", help="Try again where trials crashed.")
+        bool, typer.Option("--retry-crashed", help="Try trials again, once, that crashed.")
     ] = False,
 ) -> None:
     """Get the next trials of a study to train anywhere: a JSON line each.

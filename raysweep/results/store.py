@@ -6,6 +6,7 @@
     URI/studies/NAME.yaml        the search space of each study, as it was run last
     URI/studies/NAME.ranges.json how far its search widened the ranges of that
     URI/studies/NAME.running.json its trials that are not over, and how it goes
+    URI/studies/NAME.retry.json  since when its crashed trials are handed out again, while they are
     URI/runs/*.json              when each run was, on what, and how busy its workers were
     URI/forecast.json            what was forecast of cells before they were trained, if anything
     URI/outcome.json             what became of it
@@ -24,6 +25,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,23 @@ class Results(InNotebooks):
     def running(self, study: str) -> dict[str, Any]:
         """What `save_running` kept; empty where there is nothing, or nothing readable."""
         return _plain(self.storage.read(STUDIES, f"{study}{RUNNING}"))
+
+    def save_retry(self, study: str, since: datetime | None) -> None:
+        """Keep since when crashed trials of a study are handed out again; None: no longer."""
+        name = f"{study}.retry.json"
+        if since is None:
+            self.storage.delete(STUDIES, name)
+        else:
+            kept = {"since": since.isoformat()}
+            self.storage.write(json.dumps(kept).encode(), STUDIES, name)
+
+    def retry(self, study: str) -> datetime | None:
+        """What `save_retry` kept; None where there is nothing, or nothing readable."""
+        kept = _plain(self.storage.read(STUDIES, f"{study}.retry.json"))
+        try:
+            return datetime.fromisoformat(kept["since"])
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def save_forecast(
         self, forecast: Mapping[str, Any], outcome: Mapping[str, Any] | None = None

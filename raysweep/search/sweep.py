@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ class Sweep:
         study: a `Study`, or the path of its search-space file.
         results: results folder or URI; `results/STUDY` by default.
         expires: how long a trial may take until it counts as given up.
-        retry_crashed: hand out trials of cells again that were given up because theirs crashed.
+        retry_crashed: hand out trials that crashed again, once. What crashes after that stays
+            crashed until the study is done; whoever then asks with this begins anew.
 
     With the same seed it proposes what a Ray run of one worker would, for as long as trials are
     asked and told one by one. More at once learn from each other as workers of a cluster do.
@@ -92,6 +93,7 @@ class Sweep:
         self._uri = results or str(Path("results") / self.study.name)
         self._results = Results.open(self._uri, create=True)
         self._expires, self._retry = expires, retry_crashed
+        self._retry_since: datetime | None = None
         self._saved = False
         self.done = False
         """Whether, when it was asked last, nothing was left to hand out and nothing pending."""
@@ -128,6 +130,9 @@ class Sweep:
                 pending = write_pending(storage, columns, spec.values(), self._expires)
                 found.append(AskedTrial.of(pending))
             self.done = not found and scheduler.done
+            if self.done and self._retry:
+                self._retry_since = None
+                self._results.save_retry(self.study.name, None)
             if scheduler.widenings:
                 self._results.save_ranges(self.study.name, scheduler.widened)
         return found
@@ -158,7 +163,8 @@ class Sweep:
         own = rows["study"] == study.name
         mine = rows[own]
         if self._retry:
-            mine = mine[mine["status"] != "crashed"]
+            since = pd.Timestamp(self._begin_retry())
+            mine = mine[(mine["status"] != "crashed") | (mine["started_at"] >= since)]
         told = set(mine["trial_key"])
         running = [
             {**p.columns, "status": RUNNING, "started_at": pd.Timestamp(p.asked_at)}
@@ -181,6 +187,15 @@ class Sweep:
             ranges=results.ranges(study.name),
             told=set(mine.loc[ended >= last, "cell"]),
         )
+
+    def _begin_retry(self) -> datetime:
+        """Since when crashed trials are handed out again, by this Sweep or by others before it."""
+        if self._retry_since is None:
+            self._retry_since = self._results.retry(self.study.name)
+        if self._retry_since is None:
+            self._retry_since = datetime.now(UTC)
+            self._results.save_retry(self.study.name, self._retry_since)
+        return self._retry_since
 
     def _data_hash(self) -> str:
         study = self.study
