@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -17,11 +16,11 @@ NOTHING_NOW = 75
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def _lifetime(text: str) -> timedelta:
+def _seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
     if not found:
         raise UserError(f"--expires {text}: write it as 90m, 24h or 3d")
-    return timedelta(seconds=float(found[1]) * _UNITS[found[2]])
+    return float(found[1]) * _UNITS[found[2]]
 
 
 @app.command("ask")
@@ -49,7 +48,7 @@ def ask_command(
     Prints nothing once the study is done. Exit code 75: running trials must be told first."""
     from raysweep.search.sweep import Sweep, shell_words
 
-    study, lifetime = load_study(space, set_), _lifetime(expires)
+    study, lifetime = load_study(space, set_), _seconds(expires)
     with Sweep(study, results, expires=lifetime, retry_crashed=retry_crashed) as sweep:
         first = sweep.ask(wait=wait)
         asked = [first, *(sweep.ask_many(count - 1) if count > 1 else [])] if first else []

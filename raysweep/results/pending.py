@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
@@ -30,6 +31,8 @@ MEASURED = (
 )
 """Columns that may be told with a loss; other names are kept as metrics."""
 Status = Literal["finished", "diverged", "out_of_memory", "crashed"]
+LONGEST = timedelta(days=3650)
+"""What a trial may be given until it expires."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class Pending:
     @property
     def expired(self) -> bool:
         return datetime.fromisoformat(self.expires_at) < datetime.now(UTC)
+
+
+def as_lifetime(expires: timedelta | float) -> timedelta:
+    """How long a trial may take, of seconds or a timedelta. Raises UserError where it is no time,
+    or longer than `LONGEST`."""
+    seconds = expires.total_seconds() if isinstance(expires, timedelta) else expires
+    if not 0 <= seconds <= LONGEST.total_seconds():
+        raise UserError(f"expires {seconds:g} s: it must be from 0 s to {LONGEST.days} days")
+    return timedelta(seconds=seconds)
 
 
 def write_pending(
@@ -93,10 +105,12 @@ def tell(
         results_uri: where it was asked for; by default `results/STUDY`.
         loss: the final validation loss, nats a token; one that is not finite is diverged.
         status: how it ended; only `finished` has a loss.
-        measured: further columns (`MEASURED`), or numbers of any other name.
+        measured: further columns (`MEASURED`), or numbers of any other name. Numbers that are not
+            finite are left out.
 
     Raises:
-        UserError: no such trial was handed out there, or the loss is missing or not positive.
+        UserError: no such trial was handed out there, the loss is missing or not positive, or a
+            value is not of its column's kind.
     """
     study, _, _ = trial.rpartition("-")
     if not study:
@@ -109,8 +123,11 @@ def tell(
             f"no trial {trial} was handed out in {uri}, or it was told already: name the results "
             "with --results"
         )
+    if status not in (known := get_args(Status)):
+        raise UserError(f"status {status!r} of trial {trial} is none of {', '.join(known)}")
     if status == FINISHED and loss is None:
         raise UserError(f"trial {trial} needs a loss, or say that it diverged or failed")
+    loss = None if loss is None else float(_number("loss", loss))
     if loss is not None and not math.isfinite(loss):
         status, reason = "diverged", reason or "non-finite final loss"
     if status == FINISHED and not is_loss(loss):
@@ -118,10 +135,12 @@ def tell(
     columns, asked = found.columns, datetime.fromisoformat(found.asked_at)
     whole = status == FINISHED
     seen = columns["steps"] * columns["batch_tokens"] if whole else None
-    more = {name: value for name, value in measured.items() if name not in MEASURED}
+    kept = {name: _value(name, value) for name, value in measured.items()}
+    kept = {name: value for name, value in kept.items() if value is not None}
+    more = {name: value for name, value in kept.items() if name not in MEASURED}
     row = make_row(
         **columns,
-        **{name: value for name, value in measured.items() if name in MEASURED},
+        **{name: value for name, value in kept.items() if name in MEASURED},
         status=status,
         reason=reason,
         loss=loss if whole else None,
@@ -137,6 +156,30 @@ def tell(
     results.write(row)
     results.storage.delete(FOLDER, f"{trial}.json")
     return row
+
+
+def _value(name: str, given: Any) -> Any:
+    """What was measured as its column has it, or as JSON has it where it is no column; None for a
+    number that is not finite. Raises UserError."""
+    kind = str(COLUMNS[name].type) if name in MEASURED else None
+    if kind == "string" and not isinstance(given, str | None):
+        raise UserError(f"{name} {given}: it is a text, not a number")
+    if given is None or kind == "string" or (kind is None and isinstance(given, str | bool)):
+        return given
+    value = _number(name, given)
+    if not math.isfinite(value):
+        return None
+    if kind is None:
+        return value
+    return round(value) if kind == "int64" else float(value)
+
+
+def _number(name: str, given: Any) -> float:
+    """Any library's number as Python's, whole ones as int. Raises UserError."""
+    try:
+        return int(given) if isinstance(given, numbers.Integral) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} {given!r} is no number: tell one") from None
 
 
 def _read(storage: Storage, file: str) -> Pending | None:

@@ -23,7 +23,14 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.lock import study_lock
-from raysweep.results.pending import Pending, Status, read_pending, tell, write_pending
+from raysweep.results.pending import (
+    Pending,
+    Status,
+    as_lifetime,
+    read_pending,
+    tell,
+    write_pending,
+)
 from raysweep.results.schema import FINISHED
 from raysweep.search.resources import ResourcePool
 from raysweep.search.restore import RUNNING
@@ -70,7 +77,7 @@ class Sweep:
     Args:
         study: a `Study`, or the path of its search-space file.
         results: results folder or URI; `results/STUDY` by default.
-        expires: how long a trial may take until it counts as given up.
+        expires: how long a trial may take until it counts as given up, in seconds or as timedelta.
         retry_crashed: hand out trials that crashed again, once. What crashes after that stays
             crashed until the study is done; whoever then asks with this begins anew.
 
@@ -83,7 +90,7 @@ class Sweep:
         study: Study | str | Path,
         results: str | None = None,
         *,
-        expires: timedelta = EXPIRES,
+        expires: timedelta | float = EXPIRES,
         retry_crashed: bool = False,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -92,7 +99,7 @@ class Sweep:
             raise UserError("recipe.branches: its trials give several rows, and cannot be asked")
         self._uri = results or str(Path("results") / self.study.name)
         self._results = Results.open(self._uri, create=True)
-        self._expires, self._retry = expires, retry_crashed
+        self._expires, self._retry = as_lifetime(expires), retry_crashed
         self._retry_since: datetime | None = None
         self._saved = False
         self.done = False

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -97,6 +98,33 @@ def test_rows_are_those_of_any_trial(tmp_path: Path) -> None:
     assert not read_pending(Results.open(uri).storage, "asked")
     with pytest.raises(UserError, match="was told already"):
         sweep.tell(trial, 2.0)
+
+
+def test_what_is_measured_may_be_any_librarys_numbers(tmp_path: Path) -> None:
+    uri = str(tmp_path / "results")
+    with Sweep(Study.from_dict(space(2)), uri, expires=3600) as sweep:
+        trial = sweep.ask()
+        assert trial is not None
+        kept = {"accuracy": np.float32(0.5), "skips": np.int64(2), "lost": math.nan}
+        kept |= {"peak_memory_bytes": 1e9, "device": "A100", "loss_se": np.float64(0.1)}
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"loss": 3.0, "device": 3.0}, "device 3.0: it is a text"),
+            ({"loss": 3.0, "loss_se": "low"}, "loss_se 'low' is no number"),
+            ({"loss": 3.0, "accuracy": [1, 2]}, r"accuracy \[1, 2\] is no number"),
+            ({"loss": "low"}, "loss 'low' is no number"),
+            ({"loss": 3.0, "status": "done"}, "status 'done' .* none of finished, diverged"),
+        ]
+        for given, says in wrong:
+            with pytest.raises(UserError, match=says):
+                sweep.tell(trial, **given)
+        sweep.tell(trial, np.float32(3.5), **kept)  # pyright: ignore[reportArgumentType]
+    (row,) = Results.open(uri).to_pandas().to_dict("records")
+    assert (row["loss"], row["loss_se"], row["device"]) == (3.5, 0.1, "A100")
+    assert row["peak_memory_bytes"] == 1e9
+    assert json.loads(row["metrics"]) == {"accuracy": 0.5, "skips": 2}
+    for never in (math.nan, -1.0, 1e20):
+        with pytest.raises(UserError, match=r"expires .* from 0 s to 3650 days"):
+            Sweep(Study.from_dict(space(2)), uri, expires=never)
 
 
 def test_losses_that_cannot_be_are_refused_and_where_they_stand_counted_as_diverged(
