@@ -32,6 +32,11 @@ SIZE_KEYS = (
     "flops_per_token",
 )
 """What a scale, or a size function, says of a model."""
+TOLD = (
+    *("learning_rate", "batch_tokens", "batch_sequences", "sequence_length", "tokens", "steps"),
+    *("seed", "cell", "scale", "architecture", "workers", "gpus"),
+)
+"""What `TrialSpec.values` tells of every trial, beside its settings."""
 SIZES_SECONDS = 300.0
 """What counting the models of a study may take."""
 CONTRADICTION = 2.0
@@ -122,6 +127,12 @@ class Training(Section):
     def name(self) -> str:
         """The function, the command as JSON, or `external`: part of a trial's key."""
         return self.function or json.dumps(self.command) if not self.external else "external"
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Names that stand for something of the trial: in a command, in what `ask` prints."""
+        own = ("folder",) if self.command is not None else ("id",) if self.external else ()
+        return (*TOLD, *own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,8 +176,28 @@ class SearchSpace(Section):
                         said = str(error).splitlines()
                         reason = said[2].strip() if len(said) > 2 else said[0]
                         raise ValueError(f"search.also.{name} {value:g}: {reason}") from None
-            elif name in ("learning_rate", "batch_sequences", "batch_tokens", "tokens", "seed"):
-                raise ValueError(f"search.also.{name}: every trial has that already")
+        return self
+
+    @model_validator(mode="after")
+    def _no_name_stands_for_two(self) -> Self:
+        """A function gets its settings apart from the rest; in a command, and by `ask`, what is
+        told of every trial would stand in place of a setting."""
+        training = self.training
+        if training is None:
+            return self
+        sections = {"search.also": list(self.search.also)}
+        if training.function is None:
+            sections["training.settings"] = list(training.settings)
+            for name, architecture in self.architectures.items():
+                sections[f"architectures.{name}.settings"] = list(architecture.settings)
+            for index, entry in enumerate(self.scales):
+                sections[f"scales.{index}.settings"] = list(entry.settings or ())
+        for section, names in sections.items():
+            for name in names:
+                if name in training.taken:
+                    raise ValueError(
+                        f"{section}.{name}: every trial has a {name} already: give it another name"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ import yaml
 
 from raysweep.errors import UserError
 from raysweep.study import Study
-from raysweep.study.own import fill_in
+from raysweep.study.own import TOLD, fill_in
 from raysweep.study.plan import make_plan
 
 DENSE = {"name": "s", "settings": {"n": 1}, "params": "10M", "flops_per_token": 7e7}
@@ -132,6 +132,31 @@ def test_what_does_not_belong_together(more: dict[str, Any], says: str, tmp_path
     with pytest.raises(UserError, match=says) as error:
         Study.load(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("training", "more", "says"),
+    [
+        ({}, {"search": {"also": {"scale": {"low": 1, "high": 2}}}}, "search.also.scale: every"),
+        ({"settings": {"seed": 2}}, {}, "training.settings.seed: every trial has a seed already"),
+        ({"settings": {"id": 2}}, {}, "training.settings.id: every trial has"),
+        ({}, {"scales": [DENSE | {"settings": {"tokens": 3}}]}, "scales.0.settings.tokens: every"),
+        ({}, {"architectures": {"a": {"settings": {"gpus": 3}}}}, "architectures.a.settings.gpus"),
+    ],
+)
+def test_names_of_what_every_trial_has_are_taken(
+    training: dict[str, Any], more: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        Study.from_dict(space(DENSE, {"external": True} | training) | more)
+
+
+def test_what_every_trial_is_told() -> None:
+    study = Study.from_dict(space(DENSE, {"function": "lab:train", "settings": {"seed": 3}}))
+    (cell,) = study.cells
+    assert cell.own is not None
+    assert cell.own.settings["seed"] == 3  # a function has it apart
+    assert set(study.trial(cell, "d", 0.1, 4, 0).values()) == {"n", *TOLD}
 
 
 def test_a_size_function_says_the_counts(lab: Path) -> None:
