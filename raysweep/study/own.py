@@ -244,6 +244,12 @@ def _model(
             f"{what} (non-embedding parameters) is missing: give it for the scale, or return it "
             "from a training.size function"
         )
+    params = sizes.get("params", active)
+    if architecture.experts == 1 and not 1 / CONTRADICTION <= params / active <= CONTRADICTION:
+        raise UserError(
+            f"params {short(params)} and params_active {short(active)} are one number of a dense "
+            "model: correct the one, or leave it out"
+        )
     total = sizes.get("params_total", active if architecture.experts == 1 else None)
     if total is None:
         raise UserError("params_total (non-embedding, all experts) is missing: give it")

@@ -101,6 +101,7 @@ def test_experts_have_active_total_and_dense_counts() -> None:
         (without(flops_per_token=2e7), "0.33 times 6 N of 10M parameters"),
         (without(params_total="5M"), "params_total 5M is below the active 10M"),
         (without(params_total="30M"), "is 3 times the active 10M, too many for a dense model"),
+            "params 10M and params_active 100M are",
         (without(d_model=64), "of your own, give them under settings"),
         ({"d_model": 64, "layers": 2, "heads": 2}, "d_model and the like are yours to read"),
     ],
