@@ -209,7 +209,6 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
     if study.stable_run(cell) == study.stable_run(first) and search.first_cell_trials is not None:
         budget = search.first_cell_trials
     trials = budget + search.repeats_at_optimum
-    targets = [e.params for e in study.space.scales if e.params and _is_scale(e, cell)]
     flops_per_trial = study.flops(cell)
     flops = flops_per_trial * trials
     return PlannedCell(
@@ -219,7 +218,7 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
         params_active=_known(counts.params_active),
         params_total_non_embedding=counts.params_total_non_embedding,
         params_active_non_embedding=counts.params_active_non_embedding,
-        params_target=targets[0] if targets else None,
+        params_target=study.entry(cell).params,
         tokens=cell.tokens,
         trials=trials,
         flops_per_trial=flops_per_trial,
@@ -231,10 +230,6 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
 
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _is_scale(entry: Any, cell: Cell) -> bool:
-    return cell.scale == (entry.name or short(entry.params))
 
 
 def _shape_words(cell: Cell) -> str:

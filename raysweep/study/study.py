@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
-from raysweep.study.cells import Architecture, ModelSettings, Resources, ScaleEntry
+from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
 from raysweep.study.fields import MAX_LAYERS, MAX_TOKEN_IDS
 from raysweep.study.load import load_search_space
 from raysweep.study.own import OwnModel, Training, fill_in, own_models
@@ -270,6 +270,18 @@ class Study(InNotebooks):
         known = ", ".join(c.name for c in self.cells)
         raise UserError(f"unknown cell {name!r} in study {self.name}; known: {known}")
 
+    def entry(self, cell: Cell) -> ScaleEntry:
+        """The entry of `scales` that a cell is of. Several may share a name, as long as they differ
+        in architectures or horizons."""
+        found = (
+            entry
+            for entry in self.space.scales
+            if entry.architectures is None or cell.architecture in entry.architectures
+            for horizon in entry.horizons or self.space.horizons
+            if cell.name == _cell_name(cell.architecture, entry, horizon)
+        )
+        return next(found)
+
     def stable_run(self, cell: Cell) -> Cell:
         """The cell whose trials make this one's rows: with WSD branches the longest horizon of its
         architecture and scale, else the cell itself."""
@@ -310,8 +322,8 @@ class Study(InNotebooks):
         for cell in self.cells:
             assert cell.own is not None
             counts = cell.own.counts
-            entry = next(e for e in self.space.scales if cell.scale == _own_name(e))
-            scales[cell.architecture, cell.scale] = ScaleEntry(
+            entry = self.entry(cell)
+            scales[cell.architecture, self.space.scales.index(entry)] = ScaleEntry(
                 name=cell.scale,
                 architectures=(cell.architecture,),
                 horizons=entry.horizons,
@@ -462,8 +474,13 @@ def _check_command(study: Study, cell: Cell, training: Training) -> None:
         raise UserError(f"training.command in cell {cell.name}: {error}") from None
 
 
-def _own_name(entry: ScaleEntry) -> str:
-    return entry.name or short(entry.params or math.nan)
+def _scale_name(entry: ScaleEntry) -> str:
+    shape = f"d{entry.d_model}x{entry.layers}"
+    return entry.name or (shape if entry.params is None else short(entry.params))
+
+
+def _cell_name(architecture: str, entry: ScaleEntry, horizon: Horizon) -> str:
+    return f"{architecture}-{_scale_name(entry)}-{horizon.label}"
 
 
 def _expand(space: SearchSpace, folder: Path) -> tuple[Cell, ...]:
@@ -492,7 +509,7 @@ def _expand(space: SearchSpace, folder: Path) -> tuple[Cell, ...]:
             model: ModelShape | OwnModel
             if (index, name) in own:
                 model = own[index, name]
-                params, scale = model.params_dense, _own_name(entry)
+                params = model.params_dense
                 per_token = model.counts.flops_per_token
             else:
                 try:
@@ -504,9 +521,6 @@ def _expand(space: SearchSpace, folder: Path) -> tuple[Cell, ...]:
                     raise UserError(f"scales.{index} as {name}: {error}") from None
                 params = count(model.dense_twin()).params_active_non_embedding
                 per_token = count(model).flops_per_token
-                scale = entry.name or (
-                    short(entry.params) if entry.params else f"d{model.d_model}x{model.layers}"
-                )
             for horizon in entry.horizons or space.horizons:
                 tokens = horizon.tokens_of(params, per_token)
                 if not model.sequence_length <= tokens < 1e18:
@@ -515,10 +529,10 @@ def _expand(space: SearchSpace, folder: Path) -> tuple[Cell, ...]:
                         f"({model.sequence_length} to 1e18): change horizons"
                     )
                 cell = Cell(
-                    name=f"{name}-{scale}-{horizon.label}",
+                    name=_cell_name(name, entry, horizon),
                     architecture=name,
                     settings=architecture,
-                    scale=scale,
+                    scale=_scale_name(entry),
                     model=model,
                     tokens=round(tokens),
                     resources=resources,

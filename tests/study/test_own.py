@@ -101,7 +101,10 @@ def test_experts_have_active_total_and_dense_counts() -> None:
         (without(flops_per_token=2e7), "0.33 times 6 N of 10M parameters"),
         (without(params_total="5M"), "params_total 5M is below the active 10M"),
         (without(params_total="30M"), "is 3 times the active 10M, too many for a dense model"),
+        (
+            without(params_active="100M", flops_per_token=6e8),
             "params 10M and params_active 100M are",
+        ),
         (without(d_model=64), "of your own, give them under settings"),
         ({"d_model": 64, "layers": 2, "heads": 2}, "d_model and the like are yours to read"),
     ],
@@ -172,6 +175,25 @@ def test_a_size_function_says_the_counts(lab: Path) -> None:
     assert [c.counts for c in again.cells] == [c.counts for c in study.cells]
     keys = [[s.trial(c, "d", 0.1, 4, 0).key for c in s.cells] for s in (study, again)]
     assert keys[0] == keys[1]
+
+
+def test_scales_of_one_name_keep_their_own_settings(lab: Path) -> None:
+    """In what is saved, and in the plan: they differ in architecture, or in horizon."""
+    training = {"function": "lab:train", "size": "lab_sizes:mapping"}
+    scales = [
+        {"name": "s", "architectures": ["dense"], "settings": {"n": 1}},
+        {"name": "s", "architectures": ["moe"], "settings": {"n": 2}, "params": "2.1M"},
+        {"name": "s", "architectures": ["moe"], "settings": {"n": 3},
+         "horizons": [{"tokens_per_param": 40}]},
+    ]  # fmt: skip
+    architectures = {"dense": {}, "moe": {"experts": 4, "top_k": 1}}
+    given = space({}, training, architectures=architectures) | {"scales": scales}
+    study = Study.from_dict(given, lab)
+    again = Study.from_dict(yaml.safe_load(study.resolved().as_yaml()), "/")
+    assert again.cells == study.cells
+    assert sorted(c.own.settings["n"] for c in again.cells if c.own) == [1, 2, 3]
+    targets = {cell.name: cell.params_target for cell in make_plan(study).cells}
+    assert targets == {"dense-s-20tpp": None, "moe-s-20tpp": 2.1e6, "moe-s-40tpp": None}
 
 
 def test_a_module_is_counted(lab: Path) -> None:
