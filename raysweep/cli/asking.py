@@ -53,7 +53,7 @@ def ask_command(
         first = sweep.ask(wait=wait)
         asked = [first, *(sweep.ask_many(count - 1) if count > 1 else [])] if first else []
         for trial in asked:
-            values = {"id": trial.id, **trial.settings}
+            values = {"id": trial.id} | {k: v for k, v in trial.settings.items() if k != "id"}
             typer.echo(shell_words(list(values.items())) if shell else json.dumps(values))
         if not asked:
             done = sweep.done

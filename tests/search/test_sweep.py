@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from raysweep.cli import app
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.pending import read_pending, tell
@@ -249,6 +251,14 @@ def test_four_processes_ask_and_tell_sixty_trials(tmp_path: Path) -> None:
     assert set(frame["status"]) == {"finished"}
     assert frame.groupby("cell").size().tolist() == [30, 30]
     assert frame[["learning_rate", "batch_tokens", "cell"]].drop_duplicates().shape[0] == 60
+
+
+def test_a_setting_called_id_does_not_stand_for_that_of_the_trial(tmp_path: Path) -> None:
+    path, uri = tmp_path / "asked.yaml", str(tmp_path / "results")
+    training = {"function": "lab:train", "settings": {"id": "mine"}}
+    path.write_text(yaml.safe_dump(space(1) | {"training": training}))
+    done = CliRunner().invoke(app, ["ask", str(path), "--results", uri])
+    assert json.loads(done.stdout)["id"].startswith("asked-")
 
 
 def test_the_commands(tmp_path: Path) -> None:
