@@ -79,13 +79,13 @@ def write_pending(
     return found
 
 
-def read_pending(storage: Storage, study: str) -> list[Pending]:
-    """The trials of a study that were handed out and not told, expired ones included. Read them
-    before the rows: a trial told in between is then in both, and never in neither."""
+def read_pending(storage: Storage, study: str | None = None) -> list[Pending]:
+    """The trials of a study, or of all, that were handed out and not told, expired ones included.
+    Read them before the rows: a trial told in between is then in both, and never in neither."""
     found = []
     for info in storage.list(FOLDER):
         one = _read(storage, info.base_name)
-        if one is not None and one.columns["study"] == study:
+        if one is not None and study in (None, one.columns["study"]):
             found.append(one)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import pandas as pd
 import yaml
 
 from raysweep.results import Results
+from raysweep.results.pending import read_pending
 from raysweep.results.schema import FINISHED
 from raysweep.study import Study
 from raysweep.text import NOTHING, duration, written
@@ -29,7 +31,8 @@ class CellProgress:
     last: str | None
     """When the latest of its trials started, UTC."""
     running: int | None = None
-    """Trials that run now, by the driver's last word; None where no driver is at work."""
+    """Trials that run now: by the driver's last word, and those that `ask` has handed out; None
+    where no driver is at work and none is out."""
     gpu_hours: float = 0.0
     """Of its rows."""
     mfu: float | None = None
@@ -70,7 +73,9 @@ def status(uri: str) -> tuple[list[CellProgress], dict[str, dict[str, Any]]]:
     keys = frame["study"], frame["cell"]
     rows = {(str(s), str(c)): group for (s, c), group in frame.groupby([*keys], dropna=False)}
     names = [*planned, *(key for key in rows if key not in planned)]
-    running = _running_cells(goes)
+    running = Counter(_running_cells(goes))
+    out = (p.columns for p in read_pending(results.storage) if not p.expired)
+    running.update((columns["study"], columns["cell"]) for columns in out)
     cells = [
         replace(_cell(*key, rows.get(key, frame[:0]), planned.get(key)), running=running.get(key))
         for key in names

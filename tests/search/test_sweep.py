@@ -18,6 +18,7 @@ from raysweep.cli import app
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.pending import read_pending, tell
+from raysweep.results.progress import progress
 from raysweep.search.resources import ResourcePool
 from raysweep.search.scheduler import StudyScheduler
 from raysweep.search.sweep import Sweep
@@ -162,11 +163,13 @@ def test_pending_trials_are_counted_until_they_expire(tmp_path: Path) -> None:
         assert len({(t.scale, t.learning_rate, t.batch_tokens, t.seed) for t in asked}) == 6
         assert sweep.ask() is None
         assert not sweep.done
+    assert [cell.running for cell in progress(uri)] == [3, 3]
     late = tmp_path / "late"
     with Sweep(study, str(late), expires=timedelta(0)) as sweep:
         first, second = sweep.ask(), sweep.ask()
     assert first is not None
     assert second is not None
+    assert [cell.running for cell in progress(str(late))] == [None, None]
     assert first.id == second.id  # given up, and handed out again
     tell(first.id, results_uri=str(late), loss=3.0)
     assert len(Results.open(late).to_pandas()) == 1
