@@ -11,13 +11,8 @@ import numpy as np
 
 from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
 from raysweep.report.laws import FLOPS, SIZE_AXES, names_of
-from raysweep.scaling.compute.allocation import (
-    COUNT_NAMES,
-    Allocation,
-    read_minimum,
-    token_cost,
-)
-from raysweep.scaling.compute.budgets import splitting
+from raysweep.scaling.compute.allocation import COUNT_NAMES, Allocation, Count, read_minimum
+from raysweep.scaling.compute.budgets import cost_of, splitting
 from raysweep.scaling.compute.isoflop import isoflop
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.loss.data import LossData, held_budgets
@@ -80,7 +75,8 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
         for quantity, series in best.items():
             if level is None:
                 continue
-            if (dots := _parabolas(model, data, level, quantity)) is not None:
+            cost = cost_of(model, fits.cells_of(name))
+            if (dots := _parabolas(model, data, level, quantity, cost)) is not None:
                 series.append(Points(f"{name}, parabolas", *dots, shade[name], "P", size=46))
     count = "N, " + COUNT_NAMES[told.found[names[0]][0].count]
     size = Axis(count, "params")
@@ -113,7 +109,7 @@ def _cuts(
     them, else a few."""
     assert model.law is not None
     params = data.inputs(model.law)[0]["params"]
-    cost = token_cost(model)
+    cost = cost_of(model, fits.cells_of(name))
     flops = data.flops
     if level is not None:
         budgets = [float(flops[level == k].mean()) for k in range(level.max() + 1)]
@@ -153,18 +149,18 @@ def _cuts(
 
 
 def _parabolas(
-    model: LossModel, data: LossData, level: np.ndarray, quantity: str
+    model: LossModel, data: LossData, level: np.ndarray, quantity: str, cost: Count
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(FLOPs, best N or D) of each held budget, by a parabola through its own runs."""
     assert model.law is not None
-    params, cost = data.inputs(model.law)[0]["params"], token_cost(model)
+    params = data.inputs(model.law)[0]["params"]
     found = []
     for k in range(level.max() + 1):
         own = level == k
         flops = float(data.flops[own].mean())
         n = read_minimum(params[own], data.loss[own])
         if math.isfinite(n):
-            found.append((flops, n if quantity == "params" else flops / float(cost(n))))
+            found.append((flops, n if quantity == "params" else flops / float(cost(np.array(n)))))
     return (np.array(found).T[0], np.array(found).T[1]) if found else None
 
 

@@ -23,6 +23,7 @@ from raysweep.scaling.loss.data import held_budgets
 from raysweep.scaling.loss.model import LEVEL, LossModel
 from raysweep.scaling.loss.posterior import LawPosterior
 from raysweep.scaling.loss.selection import LEVELS_AHEAD, fit_data
+from raysweep.scaling.runs import flops_trend
 from raysweep.study.shape import COUNTS
 from raysweep.text import estimated, written
 
@@ -49,36 +50,8 @@ MIN_LEVELS = 4
 """A jackknife over fewer levels says little."""
 
 
-@dataclass(frozen=True)
-class TokenCost:
-    """Training FLOPs a token as a trend in the law's N, from the runs' own exact counts.
-
-    FLOPs a token over N is a line in ln N, held at its ends beyond the cells: attention and the
-    head weigh less in large models, and exact counts differ by up to 40 % between runs."""
-
-    level: float  # ln (FLOPs a token / N) at the centre
-    slope: float
-    centre: float  # ln N
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, params: np.ndarray, per_token: np.ndarray) -> TokenCost:
-        """From runs' N [n] and FLOPs a token [n]."""
-        log_n, ratio = np.log(params), np.log(per_token / params)
-        centre = float(log_n.mean())
-        spread = float(((log_n - centre) ** 2).sum())
-        slope = float(((log_n - centre) * ratio).sum() / spread) if spread > 1e-9 else 0.0
-        return cls(float(ratio.mean()), slope, centre, float(log_n.min()), float(log_n.max()))
-
-    def __call__(self, params: npt.ArrayLike) -> np.ndarray:
-        """FLOPs a token of models of N parameters."""
-        params = np.asarray(params, dtype=float)
-        inside = np.clip(np.log(params), self.low, self.high)
-        return params * np.exp(self.level + self.slope * (inside - self.centre))
-
-
 Count = Callable[[np.ndarray], np.ndarray]
+"""FLOPs a token of models of N parameters."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +92,12 @@ class Allocation:
         return Estimate(getattr(self, name), *self.intervals[name], self.status)
 
 
-def token_cost(model: LossModel) -> TokenCost:
+def _own_cost(model: LossModel) -> Count:
     """FLOPs a token of the model's own runs, against the N of its law."""
     law = model.require().law
     assert law is not None
     inputs, _ = model.data.inputs(law)
-    if "params" not in inputs:
-        raise UserError(f"law '{law.key}' does not read parameters")
-    return TokenCost.of(inputs["params"], model.data.flops / model.data.columns["tokens"])
+    return flops_trend(inputs["params"], model.data.flops / model.data.columns["tokens"])
 
 
 def compute_optimal(
@@ -152,7 +123,7 @@ def compute_optimal(
     why = _why_silent(model)
     if why:
         return [_nothing(float(c), model.count, NOT_DETERMINED, why) for c in budgets]
-    along = _Along(model, dict(given or {}), flops_per_token or token_cost(model))
+    along = _Along(model, dict(given or {}), flops_per_token or _own_cost(model))
     left_out = _left_out(model) if draws else []
     shown = _shown_ahead(along) if draws else 0.0
     return [_allocate(along, float(c), left_out, shown, draws, seed) for c in budgets]
@@ -168,7 +139,7 @@ def best_size(
     """The N of the least expected loss at a budget; NaN where it lies out of range."""
     posterior = model.require().posterior
     assert posterior is not None
-    along = _Along(model, dict(given or {}), flops_per_token or token_cost(model))
+    along = _Along(model, dict(given or {}), flops_per_token or _own_cost(model))
     return float(np.exp(along.best(posterior, flops)))
 
 

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 
-from raysweep.scaling.compute.allocation import COUNT_NAMES, Allocation, compute_optimal
+from raysweep.scaling.compute.allocation import COUNT_NAMES, Allocation, Count, compute_optimal
 from raysweep.scaling.compute.isoflop import IsoFlop, isoflop, parabola_bias
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.loss.data import LossData, held_budgets
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import choose_law, choose_loss
+from raysweep.scaling.runs import RunMaker
 
 PATH_BUDGETS, PATH_BEYOND = 7, 10.0
 """How many budgets a split is followed over, and how far beyond the largest."""
@@ -79,7 +80,18 @@ def best_splits(
 ) -> list[Allocation]:
     """The best split of each budget for the architecture of `cells`, by the model that tells its
     loss. Where its cells differ in routing, that of the largest counts."""
-    return compute_optimal(splitting(model), flops, given=routing_of(cells), seed=seed)
+    able, given = splitting(model), routing_of(cells)
+    return compute_optimal(
+        able, flops, given=given, flops_per_token=cost_of(able, cells), seed=seed
+    )
+
+
+def cost_of(model: LossModel, cells: pd.DataFrame) -> Count:
+    """FLOPs a token against the N of a model's law, for the architecture of `cells`."""
+    routing = routing_of(cells)
+    experts, top_k = (int(routing.get(name, 1)) for name in ("experts", "top_k"))
+    maker = RunMaker.after(cells, experts=experts, top_k=top_k)
+    return lambda params: maker.flops_per_token(model.count, params)
 
 
 def split_budget(model: LossModel, cells: pd.DataFrame, n_boot: int = 200, seed: int = 0) -> Split:
@@ -92,7 +104,8 @@ def split_budget(model: LossModel, cells: pd.DataFrame, n_boot: int = 200, seed:
     flops, given = own.flops, routing_of(cells)
     budget = float(flops.max())
     budgets = [budget, *np.geomspace(flops.min(), PATH_BEYOND * budget, PATH_BUDGETS)]
-    optimum, *path = compute_optimal(able, budgets, given=given, seed=seed)
+    cost = cost_of(able, cells)
+    optimum, *path = compute_optimal(able, budgets, given=given, flops_per_token=cost, seed=seed)
     if not optimum.ok:
         return replace(
             nothing, law=able.law.key, status=optimum.status, message=optimum.why, model=able
@@ -157,7 +170,7 @@ def allocation_exponents(
 ) -> list[Exponents]:
     """The exponents of one architecture by its own cells alone, and the source's beside them."""
     data = LossData.from_cells(cells)
-    found = [_by_law(architecture, data)]
+    found = [_by_law(architecture, data, cells)]
     if len(data) and held_budgets(data.flops) is not None:
         found.append(_by_parabolas(architecture, data, n_boot))
     params, tokens = SOURCE_EXPONENTS[kind]
@@ -167,14 +180,14 @@ def allocation_exponents(
     ]
 
 
-def _by_law(architecture: str, data: LossData) -> Exponents:
+def _by_law(architecture: str, data: LossData, cells: pd.DataFrame) -> Exponents:
     law = replace(LOSS_LAWS["chinchilla"], parameter_count=COUNT)
     model = choose_law(data, law)
     if not model.ok:
         missing = Estimate.missing(model.why)
         return Exponents(architecture, "law", missing, missing)
     budget = float(np.exp(np.log(data.flops).mean()))
-    (best,) = compute_optimal(model, [budget])
+    (best,) = compute_optimal(model, [budget], flops_per_token=cost_of(model, cells))
     names = ("exponent", "tokens_exponent")
     params, tokens = (best.estimate(name) for name in names)
     return Exponents(architecture, "law", params, tokens)

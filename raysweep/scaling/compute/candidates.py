@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from raysweep.scaling.compute.roofline import ServedModel
+from raysweep.scaling.runs import SIX_N, Trend, token_cost
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to build models of any size. `trained` says whether the study did so."""
+    """A way to build models of any size, and their training FLOPs a token against active N.
+    `trained` says whether the study did so."""
 
     name: str
     model: ServedModel
     trained: bool = True
+    cost: Trend = SIX_N
 
     @property
     def experts(self) -> float:
@@ -32,7 +35,7 @@ def candidates_of(cells: pd.DataFrame, experts: Sequence[float] = ()) -> list[Ca
     found = []
     for name, own in cells.groupby("architecture", sort=False):
         largest = own.iloc[int(own["params_active_non_embedding"].to_numpy(float).argmax())]
-        found.append(Candidate(str(name), served_model(largest)))
+        found.append(Candidate(str(name), served_model(largest), cost=token_cost(own)))
     found.sort(key=lambda c: c.experts)
     if not experts or not found:
         return found
@@ -40,8 +43,8 @@ def candidates_of(cells: pd.DataFrame, experts: Sequence[float] = ()) -> list[Ca
     chosen = []
     for count in sorted(set(map(float, experts))):
         own_count = [c for c in found if c.experts == count]
-        model = replace(like.model, experts=count)
-        chosen += own_count or [Candidate(f"{like.name} with {count:g} experts", model, False)]
+        name, model = f"{like.name} with {count:g} experts", replace(like.model, experts=count)
+        chosen += own_count or [replace(like, name=name, model=model, trained=False)]
     return chosen
 
 
@@ -72,8 +75,6 @@ def served_model(row: pd.Series) -> ServedModel:
         embedded = number("params_total") - total
         if embedded > 0:
             known["embedding"] = embedded / width
-        known["vocabulary"] = number("vocab_size")
-        known["trained_length"] = number("sequence_length")
     known["kv_share"] = number("kv_heads") / number("heads")
     known["granularity"] = number("granularity")
     return ServedModel(math.nan, **{k: v for k, v in known.items() if math.isfinite(v)})

@@ -82,8 +82,6 @@ class ServedModel:
     kv_share: float = 1.0  # key-value heads over heads
     granularity: float = 1.0  # FFN width over expert width, for laws that read it
     embedding: float = 0.0  # parameters of embedding and head together, over d_model
-    vocabulary: float = 0.0  # token ids of the head, for its FLOPs
-    trained_length: float = 0.0  # tokens a training sequence, for the FLOPs of attention
 
     @property
     def used(self) -> float:
@@ -112,14 +110,6 @@ class ServedModel:
     def params_embedding(self) -> float:
         """Parameters of embedding and head."""
         return self.embedding * self.d_model
-
-    @property
-    def training_flops(self) -> float:
-        """Training FLOPs a token: 6 for each active parameter and each of the head, and those of
-        causal attention over the sequences that it is trained on."""
-        head = self.vocabulary * self.d_model
-        attention = self.layers * self.d_model * self.trained_length
-        return 6.0 * (self.params_active + head + attention)
 
     @property
     def kv_bytes(self) -> float:

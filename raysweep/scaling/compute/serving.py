@@ -338,7 +338,7 @@ class CandidateCurves:
         return np.array([self.cost(float(n)).dollars_per_million for n in params])
 
     def tokens(self, params: np.ndarray | float, flops: np.ndarray | float) -> np.ndarray | float:
-        return flops / _many(self.candidate.model, params).training_flops
+        return flops / self.candidate.cost(_many(self.candidate.model, params).params_active)
 
     def losses(self, params: np.ndarray, flops: np.ndarray | float) -> np.ndarray:
         """Expected loss [n] of sizes trained on all the tokens that a budget buys."""

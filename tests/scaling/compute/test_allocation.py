@@ -9,7 +9,6 @@ import pytest
 
 from raysweep.errors import UserError
 from raysweep.scaling.compute.allocation import (
-    TokenCost,
     allocations_text,
     best_size,
     compute_optimal,
@@ -23,6 +22,7 @@ from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import choose_loss
 from raysweep.scaling.plain import to_json
+from raysweep.scaling.runs import flops_trend
 
 CHINCHILLA = LOSS_LAWS["chinchilla"]
 TRUTH = dict(CHINCHILLA.published)
@@ -144,14 +144,30 @@ def test_a_law_blind_to_the_split_is_not_asked_for_it() -> None:
     assert able.law is CHINCHILLA
 
 
-def test_flops_a_token_are_a_trend_in_n() -> None:
+def test_what_tokens_take_over_6n_fades_beyond_the_runs() -> None:
+    n = np.geomspace(1e4, 1e6, 5)
+    rest = 1.5 * (n / 1e4) ** -0.45
+    cost = flops_trend(n, 6 * n * (1 + rest))
+    np.testing.assert_allclose(cost(n), 6 * n * (1 + rest), rtol=1e-9)
+    assert cost(1e9) == pytest.approx(6e9 * (1 + 1.5 * 1e5**-0.45))
+    assert cost(1e3) == pytest.approx(6e3 * (1 + 1.5 * 0.1**-0.45))
+    one = flops_trend(np.full(3, 1e8), np.full(3, 7e8))
+    assert one(1e8) == pytest.approx(7e8)
+    assert one(1e12) == pytest.approx(6e12, rel=0.002)
+
+
+@pytest.mark.parametrize("each", [2.2, 5.0, 6.0, 10.0])
+def test_a_told_ratio_that_is_the_same_in_all_runs_stays(each: float) -> None:
     n = np.geomspace(1e7, 1e9, 5)
-    per_token = 6 * n * (n / 1e9) ** -0.07  # 38 % dearer at 1e7
-    cost = TokenCost.of(n, per_token)
+    np.testing.assert_allclose(flops_trend(n, each * n)(10 * n), each * 10 * n, rtol=1e-6)
+
+
+def test_a_ratio_on_both_sides_of_6n_is_held_at_its_ends() -> None:
+    n = np.geomspace(1e7, 1e9, 5)
+    per_token = 6 * n * (n / 1e8) ** 0.08
+    cost = flops_trend(n, per_token)
     np.testing.assert_allclose(cost(n), per_token, rtol=1e-9)
-    assert cost(1e10) == pytest.approx(6 * 1e10)
-    assert cost(1e6) == pytest.approx(6e6 * 0.01**-0.07)
-    assert TokenCost.of(np.full(3, 1e8), np.full(3, 7e8))(2e8) == pytest.approx(1.4e9)
+    assert cost(1e12) == pytest.approx(6e12 * 10**0.08)
 
 
 def test_cost_of_a_token_moves_the_optimum(chinchilla: LossModel) -> None:
