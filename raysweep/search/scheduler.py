@@ -34,12 +34,9 @@ from raysweep.search.restore import (
 from raysweep.search.strategies import make_sampler
 from raysweep.search.value import next_cell, targets_of
 from raysweep.study import Cell, Study, TrialSpec
+from raysweep.study.plan import MAX_GRANTED
 
 _log = logging.getLogger("raysweep")
-
-
-MAX_GRANTED = 4
-"""With a budget of FLOPs, a cell gets at most this many times its own trials."""
 
 
 TAIL = 6.0

@@ -23,6 +23,8 @@ START_SECONDS = 8.0
 """Until Ray and its first worker are there."""
 TRIAL_SECONDS = 0.05
 """Between two trials of one worker: the proposal, the row, the messages."""
+MAX_GRANTED = 4
+"""No cell gets more than so many times `search.trials_per_cell`, whatever `search.total_flops`."""
 EVALUATION = 1 / 3
 """Of a training token, what a token of the validation slice costs: forward only."""
 
@@ -84,6 +86,10 @@ class Plan:
     seconds: tuple[float, ...] = ()
     """Of all trials of each cell together, on one worker (or one group of workers)."""
     calibration: Calibration | None = None
+    total_flops: float | None = None
+    """The study's `search.total_flops`, where it sets one."""
+    most_flops: float = math.nan
+    """Of as many trials as such a budget may grant at most, were it endless."""
 
     def __repr__(self) -> str:
         return f"<Plan of {self.study}: {summary_words(self)}>"
@@ -110,6 +116,18 @@ class Plan:
         return sum(c.flops for c in self.cells)
 
     @property
+    def flops_at_most(self) -> float:
+        """FLOPs that the study may take: those of its trials, or what `total_flops` makes of them,
+        less or more."""
+        return self.flops if self.total_flops is None else min(self.total_flops, self.most_flops)
+
+    @property
+    def never_trained(self) -> tuple[str, ...]:
+        """Cells of which one trial alone costs more than `total_flops`."""
+        limit = math.inf if self.total_flops is None else self.total_flops
+        return tuple(c.name for c in self.cells if c.flops_per_trial > limit)
+
+    @property
     def gpu_hours(self) -> float:
         return sum(c.gpu_hours for c in self.cells)
 
@@ -120,6 +138,9 @@ class Plan:
             "description": self.description,
             "trials": self.trials,
             "flops": self.flops,
+            "total_flops": self.total_flops,
+            "flops_at_most": self.flops_at_most,
+            "never_trained": list(self.never_trained),
             "gpu_hours": self.gpu_hours,
             "gpu_hours_assume": {
                 "peak_flops": REFERENCE_PEAK_FLOPS,
@@ -142,9 +163,19 @@ class Plan:
 
 
 def make_plan(study: Study) -> Plan:
-    """The plan of a study: trials as budgeted, without extensions of a range."""
+    """The plan of a study: trials as budgeted, without extensions of a range and without what
+    `search.total_flops` leaves out or adds, which the plan bounds."""
+    search = study.space.search
     cells = tuple(_planned(study, c) for c in study.cells)
-    return Plan(study.name, study.space.description, cells, own=study.space.training is not None)
+    granted = MAX_GRANTED * search.trials_per_cell + search.repeats_at_optimum
+    return Plan(
+        study.name,
+        study.space.description,
+        cells,
+        own=study.space.training is not None,
+        total_flops=search.total_flops,
+        most_flops=sum(c.flops_per_trial * max(c.trials, granted) for c in cells),
+    )
 
 
 def with_times(plan: Plan, study: Study, calibration: Calibration) -> Plan:
@@ -224,8 +255,12 @@ def _planned(study: Study, cell: Cell) -> PlannedCell:
         flops_per_trial=flops_per_trial,
         flops_6nd_per_trial=counts.flops_6nd(cell.tokens),
         flops=flops,
-        gpu_hours=flops / (REFERENCE_PEAK_FLOPS * REFERENCE_UTILISATION) / 3600,
+        gpu_hours=_gpu_hours(flops),
     )
+
+
+def _gpu_hours(flops: float) -> float:
+    return flops / (REFERENCE_PEAK_FLOPS * REFERENCE_UTILISATION) / 3600
 
 
 def _known(value: float) -> float | None:
@@ -277,12 +312,33 @@ def render_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def summary_words(plan: Plan) -> str:
-    """The whole of a plan in a sentence."""
+    """The whole of a plan in a sentence or two."""
     return (
         f"{len(plan.cells)} cells, {plan.trials} trials, {scientific(plan.flops)} FLOPs, "
         f"{short(plan.gpu_hours, 2)} GPU-hours on H100s at {REFERENCE_UTILISATION:.0%} "
-        "utilisation. Parameters are non-embedding."
+        f"utilisation. Parameters are non-embedding.{_budget_words(plan)}"
     )
+
+
+def _budget_words(plan: Plan) -> str:
+    """What `search.total_flops` makes of the trials; empty without one, or where it changes
+    nothing."""
+    most = plan.flops_at_most
+    if plan.total_flops is None or plan.flops <= most < plan.flops + min(
+        c.flops_per_trial for c in plan.cells
+    ):
+        return ""
+    budget = f" search.total_flops of {scientific(plan.total_flops)}"
+    if most > plan.flops:
+        return (
+            f"{budget} adds trials where they tell most, up to {scientific(most)} FLOPs and "
+            f"{short(_gpu_hours(most), 2)} GPU-hours in all."
+        )
+    said = f"{budget} pays for {most / plan.flops:.2g} of these FLOPs: trials that no longer fit"
+    said += " are left out"
+    if plan.never_trained:
+        said += f", all of {', '.join(plan.never_trained)}, where one costs more than that"
+    return f"{said}."
 
 
 def time_words(plan: Plan) -> str:

@@ -10,7 +10,7 @@ import yaml
 from raysweep.errors import UserError
 from raysweep.study import Study
 from raysweep.study.own import TOLD, fill_in
-from raysweep.study.plan import make_plan
+from raysweep.study.plan import make_plan, summary_words
 
 DENSE = {"name": "s", "settings": {"n": 1}, "params": "10M", "flops_per_token": 7e7}
 CODE = """
@@ -78,6 +78,30 @@ def test_given_sizes_are_those_of_the_cell() -> None:
     said = str(make_plan(study))
     assert "6ND" in said
     assert "1.2e16" in said
+
+
+@pytest.mark.parametrize(
+    ("budget", "at_most", "said"),
+    [
+        (None, 1.128e17, ""),
+        (1.1281e17, 1.1281e17, ""),
+        (1e22, 4.512e17, "of 1e22 adds trials where they tell most, up to 4.51e17 FLOPs"),
+        (2e17, 2e17, "adds trials where they tell most, up to 2e17 FLOPs"),
+        (8.46e16, 8.46e16, "pays for 0.75 of these FLOPs: trials that no longer fit are left out."),
+        (1e15, 1e15, "left out, all of dense-m-20tpp, where one costs more than that"),
+    ],
+)
+def test_a_budget_of_flops_is_in_the_plan(budget: float | None, at_most: float, said: str) -> None:
+    large = without(name="m", settings={"n": 2}, params="20M", flops_per_token=1.4e8)
+    small = without(params="2M", flops_per_token=1e7)
+    search = {"trials_per_cell": 2, "total_flops": budget}
+    plan = make_plan(Study.from_dict(space(small, scales=[small, large], search=search)))
+    assert plan.flops == pytest.approx(1.128e17)
+    assert plan.to_dict()["flops_at_most"] == pytest.approx(at_most)
+    assert plan.to_dict()["total_flops"] == budget
+    words = summary_words(plan)
+    assert said in words if said else "total_flops" not in words
+    assert plan.never_trained == (("dense-m-20tpp",) if budget == 1e15 else ())
 
 
 def test_experts_have_active_total_and_dense_counts() -> None:
