@@ -206,11 +206,15 @@ def _one_size(
             made.loc[both & made["loss"].isna(), "why"] = (
                 f"no cell varied its batch: only runs at about {short(ran)} tokens can be predicted"
             )
-        half = ((rate > 0) | (batch > 0)) & ~both
+        half = (rate.notna() | batch.notna()) & ~both
         made.loc[half, ["loss", "low", "high"]] = math.nan
         made.loc[half, "why"] = "only one of learning rate and batch is told"
     if not math.isfinite(best.loss):
         made["why"] = "; ".join(best.warnings) or "the loss is not determined"
+    for column in ("learning_rate", "batch_tokens"):
+        wrong = part[column].notna() & ~((part[column] > 0) & np.isfinite(part[column]))
+        made.loc[wrong, ["loss", "low", "high", "cost"]] = math.nan
+        made.loc[wrong, "why"] = f"its {column} is not a number above zero"
     return made
 
 

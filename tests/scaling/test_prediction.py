@@ -91,6 +91,15 @@ def test_configurations_keep_their_order_and_say_why_not(fits: Fits, log: Plante
         "no group 'sgd' in the results; known: muon, adamw",
         "its size is not told: N and D",
     ]
+    pairs = {"lr": [-1, 0, 1e-3, -1], "batch_tokens": [5e5, None, 0, -1]}
+    told = fits.predict_runs(table.iloc[[0] * 4].assign(**pairs))
+    assert list(told["why"]) == [
+        "its learning_rate is not a number above zero",
+        "its learning_rate is not a number above zero",
+        "its batch_tokens is not a number above zero",
+        "its batch_tokens is not a number above zero",
+    ]
+    assert told["loss"].isna().all()
     one = fits.predict(1e-3, 5e5, 1e9, 2e10, group="adamw")
     assert found["loss"][0] == pytest.approx(one["loss"][0], rel=1e-3)
     best = fits.recommend(params=1e9, tokens=2e10, group="muon")
