@@ -212,6 +212,20 @@ def test_mistakes_say_what_was_meant(fits: Fits, tmp_path: Path) -> None:
         (lambda: fits.recommend("tiny", "7B", "1.4T"), "known: dense, moe"),
         (lambda: fits.recommend("dense", "7B", "1.4T", group="muon"), "no group 'muon'"),
         (lambda: fits.predict(-1, 512, "1M", "20M"), "learning_rate must be above zero"),
+        (
+            lambda: fits.recommend("dense", params=[1e5, 2e5], tokens=[1e6, 2e6, 3e6]),
+            "2 of params and 3 of tokens: give as many of each, or one",
+        ),
+        (
+            lambda: fits.predict([0.01, 0.02], [512, 1024, 2048], "1M", "20M"),
+            "2 of learning_rate and 3 of batch_tokens: give as many of each, or one",
+        ),
+        (lambda: fits.recommend("dense", "1M", "20M", within="abc"), "within abc is no number"),
+        (
+            lambda: fits.recommend("moe", "1M", "20M", experts=2.5),  # pyright: ignore
+            "experts must be a whole number, not 2.5",
+        ),
+        (lambda: raysweep.Study.from_dict({"study": "x", "foo": 1}), "unknown key 'foo'"),
         (lambda: fits.plot.surface("nope"), "known: dense-xs-40ktok"),
         (lambda: raysweep.Study.load(SMOKE, set={"n_trials": 3}), "--set search.trials_per_cell=3"),
     ):

@@ -202,7 +202,7 @@ class Fits(InNotebooks):
 
         if _single(params) and _single(tokens):
             return one(params, tokens)
-        pairs = np.broadcast(np.atleast_1d(params), np.atleast_1d(tokens))
+        pairs = np.broadcast(*_paired(params=params, tokens=tokens))
         rows = [one(n, d).to_row() for n, d in pairs]
         return pd.DataFrame(rows)
 
@@ -229,6 +229,7 @@ class Fits(InNotebooks):
         )
         rate = _numbers(learning_rate, "learning_rate")
         batch = _numbers(batch_tokens, "batch_tokens")
+        rate, batch = _paired(learning_rate=rate, batch_tokens=batch)
         return predict_around(self.evidence_of(found.architecture), found, rate, batch)
 
     def predict_runs(
@@ -266,8 +267,8 @@ class Fits(InNotebooks):
         Raises:
             UserError: a budget that is no positive number.
         """
-        budgets = [flops] if isinstance(flops, float | int | str) else list(flops)
-        asked = [read_number(f, "flops") for f in budgets]
+        one = isinstance(flops, float | int | str | np.number)
+        asked = [read_number(f, "flops") for f in ([flops] if one else flops)]
         return {
             name: best_splits(self.loss_model(name), asked, self.cells_of(name))
             for name in self.architectures
@@ -566,6 +567,16 @@ def _numbers(values: Many, name: str) -> np.ndarray:
     return read
 
 
+def _paired(**given: Many) -> list[np.ndarray]:
+    """Values by name as arrays of one length; one value stands for as many as there are."""
+    arrays = {name: np.atleast_1d(value) for name, value in given.items()}
+    try:
+        return list(np.broadcast_arrays(*arrays.values()))
+    except ValueError:
+        counts = " and ".join(f"{value.size} of {name}" for name, value in arrays.items())
+        raise UserError(f"{counts}: give as many of each, or one") from None
+
+
 def _single(value: object) -> bool:
     return isinstance(value, str | float | int | np.number)
 
@@ -580,4 +591,5 @@ def _scalar(value: object, name: str) -> str | float:
 
 def _share(within: float | str) -> float:
     text = str(within).strip()
-    return read_number(text[:-1], "within") / 100 if text.endswith("%") else float(text)
+    share = read_number(text.removesuffix("%"), "within")
+    return share / 100 if text.endswith("%") else share

@@ -336,6 +336,9 @@ def _routing(
         raise UserError(
             f"architecture {architecture!r} is dense: leave out experts, or ask for a MoE"
         )
+    for name, value in (("experts", experts), ("top_k", top_k)):
+        if value is not None and not float(value).is_integer():
+            raise UserError(f"{name} must be a whole number, not {value}")
     pairs = cells[["experts", "top_k"]].drop_duplicates()
     common = pairs.iloc[0]
     e = int(common["experts"]) if experts is None else int(experts)

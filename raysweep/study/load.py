@@ -57,10 +57,22 @@ def load_search_space(path: Path, overrides: Mapping[str, Any] | Sequence[str] =
     changed: dict[tuple[str, ...], Any] = {}
     for dotted, value in given:
         changed[_apply(values, dotted, value)] = value
+    return check(values, str(path), lines, changed)
+
+
+def check(
+    values: Any,
+    source: str,
+    lines: Mapping[Location, int] | None = None,
+    changed: Mapping[tuple[str, ...], Any] | None = None,
+) -> SearchSpace:
+    """The search space that plain values are, of a source with lines or without.
+
+    Raises UserError: one line with the source, culprit and mend."""
     try:
         return SearchSpace.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, path, values, lines, changed)) from None
+        raise UserError(_explain(error, source, values, lines or {}, changed or {})) from None
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[Location, int]]:
@@ -167,9 +179,9 @@ def _apply(values: dict[str, Any], dotted: str, value: Any) -> tuple[str, ...]:
 
 def _explain(
     error: ValidationError,
-    path: Path,
+    source: str,
     values: Any,
-    lines: dict[Location, int],
+    lines: Mapping[Location, int],
     changed: Mapping[tuple[str, ...], Any],
 ) -> str:
     """The first error in one line; how many more there are."""
@@ -208,7 +220,7 @@ def _explain(
     if blamed is not None:
         return f"--set {'.'.join(blamed)}={_short(changed[blamed])}: {message}{more}"
     line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), None)
-    return f"{path}:{line}: {message}{more}" if line else f"{path}: {message}{more}"
+    return f"{source}:{line}: {message}{more}" if line else f"{source}: {message}{more}"
 
 
 def _blamed(where: Location, changed: Mapping[tuple[str, ...], Any]) -> tuple[str, ...] | None:

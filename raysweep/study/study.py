@@ -15,7 +15,7 @@ from raysweep.display import InNotebooks
 from raysweep.errors import UserError
 from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
 from raysweep.study.fields import MAX_LAYERS, MAX_TOKEN_IDS
-from raysweep.study.load import load_search_space
+from raysweep.study.load import check, load_search_space
 from raysweep.study.own import OwnModel, Training, fill_in, own_models
 from raysweep.study.schema import Data, SearchSpace
 from raysweep.study.shape import (
@@ -255,8 +255,10 @@ class Study(InNotebooks):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object], folder: str | Path = ".") -> Study:
-        """A study from plain values, as a notebook would give them."""
-        return cls(SearchSpace.model_validate(data), Path(folder).resolve())
+        """A study from plain values, as a notebook would give them.
+
+        Raises UserError: one line with culprit and mend."""
+        return cls(check(data, "the study"), Path(folder).resolve())
 
     @property
     def name(self) -> str:

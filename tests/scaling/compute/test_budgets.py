@@ -107,6 +107,11 @@ def test_all_that_charges_a_run_charges_the_same(tiny) -> None:
         assert charged == pytest.approx(dense.counts.flops_per_token, rel=0.05)
 
 
+def test_a_budget_may_be_a_number_of_numpy(both) -> None:
+    (asked,) = both.split(np.int64(10**18))["dense"]
+    assert asked.params == both.split(1e18)["dense"][0].params
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_flops_are_charged_whatever_count_a_law_reads(tiny, count: str) -> None:
     for name in tiny.architectures:
