@@ -45,8 +45,8 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
     Yields a scratch folder that is removed afterwards. Raises UserError if the cluster cannot be
     reached.
     """
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+    ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+    os.environ.update(ours)
     address = cluster_address(address)
     if address is None:
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -82,6 +82,8 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+        for name in ours:  # else the user's own runs of Tune would leave no logs
+            os.environ.pop(name, None)
 
 
 def cluster_address(address: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -138,7 +139,10 @@ assert not tune.Tuner(train, param_space=space, run_config=config).fit().errors
 @pytest.mark.ray
 def test_ray(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _TUNE, str(tmp_path), json.dumps(CONFIG)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_"))}
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, env=env
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = read_source("ray", str(tmp_path / "sweep"))
     check(found, "ray")

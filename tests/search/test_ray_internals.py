@@ -2,6 +2,7 @@
 to a version that keeps things elsewhere: each says what to do."""
 
 import inspect
+import os
 from collections import Counter
 from typing import Any
 
@@ -57,6 +58,15 @@ def test_a_placement_group_takes_a_hint() -> None:
     assert one == other, "an actor is used again for a trial of the same node"
     assert hash(one) == hash(other)
     assert one != tune.PlacementGroupFactory([{"CPU": 1}])
+
+
+@pytest.mark.ray
+def test_the_users_own_runs_of_tune_are_left_as_they_were() -> None:
+    before = {name: value for name, value in os.environ.items() if name.startswith("TUNE_")}
+    with ray_runtime(None, cpus=1):
+        assert os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] == "1"
+    after = {name: value for name, value in os.environ.items() if name.startswith("TUNE_")}
+    assert after == before
 
 
 @pytest.mark.ray
