@@ -250,7 +250,7 @@ def test_killed_worker_and_killed_driver_lose_and_repeat_nothing(
     assert set(before["trial_key"]) <= set(frame["trial_key"])
     # The trial of the killed worker went on from what it had left in its folder.
     starts = [line.split()[1] for line in _lines(results / "starts")]
-    assert starts.count(key) == 2
+    assert starts.count(key) in (2, 3), "both kills may hit it"
     killed = frame[frame["trial_key"] == key]
     assert killed["metrics"].str.contains('"first": [1-9]').all()
     # A finished trial was started once, but for those that were running at a kill.
