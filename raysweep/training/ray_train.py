@@ -2,12 +2,11 @@
 
 Workers, their process group and what they have compiled outlive a trial. A `GroupHost` holds one
 long `TorchTrainer` run, whose workers ask it for the next trial; whoever has a trial gives it to
-the host and listens. Ray Train starts a group again that loses a worker, and the trial that ran
-goes on from its checkpoint. Where a user's function fails, its workers stay, and get a new process
-group.
+the host and listens. Where a user's function fails, its workers stay, and get a new process group.
 
-Ray Train gives up where a group cannot be set up, and tries for ever where workers fail before
-they ask for a trial. So the host has it give up at each failure, counts, and starts it anew.
+The host starts a group again that loses a worker, and the trial that ran goes on from its
+checkpoint. Ray Train could do so, but gives up where a group cannot be set up, and tries for ever
+where workers fail before they ask for a trial: the host counts.
 """
 
 from __future__ import annotations
@@ -183,7 +182,7 @@ class GroupHost:
         once all are through with it they are told to "renew" their process group. Where some are
         not in time, or the trial is to be begun again, whoever failed is told to "restart" all."""
         self._nodes[rank], self._idle[rank] = node, done
-        if done < 0:  # Ray Train has begun anew
+        if done < 0:  # the group has begun anew
             self._broken, self._renewing = -1, set()
         if not whole:
             self._broken = done
@@ -456,7 +455,7 @@ def _serve(config: dict[str, Any]) -> None:
                 raise  # others may wait for this worker: all begin anew
         told = rank == 0 and outcome is not None
         if told and ray.get(host.post.remote(number, "outcome", outcome)):
-            raise RuntimeError("a node of the group is about to go")  # Ray Train finds others
+            raise RuntimeError("a node of the group is about to go")  # the host starts it on others
         done = number
         if whole and proven is None:
             proven = True
