@@ -31,11 +31,6 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     return (wide * scale * gain.to(x.dtype)).to(x.dtype)
 
 
-def wide_linear(x_NI: Tensor, w_IO: Tensor) -> Tensor:
-    """x @ w in float32 at least."""
-    return widen(x_NI) @ w_IO
-
-
 def rope_table(length: int, head_dim: int, base: float) -> Tensor:
     """Angles of rotary embeddings as (cos, sin), float64 (T, C/2, 2) (Su et al. 2021)."""
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
@@ -104,8 +99,17 @@ def head_loss(
     the log-normaliser (PaLM, arXiv 2204.02311)."""
     logits = widen(rms_norm(x_BTD, norm) @ head_DV.to(x_BTD.dtype))
     normaliser = torch.logsumexp(logits, -1)
-    losses = normaliser - logits.gather(-1, targets_BT[..., None]).squeeze(-1)
+    losses = normaliser - _of_target(logits, targets_BT)
     objective = losses.mean()
     if z_loss:
         objective = objective + z_loss * normaliser.square().mean()
     return objective, losses.detach()
+
+
+def _of_target(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Each token's logit of its target. Compiled, a comparison becomes part of the sums beside it;
+    the gradient of `gather` would be written out in float32, as large as all logits."""
+    if not torch.compiler.is_compiling():
+        return logits_BTV.gather(-1, targets_BT[..., None]).squeeze(-1)
+    tokens = torch.arange(logits_BTV.shape[-1], device=logits_BTV.device)
+    return torch.where(tokens == targets_BT[..., None], logits_BTV, 0.0).sum(-1)

@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from raysweep.model import functional, fused_router, moe
-from raysweep.model.fused import matmul, matmul_of_transposed, swiglu_backward
+from raysweep.model.fused import (
+    linear,
+    matmul,
+    matmul_of_transposed,
+    rms_norm,
+    swiglu_backward,
+)
 from raysweep.study.cells import Architecture
 
 ONE_BY_ONE_FROM = 1 << 22
@@ -38,7 +44,7 @@ def mix(
     return y, rows.loads_E  # type: ignore[return-value]
 
 
-def experts_block(
+def experts(
     h_BTD: Tensor,
     logits_NE: Tensor,
     gate_up: Tensor,
@@ -50,7 +56,7 @@ def experts_block(
     top_k: int,
     settings: Architecture,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Routed and shared experts of normed activations, as `moe.experts_block` has them."""
+    """Routed and shared experts of normed activations, as `moe.experts` has them."""
     h = h_BTD.flatten(0, 1)
     route = moe.route if settings.scores == "sigmoid" else fused_router.route
     routing = route(logits_NE, top_k, share_E, bias_E, settings)
@@ -59,6 +65,15 @@ def experts_block(
         y = y + functional.swiglu(h @ shared_gate_up) @ shared_down
     confidence = None if torch.is_grad_enabled() else routing.confidence()
     return y.view_as(h_BTD), routing.loss, load, routing.experts_NK, confidence
+
+
+def experts_block(
+    x_BTD: Tensor, norm: Tensor, router: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """x + experts(norm(x)), and what else `moe.experts_block` gives."""
+    h = rms_norm(x_BTD, norm)
+    y, *routed = experts(h, linear(h.flatten(0, 1), router), *rest)
+    return x_BTD + y, *routed  # type: ignore[return-value]
 
 
 class _Rows:

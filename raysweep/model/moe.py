@@ -143,7 +143,7 @@ def mix(
     return (y_NKD * routing.weights_NK[..., None].to(y_NKD.dtype)).sum(1), load
 
 
-def experts_block(
+def experts(
     h_BTD: Tensor,
     logits_NE: Tensor,
     gate_up: Tensor,
@@ -165,6 +165,16 @@ def experts_block(
         y = y + functional.swiglu(h @ shared_gate_up.to(dtype)) @ shared_down.to(dtype)
     confidence = None if torch.is_grad_enabled() else routing.confidence()
     return y.view_as(h_BTD), routing.loss, load, routing.experts_NK, confidence
+
+
+def experts_block(
+    x_BTD: Tensor, norm: Tensor, router: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """x + experts(norm(x)), of logits in float32 at least; then what else `experts` gives, of
+    whose arguments `rest` are the last."""
+    h = functional.rms_norm(x_BTD, norm)
+    y, *routed = experts(h, functional.widen(h.flatten(0, 1)) @ router, *rest)
+    return x_BTD + y, *routed  # type: ignore[return-value]
 
 
 class _ToExperts(Function):

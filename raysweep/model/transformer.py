@@ -26,8 +26,6 @@ Runner = Callable[..., Any]
 
 
 HAND_WRITTEN: dict[Callable[..., Any], Callable[..., Any]] = {
-    functional.rms_norm: fused.rms_norm,
-    functional.wide_linear: fused.linear,
     functional.attention_block: fused_attention.attention_block,
     functional.feed_forward_block: fused.feed_forward_block,
     functional.head_loss: fused.head_loss,
@@ -86,15 +84,16 @@ class FeedForward(nn.Module):
 
 
 class Router(nn.Module):
-    """Logits of the experts, in float32 at least: a module of its own, so that workers which shard
-    a model in bfloat16 gather this weight as it is."""
+    """The router's weight: a module of its own, so that workers which shard a model in bfloat16
+    gather it as it is, in float32. It does what needs it: a block, of activations and the weight.
+    """
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.weight = _weight(shape.d_model, shape.experts)
 
-    def forward(self, h_BTD: Tensor, run: Runner) -> Tensor:
-        return run(functional.wide_linear, h_BTD.flatten(0, 1), self.weight)
+    def forward(self, x_BTD: Tensor, block: Callable[[Tensor, Tensor], Any]) -> Any:
+        return block(x_BTD, self.weight)
 
 
 class ExpertsOutput(NamedTuple):
@@ -124,9 +123,11 @@ class Experts(nn.Module):
     def forward(self, x_BTD: Tensor, share_E: Tensor, bias_E: Tensor, run: Runner) -> ExpertsOutput:
         weights = self.gate_up, self.down, self.shared_gate_up, self.shared_down
         balance = share_E, bias_E, self.top_k, self.settings
-        h = run(functional.rms_norm, x_BTD, self.norm)
-        y, *routed = run(moe.experts_block, h, self.router(h, run), *weights, *balance)
-        return ExpertsOutput(x_BTD + y, *routed)
+
+        def block(x_BTD: Tensor, router: Tensor) -> Any:
+            return run(moe.experts_block, x_BTD, self.norm, router, *weights, *balance)
+
+        return ExpertsOutput(*self.router(x_BTD, block))
 
 
 class Decoder(nn.Module):
@@ -186,9 +187,10 @@ class Decoder(nn.Module):
         """Mean losses over the batch; adds each MoE layer's loads to `expert_load`."""
         x, routed = self._stack(tokens_BT)
         objective, losses = self._head_loss(x, targets_BT, self.z_loss)
-        for row, layer in enumerate(routed):
+        for layer in routed:
             objective = objective + layer.loss
-            self.expert_load[row] += layer.load_E
+        if routed:
+            self.expert_load += torch.stack([layer.load_E for layer in routed])
         return Losses(objective, losses.mean())
 
     @torch.no_grad()

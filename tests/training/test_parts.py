@@ -200,8 +200,8 @@ class TestMicroBatch:
         assert {self.size(spec, batch, compiled=True, **quiet) for batch in (4, 256)} == {4}
 
     def test_a_gpu_is_not_starved_for_it(self, spec):
-        least = memory.GPU_LEAST_TOKENS // 16
-        assert self.size(spec, 1 << 12, compiled=True, on="cuda") == least
+        most = memory.GPU_MICRO_TOKENS // 16
+        assert {self.size(spec, most << k, compiled=True, on="cuda") for k in (1, 2, 3)} == {most}
         assert self.size(spec, 256, compiled=True, on="cuda") == 128, "half of what it has"
         assert self.size(spec, 1 << 12, compiled=True, on="cuda", world_size=8) == 256
 
