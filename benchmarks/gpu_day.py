@@ -43,8 +43,8 @@ PARTS = {"checks": 8, "mfu": 20, "noise": 3, "packing": 4, "fsdp": 6, "ladder": 
 TASK_MINUTES = {"checks": 4, "mfu": 5, "noise": 3, "packing": 4, "fsdp": 3, "ladder": 60}
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bfloat16 FLOP/s from the makers' data sheets (SXM)."""
-MEASURED_SECONDS = 20.0
-"""Of steps, in a measurement."""
+MEASURED_SECONDS = 4.0, 20.0
+"""Of steps in a measurement: at least, and where there is time, at most."""
 
 ON_GPU = torch.cuda.is_available()
 
@@ -81,11 +81,12 @@ def ladder_study() -> Study:
 
 
 def rungs() -> dict[str, Cell]:
-    """The shipped rungs by name, one horizon each; of a toy ladder without a GPU."""
+    """The shipped rungs by name, one horizon each, MoE beside their twins first; of a toy ladder
+    without a GPU."""
     if not ON_GPU:
         return {cell.name: cell for cell in ladder_study().cells}
     found = {}
-    for space in ("dense", "moe"):
+    for space in ("moe", "dense"):
         for cell in Study.load(REPO / f"search_spaces/{space}.yaml").cells:
             found.setdefault(f"{space}/{cell.architecture}-{cell.scale}", cell)
     return found
@@ -97,14 +98,16 @@ def peak_flops() -> float | None:
 
 
 def measured_spec(
-    cell: Cell, *, workers: int = 1, strategy: str = "ddp", **recipe: Any
+    cell: Cell, seconds: float, *, workers: int = 1, strategy: str = "ddp", **recipe: Any
 ) -> TrialSpec:
-    """A run of a cell's shape that lasts about `MEASURED_SECONDS`."""
+    """A run of a cell's shape: of so many seconds half goes to its steps, within bounds, the rest
+    to start and compile."""
     study = ladder_study()
     length, batch = cell.shape.sequence_length, (64 if ON_GPU else 4) * workers
     flops = cell.counts.flops_per_token * batch * length
-    seconds = flops / (0.3 * (peak_flops() or 1e10) * workers)
-    steps = int(min(max(MEASURED_SECONDS / seconds, 12), 400)) if ON_GPU else 12
+    wanted = min(max(seconds / 2, MEASURED_SECONDS[0]), MEASURED_SECONDS[1])
+    a_step = flops / (0.3 * (peak_flops() or 1e10) * workers)
+    steps = int(min(max(wanted / a_step, 12), 400)) if ON_GPU else 12
     resources = cell.resources.model_copy(
         update={"workers": workers, "strategy": strategy, "gpus_per_worker": float(ON_GPU)}
     )
@@ -162,7 +165,7 @@ def do_mfu(name: str, out: Path, seconds: float) -> dict[str, Any]:
     room = torch.cuda.mem_get_info()[1] if ON_GPU else 1e12
     if 20 * cell.counts.params_total > room:
         return {"status": "left out", "reason": "weights, gradients and moments do not fit a card"}
-    return measure(measured_spec(cell))
+    return measure(measured_spec(cell, seconds))
 
 
 def do_noise(name: str, out: Path, seconds: float) -> dict[str, Any]:
@@ -171,7 +174,7 @@ def do_noise(name: str, out: Path, seconds: float) -> dict[str, Any]:
     for k in range(3):
         speeds = {}
         for on in (True, False) if k % 2 else (False, True):
-            found = measure(measured_spec(cell, noise_scale=on))
+            found = measure(measured_spec(cell, seconds / 6, noise_scale=on))
             speeds[on] = found["tokens_per_second"]
         rounds.append(speeds[False] / speeds[True] - 1)
     return {"cell": cell.name, "cost": statistics.median(rounds), "rounds": rounds}
@@ -197,7 +200,7 @@ def do_fsdp(name: str, out: Path, seconds: float) -> dict[str, Any]:
     for rank in range(cards):
         environment = os.environ | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(cards)}
         command = [sys.executable, "-m", "benchmarks.gpu_day", "--out", str(out)]
-        command += ["--member", f"{rank}/{cards}/{meet}"]
+        command += ["--member", f"{rank}/{cards}/{seconds}/{meet}"]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         )
@@ -212,7 +215,7 @@ def one_of_a_group(place: str) -> dict[str, Any]:
 
     from raysweep.training.parallel import Workers
 
-    rank, cards, meet = place.split("/", 2)
+    rank, cards, seconds, meet = place.split("/", 3)
     if ON_GPU:
         torch.cuda.set_device(int(rank))
     dist.init_process_group(
@@ -222,7 +225,8 @@ def one_of_a_group(place: str) -> dict[str, Any]:
     names = [name for name in rungs() if "moe" in name]
     cell = rungs()[next((n for n in names if "350M" in n), names[0])]
     workers = Workers(int(rank), int(cards), sharded=True)
-    found = measure(measured_spec(cell, workers=int(cards), strategy="fsdp"), workers)
+    spec = measured_spec(cell, float(seconds), workers=int(cards), strategy="fsdp")
+    found = measure(spec, workers)
     dist.destroy_process_group()
     return {"cell": cell.name, "cards": int(cards), **found}
 
@@ -293,10 +297,11 @@ DO: dict[str, Callable[[str, Path, float], dict[str, Any]]] = {
 }
 
 
-def in_a_process(part: str, name: str, out: Path, seconds: float) -> dict[str, Any]:
-    """A task, in a process of its own that is ended when its time is up; an error is a result."""
+def in_a_process(part: str, name: str, out: Path, seconds: float, share: float) -> dict[str, Any]:
+    """A task, in a process of its own that is to take its share of the time, and is ended after so
+    many seconds; an error is a result."""
     command = [sys.executable, "-m", "benchmarks.gpu_day", "--out", str(out)]
-    command += ["--task", part, name, f"{0.9 * seconds:.0f}"]
+    command += ["--task", part, name, f"{0.9 * share:.0f}"]
     paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -335,12 +340,14 @@ def run(minutes: float, out: Path, parts: list[str]) -> dict[str, Any]:
     scale = min(1.0, 60 * minutes / given)
     for part in parts:
         end = min(deadline, time.monotonic() + 60 * PARTS[part] * scale)
-        for name in tasks()[part]:
-            known = day["parts"].setdefault(part, {})
+        known = day["parts"].setdefault(part, {})
+        waiting = [name for name in tasks()[part] if not is_done(known.get(name))]
+        for place, name in enumerate(waiting):
             left = end - time.monotonic()
-            if is_done(known.get(name)) or left < 5:
-                continue
-            known[name] = in_a_process(part, name, out, min(left, 60 * TASK_MINUTES[part]))
+            if left < 5:
+                break
+            limit = min(left, 60 * TASK_MINUTES[part])
+            known[name] = in_a_process(part, name, out, limit, left / (len(waiting) - place))
             print(f"{part} {name}: {summary(known[name])}", flush=True)
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(day, indent=1) + "\n")

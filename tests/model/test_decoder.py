@@ -151,12 +151,20 @@ class TestPlainOperations:
             expected = scores.softmax(-1) @ v[:, :, head // 2]
             torch.testing.assert_close(out[:, :, head], expected)
 
-    def test_head_loss(self):
+    @pytest.mark.parametrize("compile", [False, True])
+    def test_head_loss(self, compile):
+        """Compiled, it picks targets in another way."""
+        head_loss = functional.head_loss
+        if compile:
+            head_loss = torch.compile(head_loss, backend="aot_eager", dynamic=False)
         x, head, gain = torch.randn(2, 3, 8), torch.randn(8, 11), torch.rand(8)
+        head.requires_grad_()
         targets = torch.randint(0, 11, (2, 3))
-        objective, losses = functional.head_loss(x, gain, head, targets, 0.5)
+        objective, losses = head_loss(x, gain, head, targets, 0.5)
         logits = functional.rms_norm(x, gain) @ head
         expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         torch.testing.assert_close(losses.flatten(), expected)
         z_loss = 0.5 * logits.logsumexp(-1).square().mean()
         torch.testing.assert_close(objective, expected.mean() + z_loss)
+        (ours,) = torch.autograd.grad(objective, head)
+        torch.testing.assert_close(ours, torch.autograd.grad(expected.mean() + z_loss, head)[0])
