@@ -206,7 +206,7 @@ class Driver:
             space.write_text(yaml.safe_dump(search_space))
         self.results, self.starts = folder / "results", 0
         self._folder, self._env = folder, env
-        self._command = [sys.executable, "-m", "raysweep.cli", "run", str(space), *options]
+        self._command = [sys.executable, "-m", "raysweep", "run", str(space), *options]
         self._command += [
             "--results",
             str(self.results),

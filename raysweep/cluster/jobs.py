@@ -79,7 +79,7 @@ class Jobs:
                     f"'raysweep logs {job.submission_id} -f', or end it with 'raysweep stop'"
                 )
         files, place = collect(space, study, leave_out=(env_file,) if env_file else ())
-        command = ["python", "-m", "raysweep.cli", "run", place]
+        command = ["python", "-m", "raysweep", "run", place]
         command += ["--results", results, "--address", "auto"]
         command += [word for override in overrides for word in ("--set", override)]
         with tempfile.TemporaryDirectory(prefix="raysweep-") as folder:

@@ -101,7 +101,7 @@ def kept_live(uri: str, folder: str | os.PathLike[str]) -> Iterator[Callable[[],
     a function that ends it at once, for whoever writes the last page; at the end of the block the
     page is live no more, and open ones load what stands there.
     """
-    command = [sys.executable, "-m", "raysweep.cli", "report", uri, "-o", os.fspath(folder)]
+    command = [sys.executable, "-m", "raysweep", "report", uri, "-o", os.fspath(folder)]
     child = subprocess.Popen(
         [*command, "--watch", "--until-eof"],
         stdin=subprocess.PIPE,

@@ -19,7 +19,7 @@ RUN = ["--params", "1M", "--tokens", "20M"]
 
 def raysweep(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "raysweep.cli", *args],
+        [sys.executable, "-m", "raysweep", *args],
         capture_output=True,
         text=True,
         cwd=cwd or REPO,

@@ -86,7 +86,7 @@ def test_the_kubernetes_job_has_the_shape_of_a_ray_job() -> None:
     job = load("kuberay.yaml")
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
-    assert spec["entrypoint"].startswith("python -m raysweep.cli run ")
+    assert spec["entrypoint"].startswith("python -m raysweep run ")
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     installed = re.search(r"^ray==(\S+)$", (CLUSTER.parent / "constraints.txt").read_text(), re.M)

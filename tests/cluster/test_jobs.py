@@ -23,7 +23,7 @@ def raysweep(
     *args: str, env: dict[str, str], cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "raysweep.cli", *args],
+        [sys.executable, "-m", "raysweep", *args],
         capture_output=True,
         text=True,
         cwd=cwd or REPO,

@@ -176,7 +176,7 @@ def test_ctrl_c_ends_it_cleanly(study: Results, rows: list[Row], tmp_path: Path)
     study.write(rows[0])
     folder = tmp_path / "reports" / "ladder"  # where it goes that nobody names a folder for
     child = subprocess.Popen(
-        [sys.executable, "-m", "raysweep.cli", "report", study.uri, "--watch"],
+        [sys.executable, "-m", "raysweep", "report", study.uri, "--watch"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPO)},
         stderr=subprocess.PIPE,

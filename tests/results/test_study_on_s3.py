@@ -22,7 +22,7 @@ SMOKE = str(REPO / "search_spaces" / "smoke.yaml")
 
 def raysweep(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "raysweep.cli", *args],
+        [sys.executable, "-m", "raysweep", *args],
         capture_output=True,
         text=True,
         cwd=cwd,

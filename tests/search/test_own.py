@@ -209,7 +209,7 @@ def test_killed_worker_and_killed_driver_lose_and_repeat_nothing(
     path = code / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(space(TRAININGS[kind], "good", "best")))
     results = tmp_path / "results"
-    words = [sys.executable, "-m", "raysweep.cli", "run", str(path), "--results", str(results)]
+    words = [sys.executable, "-m", "raysweep", "run", str(path), "--results", str(results)]
     words += ["--report", str(tmp_path / "report")]
     with open(tmp_path / "log", "w") as log:
         driver = subprocess.Popen(words, stdout=log, stderr=log)

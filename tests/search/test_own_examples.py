@@ -17,7 +17,7 @@ EXAMPLES = REPO / "search_spaces/own_training"
 
 
 def run(name: str, folder: Path, *changes: str) -> pd.DataFrame:
-    words = [sys.executable, "-m", "raysweep.cli", "run", str(EXAMPLES / f"{name}.yaml")]
+    words = [sys.executable, "-m", "raysweep", "run", str(EXAMPLES / f"{name}.yaml")]
     words += ["--results", str(folder / "results"), "--report", str(folder / "report")]
     words += [word for change in changes for word in ("--set", change)]
     done = subprocess.run(
@@ -55,7 +55,7 @@ def test_torchrun_by_a_command(tmp_path: Path) -> None:
 def test_ask_and_tell_from_a_shell_loop(tmp_path: Path) -> None:
     command = tmp_path / "bin/raysweep"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m raysweep.cli "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m raysweep "$@"\n')
     command.chmod(0o755)
     path = f"{command.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(

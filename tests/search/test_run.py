@@ -28,7 +28,7 @@ SPACE = str(REPO / "search_spaces/smoke.yaml")
 
 def command(folder: Path) -> list[str]:
     results, report = str(folder / "results"), str(folder / "report")
-    base = [sys.executable, "-m", "raysweep.cli", "run", SPACE, "--results", results]
+    base = [sys.executable, "-m", "raysweep", "run", SPACE, "--results", results]
     return [*base, "--report", report, "--set", "logging=[tensorboard]"]
 
 

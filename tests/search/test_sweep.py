@@ -271,7 +271,7 @@ def test_the_commands(tmp_path: Path) -> None:
 
     def raysweep(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "raysweep.cli", *words],
+            [sys.executable, "-m", "raysweep", *words],
             cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
             env={"PATH": "/usr/bin", "PYTHONPATH": str(REPO), "HOME": str(tmp_path)},
         )  # fmt: skip

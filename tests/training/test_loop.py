@@ -297,8 +297,7 @@ def test_trials_of_a_cell_share_their_graphs(corpus, spec, graphs, architecture,
         assert outcome.noise_trace is not None
         assert outcome.micro_batch_sequences == 2
         counts.append(len(graphs))
-    kinds = 3 if architecture == "dense" else 5  # attention, feed-forward; norm, router, experts
-    assert counts[0] == 2 * kinds
+    assert counts[0] == 2 * 3, "attention, feed-forward or experts, head; training and evaluation"
     assert counts[1:] == [counts[0]] * 3
 
 

@@ -17,7 +17,7 @@ from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
 from raysweep.study import Data
 from raysweep.training.loop import train
-from raysweep.training.outcome import Silent
+from raysweep.training.outcome import Silent, WorkerOutOfMemory
 
 pytestmark = pytest.mark.ray
 
@@ -221,6 +221,19 @@ def test_an_error_of_its_own_is_tried_three_times(text, fitting, group, tmp_path
     threading.Event().wait(0.1)
     good = train_in_group(host, job(trial, text, results), Heard())
     assert good.status == "finished"
+
+
+def test_lack_of_memory_ends_the_trial_and_not_the_group(text, fitting, group, tmp_path):
+    """The trial's weights are larger than any machine's address space: nothing is touched."""
+    from raysweep.training.ray_train import train_in_group
+
+    results = Storage.at(tmp_path / "results")
+    upload(text, results)
+    host = group("short")
+    large = fitting(scale={"d_model": 983_040, "layers": 4, "heads": 15_360})
+    with pytest.raises(WorkerOutOfMemory, match=r"worker \d is out of memory"):
+        train_in_group(host, job(large, text, results), Heard())
+    assert train_in_group(host, job(fitting(seed=10), text, results), Heard()).status == "finished"
 
 
 def test_a_group_that_does_not_start_ends_its_trial_with_the_reason(text, fitting, group, tmp_path):

@@ -1,4 +1,4 @@
-"""`python -m raysweep.cli`."""
+"""`python -m raysweep`."""
 
 from raysweep.cli import main
 
