@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from raysweep.model import functional, fused_router, moe
+from raysweep.model import moe
 from raysweep.model.fused import (
     linear,
     matmul,
@@ -25,7 +25,6 @@ from raysweep.model.fused import (
     rms_norm,
     swiglu_backward,
 )
-from raysweep.study.cells import Architecture
 
 ONE_BY_ONE_FROM = 1 << 22
 """Multiply-adds of an expert from which a layer counts as large."""
@@ -44,35 +43,12 @@ def mix(
     return y, rows.loads_E  # type: ignore[return-value]
 
 
-def experts(
-    h_BTD: Tensor,
-    logits_NE: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    shared_gate_up: Tensor | None,
-    shared_down: Tensor | None,
-    share_E: Tensor,
-    bias_E: Tensor,
-    top_k: int,
-    settings: Architecture,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Routed and shared experts of normed activations, as `moe.experts` has them."""
-    h = h_BTD.flatten(0, 1)
-    route = moe.route if settings.scores == "sigmoid" else fused_router.route
-    routing = route(logits_NE, top_k, share_E, bias_E, settings)
-    y, load = mix(h, gate_up, down, routing)
-    if shared_gate_up is not None and shared_down is not None:
-        y = y + functional.swiglu(h @ shared_gate_up) @ shared_down
-    confidence = None if torch.is_grad_enabled() else routing.confidence()
-    return y.view_as(h_BTD), routing.loss, load, routing.experts_NK, confidence
-
-
 def experts_block(
     x_BTD: Tensor, norm: Tensor, router: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """x + experts(norm(x)), and what else `moe.experts_block` gives."""
     h = rms_norm(x_BTD, norm)
-    y, *routed = experts(h, linear(h.flatten(0, 1), router), *rest)
+    y, *routed = moe.experts(h, linear(h.flatten(0, 1), router), *rest, mix=mix)
     return x_BTD + y, *routed  # type: ignore[return-value]
 
 

@@ -5,6 +5,7 @@ Shape suffixes: see `raysweep.model.functional`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,9 @@ def mix(
     return (y_NKD * routing.weights_NK[..., None].to(y_NKD.dtype)).sum(1), load
 
 
+Mix = Callable[[Tensor, Tensor, Tensor, Routing], tuple[Tensor, Tensor]]
+
+
 def experts(
     h_BTD: Tensor,
     logits_NE: Tensor,
@@ -154,9 +158,11 @@ def experts(
     bias_E: Tensor,
     top_k: int,
     settings: Architecture,
+    mix: Mix = mix,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Routed and shared experts of normed activations: (output like them, loss of the router,
-    load (E,), experts (N, K), and outside training the probability given to them (N,))."""
+    load (E,), experts (N, K), and outside training the probability given to them (N,)).
+    `mix` does the routed ones' part."""
     h, dtype = h_BTD.flatten(0, 1), h_BTD.dtype
     routing = route(logits_NE, top_k, share_E, bias_E, settings)
     y, load = mix(h, gate_up.to(dtype), down.to(dtype), routing)

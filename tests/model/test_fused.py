@@ -9,7 +9,6 @@ from raysweep.model import (
     fused,
     fused_attention,
     fused_experts,
-    fused_router,
     moe,
 )
 from raysweep.study import Architecture
@@ -94,16 +93,6 @@ class TestFiniteDifferences:
     def test_rms_norm(self):
         assert torch.autograd.gradcheck(fused.rms_norm, (double(2, 3, 6), double(6)))
 
-    def test_route(self):
-        share, bias = torch.rand(5).double(), torch.zeros(5)
-        settings = Architecture(experts=5, top_k=2, balance_loss=0.3, router_z_loss=0.2)
-
-        def route(logits):
-            routing = fused_router.route(logits, 2, share, bias, settings)
-            return routing.weights_NK, routing.loss
-
-        assert torch.autograd.gradcheck(route, (double(6, 5),))
-
     def test_mix(self):
         experts = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0]])
 
@@ -113,23 +102,6 @@ class TestFiniteDifferences:
 
         arguments = double(4, 6), double(4, 2), double(3, 6, 10), double(3, 5, 6)
         assert torch.autograd.gradcheck(mix, arguments)
-
-
-@pytest.mark.parametrize("z_loss", [0.0, 0.2])
-@pytest.mark.parametrize("balance", ["loss", "bias", "none"])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_route_equals_plain_code(top_k, balance, z_loss):
-    settings = Architecture(
-        experts=7, top_k=top_k, balance=balance, router_z_loss=z_loss, route_scale=2.5
-    )
-    logits, share, bias = double(40, 7), torch.rand(7).double(), torch.rand(7) / 5
-    pull = torch.randn(40, top_k, dtype=torch.float64)
-    found = []
-    for route in (moe.route, fused_router.route):
-        routing = route(logits, top_k, share, bias, settings)
-        objective = (routing.weights_NK * pull).sum() + routing.loss
-        found.append((*torch.autograd.grad(objective, logits), *vars(routing).values()))
-    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("rows", [64, 4096])
