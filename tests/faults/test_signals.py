@@ -26,7 +26,7 @@ def test_sigterm_then_sigint_then_to_the_end(driver, assert_study_complete) -> N
     begun = time.monotonic()
     running.process.terminate()
     assert running.wait() == 128 + signal.SIGTERM
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 45
     assert running.log.splitlines()[-1] == f"interrupted: {CONTINUE}"
     assert "Traceback" not in running.log
     stopped = running.checkpoints()
@@ -57,8 +57,8 @@ def test_a_second_signal_ends_at_once(driver) -> None:
     assert running.process.poll() is None
     begun = time.monotonic()
     running.process.send_signal(signal.SIGINT)
-    assert running.wait(5) == 128 + signal.SIGINT
-    assert time.monotonic() - begun < 2
+    assert running.wait(15) == 128 + signal.SIGINT
+    assert time.monotonic() - begun < 10, "not the 25 s that the first one grants"
     assert f"ended at once: {CONTINUE}" in running.log
     deadline = time.monotonic() + 10
     while processes(running):
