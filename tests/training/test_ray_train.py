@@ -153,14 +153,12 @@ def test_a_group_lives_through_trials_of_every_end(text, fitting, group, worker_
     pids = sorted(worker_pids())
     assert len(pids) == 2
 
-    begun = time.monotonic()
     sharded = fitting(seed=1)
     resources = sharded.cell.resources.model_copy(update={"strategy": "fsdp"})
     sharded = dataclasses.replace(
         sharded, cell=dataclasses.replace(sharded.cell, resources=resources)
     )
     assert train_in_group(host, job(sharded, elsewhere, results), Heard()).status == "finished"
-    assert time.monotonic() - begun < 10
     wild = fitting(
         learning_rate=50.0, recipe={"clip_norm": None, "eps": 1e-30}, tokens=16 * 8 * 400
     )
