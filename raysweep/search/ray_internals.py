@@ -47,6 +47,25 @@ def placement_hint(node: str) -> dict[str, str]:
     return {"strategy": "STRICT_PACK", "_soft_target_node_id": node}
 
 
+def give_back_orphans() -> None:
+    """Remove placement groups whose actor is dead: Ray keeps them, and moves them to other nodes,
+    until the job ends. Ray Train's own cleaner knows only of groups whose workers have started."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    messages: Any = gcs_pb2  # generated: it has no types to check
+    entries: Any = messages.PlacementGroupTableData
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    for entry in state._connect_and_get_accessor().get_placement_group_table():
+        group = entries.FromString(entry)
+        orphan = group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil()
+        there = group.state != entries.REMOVED
+        if orphan and there and group.creator_job_id == job:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
 def put_word(key: str, word: bytes, namespace: str) -> None:
     """Leave a word at the head, for all processes of the cluster, in place of the one before."""
     from ray.experimental.internal_kv import _internal_kv_put

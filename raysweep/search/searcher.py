@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 
 from raysweep.search.autoscaler import AutoscalerRequests, PlacementRequest
 from raysweep.search.interruption import INTERRUPTED, Interruption, tell_trials_to_leave
-from raysweep.search.ray_internals import draining_nodes, drop_cached_actors
+from raysweep.search.ray_internals import draining_nodes, drop_cached_actors, give_back_orphans
 from raysweep.search.resources import Bundle
 from raysweep.search.scheduler import StudyScheduler, bundles_of
 from raysweep.study.cells import Resources
@@ -133,6 +133,8 @@ class StudySearcher(Searcher):
                 self.groups[group] = self._made[group]()
                 continue
             self.scheduler.pool.found(group, self._where[group])
+        if self.groups:
+            give_back_orphans()
         waiting = set(self._asked.values())
         for group, host in self.groups.items():
             if group not in waiting:

@@ -3,6 +3,7 @@ to a version that keeps things elsewhere: each says what to do."""
 
 import inspect
 import os
+import time
 from collections import Counter
 from typing import Any
 
@@ -67,6 +68,40 @@ def test_the_users_own_runs_of_tune_are_left_as_they_were() -> None:
         assert os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] == "1"
     after = {name: value for name, value in os.environ.items() if name.startswith("TUNE_")}
     assert after == before
+
+
+@pytest.mark.ray
+def test_room_that_a_dead_actor_reserved_is_given_back() -> None:
+    """Such room Ray itself keeps until the job ends: if no longer, `give_back_orphans` can go."""
+
+    class Reserves:
+        def reserve(self) -> str:
+            group = ray.util.placement_group([{"CPU": 1}])
+            ray.get(group.ready())
+            return group.id.hex()
+
+        def leave(self) -> None:
+            os._exit(1)
+
+    def reserved() -> set[str]:
+        table = ray.util.placement_group_table()
+        return {key for key, entry in table.items() if entry["state"] == "CREATED"}
+
+    with ray_runtime(None, cpus=3):
+        actor: Any = ray.remote(num_cpus=0)(Reserves)
+        one, other = actor.remote(), actor.remote()
+        lost, kept = ray.get([one.reserve.remote(), other.reserve.remote()])
+        own = ray.util.placement_group([{"CPU": 1}])
+        ray.get(own.ready())
+        one.leave.remote()
+        begun = time.monotonic()
+        while lost in reserved():
+            assert time.monotonic() < begun + 60
+            time.sleep(0.5)
+            if time.monotonic() > begun + 3:  # by now Ray has noticed
+                ray_internals.give_back_orphans()
+        assert time.monotonic() > begun + 3, "Ray has done it"
+        assert reserved() == {kept, own.id.hex()}
 
 
 @pytest.mark.ray
