@@ -43,4 +43,4 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per
     --cpus-per-task="$cpus" \
     ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus "$cpus" --dashboard-host 127.0.0.1 --disable-usage-stats -- \
-    python -m raysweep.cli run "$space" --results "$results" --address auto
+    python -m raysweep run "$space" --results "$results" --address auto
