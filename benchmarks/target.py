@@ -67,7 +67,7 @@ def spend(
     prior: OptimumPrior,
     budget: float | None = None,
 ) -> Judged:
-    """Search the small cells: `trials` each, what a `budget` of FLOPs leaves then as planned."""
+    """Search the small cells: `trials` each, and more as planned where there is a `budget`."""
     wanted = tuple(g.cell for g in targets)
     history = TrialHistory(prior)
     searches = [
@@ -75,16 +75,18 @@ def spend(
         for i, grid in enumerate(small)
     ]
     flops = [grid.cell.compute for grid in small]
+    cells = [grid.cell for grid in small]
+    own = [max(trials, _FIRST), *[trials] * (len(small) - 1)]
     spent = 0.0
-    for i, search in enumerate(searches):
-        for _ in range(max(trials, _FIRST) if i == 0 else trials):
-            search.run()
-            spent += flops[i]
-    cells = [g.cell for g in small]
-    while budget is not None:
+    while True:
         had = [search.count for search in searches]
-        most = [_MOST - count for count in had]
-        chosen = next_cell(history.surface(), cells, had, flops, most, budget - spent, wanted)
+        least = [max(0, mine - h) for mine, h in zip(own, had, strict=True)]
+        if budget is None:
+            chosen = next((i for i, more in enumerate(least) if more), None)
+        else:
+            most = [_MOST - h for h in had]
+            left = budget - spent
+            chosen = next_cell(history.surface(), cells, had, flops, most, least, left, wanted)
         if chosen is None:
             break
         searches[chosen].run()

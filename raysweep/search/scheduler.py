@@ -430,9 +430,9 @@ class StudyScheduler:
         return list(self.states.values())
 
     def _affordable(self) -> list[CellState]:
-        """Cells that may be granted a trial: once each has its own, and FLOPs are left."""
+        """Cells that FLOPs are left for, and that may be granted trials beyond their own."""
         limit = self._search.total_flops
-        if limit is None or any(s.wanted for s in self._ordered()):
+        if limit is None:
             return []
         most = MAX_GRANTED * self._search.trials_per_cell
         return [
@@ -445,10 +445,10 @@ class StudyScheduler:
         ]
 
     def _grant(self) -> None:
-        """One more trial to the cell that the plan for the FLOPs left wants next.
+        """One more trial to the cell that the plan for the FLOPs left wants next, unless that still
+        has some of its own to start.
 
-        The plan is made over all cells that may have more; one whose trials do not fit now waits
-        while others run."""
+        A cell whose trials do not fit now is passed over while others run."""
         affordable = self._affordable()
         fitting = [s for s in affordable if self.pool.fits(bundles_of(s.cell))]
         candidates = fitting or ([] if self._open else affordable)
@@ -457,17 +457,18 @@ class StudyScheduler:
             return
         had = [s.concluded + len(s.running) for s in candidates]
         most = MAX_GRANTED * self._search.trials_per_cell
-        targets = targets_of(self.study)
+        others = sum(s.wanted * s.trial_flops for s in affordable if s not in candidates)
         chosen = next_cell(
             self._history.surface(),
             [s.cell.size for s in candidates],
             had,
             [s.trial_flops for s in candidates],
             [most - count for count in had],
-            limit - self._flops_spent,
-            targets,
+            [s.wanted for s in candidates],
+            limit - self._flops_spent - others,
+            targets_of(self.study),
         )
-        if chosen is None:
+        if chosen is None or candidates[chosen].wanted:
             return
         state = candidates[chosen]
         # An earlier run may have gone past the budget already.

@@ -14,7 +14,7 @@ from raysweep.scaling.optima.surface import Surface
 from raysweep.study import Study
 from raysweep.study.shape import RunSize
 
-_GAIN = 0.1
+_GAIN = 0.25
 """The share of the expected regret that a plan must save to be preferred to spreading."""
 _REACH = 10.0
 """Without targets: a run this much larger than the largest cell, in parameters and in tokens."""
@@ -92,21 +92,19 @@ class Outlook:
 
     def regret(self, counts: Sequence[int]) -> float:
         """Mean over the targets after `counts` more trials in each cell."""
-        precision = self._precision.copy()
-        for i, count in enumerate(counts):
-            if count:
-                precision += self._gain(i, 0, count)
-        return self._floor + self._trace(precision)
+        return self._floor + self._trace(self._after(counts))
 
     def plan(
-        self, flops: Sequence[float], budget: float, most: Sequence[int]
+        self, flops: Sequence[float], budget: float, most: Sequence[int], least: Sequence[int]
     ) -> tuple[list[int], float]:
-        """Trials of each cell that spend a budget best, at most `most` each, and the regret then.
+        """Trials of each cell that spend a budget best, and the regret then. A cell gets its
+        `least`, whatever it costs, and at most `most`.
 
         Trials are added one by one where a FLOP takes away most, what the others tell included.
         """
-        counts = [0] * len(flops)
-        precision, now = self._precision.copy(), self._trace(self._precision)
+        counts, budget = list(least), budget - float(np.dot(least, flops))
+        precision = self._after(counts)
+        now = self._trace(precision)
         worth = [(-math.inf, i) for i in range(len(flops))]
         fresh = [False] * len(flops)
         while worth:
@@ -125,6 +123,11 @@ class Outlook:
             fresh = [False] * len(flops)
             heapq.heappush(worth, (-math.inf, i))
         return counts, self._floor + now
+
+    def _after(self, counts: Sequence[int]) -> np.ndarray:
+        """[S, S], the precision of the shared parameters after so many more trials."""
+        gains = (self._gain(i, 0, count) for i, count in enumerate(counts) if count)
+        return sum(gains, self._precision)
 
     def _trace(self, precision: np.ndarray) -> float:
         return float((self._rows * np.linalg.solve(precision, self._rows.T).T).sum())
@@ -180,52 +183,60 @@ def expected_regret_reduction(
 def next_cell(
     surface: Surface,
     cells: Sequence[RunSize],
-    counts: Sequence[int],
+    had: Sequence[int],
     flops: Sequence[float],
     most: Sequence[int],
+    least: Sequence[int],
     budget: float,
     targets: Sequence[RunSize],
 ) -> int | None:
-    """The cell to run a trial in, so that the budget lowers the targets' regret most.
+    """The cell that gets a trial next, so that a budget lowers the targets' regret most.
 
-    The whole budget is planned anew from what is known now (`Outlook.plan`). But near the best plan
-    the regret is flat, and trials tell less than the model expects: unless the plan is expected to
-    do better by a tenth, the budget is spread over the cells (`spread`). Either way cheap trials
-    come first, so that the dear ones are placed by all that they told.
+    The whole budget is allotted anew from what is known now, by the best plan (`Outlook.plan`). But
+    near it the regret is flat, and trials tell less than the model expects: no cell gets more than
+    twice what all would get alike, and unless the plan is expected to do better by a quarter, the
+    budget is spread over the cells (`spread`). Either way the first cells get all of theirs first,
+    so that the dear ones are placed by all that they told.
 
     Args:
         surface: fitted to the trials so far.
-        cells: where trials may be run.
-        counts: trials that each has had.
+        cells: where trials may be run, cheap ones first.
+        had: trials that each has had.
         flops: of one trial of each.
         most: how many more trials each may have.
+        least: how many more each gets in any case.
         budget: FLOPs left.
         targets: the runs to recommend for.
 
     Returns:
         A position in `cells`, or None where no trial is affordable.
     """
+    if least[0]:
+        return 0
     outlook = Outlook(surface, cells, targets)
-    planned, regret = outlook.plan(flops, budget, most)
-    if not any(planned):
-        return None
-    alike = spread(counts, flops, budget, most)
-    chosen = alike if outlook.regret(alike) * (1 - _GAIN) < regret else planned
-    return min((i for i, more in enumerate(chosen) if more), key=lambda i: flops[i])
+    chosen = alike = spread(had, flops, budget, most, least)
+    level = max((h + more for h, more in zip(had, alike, strict=True) if more), default=0)
+    within = [max(0, min(m, 2 * level - h)) for m, h in zip(most, had, strict=True)]
+    planned, regret = outlook.plan(flops, budget, within, least)
+    if regret < outlook.regret(alike) * (1 - _GAIN):
+        chosen = planned
+    return next((i for i, more in enumerate(chosen) if more), None)
 
 
 def spread(
-    counts: Sequence[int], flops: Sequence[float], budget: float, most: Sequence[int]
+    had: Sequence[int],
+    flops: Sequence[float],
+    budget: float,
+    most: Sequence[int],
+    least: Sequence[int],
 ) -> list[int]:
-    """Trials that each cell gets when those of fewest go first, small ones before large.
-
-    `counts` have been had; `most` are how many more each may have.
-    """
-    more = [0] * len(flops)
+    """How many more trials each cell gets when those of fewest go first, small ones before large:
+    its `least` whatever it costs, at most `most`."""
+    more, budget = list(least), budget - float(np.dot(least, flops))
     while True:
         able = [i for i in range(len(flops)) if more[i] < most[i] and flops[i] <= budget]
         if not able:
             return more
-        chosen = min(able, key=lambda i: (counts[i] + more[i], flops[i]))
+        chosen = min(able, key=lambda i: (had[i] + more[i], flops[i]))
         more[chosen] += 1
         budget -= flops[chosen]

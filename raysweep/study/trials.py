@@ -98,9 +98,10 @@ class Search(Section):
     first_cell_trials: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Trials of each architecture's smallest cell, which teaches the others; default: as others."""
     total_flops: Positive | None = None
-    """A budget of training FLOPs for all trials together. What `trials_per_cell` leaves of it goes,
-    trial by trial, to the cell where it makes the recommendation for the targets surer at least
-    cost; no cell gets more than four times `trials_per_cell`."""
+    """A budget of training FLOPs for all trials together. What `trials_per_cell` leaves of it is
+    planned anew with each trial: it goes to the cells where it makes the recommendation for the
+    targets surer at least cost, or to all alike where no plan promises much more; no cell gets more
+    than four times `trials_per_cell`."""
     repeats_at_optimum: Annotated[int, Field(ge=0, le=1000)] = 0
     """Extra seeds at each cell's best trial, to measure the noise of the loss."""
     extend_edges: bool = True

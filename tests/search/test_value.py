@@ -72,12 +72,13 @@ def test_a_plan_keeps_to_the_budget_and_beats_the_cheapest_cells_alone() -> None
     surface = surface_with([4, 4, 4, 4])
     outlook = Outlook(surface, CELLS, [TARGET])
     budget = 3.0 * sum(FLOPS)
-    counts, regret = outlook.plan(FLOPS, budget, [20] * 4)
+    counts, regret = outlook.plan(FLOPS, budget, [20] * 4, [1, 0, 0, 0])
     assert np.dot(counts, FLOPS) <= budget
     assert max(counts) <= 20
+    assert counts[0] >= 1
     assert regret == pytest.approx(outlook.regret(counts))
     assert regret < outlook.regret([20, 20, 0, 0])
-    assert regret <= 1.02 * outlook.regret(spread([4] * 4, FLOPS, budget, [20] * 4))
+    assert regret <= 1.02 * outlook.regret(spread([4] * 4, FLOPS, budget, [20] * 4, [0] * 4))
 
 
 def test_a_plan_leaves_out_cells_that_tell_nothing_of_the_targets() -> None:
@@ -87,25 +88,45 @@ def test_a_plan_leaves_out_cells_that_tell_nothing_of_the_targets() -> None:
     assert near < far
 
 
-def test_the_next_cell_is_affordable_and_cells_do_not_starve() -> None:
-    surface = surface_with([2, 2, 2, 2])
-    had, budget = [2, 2, 2, 2], 4.0 * sum(FLOPS)
+def spent(start: list[int], least: list[int], targets: list[RunSize]) -> list[int]:
+    """Cells in the order in which they get trials, until a budget is spent."""
+    surface, had, order = surface_with(start), list(start), []
+    budget = 4.0 * sum(FLOPS)
     while True:
         most = [12 - h for h in had]
-        chosen = next_cell(surface, CELLS, had, FLOPS, most, budget, [TARGET])
+        chosen = next_cell(surface, CELLS, had, FLOPS, most, least, budget, targets)
         if chosen is None:
             break
+        order.append(chosen)
         budget -= FLOPS[chosen]
         had[chosen] += 1
-    assert budget < min(f for f, h in zip(FLOPS, had, strict=True) if h < 12)
-    assert min(had) > 2
+        least = [max(0, more - (i == chosen)) for i, more in enumerate(least)]
+    assert 0 <= budget < min((f for f, h in zip(FLOPS, had, strict=True) if h < 12), default=budget)
+    return order
+
+
+def test_a_budget_is_spent_on_all_cells_and_the_cheap_ones_come_first() -> None:
+    order = spent([2, 2, 2, 2], [0] * 4, [TARGET])
+    assert list(dict.fromkeys(order)) == [0, 1, 2, 3]
+
+
+def test_what_cells_get_in_any_case_is_kept_for_them() -> None:
+    order = spent([4, 0, 0, 0], [0, 1, 1, 3], [TARGET])
+    assert order.count(3) >= 3
+    assert spent([0, 0, 0, 0], [2, 0, 0, 0], [TARGET])[:2] == [0, 0]
+
+
+def test_where_no_plan_promises_much_cells_are_treated_alike() -> None:
+    order = spent([3, 3, 3, 3], [0] * 4, [TARGET])
+    assert [order.count(i) for i in range(4)] == [4, 4, 4, 4]
 
 
 def test_spreading_evens_out_the_cells() -> None:
-    assert spread([0, 0, 0], [1.0, 2.0, 4.0], 11.0, [9, 9, 9]) == [3, 2, 1]
-    assert spread([6, 2, 2], [1.0, 2.0, 4.0], 13.0, [9, 9, 9]) == [1, 2, 2]
-    assert spread([0, 0], [1.0, 2.0], 100.0, [3, 2]) == [3, 2]
-    assert spread([0], [5.0], 4.0, [3]) == [0]
+    assert spread([0, 0, 0], [1.0, 2.0, 4.0], 11.0, [9, 9, 9], [0] * 3) == [3, 2, 1]
+    assert spread([0, 0, 0], [1.0, 2.0, 4.0], 11.0, [9, 9, 9], [0, 0, 2]) == [1, 1, 2]
+    assert spread([6, 2, 2], [1.0, 2.0, 4.0], 13.0, [9, 9, 9], [0] * 3) == [1, 2, 2]
+    assert spread([0, 0], [1.0, 2.0], 100.0, [3, 2], [0, 0]) == [3, 2]
+    assert spread([0], [5.0], 4.0, [3], [0]) == [0]
 
 
 def test_targets_come_from_the_file_or_from_ten_times_the_largest_cell() -> None:
