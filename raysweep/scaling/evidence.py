@@ -17,7 +17,6 @@ from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import choose_loss
 from raysweep.scaling.optima.literature import OptimumPrior
-from raysweep.scaling.optima.readings import Optimum
 from raysweep.scaling.optima.surface import OptimumPosterior, Surface, fit_surface
 from raysweep.scaling.runs import size_of
 from raysweep.study.shape import RunSize
@@ -370,8 +369,3 @@ def _enclosed(surface: Surface) -> dict[str, bool]:
         share = np.minimum((own < 0).mean(0), (own > 0).mean(0)) if len(own) else np.zeros(1)
         found[kind] = varied and bool((share >= BOTH_SIDES).all())
     return {cell.name: found[kind] for cell, kind in zip(surface.cells, kinds, strict=True)}
-
-
-def interior_share(optima: Mapping[str, Optimum]) -> tuple[int, int]:
-    """How many of the cells' optima their trials enclose, and of how many."""
-    return sum(o.interior for o in optima.values()), len(optima)

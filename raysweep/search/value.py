@@ -172,14 +172,6 @@ def _information(
     )
 
 
-def expected_regret_reduction(
-    surface: Surface, cell: RunSize, targets: Sequence[RunSize], trials: int = 1
-) -> float:
-    """Expected fall of the targets' regret (relative loss) by `trials` more trials in `cell`."""
-    outlook = Outlook(surface, [cell], targets)
-    return outlook.regret([0]) - outlook.regret([trials])
-
-
 def next_cell(
     surface: Surface,
     cells: Sequence[RunSize],

@@ -1,7 +1,7 @@
 """Trials on several workers, in groups kept by Ray Train: the one module that knows Ray here.
 
 Workers, their process group and what they have compiled outlive a trial. A `GroupHost` holds one
-long `TorchTrainer` run, whose workers ask it for the next trial; whoever has a trial gives it to
+long run of Ray Train, whose workers ask it for the next trial; whoever has a trial gives it to
 the host and listens. Where a user's function fails, its workers stay, and get a new process group.
 
 The host starts a group again that loses a worker, and the trial that ran goes on from its
@@ -15,16 +15,20 @@ import asyncio
 import contextlib
 import gc
 import os
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal
 
 import ray
 from ray import train
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # `TorchTrainer`'s base
 
 from raysweep.data.corpus import Corpus
 from raysweep.data.shipping import fetch
@@ -48,6 +52,8 @@ POLL_SECONDS = 5.0
 """Workers and listeners ask again after so long without an answer."""
 LEAVE_SECONDS = 15.0
 """What workers get to come out of a trial that failed on one of them."""
+PEER_SECONDS = 1800.0
+"""How long a worker waits for others, in any operation of their process group."""
 CLOSE_SECONDS = 5.0
 ROOM_SECONDS = 600.0
 """How long a group waits for its room before it asks anew."""
@@ -120,8 +126,6 @@ class GroupHost:
         self._thread.start()
 
     def _fit(self, host: Any, resources: Resources, strict: bool, storage_path: str | None) -> None:
-        from ray.train.torch import TorchTrainer  # here, so that drivers need no torch
-
         # Ray looks after its workers every 2 s and starts a watcher a run: too slow for short runs.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -143,8 +147,9 @@ class GroupHost:
             self._begun = False
             try:
                 with tempfile.TemporaryDirectory(prefix="raysweep-") as folder:
-                    TorchTrainer(
+                    DataParallelTrainer(
                         _serve,
+                        backend_config=ProcessGroupConfig(),
                         train_loop_config={"host": host},
                         scaling_config=scaling,
                         run_config=train.RunConfig(
@@ -315,6 +320,87 @@ class GroupHost:
         return False
 
 
+class ProcessGroupConfig(BackendConfig):
+    """As Ray's `TorchConfig`, whose import takes PyTorch with it: here only workers import that,
+    and not the processes that start them one after the other."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return ProcessGroupBackend
+
+    @property
+    def train_func_context(self) -> Any:
+        return _on_own_gpu
+
+
+class ProcessGroupBackend(Backend):
+    """Has the workers make a process group: NCCL's on GPUs, else Gloo's."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Run where the group is started."""
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo"
+        place = worker_group.execute_single(0, _meeting_place)
+        workers = range(len(worker_group))
+        ray.get([worker_group.execute_single_async(i, _join, backend, *place) for i in workers])
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Run where the group is started."""
+        with contextlib.suppress(GetTimeoutError):
+            ray.get(worker_group.execute_async(_leave), timeout=CLOSE_SECONDS)
+
+
+def _meeting_place() -> tuple[str, int]:
+    """In a worker: its node's address, and a port that is free."""
+    address = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.closing(socket.socket(family)) as probe:
+        probe.bind(("", 0))
+        return address, probe.getsockname()[1]
+
+
+def _join(backend: str, address: str, port: int) -> None:
+    """In a worker: meet the others at the first one's address."""
+    from ray.train.torch import get_device
+    from torch import distributed
+
+    context = train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "NODE_RANK": str(context.get_node_rank()),
+        "ACCELERATE_TORCH_DEVICE": str(get_device()),  # for Hugging Face's library
+    }
+    distributed.init_process_group(
+        backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=PEER_SECONDS)
+    )
+
+
+def _leave() -> None:
+    """In a worker: end the process group."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _on_own_gpu() -> Iterator[None]:
+    """In a worker: what is put on "cuda" goes to the GPU that Ray gave it."""
+    import torch
+    from ray.train.torch import get_device
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(get_device())
+    yield
+
+
 def find_group(name: str, resources: Resources, *, strict: bool, storage_path: str | None) -> Any:
     """The host of that name; it is started if there is none, and lives as long as whoever started
     it keeps what this returns.
@@ -421,7 +507,6 @@ def _serve(config: dict[str, Any]) -> None:
     from torch import distributed
 
     host, rank = config["host"], train.get_context().get_world_rank()
-    os.environ["LOCAL_WORLD_SIZE"] = str(train.get_context().get_local_world_size())
     connection: _Connection | None = None
     done, node, whole = -1, ray.get_runtime_context().get_node_id(), True
     proven: bool | None = False

@@ -15,7 +15,8 @@ def group_workers(pids: list[int]) -> list[int]:
 
 def test_a_node_of_a_group_is_killed(nodes, driver, marks, assert_study_complete) -> None:
     """The group begins anew with the node that comes instead, and the trial at its checkpoint."""
-    running = driver("--address", nodes.address, env=nodes.env, resources=TWO)
+    short = [{"tokens": 120_000}]
+    running = driver("--address", nodes.address, env=nodes.env, resources=TWO, horizons=short)
     running.until(running.checkpoints)
     lost = nodes.workers[0]
     assert group_workers(lost.pids()), "the group spans both nodes"

@@ -1,7 +1,6 @@
 """The ladder sampler in plain Optuna: history, parallel proposals, failures, what it reaches."""
 
 import logging
-import time
 
 import numpy as np
 import optuna
@@ -205,39 +204,12 @@ def test_a_cell_known_with_other_sizes_is_a_user_error():
         history.trials_of("nowhere")
 
 
-def test_proposing_takes_at_most_50_ms_with_40_cells_and_500_trials():
-    rng = np.random.default_rng(0)
-    history, studies = TrialHistory(), []
-    for i in range(40):
-        cell = RunSize(
-            name=f"c{i}",
-            params_active_non_embedding=1e6 * 2.0 ** (i % 8),
-            tokens=2e7 * 2.0 ** (i // 8 + i % 8),
-        )
-        study = add_cell(history, cell)
-        for _ in range(13 if i < 20 else 12):
-            params = {
-                LEARNING_RATE: float(np.exp(rng.normal(np.log(0.005), 0.6)).clip(*RATES)),
-                LOG2_BATCH: int(rng.integers(2, 8)),
-            }
-            loss = true_loss(cell, params) * np.exp(0.001 * rng.standard_normal())
-            study.add_trial(create_trial(params=params, distributions=SPACE, value=loss))
-        studies.append((study, cell))
-    seconds = []
-    for study, cell in studies[:12]:
-        start = time.process_time()  # other work on the machine does not count
-        trial = study.ask(SPACE)
-        seconds.append(time.process_time() - start)
-        study.tell(trial, true_loss(cell, trial.params))
-    assert np.median(seconds) < 0.05
-
-
 def test_planted_exponents_lie_in_their_intervals_and_recommendations_near_the_optimum():
-    # 6 studies of each of two valleys that are not of the model's family; noise 0.1 %, 4 trials.
-    studies = [plant(seed, shape, sizes=(3, 3)) for shape in SHAPES for seed in range(6)]
+    # 4 studies of each of two valleys that are not of the model's family; noise 0.1 %, 4 trials.
+    studies = [plant(seed, shape, sizes=(3, 3)) for shape in SHAPES for seed in range(4)]
     surfaces = [search(study)[0] for study in studies]
     held_all = [all(held(s, p.exponents)) for s, p in zip(surfaces, studies, strict=True)]
-    assert sum(held_all) >= 10
+    assert sum(held_all) >= 7
     gaps = np.concatenate(list(map(recommended_gaps, studies, surfaces)))
     assert gaps.mean() < 0.04
     assert np.quantile(gaps, 0.9) < 0.1

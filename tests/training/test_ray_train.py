@@ -95,21 +95,27 @@ class Heard(Silent):
 
 
 @pytest.fixture
-def worker_pids(cache) -> Callable[[], list[int]]:
-    """Of the processes of Ray Train's workers."""
+def pids_of(cache) -> Callable[[str], list[int]]:
+    """Of the processes of an actor here, by its class."""
 
-    def find() -> list[int]:
+    def find(actor: str) -> list[int]:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 ours = cache.encode() in (folder / "environ").read_bytes()
-                if ours and b"RayTrainWorker" in (folder / "cmdline").read_bytes():
+                if ours and actor.encode() in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
             except OSError:
                 continue
         return found
 
     return find
+
+
+@pytest.fixture
+def worker_pids(pids_of) -> Callable[[], list[int]]:
+    """Of the processes of Ray Train's workers."""
+    return lambda: pids_of("RayTrainWorker")
 
 
 @pytest.fixture
@@ -134,7 +140,9 @@ def group(_ray, fitting, tmp_path) -> Iterator[Callable[[str], Any]]:
     assert ray.available_resources()["CPU"] == 2
 
 
-def test_a_group_lives_through_trials_of_every_end(text, fitting, group, worker_pids, tmp_path):
+def test_a_group_lives_through_trials_of_every_end(
+    text, fitting, group, worker_pids, pids_of, tmp_path
+):
     """One group: trials finish, diverge, are refused, stopped, lose a worker, and follow on."""
     from raysweep.training.ray_train import train_in_group
 
@@ -152,6 +160,16 @@ def test_a_group_lives_through_trials_of_every_end(text, fitting, group, worker_
     assert heard.steps[-1] == first.steps
     pids = sorted(worker_pids())
     assert len(pids) == 2
+    # What starts the workers need not import PyTorch first: on a cold node that takes many seconds.
+    with_torch = {
+        actor: [b"libtorch" in Path(f"/proc/{pid}/maps").read_bytes() for pid in pids_of(actor)]
+        for actor in ("GroupHost", "TrainController", "RayTrainWorker")
+    }
+    assert with_torch == {
+        "GroupHost": [False],
+        "TrainController": [False],
+        "RayTrainWorker": [True, True],
+    }
 
     sharded = fitting(seed=1)
     resources = sharded.cell.resources.model_copy(update={"strategy": "fsdp"})

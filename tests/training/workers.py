@@ -34,9 +34,13 @@ def run_workers(script: str, folder: Path, world_size: int = 2) -> list[Any]:
     finally:
         for process in processes:
             process.kill()
-    return [
-        pickle.loads(_said(folder, rank, world_size).read_bytes()) for rank in range(world_size)
-    ]
+    return workers_said(folder, world_size)
+
+
+def workers_said(folder: Path, world_size: int = 2) -> list[Any]:
+    """What `run_workers` returned of this folder; empty where it has not run."""
+    files = [_said(folder, rank, world_size) for rank in range(world_size)]
+    return [pickle.loads(f.read_bytes()) for f in files] if all(map(Path.exists, files)) else []
 
 
 def work(task: Callable[[int, int, Path], Any]) -> NoReturn:

@@ -396,32 +396,20 @@ class Evaluation:
             hessian[:, t, s] += h_st
 
 
-def evaluate(
-    design: Design, theta: np.ndarray, derivatives: bool = True, paired: bool = False
-) -> Evaluation:
-    """Evaluate a compiled law at centred coefficients `theta` [B, p].
-
-    `paired`, for values only, takes the b-th coefficients at the b-th point alone (n = B): value
-    [B]."""
-    assert not (paired and derivatives)
+def evaluate(design: Design, theta: np.ndarray, derivatives: bool = True) -> Evaluation:
+    """Evaluate a compiled law at centred coefficients `theta` [B, p]."""
     h = first = second = None
     saturation = [j for j, c in enumerate(design.expression.coefficients) if c.kind == "saturation"]
     if design.log_experts is not None:
-        start, top = saturation
-        log_start, log_max = theta[:, start], theta[:, top]
-        if not paired:
-            log_start, log_max = log_start[:, None], log_max[:, None]
+        log_start, log_max = (theta[:, j, None] for j in saturation)
         h, first, second = saturating_log(design.log_experts, log_start, log_max)
         h = h - design.reference
 
-    def times(own: np.ndarray, features: np.ndarray) -> np.ndarray:
-        return (own * features).sum(axis=1) if paired else own @ features.T
-
     def exponent(block: Block) -> tuple[np.ndarray, np.ndarray | None]:
         own = theta[:, block.index]
-        z, pull = times(own, block.base), None
+        z, pull = own @ block.base.T, None
         if block.slope is not None and h is not None:
-            pull = times(own, block.slope)
+            pull = own @ block.slope.T
             z = z + h * pull
         return z, pull
 

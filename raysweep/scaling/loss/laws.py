@@ -66,16 +66,6 @@ class Law:
         log_loss = evaluate(design, theta, derivatives=False).value
         return np.exp(log_loss[0] if values.ndim == 1 else log_loss)
 
-    def predict_each(self, values: np.ndarray, inputs: Inputs) -> np.ndarray:
-        """The loss [B] of the b-th coefficients of `values` [B, p] at the b-th point of
-        `inputs`."""
-        spread = {k: np.broadcast_to(v, (len(values),)) for k, v in inputs.items()}
-        design = compile_expression(
-            self.expression, read_inputs(self.expression, spread), centre=False
-        )
-        theta = self.expression.unstate(values)
-        return np.exp(evaluate(design, theta, derivatives=False, paired=True).value)
-
     def _array(self, coefficients: Mapping[str, float] | np.ndarray) -> np.ndarray:
         if isinstance(coefficients, Mapping):
             missing = [n for n in self.names if n not in coefficients]

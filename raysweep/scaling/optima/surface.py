@@ -75,11 +75,6 @@ class OptimumPosterior:
         """[2, 2], the Hessian of ln loss at the optimum."""
         return curvature(self.valley)
 
-    @property
-    def expected_gap(self) -> float:
-        """Expected relative excess loss of running at the posterior mean, to second order."""
-        return 0.5 * float((self.curvature * self.covariance).sum())
-
     def interval(self, level: float = 0.95) -> np.ndarray:
         """[2, 2]: low and high end of ln learning rate, then of ln batch tokens."""
         reach = stdtrit(self.degrees, 0.5 + level / 2)
