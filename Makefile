@@ -33,7 +33,7 @@ check: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 
-# The tests without Ray or a browser, some on each core: under three minutes on two.
+# The tests without Ray or a browser, some on each core: seven minutes on two.
 fast: $(STAMP)
 	$(BIN)/python -m pytest -n logical --dist loadfile -m "not gpu and not ray and not browser"
 

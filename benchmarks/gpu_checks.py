@@ -21,7 +21,7 @@ from benchmarks.throughput_worker import RandomCorpus, make_spec
 from raysweep.model import build, compiled, functional, moe
 from raysweep.study.cells import Architecture
 from raysweep.study.shape import ModelShape
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 from raysweep.training import memory
 from raysweep.training.loop import train
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -13,15 +12,12 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.results.rows import routing
 from raysweep.scaling.cells import cell_table, group_values
-from raysweep.scaling.evidence import REACH
+from raysweep.scaling.evidence import REACH, Evidence
+from raysweep.scaling.fitted import Fitted
 from raysweep.scaling.loss.model import NORMAL
 from raysweep.scaling.plain import to_json
+from raysweep.scaling.recommend import Recommendation
 from raysweep.text import short, written
-
-if TYPE_CHECKING:
-    from raysweep.scaling.evidence import Evidence
-    from raysweep.scaling.fits import Fits
-    from raysweep.scaling.recommend import Recommendation
 
 N = "params_active_non_embedding"
 NEEDED = (N, "tokens")
@@ -34,7 +30,7 @@ UNKNOWN = "\x00"
 """Of a run whose set of data is not among the fitted."""
 
 
-def predict_runs(fits: Fits, runs: pd.DataFrame) -> pd.DataFrame:
+def predict_runs(fits: Fitted, runs: pd.DataFrame) -> pd.DataFrame:
     """The expected final loss of each run, in the order of `runs`.
 
     `runs` has the schema's columns. Returned are `architecture` (the fitted one that answers),
@@ -135,7 +131,7 @@ def _hidden(shift: float, gap: np.ndarray) -> np.ndarray:
     return np.maximum(1 - gap / max(2 * shift, 1e-9), 0.0)
 
 
-def _data_of(fits: Fits, runs: pd.DataFrame) -> pd.Series:
+def _data_of(fits: Fitted, runs: pd.DataFrame) -> pd.Series:
     """The set of data of each run, as `evidence` names it: that of its data's hash, or else of its
     study; UNKNOWN where the fits know neither, or have them in several sets."""
     trials = fits.table.trials
@@ -147,7 +143,7 @@ def _data_of(fits: Fits, runs: pd.DataFrame) -> pd.Series:
     return pd.Series(found, index=runs.index, dtype=object)
 
 
-def _answering(fits: Fits, name: str, dataset: str, routed: tuple[int, int]) -> tuple[str, bool]:
+def _answering(fits: Fitted, name: str, dataset: str, routed: tuple[int, int]) -> tuple[str, bool]:
     """The fitted architecture that answers for a run, and whether it is the one that it names.
 
     Names are told apart by their data (`dense (web)`), and compared without case. A run that names
@@ -179,7 +175,7 @@ def _answering(fits: Fits, name: str, dataset: str, routed: tuple[int, int]) -> 
 
 
 def _one_size(
-    fits: Fits, part: pd.DataFrame, dataset: str, experts: int, top_k: int
+    fits: Fitted, part: pd.DataFrame, dataset: str, experts: int, top_k: int
 ) -> pd.DataFrame:
     """Columns of `predict_runs` for runs of one size."""
     params, tokens = (float(np.exp(np.log(part[n]).mean())) for n in ("params", "tokens"))
@@ -291,7 +287,7 @@ class Score:
         return "\n".join(lines)
 
 
-def score_runs(fits: Fits, runs: pd.DataFrame) -> Score:
+def score_runs(fits: Fitted, runs: pd.DataFrame) -> Score:
     """Hold predictions against the known losses of runs with the schema's columns: of those that
     would count in a fit.
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from raysweep.scaling.claims import claims_text
 from raysweep.scaling.compare import Ratio
 from raysweep.scaling.compute.allocation import COUNT_NAMES
 from raysweep.scaling.compute.budgets import exponents_text
+from raysweep.scaling.fitted import Fitted
 from raysweep.scaling.optima.surface import EXPONENTS, TARGETS
 from raysweep.text import between, estimated, written
-
-if TYPE_CHECKING:
-    from raysweep.scaling.fits import Fits
 
 NAMES = {
     "learning_rate": "learning rate",
@@ -33,7 +30,7 @@ _STYLES = {"learning_rate": "rate", "batch_tokens": "batch", "loss": "loss"}
 _SYMBOLS = {"params": "N", "tokens": "D", "sparsity": "total/active"}
 
 
-def summary(fits: Fits, everything: bool = False) -> str:
+def summary(fits: Fitted, everything: bool = False) -> str:
     """The laws of the optimum and of the loss, and how they did on what was held out; the cells,
     the comparison of architectures, the prior and the checks with `everything`."""
     counted = fits.n_rows - sum(fits.left_out.values())
@@ -59,7 +56,7 @@ def summary(fits: Fits, everything: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _laws(fits: Fits, label: str) -> list[str]:
+def _laws(fits: Fitted, label: str) -> list[str]:
     surface = fits.evidence[label].surface
     if surface is None:
         return []
@@ -97,7 +94,7 @@ def _laws(fits: Fits, label: str) -> list[str]:
     return lines
 
 
-def hyperparameter_sentences(fits: Fits) -> list[str]:
+def hyperparameter_sentences(fits: Fitted) -> list[str]:
     """Where each further hyperparameter is best, and whether that moves with size."""
     lines = []
     for label, found in fits.hyperparameters.items():
@@ -122,7 +119,7 @@ def hyperparameter_sentences(fits: Fits) -> list[str]:
     return lines
 
 
-def _losses(fits: Fits) -> list[str]:
+def _losses(fits: Fitted) -> list[str]:
     lines: list[str] = []
     by_model: dict[int, list[str]] = {}
     for name in fits.architectures:
@@ -149,7 +146,7 @@ def _losses(fits: Fits) -> list[str]:
     return lines
 
 
-def _held_out(fits: Fits) -> list[str]:
+def _held_out(fits: Fitted) -> list[str]:
     held = fits.held_out
     if held is None:
         return ["", "Held out: too few cells to predict the largest from the others"]
@@ -169,7 +166,7 @@ def _held_out(fits: Fits) -> list[str]:
     return lines
 
 
-def _comparison(fits: Fits) -> list[str]:
+def _comparison(fits: Fitted) -> list[str]:
     lines = []
     for name, ratios in fits.comparison.items():
         lines += ["", *ratio_lines(f"{name} over dense", ratios)]
@@ -199,7 +196,7 @@ def ratio_lines(title: str, ratios: Sequence[Ratio]) -> list[str]:
     return lines
 
 
-def _cells(fits: Fits) -> list[str]:
+def _cells(fits: Fitted) -> list[str]:
     searched = fits.cells[fits.cells["learning_rate"].notna()]
     if not len(searched):
         return []
@@ -214,7 +211,7 @@ def _cells(fits: Fits) -> list[str]:
     return lines
 
 
-def _prior(fits: Fits) -> list[str]:
+def _prior(fits: Fitted) -> list[str]:
     table = fits.prior_table
     if not len(table):
         return []
@@ -227,7 +224,7 @@ def _prior(fits: Fits) -> list[str]:
     return lines
 
 
-def _readings(fits: Fits) -> list[str]:
+def _readings(fits: Fitted) -> list[str]:
     if not fits.optima:
         return []
     lines = ["", "Other ways to read the optima (checks only)"]

@@ -2,7 +2,8 @@
 
 from raysweep.study.cells import Architecture, Horizon, ModelSettings, Resources, ScaleEntry
 from raysweep.study.schema import Data, SearchSpace, Target, Tokenizer
-from raysweep.study.study import Cell, Study, TrialSpec, vocabulary_size
+from raysweep.study.spec import Cell, TrialSpec
+from raysweep.study.study import Study, vocabulary_size
 from raysweep.study.trials import Recipe, Search
 
 __all__ = [

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
 
+from raysweep.study.cells import ScaleEntry
+from raysweep.study.schema import SearchSpace
+from raysweep.study.spec import Cell
 from raysweep.text import duration, scientific, short
-
-if TYPE_CHECKING:
-    from raysweep.study.study import Cell, Study
 
 REFERENCE_PEAK_FLOPS = 989e12
 """Dense bf16 peak of one H100 SXM, from its data sheet."""
@@ -27,6 +27,25 @@ MAX_GRANTED = 4
 """No cell gets more than so many times `search.trials_per_cell`, whatever `search.total_flops`."""
 EVALUATION = 1 / 3
 """Of a training token, what a token of the validation slice costs: forward only."""
+
+
+class Planned(Protocol):
+    """What a plan is made of: a `Study`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def space(self) -> SearchSpace: ...
+
+    @property
+    def cells(self) -> Sequence[Cell]: ...
+
+    def entry(self, cell: Cell) -> ScaleEntry: ...
+
+    def stable_run(self, cell: Cell) -> Cell: ...
+
+    def flops(self, cell: Cell) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +181,7 @@ class Plan:
         }
 
 
-def make_plan(study: Study) -> Plan:
+def make_plan(study: Planned) -> Plan:
     """The plan of a study: trials as budgeted, without extensions of a range and without what
     `search.total_flops` leaves out or adds, which the plan bounds."""
     search = study.space.search
@@ -178,7 +197,7 @@ def make_plan(study: Study) -> Plan:
     )
 
 
-def with_times(plan: Plan, study: Study, calibration: Calibration) -> Plan:
+def with_times(plan: Plan, study: Planned, calibration: Calibration) -> Plan:
     """The plan with the time that its trials would take here, from the paces of a few cells.
 
     Between the cells timed the seconds of a step follow a power of FLOPs a token; beyond the
@@ -233,7 +252,7 @@ def _pace_at(paces: Sequence[Pace], cell: Cell) -> Pace:
     )
 
 
-def _planned(study: Study, cell: Cell) -> PlannedCell:
+def _planned(study: Planned, cell: Cell) -> PlannedCell:
     search, counts = study.space.search, cell.counts
     first = next(c for c in study.cells if c.architecture == cell.architecture)
     budget = search.trials_per_cell

@@ -19,7 +19,7 @@ from typing import Any
 from raysweep.errors import StorageError, UserError
 from raysweep.results.filesystem import Storage
 from raysweep.study.own import CommandProgress, CommandResult, fill_in
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 from raysweep.training import supervisor
 from raysweep.training.outcome import Reporter, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.own import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from raysweep.model.parametrization import Parametrization, role_of
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 
 
 @dataclass(frozen=True)

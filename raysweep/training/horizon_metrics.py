@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 from raysweep.training import schedule
 from raysweep.training.monitor import Monitor
 from raysweep.training.noise_scale import NoiseScale

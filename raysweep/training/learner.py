@@ -10,7 +10,7 @@ from raysweep.data.corpus import Corpus
 from raysweep.data.tokens import TokenArray
 from raysweep.model import Decoder, Parametrization, build, initialise
 from raysweep.model.compiled import make_room
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 from raysweep.training import memory, optimizer, runtime
 from raysweep.training.averaging import Average
 from raysweep.training.evaluate import Evaluation, Evaluations, evaluate

@@ -11,7 +11,7 @@ import torch
 
 from raysweep.data.corpus import Corpus
 from raysweep.errors import UserError
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 from raysweep.training import runtime
 from raysweep.training.checkpoint import Checkpoints, Timer, snapshot
 from raysweep.training.evaluate import check_validation

@@ -12,7 +12,7 @@ from torch import nn
 from raysweep.model import Decoder
 from raysweep.model.transformer import Experts
 from raysweep.study.shape import ModelShape
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 from raysweep.training import runtime
 
 CPU_MICRO_TOKENS = 2048

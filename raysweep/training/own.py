@@ -23,7 +23,7 @@ from typing import Any
 from raysweep.errors import StorageError, UserError
 from raysweep.results.filesystem import Storage
 from raysweep.results.schema import is_loss
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 from raysweep.training.outcome import (
     CURVE_COLUMNS,
     Curve,

@@ -35,7 +35,7 @@ from raysweep.data.shipping import fetch
 from raysweep.errors import StorageError, UserError
 from raysweep.results.filesystem import Storage, patient
 from raysweep.study.cells import Resources
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 from raysweep.training.outcome import Reporter, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.own import LOST_PEER, GroupEnded, train_by_function
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raysweep.study.study import TrialSpec
+from raysweep.study.spec import TrialSpec
 from raysweep.training.horizon_metrics import HorizonMetrics
 from raysweep.training.outcome import Status
 from raysweep.training.step import BatchGradient
