@@ -31,14 +31,14 @@ import pandas as pd
 from scipy.optimize import minimize, nnls
 
 from benchmarks.entry import start
+from benchmarks.huber_fit import fit_law
+from benchmarks.huber_solver import HUBER, huber
 from raysweep.results.importers import import_file
 from raysweep.scaling.compute.allocation import compute_optimal, read_minimum
 from raysweep.scaling.compute.isoflop import isoflop
 from raysweep.scaling.loss.data import COLUMNS, LossData
-from raysweep.scaling.loss.fit import fit_law
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.selection import choose_loss
-from raysweep.scaling.loss.solver import HUBER, huber
 
 RESAMPLES = 1000
 GRID = (

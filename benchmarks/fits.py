@@ -25,15 +25,15 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
+from benchmarks import huber_solver as solver
 from benchmarks.entry import start
+from benchmarks.huber_fit import cell_multiplicities, fit_law, resample
 from benchmarks.planted_laws import PLANTED, simulated_cells
 from raysweep.errors import UserError
 from raysweep.results.importers import import_file
 from raysweep.results.published import read_steplaw
 from raysweep.scaling.fit import fit as fit_results
-from raysweep.scaling.loss import solver
 from raysweep.scaling.loss.data import COLUMNS, LossData
-from raysweep.scaling.loss.fit import cell_multiplicities, fit_law, resample
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.selection import choose_loss
 

@@ -32,7 +32,6 @@ from raysweep.scaling.compute.roofline import (
 )
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.loss.expression import Inputs
-from raysweep.scaling.loss.fit import LossFit
 from raysweep.scaling.loss.laws import LOSS_LAWS, Law
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import choose_loss
@@ -211,37 +210,22 @@ class LossCurve:
     coefficients: Mapping[str, Estimate] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, fit: LossFit | LossModel, law: str | None = None) -> LossCurve:
-        """By the law that answers for `fit`; where that does not read what serving needs, by the
-        best of those that do; by `law` where one is named.
+    def of(cls, model: LossModel, law: str | None = None) -> LossCurve:
+        """By the law that answers; where that does not read what serving needs, by the best of
+        those that do; by `law` where one is named.
 
         Raises UserError where no such law is determined."""
-        if isinstance(fit, LossFit):
-            if not fit.ok:
-                raise UserError(
-                    f"the fit of law '{fit.name}' is not usable ({fit.status}): {fit.message}"
-                )
-            own = fit.law
-            found = cls(own, own.parameter_count, fit.predict, fit.ranges())
-        else:
-            model = _able(fit, law).require()
-            posterior, own = model.posterior, model.law
-            assert posterior is not None
-            assert own is not None
-            ranges = ranges_of(model)
-            found = cls(
-                own,
-                model.count,
-                lambda inputs: np.exp(posterior.mean(inputs)),
-                ranges,
-                model.coefficients,
-            )
-        if not _reads_experts(own):
-            raise UserError(
-                f"law '{own.key}' does not read params, tokens and experts, as serving needs: it "
-                f"reads {', '.join(own.inputs)}; laws that do: {', '.join(SERVING_LAWS)}"
-            )
-        return found
+        model = _able(model, law).require()
+        posterior, own = model.posterior, model.law
+        assert posterior is not None
+        assert own is not None
+        return cls(
+            own,
+            model.count,
+            lambda inputs: np.exp(posterior.mean(inputs)),
+            ranges_of(model),
+            model.coefficients,
+        )
 
 
 def _reads_experts(law: Law) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -24,7 +25,6 @@ from raysweep.scaling.compute.serving import (
 )
 from raysweep.scaling.compute.serving_words import serving_dict, serving_text
 from raysweep.scaling.loss.data import LossData
-from raysweep.scaling.loss.fit import LossFit, fit_law
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.selection import choose_loss
 from raysweep.study import Study
@@ -33,16 +33,20 @@ from raysweep.study.serving import GpuName
 A100 = find_gpu("a100-80gb")
 
 
+RANGES = {"params": (1e8, 1e10), "tokens": (1e9, 1e12), "experts": (1.0, 64.0)}
+
+
+def curve_of(key: str, coefficients: Mapping[str, float], **ranges: tuple[float, float]):
+    """A law with these coefficients, as if fitted on runs of such sizes."""
+    law = LOSS_LAWS[key]
+    count = law.parameter_count
+    return LossCurve(law, count, lambda inputs: law.predict(coefficients, inputs), RANGES | ranges)
+
+
 @pytest.fixture(scope="module")
-def joint_fit() -> LossFit:
-    """The published joint MoE law, as a fit to its own predictions."""
-    law, rng = LOSS_LAWS["joint_moe"], np.random.default_rng(0)
-    inputs = {
-        "params": np.exp(rng.uniform(np.log(1e8), np.log(1e10), 100)),
-        "tokens": np.exp(rng.uniform(np.log(1e9), np.log(1e12), 100)),
-        "experts": 2.0 ** rng.integers(0, 7, 100),
-    }
-    return fit_law(law, LossData.of(inputs, law.predict(law.published, inputs)))
+def joint() -> LossCurve:
+    """The published joint MoE law."""
+    return curve_of("joint_moe", LOSS_LAWS["joint_moe"].published)
 
 
 def mixtures(*experts: float) -> list[Candidate]:
@@ -52,13 +56,13 @@ def mixtures(*experts: float) -> list[Candidate]:
     ]
 
 
-def law_of(fit: LossFit, *experts: float, reference: float | None = None) -> ServingLaw:
-    return ServingLaw.of(LossCurve.of(fit), Serving(A100, 2.0), mixtures(*experts), reference)
+def law_of(curve: LossCurve, *experts: float, reference: float | None = None) -> ServingLaw:
+    return ServingLaw.of(curve, Serving(A100, 2.0), mixtures(*experts), reference)
 
 
 @pytest.fixture(scope="module")
-def law(joint_fit: LossFit) -> ServingLaw:
-    return law_of(joint_fit, 1, 2, 4, 16, reference=4)
+def law(joint: LossCurve) -> ServingLaw:
+    return law_of(joint, 1, 2, 4, 16, reference=4)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +157,7 @@ def test_at_most_so_many_sequences_are_served_at_once() -> None:
 
 
 def test_loss_optimal_models_spend_the_budget_best(
-    joint_fit: LossFit, solutions: list[Solution]
+    joint: LossCurve, solutions: list[Solution]
 ) -> None:
     for e in (1, 2, 4, 16):
         best = find(solutions, "loss-optimal", e)
@@ -161,7 +165,7 @@ def test_loss_optimal_models_spend_the_budget_best(
         assert best.size_share == 1.0
         for factor in (0.9, 1.1):
             active = best.params_active * factor
-            worse = joint_fit.predict(
+            worse = joint.predict(
                 {"params": active, "tokens": 1e22 / (6 * active), "experts": float(e)}
             )
             assert worse > best.loss
@@ -170,11 +174,8 @@ def test_loss_optimal_models_spend_the_budget_best(
 def test_the_loss_is_the_laws_at_the_count_it_was_fitted_on() -> None:
     """Wang's law, fitted on active parameters: of two whole experts a token, 4/3 of the dense."""
     wang = LOSS_LAWS["wang"]
-    n, d, e = (g.ravel() for g in np.meshgrid((1e8, 4e8, 2e9), (2e9, 1e10, 6e10), (1.0, 4.0, 16.0)))
-    inputs = {"params": n, "tokens": d, "experts": e}
     truth = {"A": 400.0, "B": 2000.0, "s": 1.8, "a": 0.34, "b": 0.36, "g": 0.13}
-    fit = fit_law(wang, LossData.of(inputs, wang.predict(truth, inputs)))
-    found = law_of(fit, 4, 8).solutions([3e20])
+    found = law_of(curve_of("wang", truth), 4, 8).solutions([3e20])
     for solution in found:
         assert solution.params_active == pytest.approx(solution.params * 4 / 3)
         own = {
@@ -235,7 +236,7 @@ def test_a_bounded_cost_is_a_bound(law: ServingLaw, solutions: list[Solution]) -
     assert many.saved == pytest.approx(1 - 1e22 / many.base_flops)
 
 
-def test_what_was_not_trained_is_marked(joint_fit: LossFit) -> None:
+def test_what_was_not_trained_is_marked(joint: LossCurve) -> None:
     """Numbers of experts that no architecture has, and sizes far from the cells."""
     cells = pd.DataFrame(
         {
@@ -268,7 +269,7 @@ def test_what_was_not_trained_is_marked(joint_fit: LossFit) -> None:
     assert [c.trained for c in more] == [True, False]
     assert replace(more[1].model, params=1e8).params_active == pytest.approx(1.2e8)
 
-    law = ServingLaw.of(LossCurve.of(joint_fit), Serving(A100, 2.0), more)
+    law = ServingLaw.of(joint, Serving(A100, 2.0), more)
     found = law.solutions([1e20])
     text = serving_text(found, law)
     assert all(s.outside for s in found if s.experts == 64)
@@ -309,24 +310,15 @@ def test_a_profile_file_replaces_the_roofline(tmp_path: Path) -> None:
         Profile.read(path)
 
 
-def test_misuse_is_one_line(joint_fit: LossFit) -> None:
+def test_misuse_is_one_line(joint: LossCurve) -> None:
     with pytest.raises(UserError, match="choose from"):
         find_gpu("abacus")
     with pytest.raises(UserError, match="dollars_per_hour must be a positive"):
         Serving(A100, 0.0)
     with pytest.raises(UserError, match="no architecture '3' to refer to"):
-        law_of(joint_fit, 2, 4, reference=3)
+        law_of(joint, 2, 4, reference=3)
     with pytest.raises(UserError, match="flops must be a positive"):
-        law_of(joint_fit, 2, 4).solutions([0.0])
-    law = LOSS_LAWS["chinchilla"]
-    n, d = np.meshgrid(np.geomspace(1e8, 1e9, 4), np.geomspace(1e9, 1e10, 4))
-    inputs = {"params": n.ravel(), "tokens": d.ravel()}
-    dense = fit_law(law, LossData.of(inputs, law.predict(law.published, inputs)))
-    with pytest.raises(UserError, match="does not read params, tokens and experts"):
-        LossCurve.of(dense)
-    few = fit_law(law, LossData.of({k: v[:2] for k, v in inputs.items()}, [3.0, 2.9]))
-    with pytest.raises(UserError, match="not usable"):
-        LossCurve.of(few)
+        law_of(joint, 2, 4).solutions([0.0])
 
 
 def test_table_and_json_tell_the_same(law: ServingLaw, solutions: list[Solution]) -> None:
@@ -403,9 +395,7 @@ def yun() -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def headlines(yun: dict[str, float]) -> ServingLaw:
-    law = LOSS_LAWS["yun"]
-    ranges = {"params": (8.1e7, 6.8e8), "tokens": (2.5e9, 2e10), "experts": (1.0, 32.0)}
-    curve = LossCurve(law, law.parameter_count, lambda inputs: law.predict(yun, inputs), ranges)
+    curve = curve_of("yun", yun, params=(8.1e7, 6.8e8), tokens=(2.5e9, 2e10), experts=(1.0, 32.0))
     served = [replace(c, model=replace(c.model, aspect=80.0)) for c in mixtures(1, 4, 8, 16, 32)]
     return ServingLaw.of(curve, Serving(find_gpu("a100-40gb"), 1.0), served)
 

@@ -6,11 +6,11 @@ import pickle
 import numpy as np
 import pytest
 
+from benchmarks.huber_fit import fit_law
 from benchmarks.planted_laws import PLANTED, simulated_cells
 from raysweep.errors import UserError
 from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.expression import compile_expression, evaluate, read_inputs
-from raysweep.scaling.loss.fit import fit_law
 from raysweep.scaling.loss.laws import LOSS_LAWS
 
 

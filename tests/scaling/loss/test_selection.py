@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.ahead import read_runs
+from benchmarks.huber_fit import fit_law
 from raysweep.errors import UserError
 from raysweep.scaling.loss.data import LossData
-from raysweep.scaling.loss.fit import fit_law
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.loss.selection import choose_loss

@@ -5,11 +5,11 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import huber as scipy_huber
 
+from benchmarks import huber_solver as solver
 from benchmarks.fits import read_chinchilla
-from raysweep.scaling.loss import solver
+from benchmarks.huber_fit import cell_multiplicities, fit_law, resample
 from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.expression import compile_expression, evaluate, read_inputs
-from raysweep.scaling.loss.fit import cell_multiplicities, fit_law, resample
 from raysweep.scaling.loss.laws import LOSS_LAWS
 
 

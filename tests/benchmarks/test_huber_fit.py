@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.huber_fit import cell_multiplicities, fit_law, resample
 from raysweep.errors import UserError
 from raysweep.scaling.loss.data import LossData
-from raysweep.scaling.loss.fit import cell_multiplicities, fit_law, resample
 from raysweep.scaling.loss.laws import LOSS_LAWS
 
 CHINCHILLA = LOSS_LAWS["chinchilla"]

@@ -1,8 +1,9 @@
-"""The fit of a law to losses: `fit_law` and its LossFit, with status, residuals and resamples.
+"""The fit that published laws were made with, as a peer to the product's (`loss/posterior.py`).
 
-The sum of Huber losses on ln loss is minimised from many starts (see `solver`). A resample draws
-whole cells with replacement (never the rows of one cell, which share its errors), as multiplicities
-over the one set of data, so that a thousand refits are solved together.
+`fit_law` gives a LossFit, with status, residuals and resamples. The sum of Huber losses on ln loss
+is minimised from many starts (see `huber_solver`). A resample draws whole cells with replacement
+(never the rows of one cell, which share its errors), as multiplicities over the one set of data, so
+that a thousand refits are solved together.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr, ndtri
 
+from benchmarks import huber_solver as solver
 from raysweep.errors import UserError
-from raysweep.scaling.loss import solver
+from raysweep.scaling.compute.isoflop import interval_ends
 from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.expression import (
     SYMBOL_INPUTS,
@@ -433,26 +434,6 @@ def _judge(
     close = solution.objective <= solution.objective[best] * (1 + 1e-6) + 1e-15
     reached = int((close & solution.converged).sum())
     return "converged", f"{reached} of {len(solution.objective)} starts reached this minimum"
-
-
-def interval_ends(
-    draws: np.ndarray, estimate: np.ndarray, level: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper end [n] of the interval that resamples `draws` [n_boot, n] give `estimate`
-    [n].
-
-    Bias-corrected percentiles (Efron 1981): plain ones cover too much here, as the objective is
-    nearly a sum of absolute values, whose minimum is jumpy under resampling. Like plain
-    percentiles they respect any transformation of the quantity."""
-    below = (draws < estimate).mean(axis=0) + 0.5 * (draws == estimate).mean(axis=0)
-    resolution = 0.5 / len(draws)
-    shift = ndtri(np.clip(below, resolution, 1 - resolution))
-    reach = ndtri(0.5 + 0.5 * level)
-    ends = [
-        np.array([np.quantile(d, q) for d, q in zip(draws.T, ndtr(2 * shift + z), strict=True)])
-        for z in (-reach, reach)
-    ]
-    return ends[0], ends[1]
 
 
 def _plain(value: float) -> float | None:
