@@ -150,8 +150,8 @@ def test_report_is_a_verb_and_a_package(fits: Fits, tmp_path: Path) -> None:
     assert raysweep.write_comparison is write_comparison
     assert callable(raysweep.report)
     assert raysweep.write_report(LAPTOP, tmp_path / "two", fits=fits).exists()
-    arms = raysweep.compare(fits).arms
-    assert raysweep.write_comparison(arms, tmp_path / "three").stat().st_size > 10_000
+    found = raysweep.compare(fits)
+    assert raysweep.write_comparison(found, tmp_path / "three").stat().st_size > 10_000
 
 
 def test_results_that_exist_are_imported(tmp_path: Path) -> None:

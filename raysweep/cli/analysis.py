@@ -269,8 +269,7 @@ def split_command(
 
     found = fit_results(results, None, without, literature).split(_numbers(flops, "--flops"))
     if as_json:
-        told = {name: [a.to_dict() for a in rows] for name, rows in found.items()}
-        typer.echo(json.dumps(to_json(told), indent=1))
+        typer.echo(json.dumps(to_json(found), indent=1))
     else:
         typer.echo(allocations_text(found))
 
@@ -456,6 +455,10 @@ def compare_command(
     """Compare architectures, groups, studies or folders: best settings, loss, FLOPs."""
     from raysweep.scaling.sides import compare
 
+    if output is not None:
+        from raysweep.report.write import check_folder
+
+        check_folder(output)
     found = compare(
         *results,
         architectures=listed(architecture),
@@ -467,10 +470,6 @@ def compare_command(
         loss=loss,
         **published(without, literature),
     )
-    if output is not None:
-        from raysweep.report.write import check_folder
-
-        check_folder(output)
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
     if output is not None:
         from raysweep.report.compare import write_comparison
@@ -479,6 +478,8 @@ def compare_command(
         words = ["raysweep", "compare", *map(relative, results), "-o", relative(str(output))]
         for option, values in {
             "--architecture": architecture,
+            "--params": [f"{params:.12g}"] if params else None,
+            "--tokens": [f"{tokens:.12g}"] if tokens else None,
             "--group": group,
             "--where": [where] if where else None,
             "--also": also,
@@ -487,7 +488,6 @@ def compare_command(
             "--literature": literature,
         }.items():
             words += [word for value in values or () for word in (option, value)]
-        page = write_comparison(
-            found.arms, output, png=png, apart=found.apart, command=shlex.join(words)
-        )
+        words += ["--png"] if png else []
+        page = write_comparison(found, output, png=png, command=shlex.join(words))
         typer.echo(str(page), err=as_json)

@@ -1,16 +1,14 @@
-"""write_comparison(arms, folder): any number of sides on one self-contained HTML page."""
+"""write_comparison(comparison, folder): any number of sides on one self-contained HTML page."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from raysweep.report.figure import (
     Axis,
@@ -24,13 +22,13 @@ from raysweep.report.figure import (
     listed_height,
     markers,
 )
-from raysweep.report.interactive import library, packed_figures
+from raysweep.report.interactive import packed_figures
 from raysweep.report.laws import FLOPS, QUANTITIES, SIZE_AXES, paths_along, told_along
-from raysweep.report.render import render, replace_file
-from raysweep.scaling.compare import EQUALS, Arm, Ratio, compare_arms, needed, size_shift
+from raysweep.report.render import figure_context, render, write_page
+from raysweep.scaling.compare import EQUALS, Arm, Ratio, needed
 from raysweep.scaling.optima.surface import TARGETS
-from raysweep.scaling.recommend import Recommendation, answer
 from raysweep.scaling.runs import AXES, RunMaker
+from raysweep.scaling.sides import Comparison
 from raysweep.text import estimated, written
 
 SCRIPTS = ("common.js", "address.js", "figures.js", "plots.js")
@@ -45,101 +43,57 @@ WORDS = {
     "noise_scale_tokens": "gradient noise scale",
 }
 
-OF_LOSS = ("loss", "flops", "tokens")
-"""Quantities whose ratio says nothing where losses are not comparable."""
-
 
 def write_comparison(
-    arms: Sequence[Arm],
+    comparison: Comparison | Sequence[Arm],
     folder: str | os.PathLike[str],
     *,
     title: str | None = None,
     png: bool = False,
-    apart: Mapping[str, str] | None = None,
     command: str = "",
 ) -> Path:
     """Write `folder/index.html`, one file that needs nothing else, and return its path.
 
-    Each arm is compared with the first. `apart` says of an arm, by its name, why its losses are not
-    comparable with the first's; `command` makes the page again. With `png` the figures are written
-    beside it.
+    The page shows what the comparison says, or that of the arms. `command` makes the page again.
+    With `png` the figures are written beside it.
     """
-    names = [arm.name for arm in arms]
-    shades = colours(names)
-    ratios = {arm.name: _comparable(arms[0], arm, apart or {}) for arm in arms[1:]}
-    size = common_size(arms)
-    figures = by_name([ratios_figure(ratios, names), arms_figure(arms)])
-    context: dict[str, Any] = {
+    found = comparison if isinstance(comparison, Comparison) else Comparison.of(comparison)
+    names = [arm.name for arm in found.arms]
+    figures = by_name([ratios_figure(found.ratios, names), arms_figure(found.arms)])
+    context: dict[str, Any] = figure_context(figures) | {
         "title": title or _listed(names),
         "names": names,
         "arms": [
             {"name": a.name, "cells": len(a.cells), "trials": float(a.cells["n_finished"].sum())}
-            for a in arms
+            for a in found.arms
         ],
-        "colours": shades,
-        "size": size,
-        "sides": _sides(arms, size, ratios),
-        "ratios": {name: _rows(own) for name, own in ratios.items()},
-        "shifts": {a.name: shift for a in arms if (shift := size_shift(a)) is not None},
+        "colours": colours(names),
+        "size": found.size,
+        "sides": _sides(found),
+        "ratios": {name: _rows(own) for name, own in found.ratios.items()},
+        "shifts": found.shifts,
         "equals": EQUALS,
-        "apart": apart or {},
-        "figures": figures,
-        "drawings": {name: f.draw().svg for name, f in figures.items()},
+        "apart": found.apart,
         "packed": packed_figures(figures.values()),
-        "library": library(),
         "command": command,
-        "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    page = target / "index.html"
-    replace_file(page, render("compare.html", SCRIPTS, context).encode())
-    for name, figure in figures.items() if png else ():
-        image = figure.draw(png=True).png
-        assert image is not None
-        (target / f"{name}.png").write_bytes(image)
-    return page
+    html = render("compare.html", SCRIPTS, context)
+    return write_page(folder, html, figures.values() if png else ())
 
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
-def _cells(arms: Sequence[Arm]) -> list[pd.DataFrame]:
-    return [arm.cells for arm in arms]
-
-
-def _comparable(reference: Arm, other: Arm, apart: Mapping[str, str]) -> list[Ratio]:
-    """The ratios that say something."""
-    found = compare_arms(reference, other)
-    if other.name in apart:
-        found = [r for r in found if r.quantity not in OF_LOSS and r.at_equal != "loss"]
-    return found
-
-
-def common_size(arms: Sequence[Arm]) -> tuple[float, float]:
-    """The largest N and the largest D within the range of every arm, or of as many as can be."""
-    ends = []
-    for axis in ("N", "D"):
-        column = AXES[axis]
-        low = max(float(cells[column].min()) for cells in _cells(arms))
-        high = min(float(cells[column].max()) for cells in _cells(arms))
-        ends.append(max(low, high))
-    return ends[0], ends[1]
-
-
-def _sides(
-    arms: Sequence[Arm], size: tuple[float, float], ratios: Mapping[str, Sequence[Ratio]]
-) -> list[dict[str, Any]]:
-    """One row a side: its answer at one size, and its ratios over the first."""
+def _sides(found: Comparison) -> list[dict[str, Any]]:
+    """One row a side: its answer at the common size, and its ratios over the first."""
     rows = []
-    for arm in arms:
-        found: Recommendation = answer(arm.evidence, arm.architecture, arm.run(*size))
-        own = ratios.get(arm.name)
-        over = {q: needed(own, q, "N and D") for q in QUANTITIES} if own else {}
-        if own:
-            over["flops"] = needed(own, "flops", "loss")
-        rows.append({"name": arm.name, "run": found, "over": over})
+    for name, answer in found.answers.items():
+        own = found.ratios.get(name, [])
+        over = {q: needed(own, q, "N and D") for q in QUANTITIES} | {
+            "flops": needed(own, "flops", "loss")
+        }
+        rows.append({"name": name, "run": answer, "over": over})
     return rows
 
 

@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from raysweep.report import budgets, claims, facts, measured, serving, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
 from raysweep.report.figure import PlotFigure, by_name, colours
 from raysweep.report.forecast import forecast_rows, forecast_words
-from raysweep.report.interactive import library, packed_figures
+from raysweep.report.interactive import packed_figures
 from raysweep.report.laws import LawRow, group_rows, law_figures, law_rows, names_of
-from raysweep.report.render import relative, render, replace_file
+from raysweep.report.render import figure_context, relative, render, write_page
 from raysweep.report.surfaces import GAPS, CellFigure, cell_figures, drawn_of, picture
 from raysweep.report.trials import MAX_ROWS, trial_table
 from raysweep.results.columns import with_loss
@@ -81,8 +80,7 @@ def report(
     studies = facts.studies(frame, results.search_spaces())
     names = [str(s["name"]) for s in studies]
     target = Path(folder) if folder is not None else Path(FOLDER) / _file_name(names)
-    page = target / "index.html"
-    _refuse_another(page, names)
+    _refuse_another(target / "index.html", names)
     fits = fit(results) if fits is None else fits
     frame = with_loss(frame, fits.of_loss) if fits.of_loss else frame
     context, drawn, shown = _context(results, frame, fits, studies, asked)
@@ -92,8 +90,7 @@ def report(
         "live": live,
         "command": _command(results.uri, target, png, asked, fits.options),
     }
-    target.mkdir(parents=True, exist_ok=True)
-    html = b""
+    html = ""
     for most in (MAX_ROWS, 2000, 200):  # the table of trials is what grows without bound
         trials = trial_table(frame, results.curves(), fits, most)
         rows = (
@@ -102,16 +99,10 @@ def report(
             else {}
         )
         context |= {"trials": trials, "packed": packed_figures(shown, rows)}
-        html = render("page.html", SCRIPTS, context).encode()
-        if len(html) <= LARGEST:
+        html = render("page.html", SCRIPTS, context)
+        if len(html.encode()) <= LARGEST:
             break
-    replace_file(page, html)
-    if png:
-        for figure in drawn:
-            image = figure.draw(png=True).png
-            assert image is not None
-            (target / f"{figure.name}.png").write_bytes(image)
-    return page
+    return write_page(target, html, drawn if png else ())
 
 
 def _context(
@@ -143,7 +134,7 @@ def _context(
     runs = facts.runs_table(results.runs())
     missing = trust.not_determined(fits) + split.missing + measured.not_measured(fits)
     missing += [("cost of serving", served.why)] if served.why else []
-    context = {
+    context = figure_context(figures) | {
         "fits": fits,
         "names": names,
         "shown": names_of(fits),
@@ -156,12 +147,9 @@ def _context(
         "side": _side_by_side(fits, answers),
         "grid": answer_grid(fits, answers),
         "laws": [f.name for f in laws],
-        "figures": figures,
-        "drawings": {name: f.draw().svg for name, f in figures.items()},
         "law_tables": _law_tables(fits),
         "groups": group_rows(fits),
         "cell_figures": [(c, picture(c, whole=c is cells[-1]).draw().svg) for c in cells],
-        "library": library(),
         "cells_drawn": drawn_of(fits),
         "gaps": GAPS,
         "checks": trust.checks(fits),
@@ -187,7 +175,6 @@ def _context(
         "provenance": facts.provenance(frame, results.runs()),
         "problems": results.problems,
         "data_results": relative(results.uri),
-        "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     shown = [*figures.values(), *(c.figure for c in cells)]
     return context, [*figures.values(), *_named(cells)], shown

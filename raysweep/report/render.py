@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from raysweep.report.figure import PlotFigure
+from raysweep.report.interactive import library
 from raysweep.report.style import DARK, LIGHT
 from raysweep.text import between, estimated, written
 
@@ -39,6 +42,31 @@ def render(template: str, scripts: Sequence[str], context: Mapping[str, Any]) ->
     css, *texts = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", *scripts))
     looks = {"css": Markup(css), "js": Markup("".join(texts)), "light": LIGHT, "dark": DARK}
     return environment().get_template(template).render(**looks, **context)
+
+
+def figure_context(figures: Mapping[str, PlotFigure]) -> dict[str, Any]:
+    """What every page says of its figures: themselves, drawn, and what draws them anew."""
+    return {
+        "figures": figures,
+        "drawings": {name: f.draw().svg for name, f in figures.items()},
+        "library": library(),
+        "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def write_page(
+    folder: str | os.PathLike[str], html: str, figures: Iterable[PlotFigure] = ()
+) -> Path:
+    """Write `folder/index.html`, and `figures` beside it as `NAME.png`; return the page's path."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    page = target / "index.html"
+    replace_file(page, html.encode())
+    for figure in figures:
+        image = figure.draw(png=True).png
+        assert image is not None
+        (target / f"{figure.name}.png").write_bytes(image)
+    return page
 
 
 def sentence(text: str) -> str:

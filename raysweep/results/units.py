@@ -54,7 +54,7 @@ def doubts(frame: pd.DataFrame) -> list[Doubt]:
     if "source" in rows:
         rows = rows[rows["source"] != "raysweep"]
     found: list[Doubt] = []
-    for check in (_params, _tokens, _ratio, _budget, _batch, _rate, _loss):
+    for check in (_size, _horizon, _ratio, _budget, _batch, _rate, _loss):
         doubt = check(rows) if len(rows) else None
         # One wrong unit puts all that is computed from it in doubt: the first one told is enough.
         if doubt is not None and not any(
@@ -95,35 +95,27 @@ def _unit(value: float) -> tuple[str, str]:
     return ("billions", "1e9") if value < 100 else ("millions", "1e6")
 
 
-def _params(rows: pd.DataFrame) -> Doubt | None:
-    params = _get(rows, _N)
-    unit, factor = _unit(_typical(params[params < MIN_PARAMS]))
-    return _doubt(
-        _N,
-        params < MIN_PARAMS,
-        params,
-        True,
-        lambda where: (
-            f"{_N} is below {MIN_PARAMS:g} {where} (median "
-            f"{_typical(params[params < MIN_PARAMS]):.3g}): it seems to be in {unit}, and must "
-            f"be in parameters; multiply it (--map {_N}=COLUMN*{factor})"
-        ),
-    )
+def _size(rows: pd.DataFrame) -> Doubt | None:
+    return _too_small(rows, _N, MIN_PARAMS, "parameters")
 
 
-def _tokens(rows: pd.DataFrame) -> Doubt | None:
-    tokens = _get(rows, _D)
-    low = tokens < MIN_TOKENS
-    typical = _typical(tokens[low])
+def _horizon(rows: pd.DataFrame) -> Doubt | None:
+    return _too_small(rows, _D, MIN_TOKENS, "tokens")
+
+
+def _too_small(rows: pd.DataFrame, column: str, least: float, counted: str) -> Doubt | None:
+    values = _get(rows, column)
+    low = values < least
+    typical = _typical(values[low])
     unit, factor = _unit(typical)
     return _doubt(
-        _D,
+        column,
         low,
-        tokens,
+        values,
         True,
         lambda where: (
-            f"{_D} is below {MIN_TOKENS:g} {where} (median {typical:.3g}): it seems to be in "
-            f"{unit}, and must be in tokens; multiply it (--map {_D}=COLUMN*{factor})"
+            f"{column} is below {least:g} {where} (median {typical:.3g}): it seems to be in "
+            f"{unit}, and must be in {counted}; multiply it (--map {column}=COLUMN*{factor})"
         ),
     )
 

@@ -44,7 +44,7 @@ from raysweep.scaling.optima.noise_scale import (
 )
 from raysweep.scaling.optima.readings import Optimum, readings_table
 from raysweep.scaling.optima.surface import TARGETS
-from raysweep.scaling.plain import to_json
+from raysweep.scaling.plain import plain_dict
 from raysweep.scaling.recommend import BATCH_WITHIN, Recommendation, recommend
 from raysweep.scaling.relations import LossRelation, loss_relation
 from raysweep.text import read_number, read_size
@@ -414,9 +414,7 @@ class Fitted(InNotebooks):
             "readings": self.readings if self.optima else {},
             "held_out": self.held_out,
         }
-        result = to_json(said)
-        assert isinstance(result, dict)
-        return result
+        return plain_dict(said)
 
     def __repr__(self) -> str:
         n = len(self.cells)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.plain import to_json
+from raysweep.scaling.plain import plain_dict
 from raysweep.study.study import Study
 
 QUANTITIES = ("learning_rate", "batch_tokens", "loss")
@@ -34,7 +34,7 @@ def forecast(fits: Fits, study: Study, scale: str) -> dict[str, Any]:
         exact = told.batch_tokens_exact / cell.shape.sequence_length
         row["batch_sequences"] = max(1, 2 ** round(math.log2(exact)))
         cells[cell.name] = row
-    return _plain({"scale": scale, "rows": fits.n_rows, "cells": cells})
+    return plain_dict({"scale": scale, "rows": fits.n_rows, "cells": cells})
 
 
 def outcome(
@@ -68,7 +68,7 @@ def outcome(
             "regret": float(again.mean()) / best["loss"] - 1,
             "regret_sd": noise * math.sqrt(1 + 1 / len(again)) if len(again) else math.nan,
         }
-    return _plain({"scale": told["scale"], "cells": found})
+    return plain_dict({"scale": told["scale"], "cells": found})
 
 
 def _found(fits: Fits, name: str) -> dict[str, dict[str, float]]:
@@ -95,9 +95,3 @@ def _inside(value: float, interval: Mapping[str, Any]) -> bool:
 def _number(value: float | None) -> float:
     """JSON has no NaN: what was not determined stands as null."""
     return math.nan if value is None else float(value)
-
-
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    plain = to_json(record)
-    assert isinstance(plain, dict)
-    return plain

@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
+
+
+def plain_dict(value: object) -> dict[str, Any]:
+    """`to_json` of a mapping or a dataclass."""
+    found = to_json(value)
+    assert isinstance(found, dict)
+    return found
 
 
 def to_json(value: object) -> object:

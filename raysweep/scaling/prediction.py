@@ -15,7 +15,7 @@ from raysweep.scaling.cells import cell_table, group_values
 from raysweep.scaling.evidence import REACH, Evidence
 from raysweep.scaling.fitted import Fitted
 from raysweep.scaling.loss.model import NORMAL
-from raysweep.scaling.plain import to_json
+from raysweep.scaling.plain import plain_dict
 from raysweep.scaling.recommend import Recommendation
 from raysweep.text import short, written
 
@@ -261,9 +261,7 @@ class Score:
             "skipped": self.skipped,
             "runs": self.runs.to_dict("records"),
         }
-        found = to_json(said)
-        assert isinstance(found, dict)
-        return found
+        return plain_dict(said)
 
     def __str__(self) -> str:
         lines = [f"{self.overall.n} runs, predicted from their N, D, learning rate and batch"]

@@ -15,7 +15,7 @@ from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence, LossAnswer
 from raysweep.scaling.optima.literature import published_answers
 from raysweep.scaling.optima.surface import OptimumPosterior
-from raysweep.scaling.plain import to_json
+from raysweep.scaling.plain import plain_dict
 from raysweep.scaling.runs import describe_run, extrapolation
 from raysweep.study.shape import RunSize
 from raysweep.text import estimated, short, written
@@ -100,7 +100,7 @@ class Recommendation(InNotebooks):
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values: what `raysweep recommend --json` prints."""
-        plain = to_json(
+        return plain_dict(
             {
                 "architecture": self.architecture,
                 "params": self.params,
@@ -112,8 +112,6 @@ class Recommendation(InNotebooks):
                 "status": self.status,
             }
         )
-        assert isinstance(plain, dict)
-        return plain
 
     def to_row(self) -> dict[str, object]:
         """One row of a table: the run, each answer with the ends of its interval, the verdict."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 
@@ -39,6 +40,11 @@ class Comparison(InNotebooks):
     arms: tuple[Arm, ...]
     size: tuple[float, float] | None
     apart: dict[str, str]
+
+    @classmethod
+    def of(cls, arms: Sequence[Arm], size: tuple[float, float] | None = None) -> Comparison:
+        """Of arms at `size`, by default the largest that all measured or else have in range."""
+        return cls(tuple(arms), size or _common_size(arms), _apart(arms))
 
     @cached_property
     def answers(self) -> dict[str, Recommendation]:
@@ -214,7 +220,7 @@ def compare(
     size = None
     if params is not None and tokens is not None:
         size = read_size(params, "params"), read_size(tokens, "tokens")
-    return Comparison(tuple(arms), size or _common_size(arms), _apart(arms))
+    return Comparison.of(arms, size)
 
 
 def arms_of(
@@ -222,13 +228,11 @@ def arms_of(
     architectures: Iterable[str] = (),
     group: str | Sequence[str] = (),
     where: str | None = None,
-    also: str | Sequence[str] = (),
-    without: Iterable[str] | None = None,
-    literature: Iterable[str] | None = None,
-    loss: str | None = None,
+    **fit_options: Any,
 ) -> list[Arm]:
     """The sides of a comparison: an arm an architecture and group of each source, which is fitted
-    alone. One folder of several studies is parted by study, unless its groups are compared.
+    alone, with `fit_options` as `fit` takes them. One folder of several studies is parted by study,
+    unless its groups are compared.
 
     Raises:
         UserError: fewer than two sides, or one that is not there.
@@ -244,9 +248,7 @@ def arms_of(
     labels = _shared_data([frame for _, frame, _ in parts])
     found: list[tuple[str, Arm]] = []
     for (name, frame, made), data in zip(parts, labels, strict=True):
-        fits = made or fit(
-            frame, group=group, also=also, without=without, literature=literature, loss=loss
-        )
+        fits = made or fit(frame, group=group, **fit_options)
         for architecture in fits.architectures:
             if wanted and architecture not in wanted:
                 continue
@@ -341,7 +343,7 @@ def _common_size(arms: Sequence[Arm]) -> tuple[float, float] | None:
     """The largest size that every arm measured, or else one within the range of all."""
     first = arms[0]
     shared = [shared_sizes(first, arm) for arm in arms[1:]]
-    if all(paired for _, paired in shared):
+    if shared and all(paired for _, paired in shared):
         common = [
             size
             for size in shared[0][0]

@@ -107,46 +107,20 @@ def outcome_columns(
     spec: TrialSpec, outcome: TrialOutcome, *, train_tokens: int | None
 ) -> dict[str, Any]:
     """The columns that a trial and its outcome fix, as plain values."""
-    counts = spec.cell.counts
-    return dict(
+    counts, resources = spec.cell.counts, spec.cell.resources
+    gpus = resources.gpus_per_worker * outcome.world_size
+    return {
         **spec_columns(spec),
-        status=outcome.status,
-        reason=outcome.reason,
-        step=outcome.step,
-        tokens_seen=outcome.tokens_seen,
-        tokens_trained=outcome.tokens_trained,
-        epochs=None if train_tokens is None else outcome.tokens_seen / train_tokens,
-        flops=counts.flops_per_token * outcome.tokens_seen,
-        flops_6nd=counts.flops_6nd(outcome.tokens_seen),
-        loss=outcome.loss,
-        loss_se=outcome.loss_se,
-        loss_ema=outcome.loss_ema,
-        loss_ema_se=outcome.loss_ema_se,
-        named_losses=json.dumps(outcome.named_losses) if outcome.named_losses else None,
-        train_loss=outcome.train_loss,
-        bits_per_byte=outcome.bits_per_byte,
-        noise_scale_tokens=outcome.noise_scale_tokens,
-        noise_grad_sq=outcome.noise_grad_sq,
-        noise_trace=outcome.noise_trace,
-        noise_quarters=outcome.noise_quarters,
-        expert_load_entropy=outcome.expert_load_entropy,
-        expert_load_max_over_mean=outcome.expert_load_max_over_mean,
-        router_confidence=outcome.router_confidence,
-        metrics=json.dumps(outcome.metrics) if outcome.metrics else None,
-        seconds_train=outcome.seconds_train,
-        tokens_per_second=outcome.tokens_per_second,
-        gpu_hours=outcome.seconds_train
-        * spec.cell.resources.gpus_per_worker
-        * outcome.world_size
-        / 3600,
-        mfu=_mfu(spec, outcome),
-        peak_memory_bytes=outcome.peak_memory_bytes,
-        micro_batch_sequences=outcome.micro_batch_sequences,
-        accumulation=outcome.accumulation,
-        world_size=outcome.world_size,
-        worker=f"{socket.gethostname()}:{os.getpid()}",
-        device=outcome.device,
-    )
+        **{name: value for name, value in vars(outcome).items() if name != "curve"},
+        "epochs": None if train_tokens is None else outcome.tokens_seen / train_tokens,
+        "flops": counts.flops_per_token * outcome.tokens_seen,
+        "flops_6nd": counts.flops_6nd(outcome.tokens_seen),
+        "named_losses": json.dumps(outcome.named_losses) if outcome.named_losses else None,
+        "metrics": json.dumps(outcome.metrics) if outcome.metrics else None,
+        "gpu_hours": outcome.seconds_train * gpus / 3600,
+        "mfu": _mfu(spec, outcome),
+        "worker": f"{socket.gethostname()}:{os.getpid()}",
+    }
 
 
 def _mfu(spec: TrialSpec, outcome: TrialOutcome) -> float | None:

@@ -84,13 +84,17 @@ def test_laws_may_be_left_out_or_trusted() -> None:
     assert len({json.dumps(t["prior"]) for t in (every, one, less)}) == 3
 
 
-def test_compare_begins_with_the_table() -> None:
+def test_compare_begins_with_the_table(tmp_path: Path) -> None:
     lines = said("compare", LAPTOP).splitlines()
     assert lines[0].startswith("At ")
     assert [line.split()[0] for line in lines[1:4]] == ["side", "dense", "moe"]
     assert "moe over dense" in lines[5]
-    told = json.loads(said("compare", LAPTOP, "--params", "100k", "--tokens", "2M", "--json"))
+    asked = ("--params", "100k", "--tokens", "2M")
+    told = json.loads(said("compare", LAPTOP, *asked, "--json", "-o", str(tmp_path)))
     assert (told["params"], told["tokens"]) == (1e5, 2e6)
+    page = (tmp_path / "index.html").read_text()
+    assert "At 100k active parameters on 2M tokens" in page
+    assert "--params 100000 --tokens 2000000" in page
     answer = json.loads(
         said(
             "recommend",

@@ -1,19 +1,20 @@
-"""The page of a comparison: one table of sides first, its ratios those of compare_arms."""
+"""The page of a comparison: one table of sides first, all its numbers the terminal's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raysweep.report.compare import common_size, ratios_figure, write_comparison
+from raysweep.report.compare import ratios_figure, write_comparison
 from raysweep.results.schema import row_table
-from raysweep.scaling.compare import compare_arms
+from raysweep.scaling.compare import Arm
 from raysweep.scaling.fit import fit
 from raysweep.scaling.fits import Fits
-from raysweep.scaling.recommend import answer
+from raysweep.scaling.sides import Comparison
 from raysweep.text import between, written
 
 Make = Callable[..., Any]
@@ -23,21 +24,14 @@ def test_table_of_sides_comes_first(
     ladder: tuple[Fits, Path], open_page: Make, tmp_path: Path
 ) -> None:
     fits = ladder[0]
-    arms = [fits.arm("dense"), fits.arm("moe")]
-    path = write_comparison(arms, tmp_path / "out", png=True, command="raysweep compare x")
+    found = Comparison.of([fits.arm("dense"), fits.arm("moe")])
+    path = write_comparison(found, tmp_path / "out", png=True, command="raysweep compare x")
     page = open_page(path)
     assert [link for link in page.links if not link.startswith(("#", "data:"))] == []
     assert page.source.index("<table") < page.source.index("<figure")
-    size = common_size(arms)
     cells = fits.cells_of("dense").iloc[-1]
-    assert size == (cells["params_active_non_embedding"], cells["tokens"])
-    for arm in arms:
-        told = answer(arm.evidence, arm.architecture, arm.run(*size))
-        assert written(told.learning_rate, "rate") in page.text
-        assert between(*told.batch_tokens_interval, "batch") in page.text
-        assert written(told.loss, "loss") in page.text
-        assert written(told.run.compute, "flops") in page.text
-    for ratio in compare_arms(arms[0], arms[1]):
+    assert found.size == pytest.approx((cells["params_active_non_embedding"], cells["tokens"]))
+    for ratio in found.ratios["moe"]:
         if ratio.ok:
             style = "number" if ratio.quantity == "loss" else "ratio"
             assert written(ratio.ratio.value, style) in page.text
@@ -47,15 +41,47 @@ def test_table_of_sides_comes_first(
     assert "raysweep compare x" in page.text
 
 
+def sides_shown(source: str) -> list[list[str]]:
+    """Name, learning rate, batch, loss and FLOPs of each side, as a terminal writes them."""
+    table = source[source.index("<table") : source.index("</table>")]
+    rows = re.findall(r"<tr class=.two.>(.*?)</tr>", table)
+    cells = [re.findall(r"<t[hd].*?</t[hd]>", row)[:5] for row in rows]
+    spans = re.compile(r'<span class="interval">(.*?)</span>')
+    return [[re.sub("<.*?>", "", spans.sub(r" (\1)", c)).strip() for c in row] for row in cells]
+
+
+@pytest.mark.parametrize("size", [None, (3e7, 4e8)])
+def test_the_page_shows_the_sizes_and_numbers_of_the_terminal(
+    size: tuple[float, float] | None, make_rows: Make, tmp_path: Path
+) -> None:
+    """Cells that differ by 1 % are paired: each side answers for its own."""
+    fits = [
+        fit(row_table(make_rows(("dense",), 3, 2, smallest=n, data_hash="one")).to_pandas())
+        for n in (2e5, 2.02e5)
+    ]
+    arms = [
+        Arm(name, f.evidence_of("dense"), "dense", data="one")
+        for name, f in zip("ab", fits, strict=True)
+    ]
+    found = Comparison.of(arms, size)
+    source = write_comparison(found, tmp_path / "out").read_text()
+    lines = [re.split("  +", line.strip()) for line in str(found).splitlines()]
+    assert sides_shown(source) == lines[2:4]
+    flops = {row[-1] for row in lines[2:4]}
+    assert len(flops) == (2 if size is None else 1)
+    assert found.size is not None
+    params, tokens = written(found.size[0], "params"), written(found.size[1], "tokens")
+    assert f"At {params} active parameters on {tokens} tokens" in source
+
+
 def test_losses_of_other_data_are_not_compared(
     ladder: tuple[Fits, Path], make_rows: Make, open_page: Make, tmp_path: Path
 ) -> None:
     other = fit(row_table(make_rows(("dense",), 3, data_hash="other")).to_pandas())
-    arms = [ladder[0].arm("dense"), ladder[0].arm("moe"), other.arm("dense")]
-    named = [*arms[:2], type(arms[2])("elsewhere", other.evidence_of("dense"), "dense")]
-    path = write_comparison(named, tmp_path / "out", apart={"elsewhere": "the data differ"})
-    page = open_page(path)
-    assert "Losses are not compared: The data differ." in page.text
+    elsewhere = Arm("elsewhere", other.evidence_of("dense"), "dense")
+    arms = [ladder[0].arm("dense"), ladder[0].arm("moe"), elsewhere]
+    page = open_page(write_comparison(arms, tmp_path / "out"))
+    assert page.text.count("Other data than dense, or none is told") == 1
     assert "dense, moe and elsewhere" in page.text
     (panel,) = page.json["figures"]["ratios"]["panels"]
     told = {s["name"]: [panel["y"]["names"][round(y)] for y in s["y"]] for s in panel["series"]}
@@ -69,9 +95,9 @@ def test_sides_without_rates_or_overlap(make_rows: Make, open_page: Make, tmp_pa
     bare = {"learning_rate": None, "batch_tokens": None, "batch_sequences": None}
     one = fit(row_table(make_rows(("dense",), 2, trials=3, **bare)).to_pandas())
     two = fit(row_table(make_rows(("dense",), 1, trials=3, smallest=1e9)).to_pandas())
-    arms = [one.arm("dense"), type(one.arm("dense"))("big", two.evidence_of("dense"), "dense")]
+    arms = [one.arm("dense"), Arm("big", two.evidence_of("dense"), "dense")]
     page = open_page(write_comparison(arms, tmp_path / "out"))
-    assert "Side by side" in page.text
+    assert "No size lies within the range of every side" in page.text
     assert not {"nan", "None", "inf"} & set(page.text.split())
 
 

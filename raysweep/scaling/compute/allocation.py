@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -80,10 +80,6 @@ class Allocation:
     @property
     def ok(self) -> bool:
         return self.status in ("interior", "outside")
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, NaN kept."""
-        return asdict(self)
 
     def estimate(self, name: str) -> Estimate:
         """One of its numbers with its interval."""

@@ -9,14 +9,14 @@ from dataclasses import asdict
 from raysweep.scaling.compute.allocation import COUNT_NAMES
 from raysweep.scaling.compute.roofline import Roofline
 from raysweep.scaling.compute.serving import KINDS, Serving, ServingLaw, Solution
-from raysweep.scaling.plain import to_json
+from raysweep.scaling.plain import plain_dict
 from raysweep.text import scientific, short
 
 
 def serving_dict(solutions: Sequence[Solution], law: ServingLaw) -> dict[str, object]:
     """What `raysweep serving --json` prints: the law, the assumptions, then the solutions."""
     serving = law.serving
-    found = to_json(
+    return plain_dict(
         {
             "law": law.curve.law.key,
             "count": law.curve.count,
@@ -38,8 +38,6 @@ def serving_dict(solutions: Sequence[Solution], law: ServingLaw) -> dict[str, ob
             "solutions": [{**asdict(s), "outside": s.outside} for s in solutions],
         }
     )
-    assert isinstance(found, dict)
-    return found
 
 
 COLUMNS = (

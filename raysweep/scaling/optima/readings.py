@@ -39,20 +39,6 @@ class Optimum:
     def interior(self) -> bool:
         return self.status == INTERIOR
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, NaN kept."""
-        return {
-            "cell": self.cell,
-            "learning_rate": self.learning_rate,
-            "batch_tokens": self.batch_tokens,
-            "loss": self.loss,
-            "loss_se": self.loss_se,
-            "covariance": self.covariance.tolist(),
-            "status": self.status,
-            "method": self.method,
-            "n_trials": self.n_trials,
-        }
-
 
 def log_trials(trials: CellTrials) -> tuple[np.ndarray, np.ndarray]:
     """(ln learning rate, ln batch) [n, 2] and ln loss [n]."""

@@ -129,7 +129,7 @@ def test_what_is_not_determined_has_a_word_and_no_number(chinchilla: LossModel) 
     assert open_.status in text
     assert "N is all parameters" in text
     assert "nan" not in text
-    json.dumps(to_json(open_.to_dict()), allow_nan=False)
+    json.dumps(to_json(open_), allow_nan=False)
 
 
 def test_a_law_blind_to_the_split_is_not_asked_for_it() -> None:
