@@ -47,6 +47,10 @@ STEP = 0.75
 MAX_NODES = 4000
 """Of all architectures, routings and groups together."""
 
+ASKED = 5e-5
+"""In ln N and ln D, how near to a run that was asked for its exact answer is given: logs have five
+decimals."""
+
 COARSE = 5
 """Nodes a side for what varies slowly: published laws, and the cost of a larger batch."""
 
@@ -270,7 +274,7 @@ class _Family:
         for a in answers:
             routing = (a.run.architecture, a.run.experts, a.run.top_k, a.run.run.group)
             if routing == (self.architecture, self.experts, self.top_k, self.group):
-                found.append(self._point(a.run, 1e-6, ""))
+                found.append(self._point(a.run, ASKED, ""))
         return found
 
     def _point(self, a: Recommendation, within: float, cell: str) -> dict[str, Any]:

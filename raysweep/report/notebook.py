@@ -257,7 +257,7 @@ def _comparison(comparison: Any) -> str:
         n, d = comparison.size
         parts.append(_said(f"At {short(n)} active parameters and {short(d)} tokens, 95 %"))
         parts.append(_table(("", "learning rate", "batch", "loss", "FLOPs"), sides, 0))
-    parts += [_said(sentence(text)) for text in comparison.apart]
+    parts += [_said(sentence(text)) for text in comparison.apart.values()]
     parts.append(_figure(ratios_figure(comparison.ratios, names)))
     for name, ratios in comparison.ratios.items():
         rows = [

@@ -286,6 +286,7 @@ def _mark_far(rows: pd.DataFrame) -> str:
     faster = counted["learning_rate"] / cell.map(rate)
     larger = counted["batch_tokens"] / cell.map(batch)
     hot = (faster >= 1) | (faster**2 >= larger)  # sqrt scaling of the rate with the batch
+    hot |= counted["learning_rate"].isna()
     broken = (above > DIVERGED) & hot & (counted["source"] != "raysweep")
     far = (above > FAR) & ~broken
     rows.loc[counted.index[far], "label"] = "far"

@@ -94,7 +94,7 @@ def predict_around(
     surface, run = evidence.surface, best.run
     unseen = evidence.unseen(best.architecture, run)
     base = np.log(np.array([best.loss, *best.loss_interval]))
-    if run.name in evidence.losses and not evidence.enclosed(run.name):
+    if run.name in evidence.losses:
         # Level and gap err against each other: near the trials their sum is known best.
         expected, se = surface.predict(run, rate, batch)
         level = surface.optimum(run).log_loss

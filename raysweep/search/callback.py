@@ -170,6 +170,8 @@ class StudyCallback(tune.Callback):
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
         """Note when a trial began."""
+        if trial.trial_id not in self._starts:  # else it goes on after a loss
+            self._scheduler.started(trial.trial_id)
         self._starts[trial.trial_id] = time.monotonic(), datetime.now(UTC)
         self._hung.pop(trial.trial_id, None)
         cell = self._study.cell(trial.config["cell"])
@@ -223,7 +225,7 @@ class StudyCallback(tune.Callback):
             self._reports.pop(trial.trial_id, None)
             self.training_seconds += float(result["seconds_train"])
         elif "status" in result:
-            self._conclude(trial, result["status"])
+            self._conclude(trial)
             self._say_once(trial.config["cell"], result["status"], result.get("reason"))
         else:
             self._write_unfinished(trial, "stopped", "early stopping: behind others of its cell")
@@ -263,7 +265,7 @@ class StudyCallback(tune.Callback):
 
     def _write_unfinished(self, trial: Trial, status: str, reason: str) -> None:
         report = self._reports.get(trial.trial_id, {})
-        begun, started_at = self._conclude(trial, status)
+        begun, started_at = self._conclude(trial)
         config = trial.config
         spec = self._study.trial(
             self._study.cell(config["cell"]),
@@ -307,7 +309,7 @@ class StudyCallback(tune.Callback):
         thread.start()
         return thread
 
-    def _conclude(self, trial: Trial, status: str) -> tuple[float, datetime]:
+    def _conclude(self, trial: Trial) -> tuple[float, datetime]:
         self.concluded += 1
         every = TIDY_EVERY if self._results.storage.is_local else TIDY_ROWS_EVERY
         if self.concluded >= self._tidied_at + every and not self._tidying.is_alive():
@@ -318,7 +320,6 @@ class StudyCallback(tune.Callback):
         self._reports.pop(trial.trial_id, None)
         self._losses.pop(trial.trial_id, None)
         start = self._starts.pop(trial.trial_id, (time.monotonic(), datetime.now(UTC)))
-        self._progress.trial_done(trial.config["cell"], status, time.monotonic() - start[0])
         forget_results(trial, STILL_READ)
         self._ended.append(trial)
         return start

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -36,82 +33,30 @@ COLUMNS = {
 }
 """Of the table of cells, each with the width from which it is shown."""
 
-
-SLOPE, SLOPE_SD = 0.5, 0.2
-"""Exponent of a trial's seconds in its FLOPs, before any is known: tiny models take time a step,
-large ones a FLOP."""
-
-PACE_SD, CELL_SD, TRIAL_SD = 0.5, 0.3, 0.4
-"""How far architectures, their cells, and trials of one cell stray from that law, in logs."""
-
 MEMORY = 0.35
 """Share of the time gone over which the estimate of the end is averaged."""
 
 
-@dataclass
 class Timing:
-    """How long trials take, to say when a study will end.
+    """How long a study has been running, and what is said of the time left."""
 
-    Seconds follow a power law of FLOPs, each architecture at its own pace, each cell a little off;
-    what is known of each is weighed as a Gaussian process does, so that one slow trial, or the
-    first of another size, moves the estimate little.
-    """
+    def __init__(self, scheduler: StudyScheduler) -> None:
+        self._scheduler = scheduler
+        self._begun = scheduler.clock()
+        self._end: tuple[float, float] | None = None
+        """Seconds gone when it was last asked, and the log of the whole time that it said then."""
 
-    begun: float = field(default_factory=time.monotonic)
-    known: dict[tuple[str, float], list[float]] = field(default_factory=dict)
-    """Logs of the durations of finished trials by architecture and FLOPs of a worker."""
-    _solved: tuple[float, float, np.ndarray] | None = None
-    _end: tuple[float, float] | None = None
-    """Seconds gone when it was last asked, and the log of the whole time that it said then."""
+    @property
+    def gone(self) -> float:
+        """Seconds since the start."""
+        return self._scheduler.clock() - self._begun
 
-    def add(self, flops: float, seconds: float, architecture: str = "") -> None:
-        """Note one finished trial."""
-        self.known.setdefault((architecture, flops), []).append(math.log(max(seconds, 1e-3)))
-        self._solved = None
-
-    def one(self, flops: float, architecture: str = "") -> float:
-        """Seconds expected of a trial; at least one must be known."""
-        if self._solved is None:
-            means = np.array([sum(v) / len(v) for v in self.known.values()])
-            x = np.log([f for _, f in self.known])
-            noise = np.diag([TRIAL_SD**2 / len(v) for v in self.known.values()])
-            rest = means - SLOPE * x
-            level, centre = float(rest.mean()), float(x.mean())
-            covariance = self._shared(list(self.known), centre) + noise
-            self._solved = level, centre, np.linalg.solve(covariance, rest - level)
-        level, centre, weights = self._solved
-        off = float(self._shared([(architecture, flops)], centre)[0] @ weights)
-        return math.exp(level + SLOPE * math.log(flops) + off + TRIAL_SD**2 / 2)
-
-    def _shared(self, cells: Sequence[tuple[str, float]], centre: float) -> np.ndarray:
-        """Covariance [n, known] of the logs of seconds of cells with those that are known."""
-        return np.array(
-            [
-                [
-                    4.0
-                    + SLOPE_SD**2 * (math.log(f) - centre) * (math.log(g) - centre)
-                    + PACE_SD**2 * (a == b)
-                    + CELL_SD**2 * ((a, f) == (b, g))
-                    for b, g in self.known
-                ]
-                for a, f in cells
-            ]
-        )
-
-    def left(self, scheduler: StudyScheduler) -> float | None:
-        """Seconds until the end at the present pace; None before the first trial is through."""
-        if not self.known:
+    def left(self) -> float | None:
+        """The scheduler's seconds left, smoothed: the end moves as slowly as the time gone allows;
+        None before the first trial is through."""
+        left, gone = self._scheduler.seconds_left, self.gone
+        if left is None:
             return None
-        work = sum(
-            self.one(s.cell.flops / s.cell.resources.workers, s.cell.architecture)
-            * (s.wanted + 0.5 * len(s.running))
-            * min(1.0, scheduler.share(s))
-            for s in scheduler.states.values()
-        )
-        return self.smoothed(work, time.monotonic() - self.begun)
-
-    def smoothed(self, left: float, gone: float) -> float:
-        """What is said of `left`: the end moves as slowly as the time gone allows."""
         whole = math.log(max(gone + left, 1e-3))
         if self._end is not None:
             before, said = self._end
@@ -121,12 +66,12 @@ class Timing:
 
 
 class Progress:
-    """Shows a scheduler. Use as a context; call `refresh` often, `trial_done` once a trial."""
+    """Shows a scheduler. Use as a context; call `refresh` often."""
 
     def __init__(self, scheduler: StudyScheduler, console: Console) -> None:
         self._scheduler = scheduler
         self._console = console
-        self._timing = Timing()
+        self._timing = Timing(scheduler)
         self._last_line = 0.0
         self._live: Live | None = None
         if console.is_terminal and not console.is_dumb_terminal:
@@ -141,12 +86,6 @@ class Progress:
         if self._live is not None:
             self.refresh(force=True)
             self._live.stop()
-
-    def trial_done(self, cell: str, status: str, seconds: float) -> None:
-        """Note one concluded trial."""
-        if status == "finished":
-            own = self._scheduler.states[cell].cell
-            self._timing.add(own.flops / own.resources.workers, seconds, own.architecture)
 
     def refresh(self, *, force: bool = False) -> None:
         """Draw again, at most five times a second; or print a line now and then."""
@@ -170,11 +109,11 @@ class Progress:
 
     def _line(self) -> str:
         done, total = self._totals()
-        left = self._timing.left(self._scheduler)
+        left = self._timing.left()
         return (
             f"{self._scheduler.study.name}: {done}/{total} trials, "
             f"{self._scheduler.running} running, "
-            f"{duration(time.monotonic() - self._timing.begun)} gone, "
+            f"{duration(self._timing.gone)} gone, "
             f"{duration(left) if left is not None else '?'} left{_best_words(self._scheduler)}"
         )
 
@@ -190,8 +129,8 @@ class Progress:
             row = _cells_row(state)
             table.add_row(*(row[k] for k in shown), style="dim" if not state.concluded else "")
         done, total = self._totals()
-        left = self._timing.left(self._scheduler)
-        gone = duration(time.monotonic() - self._timing.begun)
+        left = self._timing.left()
+        gone = duration(self._timing.gone)
         words = [
             Text(f"study {self._scheduler.study.name}", style="bold"),
             f"{done}/{total} trials",

@@ -122,7 +122,7 @@ class StudyScheduler:
         self.durations = Durations()
         self.clock = clock
         self._begun: dict[str, float] = {}
-        """When the open trials were handed out."""
+        """When the open trials were handed out, or began as was told since."""
         self._taken_up: set[str] = set()
         """Trials that an earlier run had begun."""
         self._full_at: tuple[int, int] | None = None
@@ -225,7 +225,7 @@ class StudyScheduler:
         for trial, begun in self._begun.items():
             state = self._open[trial][0]
             rest = max(0.0, begun + self.durations.of(state.cell) - now)
-            work += rest * self.share(state)
+            work += rest * self._share(state)
             longest = max(longest, rest)
         return max(work, longest)
 
@@ -265,6 +265,12 @@ class StudyScheduler:
         self.changes += 1
         return proposal
 
+    def started(self, trial_id: str) -> None:
+        """A trial that was handed out begins; until now its worker did, which later trials use too:
+        that time is not the trial's."""
+        if trial_id in self._begun:
+            self._begun[trial_id] = self.clock()
+
     def _ranked(
         self, runnable: Sequence[CellState], left: float, *, ending: bool
     ) -> list[CellState]:
@@ -288,7 +294,7 @@ class StudyScheduler:
         seconds = self.durations.of(state.cell)
         if _is_urgent(seconds, left):
             return math.inf, seconds
-        return self.share(state), seconds
+        return self._share(state), seconds
 
     def _left(self) -> tuple[float, float]:
         """Seconds that the cluster needs for what is to be started, and how long all but one of its
@@ -296,19 +302,19 @@ class StudyScheduler:
         tail, work = 0.0, 0.0
         for state in self._ordered():
             if wanted := state.wanted:
-                each, share = self.durations.of(state.cell), self.share(state)
+                each, share = self.durations.of(state.cell), self._share(state)
                 tail = max(tail, each * (1 - share))
                 work += each * wanted * share
         return work, tail
 
-    def share(self, state: CellState) -> float:
-        """Of the cluster that a trial of a cell takes, 0 to 1 or more."""
+    def _share(self, state: CellState) -> float:
+        """Of the cluster that a trial of a cell takes, 0 to 1: all where it needs more."""
         bundles = bundles_of(state.cell)
         totals = {name: self.pool.total(name) for name in bundles[0]}
         shares = [
             len(bundles) * bundles[0][name] / total for name, total in totals.items() if total
         ]
-        return max(shares, default=1.0)
+        return min(1.0, max(shares, default=1.0))
 
     def _first_that_fits(
         self, ranked: Sequence[CellState], left: float

@@ -49,6 +49,11 @@ def train_one(
             f"--batch-tokens {batch_tokens} is no multiple of the sequence length {length}: "
             f"use {near}"
         )
+    if batch_tokens > cell.tokens:
+        raise UserError(
+            f"--batch-tokens {batch_tokens} is more than the {cell.tokens:,} tokens of cell "
+            f"{cell.name}: use fewer"
+        )
     results = Results.open(results_uri, create=True) if results_uri else None
     corpus = None
     if study.space.training is None:

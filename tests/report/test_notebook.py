@@ -6,7 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,14 @@ class Comparison:
     size: tuple[float, float] | None
     answers: Mapping[str, object]
     ratios: dict[str, list[Ratio]]
-    apart: tuple[str, ...] = ()
+    apart: dict[str, str] = field(default_factory=dict)
 
 
 def test_comparison(fits: Fits) -> None:
     arms = fits.arm("dense"), fits.arm("moe")
     answers = {a.name: fits.recommend(a.architecture, 1e6, 2e7) for a in arms}
     shown = Comparison(
-        arms, (1e6, 2e7), answers, {"moe": compare_arms(*arms)}, ("the data differ",)
+        arms, (1e6, 2e7), answers, {"moe": compare_arms(*arms)}, {"moe": "the data differ"}
     )
     html = well_made(html_of(shown))
     assert "At 1M active parameters and 20M tokens" in html

@@ -358,6 +358,8 @@ def _why_silent(model: LossModel) -> str:
             f"the law '{model.law.key}' answers, which does not read both parameters and tokens: "
             "it cannot say how to split a budget between them"
         )
+    for name in model.data.unspanned:
+        return f"every cell has the same {name}: add cells at another"
     return ""
 
 

@@ -49,6 +49,9 @@ WIDEST_LEVEL = 2.0
 
 CELLS_A_LEVEL = 3
 
+SPREAD = 0.05
+"""An input that varies by less, in its log, says nothing of its exponent."""
+
 
 @dataclass(frozen=True, eq=False)
 class LossData:
@@ -67,6 +70,20 @@ class LossData:
 
     def __len__(self) -> int:
         return len(self.loss)
+
+    @property
+    def unspanned(self) -> list[str]:
+        """Which of `params` and `tokens` is the same in all runs."""
+        if not len(self):
+            return []
+        counts = [self.columns[name] for name in COUNTS]
+        told = next((n for n in counts if np.isfinite(n).all()), None)
+        given = {"params": told, "tokens": self.columns["tokens"]}
+        return [
+            name
+            for name, values in given.items()
+            if values is not None and np.isfinite(values).all() and np.ptp(np.log(values)) < SPREAD
+        ]
 
     @classmethod
     def of(

@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 from raysweep.errors import UserError
 from raysweep.scaling.estimate import NOT_DETERMINED
-from raysweep.scaling.loss.data import LossData
+from raysweep.scaling.loss.data import SPREAD, LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS, Law
 from raysweep.scaling.loss.model import LEVEL, Ahead, LawScore, LossModel
 from raysweep.scaling.loss.posterior import LawPosterior, fit_posterior
@@ -22,6 +22,9 @@ ONE_ROUTING_LAWS = ("chinchilla", "kaplan")
 ROUTING_LAWS = ("wang", "yun", "clark", "joint_moe", "sparsity", "fine_grained")
 """Laws of cells that differ in experts."""
 
+BY_PRIOR = "chinchilla"
+"""The law whose prior tells the effect of an N or a D that never varies, with its width."""
+
 MIN_CELLS = 3
 LEVELS_AHEAD = 6
 """The highest levels, at most, that are predicted from those below them."""
@@ -30,9 +33,6 @@ PREFERENCE, CHANCE = 0.75, 0.8
 """A law answers in place of one listed before it where its error is at most this share of that
 one's; over many predicted runs, where chance tells errors of equal laws apart by about 1/sqrt(runs)
 at most, 1 - CHANCE/sqrt(runs)."""
-
-SPREAD = 0.05
-"""An input that varies by less, in its log, says nothing of its exponent."""
 
 PRIOR_LEVELS, WORST_SQUARE = 4.0, 6.0
 """Levels that the claimed variance counts as, against those that were predicted; and the most that
@@ -54,6 +54,8 @@ def choose_loss(data: LossData, laws: Sequence[str] | None = None) -> LossModel:
             raise UserError(f"unknown law of the loss '{name}'; known: {', '.join(LOSS_LAWS)}")
     data = data.averaged()
     keys = laws or (ROUTING_LAWS if len(_routings(data)) > 1 else ONE_ROUTING_LAWS)
+    if laws is None and keys == ONE_ROUTING_LAWS and data.unspanned:
+        keys = (BY_PRIOR,)  # a law of FLOPs alone would take the effect of N for that of D
     return _choose(data, [LOSS_LAWS[key] for key in keys])
 
 
@@ -140,7 +142,7 @@ def _why_silent(law: Law, inputs: Mapping[str, np.ndarray], loss: np.ndarray) ->
         return f"{cells}: at least {MIN_CELLS} are needed"
     for name, value in inputs.items():
         spread = -np.log1p(-value) if name == "sparsity" else np.log(value)
-        if np.ptp(spread) < SPREAD:
+        if np.ptp(spread) < SPREAD and law.key != BY_PRIOR:
             return f"every cell has the same {name}: add cells at another"
     if np.ptp(np.log(loss)) < 1e-9:
         return "every loss is the same, so nothing can be told to scale"

@@ -47,6 +47,10 @@ class MapEstimate:
     """ln of the marginal likelihood by Laplace's approximation, but for a constant."""
 
 
+_LOST = 3.0
+"""Evidence (nats) by which an early mode must beat the one that was climbed to."""
+
+
 def fit_map(problem: Problem, warm: MapEstimate | None = None) -> MapEstimate:
     """The mode of highest evidence among those reached from several starts.
 
@@ -75,7 +79,9 @@ def fit_map(problem: Problem, warm: MapEstimate | None = None) -> MapEstimate:
         if (tried.converged, tried.evidence) > (best.converged, best.evidence):
             best = tried
         break
-    return best
+    # Where trials do not enclose their optima, widths that are learned on the way can let the mode
+    # drift off; it is worth less there than where it began.
+    return max(best, *quick, key=lambda m: m.evidence - (_LOST if m is not best else 0.0))
 
 
 def _climb(

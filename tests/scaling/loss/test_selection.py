@@ -161,22 +161,34 @@ def test_few_cells_still_answer_with_wide_intervals() -> None:
     assert 0.05 < (high - low) / value < 1.0
 
 
-@pytest.mark.parametrize("what", ["one budget", "one size", "two cells"])
+@pytest.mark.parametrize("same", ["params", "tokens"])
+def test_one_size_or_one_horizon_follows_the_prior_along_the_other(same: str) -> None:
+    """A law of FLOPs alone would take the effect of N for that of D."""
+    spread = np.geomspace(1, 30, 6)
+    runs = {"params": np.full(6, 1e8), "tokens": np.full(6, 4e9)}
+    other = "tokens" if same == "params" else "params"
+    runs[other] = runs[other] * spread
+    data = LossData.of(runs, CHINCHILLA.predict(CHINCHILLA.published, runs))
+    model = choose_loss(data)
+    assert model.law is CHINCHILLA
+    assert data.unspanned == [same]
+    near, far = ({**{k: v[-1:] for k, v in runs.items()}, same: runs[same][:1] * f} for f in (2, 8))
+    (a, low, high), (b, lower, higher) = model.predict(near), model.predict(far)
+    assert low < CHINCHILLA.predict(CHINCHILLA.published, near) < high
+    assert lower < CHINCHILLA.predict(CHINCHILLA.published, far) < higher
+    assert 0.02 < (high - low) / a < (higher - lower) / b
+
+
+@pytest.mark.parametrize("what", ["one budget", "two cells"])
 def test_what_says_nothing_of_scale_is_not_determined(what: str) -> None:
     data = budgets()
     if what == "one budget":
         data = data.select(data.levels() == 3)
-    elif what == "two cells":
-        data = data.select(np.array([0, 40]))
     else:
-        n, d = np.full(6, 1e8), np.geomspace(1e9, 1e11, 6)
-        truth = CHINCHILLA.predict(CHINCHILLA.published, {"params": n, "tokens": d})
-        data = LossData.of({"params": n, "tokens": d}, truth)
+        data = data.select(np.array([0, 40]))
     model = choose_loss(data, ["chinchilla"])
     assert model.status == "not determined"
-    assert {"one budget": "below it", "one size": "the same params", "two cells": "at least 3"}[
-        what
-    ] in model.why
+    assert {"one budget": "below it", "two cells": "at least 3"}[what] in model.why
     runs = [RunSize(1e9, 2e10)]
     assert np.isnan(model.predict(runs)).all()
     assert np.isnan(model.sample(runs, 5)).all()
