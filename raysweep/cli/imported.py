@@ -42,7 +42,8 @@ def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[
     if len(found.curves):
         count = _many(found.curves["trial_key"].nunique(), "run")
         lines.append(f"curves of {count}, {len(found.curves)} points")
-    lines += [f"warning: {text}" for text in (*found.notes, *table.messages)]
+    notes = (*_stand_already(rows, everything), *found.notes, *table.messages)
+    lines += [f"warning: {text}" for text in notes]
     sets = data_sets(everything.reset_index(drop=True))
     if sets.nunique() > max(1, data_sets(rows.reset_index(drop=True)).nunique()):
         names = ", ".join(sorted(set(sets)))
@@ -60,6 +61,41 @@ def said_of_import(found: Imported, everything: pd.DataFrame, uri: str) -> list[
         size = f"--params {short(params)} --tokens {short(tokens)}"
         lines.append(f"      raysweep recommend {uri} {size}")
     return lines
+
+
+TOLD = ("params_active_non_embedding", "tokens", "learning_rate", "batch_tokens", "loss")
+"""Of these a run is known again."""
+
+
+def _stand_already(rows: pd.DataFrame, everything: pd.DataFrame) -> list[str]:
+    """What speaks of rows that the folder holds from an earlier import."""
+    keys = ["study", "trial_key"]
+    both = rows.merge(everything, on=keys, suffixes=("", "_kept"))
+    other = [
+        name
+        for name in (*TOLD, "data_hash", "status")
+        if not _texts(both[name]).equals(_texts(both[f"{name}_kept"]))
+    ]
+    said = []
+    if other:
+        said.append(
+            f"rows that stand here already were kept as they are, though {', '.join(other)} "
+            "would be read otherwise now: to read them anew, import into another folder"
+        )
+    own = everything.merge(rows[keys], on=keys)
+    rest = everything[~everything["trial_key"].isin(own["trial_key"])]
+    told = [name for name in TOLD if rows[name].notna().any()]
+    twice = len(rows[told].drop_duplicates().merge(rest[told].drop_duplicates(), on=told))
+    if "loss" in told and twice > len(rows) / 2:
+        said.append(
+            f"{twice} of these runs stand here twice, from another import: where it is the same "
+            "table with other columns, import it alone into another folder"
+        )
+    return said
+
+
+def _texts(values: pd.Series) -> pd.Series:
+    return values.astype(object).where(values.notna(), "").astype(str)
 
 
 def _values(trials: pd.DataFrame, key: str) -> int:

@@ -227,8 +227,8 @@ def read_rows(
     for name in needed:
         if name not in rows:
             raise UserError(
-                f"{where} has no column {name!r}: map one with {name}=NAME"
-                f"{near(name, table.columns)}"
+                f"{where} has no column {name!r}: map one with --map {name}=NAME; it has "
+                f"{', '.join(map(str, table.columns))}"
             )
     searched = "learning_rate" in rows and "batch_tokens" in rows
     made = finish(table, rows, source, study, hyperparameters=searched)

@@ -232,6 +232,10 @@ def test_import_says_what_it_did(tmp_path: Path) -> None:
     again = ("import", "csv", str(table), "--results", uri, "--map", "tokens=D*1e9")
     other = raysweep(*again, "--study", "other")
     assert "the folder now holds 2 sets of data (mine, other)" in other.stdout
+    assert "kept as they are, though data_hash" in raysweep(*again, "--study", "other", "--data",
+                                                            "web").stdout  # fmt: skip
+    table.write_text("\n".join(line.rpartition(",")[0] for line in table.read_text().split("\n")))
+    assert "6 of these runs stand here twice" in raysweep(*again, "--study", "other").stdout
     from raysweep.results import Results
 
     assert set(Results.open(uri).to_pandas()["study"]) == {"mine", "other"}

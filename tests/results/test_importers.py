@@ -381,7 +381,7 @@ def test_any_csv_by_mapping(tmp_path):
         ("los=loss", "no column 'los' of results (near: loss"),
         ("loss=lss", "has no column 'lss' (near: loss)"),
         ("loss", "'loss' is not column=name"),
-        ("", "map one with params_active_non_embedding=NAME"),
+        ("", "map one with --map params_active_non_embedding=NAME"),
     ],
 )
 def test_bad_mappings_are_named(tmp_path, mapping, message):
