@@ -186,7 +186,7 @@ class _Family:
         ranges = {a: [float(after[c].min()), float(after[c].max())] for a, c in AXES.items()}
         verdict = Answer(usual, False).verdict
         decided = verdict if verdict not in (INSIDE, EXTRAPOLATED) else None
-        # The verdict says already that no trial tells its learning rate and batch.
+        # The verdict says already that no trial tells both learning rate and batch.
         warnings = usual.warnings if self.evidence.surface is not None else usual.warnings[1:]
         fields, directions = self._fields(maker, fine)
         return {

@@ -26,7 +26,7 @@ class FitPlots:
         """The optimal learning rate of each cell against its size, then the optimal batch.
 
         Raises:
-            UserError: no trial tells its learning rate and batch.
+            UserError: no trial tells both learning rate and batch.
         """
         self._searched()
         rate, batch = self._law("learning-rate"), self._law("batch-tokens")
@@ -46,7 +46,7 @@ class FitPlots:
         """The loss over learning rate and batch in one cell, the largest unless named.
 
         Raises:
-            UserError: no trial tells its learning rate and batch, or no such cell.
+            UserError: no trial tells both learning rate and batch, or no such cell.
         """
         self._searched()
         known = [t.name for t in self.fits.table.searched()]
@@ -86,4 +86,4 @@ class FitPlots:
 
     def _searched(self) -> None:
         if all(e.surface is None for e in self.fits.evidence.values()):
-            raise UserError("no trial tells its learning rate and batch: plot.loss() is left")
+            raise UserError("no trial tells both learning rate and batch: plot.loss() is left")

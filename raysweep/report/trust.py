@@ -80,7 +80,7 @@ def _interior(fits: Fits, name: str) -> Mark:
 def _status(fits: Fits, name: str) -> Mark:
     surface = _surface(fits, name)
     if surface is None:
-        return Mark("no trial tells its learning rate and batch")
+        return Mark("no trial tells both learning rate and batch")
     if surface.batch_rule is not None:
         return Mark(f"{surface.status}; at the batch that was run", False)
     if not surface.varied[0]:

@@ -90,9 +90,19 @@ def _doubt(
     return Doubt(column, bad.index[bad], text(f"in {n} of {of} rows"), impossible, n > of / 2)
 
 
-def _unit(value: float) -> tuple[str, str]:
-    """What a number that is too small by far probably counts, and its factor."""
-    return ("billions", "1e9") if value < 100 else ("millions", "1e6")
+def _unit(rows: pd.DataFrame, column: str, value: float) -> tuple[str, str]:
+    """What a number that is too small by far probably counts, and its factor: where N and D are
+    known but for that, what brings them nearest to 20 tokens a parameter."""
+    billions, millions = ("billions", "1e9"), ("millions", "1e6")
+    other = _typical(_get(rows, _D if column == _N else _N))
+    if not other >= (MIN_TOKENS if column == _N else MIN_PARAMS):
+        return billions if value < 100 else millions
+
+    def off(unit: tuple[str, str]) -> float:
+        ratio = value * float(unit[1]) / other
+        return abs(math.log((1 / ratio if column == _N else ratio) / 20))
+
+    return min((billions, millions), key=off)
 
 
 def _size(rows: pd.DataFrame) -> Doubt | None:
@@ -107,7 +117,7 @@ def _too_small(rows: pd.DataFrame, column: str, least: float, counted: str) -> D
     values = _get(rows, column)
     low = values < least
     typical = _typical(values[low])
-    unit, factor = _unit(typical)
+    unit, factor = _unit(rows, column, typical)
     return _doubt(
         column,
         low,

@@ -128,7 +128,7 @@ def adjusted_cells(
     for _ in range(ROUNDS):
         trials = table.searched()
         if not trials:
-            raise UserError("--also: no trial tells its learning rate and batch")
+            raise UserError("--also: no trial tells both learning rate and batch")
         sets = table.cells["dataset"]
         own = [[t for t in trials if sets[t.name] == label] for label in dict.fromkeys(sets)]
         surfaces = [surface_of(part, prior) for part in own if part]

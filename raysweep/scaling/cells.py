@@ -80,7 +80,7 @@ class CellTable:
     `cells` has one row a cell, indexed by its name, smallest compute first: sizes (of joined runs
     their geometric mean), numbers of trials, of learning rates and batches among them, and losses.
     `best_loss` is the least of one run, `loss_mean` the mean over the runs of the best setting (of
-    all runs where none tells its learning rate and batch), `loss_se` its standard error, pooled
+    all runs where none tells both learning rate and batch), `loss_se` its standard error, pooled
     over cells; NaN where no run was repeated. `trials` are the rows that count for a loss, `failed`
     those that diverged, `left_out` every other row with the column `why`. All three carry `cell`,
     unique to the cell; `trials` and `cells` carry `dataset` and `group`, empty where all share one;

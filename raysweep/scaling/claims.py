@@ -161,7 +161,7 @@ def _overlap(
         found = near_optimal(evidence, run)
         optimum = evidence.optimum(run)
         if not found or optimum is None or not ratio.known:
-            why = Estimate.missing(ratio.why or "no trial tells its learning rate and batch")
+            why = Estimate.missing(ratio.why or "no trial tells both learning rate and batch")
             return Claim(claim, "share of dense's range", why, "they overlap", "not determined")
         centre = optimum.batch_tokens if quantity == "batch_tokens" else optimum.learning_rate
         ranges.append(np.log(np.array(found[quantity]) / centre))

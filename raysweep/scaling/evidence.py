@@ -58,7 +58,7 @@ class Evidence:
     `cells` has one row a cell (index its name), smallest compute first, with `loss` and `loss_se`,
     those of the loss at the optimum (see `_with_losses`), and `loss_unseen`, the part of `loss_se`
     that is common to the cells of an arm whose trials do not reach their optimum. `surface` is None
-    where no trial tells its learning rate and batch. `shared_loss` is the law of the loss over all
+    where no trial tells both learning rate and batch. `shared_loss` is the law of the loss over all
     architectures, `own_loss` those of single ones where the shared one is not determined.
     """
 

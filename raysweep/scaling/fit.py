@@ -170,7 +170,7 @@ def _messages(
     if not len(table.trials):
         said.append("no finished trial with a loss counts: nothing can be fitted")
     elif not trials:
-        said.append("no trial tells its learning rate and batch: only laws of the loss are fitted")
+        said.append("no trial tells both learning rate and batch: only laws of the loss are fitted")
     recipes = recipe_columns(table.trials)
     if trials and "optimizer" in recipes:
         said += [told] if (told := made_for(recipes["optimizer"].dropna().astype(str))) else []

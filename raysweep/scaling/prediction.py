@@ -86,10 +86,10 @@ def predict_around(
     where no cell varied its batch and another one is asked.
 
     Raises:
-        UserError: no trial tells its learning rate and batch.
+        UserError: no trial tells both learning rate and batch.
     """
     if evidence.surface is None:
-        raise UserError("no trial tells its learning rate and batch: only the loss of cells")
+        raise UserError("no trial tells both learning rate and batch: only the loss of cells")
     rate, batch = np.broadcast_arrays(rate, batch)
     surface, run = evidence.surface, best.run
     unseen = evidence.unseen(best.architecture, run)

@@ -187,7 +187,7 @@ def answer(
     loss = evidence.loss(architecture, run)
     directions = () if evidence.surface is None else evidence.surface.unspanned(run)
     verdict = _verdict(evidence, optimum, factors)
-    nothing = Estimate.missing("no trial tells its learning rate and batch")
+    nothing = Estimate.missing("no trial tells both learning rate and batch")
     rate, batch = optimum.estimates() if optimum is not None else (nothing, nothing)
     if rate.value > 1:
         rate = Estimate.missing("the learning rate would be above 1")

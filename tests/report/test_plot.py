@@ -38,5 +38,5 @@ def test_without_rates_only_the_loss(make_rows: Callable) -> None:
     plots = FitPlots(fit(row_table(make_rows(("dense",), 3, trials=2, **bare)).to_pandas()))
     assert plots.loss().axes
     for plot in (plots.optima, plots.surface, plots.trials):
-        with pytest.raises(UserError, match="no trial tells its learning rate and batch"):
+        with pytest.raises(UserError, match="no trial tells both learning rate and batch"):
             plot()

@@ -385,20 +385,18 @@ def allocations_text(found: Mapping[str, Sequence[Allocation]]) -> str:
                 lines.append(f"{at}{a.status}: {a.why}")
                 continue
             said = {
-                key: estimated(getattr(a, key), *a.intervals[key], style=style)
-                for key, style in (
-                    ("params", "params"),
-                    ("tokens", "tokens"),
-                    ("loss", "loss"),
-                    ("exponent", "exponent"),
-                    ("tokens_exponent", "exponent"),
-                )
+                key: estimated(getattr(a, key), *a.intervals[key], style=key)
+                for key in ("params", "tokens", "loss")
             }
             far = ", outside the cells" if a.status == "outside" else ""
             lines.append(f"{at}N {said['params']}, D {said['tokens']}{far}")
             lines.append(f"{'':{len(at)}}loss {said['loss']} of a new run")
-            exponents = f"N ~ C^{said['exponent']}, D ~ C^{said['tokens_exponent']}"
-            lines.append(f"{'':{len(at)}}{exponents}")
+        for a in [a for a in rows if a.ok][:1]:
+            n, d = (
+                estimated(getattr(a, key), *a.intervals[key], style="exponent")
+                for key in ("exponent", "tokens_exponent")
+            )
+            lines.append(f"  over the cells' range N ~ C^{n}, D ~ C^{d}")
     return "\n".join(lines)
 
 
