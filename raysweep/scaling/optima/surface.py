@@ -243,13 +243,27 @@ class Surface:
         valley = valley_at(parameters[: layout.size], x, layout)[0]
         return OptimumPosterior(
             mean=rows[:2] @ parameters,
-            covariance=spread[:2, :2] + np.diag(self._roughness(valley)),
+            covariance=spread[:2, :2] + np.diag(self._roughness(valley) + self._beyond**2),
             degrees=self._degrees(spread.diagonal()[:2]),
             log_loss=float(level[0] + parameters[layout.size]),
             log_loss_sd=float(spread[2, 2] ** 0.5),
             valley=valley,
             trials=0 if index is None else int(self.trials[index]),
         )
+
+    @cached_property
+    def _beyond(self) -> np.ndarray:
+        """[2], in ln learning rate and ln batch how far the optima lie beyond all trials of all
+        cells, on whichever side, and 0 where trials enclose them. There the valley's shape, which
+        no trial has shown, decides where they lie: they are not known to better than that."""
+        observed, layout = self.observed, self._layout
+        seen = ~observed.diverged
+        if not seen.any():
+            return np.zeros(2)
+        laws = np.stack([self.mode.shared[law] for law in layout.law], -1)
+        off = observed.point[seen] - self.problem.rows[seen] @ laws
+        beyond = np.maximum(np.maximum(off.min(0), -off.max(0)), 0.0)
+        return beyond if self.batch_rule is None else beyond * [1.0, 0.0]
 
     def predict(
         self, cell: RunSize | str, learning_rate: np.ndarray, batch_tokens: np.ndarray

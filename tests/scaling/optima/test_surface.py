@@ -52,6 +52,24 @@ def trials(
     return index, np.exp(point[:, 0]), np.exp(point[:, 1]), loss
 
 
+@pytest.mark.parametrize("beside", [1.5, -1.5])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_trials_on_one_side_of_all_optima_leave_them_open(beside: float, seed: int):
+    """Rates of a factor of 5 and less from e^1.5 above (below) each optimum, on that side alone."""
+    rng = np.random.default_rng(seed)
+    index = np.repeat(np.arange(len(LADDER)), 15)
+    rate, batch = np.meshgrid(np.linspace(-0.8, 0.8, 5), [-1.0, 0.0, 1.0])
+    off = np.column_stack([rate.ravel() + beside, batch.ravel()])
+    point = np.concatenate([planted_optimum(cell) + off for cell in LADDER])
+    loss = np.concatenate([planted_loss(c, point[index == i]) for i, c in enumerate(LADDER)])
+    loss = loss * np.exp(0.001 * rng.standard_normal(len(loss)))
+    surface = fit_surface(LADDER, index, *np.exp(point.T), loss)
+    for cell in LADDER:
+        low, high = surface.optimum(cell).interval()[0]
+        assert low < planted_optimum(cell)[0] < high
+        assert abs(surface.optimum(cell).mean[0] - planted_optimum(cell)[0]) < 2
+
+
 @pytest.fixture(scope="module")
 def fitted() -> Surface:
     return fit_surface(LADDER, *trials(LADDER, 8, seed=1))
