@@ -63,7 +63,8 @@ def test_trials_on_one_side_of_all_optima_leave_them_open(beside: float, seed: i
     point = np.concatenate([planted_optimum(cell) + off for cell in LADDER])
     loss = np.concatenate([planted_loss(c, point[index == i]) for i, c in enumerate(LADDER)])
     loss = loss * np.exp(0.001 * rng.standard_normal(len(loss)))
-    surface = fit_surface(LADDER, index, *np.exp(point.T), loss)
+    rates, batches = np.exp(point.T)
+    surface = fit_surface(LADDER, index, rates, batches, loss)
     for cell in LADDER:
         low, high = surface.optimum(cell).interval()[0]
         assert low < planted_optimum(cell)[0] < high
