@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Protocol
 
 from raysweep.study.cells import ScaleEntry
 from raysweep.study.schema import SearchSpace
 from raysweep.study.spec import Cell
 from raysweep.text import duration, scientific, short
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 REFERENCE_PEAK_FLOPS = 989e12
 """Dense bf16 peak of one H100 SXM, from its data sheet."""
@@ -114,6 +114,8 @@ class Plan:
         return f"<Plan of {self.study}: {summary_words(self)}>"
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=100, no_color=True)
         with console.capture() as said:
             render_plan(self, console)
@@ -301,6 +303,9 @@ def _shape_words(cell: Cell) -> str:
 
 def render_plan(plan: Plan, console: Console | None = None) -> None:
     """Print a plan as a table."""
+    from rich.console import Console  # here: on a bare machine studies are read without it
+    from rich.table import Table
+
     console = console or Console()
     table = Table(title=f"study {plan.study}", title_justify="left", box=None, pad_edge=False)
     with_shape = console.width >= 120
