@@ -2,9 +2,8 @@
 
 Of recorded grids the small cells are searched and the large ones, the targets, are asked for,
 under three priors: equal trials a cell against planned spending (`raysweep.search.value`) of the
-same FLOPs. Regret is in per cent of the
-target's lowest smoothed loss, at the grid point nearest to the recommendation. Intervals are those
-of both searches, against the smoothed grid's optimum.
+same FLOPs. Regret is in per cent of the target's lowest smoothed loss, at the grid point nearest to
+the recommendation. Intervals are those of both searches, against the smoothed grid's optimum.
 """
 
 from __future__ import annotations

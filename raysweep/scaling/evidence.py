@@ -104,10 +104,6 @@ class Evidence:
             return float(self.cells["loss_unseen"].to_dict()[run.name])
         return self.loss_model(architecture).unseen
 
-    def enclosed(self, cell: str) -> bool:
-        """Whether trials of a cell, which must be measured, lie on all sides of its optimum."""
-        return self.cells["loss_from"].to_dict()[cell] == "optimum"
-
     def optimum(self, run: RunSize) -> OptimumPosterior | None:
         """The posterior of a run's optimum; None where no trial tells its rate and batch."""
         return None if self.surface is None else self.surface.optimum(run)
