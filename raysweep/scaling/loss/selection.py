@@ -115,7 +115,10 @@ def _score(law: Law, data: LossData, level: np.ndarray) -> tuple[LawScore, LawPo
         inputs, count = data.inputs(law)
     except UserError as error:
         return refused(str(error))
-    why = _why_silent(law, inputs, data.loss)
+    # Levels are predicted by prior alone only where all of the data leave it so: else a law would
+    # be held to levels that others need not predict.
+    by_prior = law.key == BY_PRIOR and bool(data.unspanned)
+    why = _why_silent(inputs, data.loss, by_prior)
     if why:
         return refused(why, count)
     posterior = fit_data(law, data, fine=True)
@@ -126,7 +129,7 @@ def _score(law: Law, data: LossData, level: np.ndarray) -> tuple[LawScore, LawPo
     ahead = []
     for k in range(max(1, level.max() + 1 - LEVELS_AHEAD), level.max() + 1):
         below, held = data.select(level < k), data.select(level == k)
-        if not _why_silent(law, below.inputs(law)[0], below.loss):
+        if not _why_silent(below.inputs(law)[0], below.loss, by_prior):
             ahead.append(_predict_level(law, below, held, len(np.unique(level[level < k]))))
     if not ahead:
         return refused("no level of compute has enough below it to be predicted from", count)
@@ -134,15 +137,16 @@ def _score(law: Law, data: LossData, level: np.ndarray) -> tuple[LawScore, LawPo
     return LawScore(law.key, count, error, tuple(ahead)), posterior
 
 
-def _why_silent(law: Law, inputs: Mapping[str, np.ndarray], loss: np.ndarray) -> str:
-    """Why these cells can tell nothing of a law, if so."""
+def _why_silent(inputs: Mapping[str, np.ndarray], loss: np.ndarray, by_prior: bool) -> str:
+    """Why these cells can tell nothing of a law of these inputs, if so; `by_prior` lets its prior
+    tell the effect of those that never vary."""
     places = np.unique(np.log1p(np.stack(list(inputs.values()), axis=1)), axis=0)
     if len(places) < MIN_CELLS:
         cells = "1 distinct cell" if len(places) == 1 else f"{len(places)} distinct cells"
         return f"{cells}: at least {MIN_CELLS} are needed"
     for name, value in inputs.items():
         spread = -np.log1p(-value) if name == "sparsity" else np.log(value)
-        if np.ptp(spread) < SPREAD and law.key != BY_PRIOR:
+        if np.ptp(spread) < SPREAD and not by_prior:
             return f"every cell has the same {name}: add cells at another"
     if np.ptp(np.log(loss)) < 1e-9:
         return "every loss is the same, so nothing can be told to scale"

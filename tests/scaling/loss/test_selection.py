@@ -179,6 +179,17 @@ def test_one_size_or_one_horizon_follows_the_prior_along_the_other(same: str) ->
     assert 0.02 < (high - low) / a < (higher - lower) / b
 
 
+def test_levels_above_one_size_alone_do_not_count_against_a_law_that_tells_sizes_apart() -> None:
+    """Three horizons of the smallest size come first."""
+    n = np.array([3e7, 3e7, 3e7, 3e8, 3e8, 1e9, 1e9])
+    d = np.array([5e8, 2e9, 8e9, 6e9, 2.4e10, 2e10, 8e10])
+    loss = CHINCHILLA.predict(CHINCHILLA.published, {"params": n, "tokens": d})
+    model = choose_loss(LossData.of({"params": n, "tokens": d, "flops": 6 * n * d}, loss))
+    told = next(score for score in model.scores if score.law == "chinchilla")
+    assert min(ahead.seen for ahead in told.ahead) > 3
+    assert model.law is CHINCHILLA
+
+
 @pytest.mark.parametrize("what", ["one budget", "two cells"])
 def test_what_says_nothing_of_scale_is_not_determined(what: str) -> None:
     data = budgets()
