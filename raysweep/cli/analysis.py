@@ -56,8 +56,9 @@ def import_command(
         str | None,
         typer.Option(
             "--map",
-            help="Which column is which: OURS=THEIRS,... With units: tokens=D*1e9. The same for "
-            "all rows: architecture==dense. A hyperparameter to keep: recipe.KEY=THEIRS.",
+            help="Which column is which: OURS=THEIRS,... With units: tokens=D*1e9, "
+            "loss=log(PERPLEXITY). The same for all rows: architecture==dense. A hyperparameter "
+            "to keep: recipe.KEY=THEIRS.",
         ),
     ] = None,
     study: Annotated[

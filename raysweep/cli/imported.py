@@ -113,7 +113,10 @@ def _cells(table: CellTable) -> str:
     said = f"{len(table.trials)} rows count, in {_many(len(cells), 'cell')} of {trials} {runs}"
     said += f" ({', '.join(dict.fromkeys(cells['architecture']))})"
     if not (cells["n_searched"] > 0).any():
-        return said + "; none tells both learning rate and batch, so only laws of the loss follow"
+        said += "; none tells both learning rate and batch, so only laws of the loss follow"
+        if table.trials["learning_rate"].notna().any():
+            said += " (if all ran at one batch: --map batch_tokens==TOKENS)"
+        return said
     names = {"learning_rate": "learning rate", "batch_tokens": "batch"}
     fixed = [names[name] for name, varied in table.varied.items() if not varied]
     if fixed:

@@ -197,6 +197,7 @@ class _Family:
             "group": self.group,
             "foreign": self.foreign,
             "sequence_length": usual.sequence_length,
+            "batch_as_run": usual.batch_as_run,
             "verdict": decided,
             "warnings": warnings,
             "ranges": ranges,

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,16 +173,18 @@ def map_columns(
         key = ours.removeprefix(RECIPE)
         if ours not in COLUMNS and (key == ours or not key):
             raise UserError(f"--map: there is no column {ours!r} of results{near(ours, COLUMNS)}")
-        name, factor = scaled(theirs, table)
+        name, convert = expression(theirs, table)
         if theirs.startswith("="):
             found = pd.Series(theirs[1:], index=table.index, dtype=object)
         elif name not in table:
-            raise UserError(f"{where} has no column {name!r}{near(name, table.columns)}")
+            constant = math.isfinite(_number(name))
+            mend = f"; one value for all rows is {ours}=={name}" if constant else ""
+            raise UserError(f"{where} has no column {name!r}{mend or near(name, table.columns)}")
         else:
             found = table[name]
             sources[ours] = name
-        if factor is not None:
-            found = numbers(found) * factor
+        if convert is not None:
+            found = convert(numbers(found))
         if ours in COLUMNS:
             rows[ours] = found
         else:
@@ -257,15 +259,26 @@ def _fits(ours: str, column: pd.Series) -> bool:
     return ours not in NUMERIC or bool(numbers(column).notna().any() or column.isna().all())
 
 
-def scaled(theirs: str, table: pd.DataFrame) -> tuple[str, float | None]:
-    """The column and factor of "NAME*1e9"; the text itself where that is a column."""
-    name, star, factor = theirs.rpartition("*")
-    if theirs in table or not star:
+def expression(
+    theirs: str, table: pd.DataFrame
+) -> tuple[str, Callable[[pd.Series], pd.Series] | None]:
+    """The column of "NAME*1e9" or "log(NAME)" and what is done to it; the text itself where that
+    is a column."""
+    if theirs in table:
         return theirs, None
+    if inner := re.fullmatch(r"log\((.+)\)", theirs):
+        return inner[1].strip(), _log
+    name, _, factor = theirs.rpartition("*")
     try:
-        return name.strip(), float(factor)
+        by = float(factor)
     except ValueError:
         return theirs, None
+    return (name.strip(), lambda values: values * by) if name else (theirs, None)
+
+
+def _log(values: pd.Series) -> pd.Series:
+    """Natural logarithms, NaN of what has none."""
+    return np.log(values.where(values > 0))
 
 
 def numbers(column: pd.Series) -> pd.Series:

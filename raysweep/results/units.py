@@ -264,6 +264,6 @@ def _loss(rows: pd.DataFrame) -> Doubt | None:
         False,
         lambda where: (
             f"loss is above {HIGHEST_LOSS:g} {where}: it seems to be a perplexity, and must be in "
-            "nats a token (its logarithm)"
+            "nats a token: --map 'loss=log(NAME)' takes the logarithm"
         ),
     )

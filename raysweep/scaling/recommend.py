@@ -44,7 +44,8 @@ class Recommendation(InNotebooks):
     """What to run, how sure that is, and what it rests on.
 
     Intervals are 95 %. `batch_tokens` is `batch_tokens_exact` rounded to 4, 5, 6 or 7 times a power
-    of two sequences, at least one; where rounding leaves the interval, that reaches to it.
+    of two sequences, at least one; where rounding leaves the interval, that reaches to it. Where no
+    cell varied its batch, it is the one that was run, `batch_as_run`, and has no interval.
     `covariance` [2, 2] is that of (ln learning rate, ln batch). `largest_batch`
     is the largest batch, in tokens, whose loss at its own best learning rate
     (`largest_batch_learning_rate`) lies within `within` of the best. `verdict` says whether the run
@@ -60,6 +61,7 @@ class Recommendation(InNotebooks):
     batch_tokens: float
     batch_tokens_exact: float
     batch_tokens_interval: tuple[float, float]
+    batch_as_run: bool
     batch_sequences: int | None
     sequence_length: int | None
     covariance: np.ndarray
@@ -191,7 +193,8 @@ def answer(
     rate, batch = optimum.estimates() if optimum is not None else (nothing, nothing)
     if rate.value > 1:
         rate = Estimate.missing("the learning rate would be above 1")
-    usable, sequences = usable_batch(batch.value, length)
+    as_run = optimum is not None and optimum.as_run
+    usable, sequences = usable_batch(batch.value, length, as_run=as_run)
     most = (math.nan, math.nan)
     if evidence.surface is not None and evidence.surface.batch_rule is None:
         most = evidence.surface.largest_batch(run, within)
@@ -203,6 +206,7 @@ def answer(
         batch_tokens=usable,
         batch_tokens_exact=batch.value,
         batch_tokens_interval=_reaching(batch, usable),
+        batch_as_run=as_run,
         batch_sequences=sequences,
         sequence_length=length,
         covariance=np.full((2, 2), math.nan) if optimum is None else optimum.covariance,
@@ -222,15 +226,20 @@ def answer(
     )
 
 
-def usable_batch(tokens: float, sequence_length: int | None) -> tuple[float, int | None]:
+def usable_batch(
+    tokens: float, sequence_length: int | None, *, as_run: bool = False
+) -> tuple[float, int | None]:
     """The batch rounded to 4, 5, 6 or 7 times a power of two sequences, as (tokens, sequences).
 
-    Without a sequence length: to two significant digits, and None sequences."""
+    Without a sequence length: to two significant digits, and None sequences. The batch that was run
+    is rounded to whole sequences or tokens, no further."""
     if not math.isfinite(tokens):
         return math.nan, None
     if not sequence_length:
-        return float(f"{tokens:.2g}"), None
+        return float(round(tokens) if as_run else f"{tokens:.2g}"), None
     wanted = max(tokens / sequence_length, 1.0)
+    if as_run:
+        return float(round(wanted) * sequence_length), round(wanted)
     quarter = max(1, 2 ** (math.floor(math.log2(wanted)) - 2))
     choices = {quarter * k for k in range(1, 9)}
     sequences = min(choices, key=lambda c: abs(math.log(c / wanted)))
@@ -403,6 +412,8 @@ def _told(value: float, interval: tuple[float, float], style: str, unit: str = "
 
 def _batch_text(answer: Recommendation) -> str:
     said = _told(answer.batch_tokens, answer.batch_tokens_interval, "batch", "tokens")
+    if answer.batch_as_run:
+        said = f"{written(answer.batch_tokens, 'batch')} tokens (as run)"
     if answer.batch_sequences is None or answer.sequence_length is None:
         return said
     many = f"{answer.batch_sequences} sequence{'s' * (answer.batch_sequences > 1)}"

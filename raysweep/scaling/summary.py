@@ -75,6 +75,8 @@ def _laws(fits: Fitted, label: str) -> list[str]:
     scales = {"params": f"(N/{n})", "tokens": f"(D/{d})", "sparsity": "(total/active)"}
     names = [name for name in EXPONENTS if name != "sparsity" or surface.sparse]
     for axis, target in enumerate(TARGETS):
+        if target == "batch_tokens" and surface.batch_rule is not None:
+            continue
         terms = [written(laws.at_centre[axis], _STYLES[target])]
         spans = []
         for name in names:
@@ -87,9 +89,10 @@ def _laws(fits: Fitted, label: str) -> list[str]:
         lines.append(f"    95 %: {', '.join(spans)}")
     for group in surface.design.groups:
         rate, batch, loss = surface.group_effect(group)
+        batches = f"batch x {estimated(batch, style='ratio')}, " if batch.known else ""
         lines.append(
-            f"  {group}: learning rate x {estimated(rate, style='ratio')}, "
-            f"batch x {estimated(batch, style='ratio')}, loss x {estimated(loss, style='loss')}"
+            f"  {group}: learning rate x {estimated(rate, style='ratio')}, {batches}"
+            f"loss x {estimated(loss, style='loss')}"
         )
     return lines
 

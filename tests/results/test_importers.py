@@ -306,6 +306,22 @@ def test_a_mapping_can_convert_units(tmp_path):
         read_csv(write(tmp_path, frame), {"params_active_non_embedding": "sise*1e9"})
 
 
+def test_a_perplexity_becomes_a_loss(tmp_path):
+    frame = runs()
+    losses = list(frame["loss"])
+    frame = frame.assign(perplexity=np.exp(frame["loss"])).drop(columns="loss")
+    path = write(tmp_path, frame)
+    rows = read_csv(path, parse_mapping(["loss=log(perplexity)"]))
+    assert list(rows["loss"]) == pytest.approx(losses)
+    (note,) = doubts(read_csv(path, parse_mapping(["loss=perplexity"])))
+    assert "loss=log(NAME)" in str(note)
+
+
+def test_one_value_for_all_rows_is_told_where_a_column_is_meant(tmp_path):
+    with pytest.raises(UserError, match="one value for all rows is batch_tokens==524288"):
+        read_csv(write(tmp_path, runs()), parse_mapping(["batch_tokens=524288"]))
+
+
 def test_hyperparameters_are_kept_in_the_recipe(tmp_path):
     frame = runs(optimizer=["adamw", "muon", None, "muon"], z=[1, 2, 3, 4], note="x")
     path = write(tmp_path, frame)

@@ -322,6 +322,10 @@ def test_tables_that_tell_little_answer_widely_or_say_why_not(planted_study, cas
         assert high / low > 4  # little more than the published laws
     if case == "one batch":
         assert answer.batch_tokens_exact == pytest.approx(1e5, rel=0.02)
+        assert answer.batch_as_run
+        assert np.isnan(answer.batch_tokens_interval).all()
+        assert "tokens (as run)" in str(answer)
+        assert "  batch " not in str(fits)
         assert any("no cell varied its batch" in w for w in answer.warnings)
     if case == "one size":
         assert answer.directions == ("N",)
@@ -402,6 +406,11 @@ def test_unknown_options_and_columns_are_named(planted_study):
 )
 def test_batches_are_rounded_to_what_can_be_run(tokens, length, expected):
     assert usable_batch(tokens, length) == expected
+
+
+def test_the_batch_that_was_run_stays_what_it_was():
+    assert usable_batch(524_287.6, None, as_run=True) == (524_288.0, None)
+    assert usable_batch(100.001 * 1024, 1024, as_run=True) == (102_400.0, 100)
 
 
 def test_a_batch_lies_inside_its_interval_however_it_is_rounded(planted_study):

@@ -40,10 +40,11 @@ const answers = (() => {
   };
 
   /** The batch as 4, 5, 6 or 7 times a power of two sequences: (tokens, sequences). */
-  const usable = (tokens, length) => {
+  const usable = (tokens, length, asRun) => {
     if (!Number.isFinite(tokens)) return [NaN, null];
-    if (!length) return [Number(tokens.toPrecision(2)), null];
+    if (!length) return [asRun ? Math.round(tokens) : Number(tokens.toPrecision(2)), null];
     const wanted = Math.max(tokens / length, 1);
+    if (asRun) return [Math.round(wanted) * length, Math.round(wanted)];
     const quarter = Math.max(1, 2 ** (Math.floor(Math.log2(wanted)) - 2));
     const off = (k) => Math.abs(Math.log((k * quarter) / wanted));
     const best = [1, 2, 3, 4, 5, 6, 7, 8].reduce((b, k) => (off(k) < off(b) ? k : b));
@@ -62,7 +63,7 @@ const answers = (() => {
     const warnings = [...entry.warnings];
     let rate = Math.exp(told.rate);
     if (rate > 1) { rate = NaN; warnings.push("the learning rate would be above 1"); }
-    const [batch, sequences] = usable(Math.exp(told.batch), entry.sequence_length);
+    const [batch, sequences] = usable(Math.exp(told.batch), entry.sequence_length, entry.batch_as_run);
     const spread = between(told.batch, told.batch_half);
     if (entry.sequence_length && Math.exp(told.batch) < entry.sequence_length) warnings.push(`the best batch would be smaller than one sequence of ${entry.sequence_length} tokens`);
     const most = at(entry.coarse, entry.coarse.fields[`most${within}`], x, y);
@@ -264,6 +265,7 @@ const answers = (() => {
   };
 
   // --- the rest ----------------------------------------------------------------------------------
+  const batchSpan = (a) => (a.entry.batch_as_run ? "as run" : span(a.batch_interval, "batch"));
   const beside = (params, tokens, within) => {
     say("side_params", short(params));
     say("side_tokens", short(tokens));
@@ -276,7 +278,7 @@ const answers = (() => {
       put("learning_rate", a ? write(a.rate, "rate") : "–");
       put("rate_interval", a ? span(a.rate_interval, "rate") : "");
       put("batch_tokens", a ? write(a.batch, "batch") : "–");
-      put("batch_interval", a ? span(a.batch_interval, "batch") : "");
+      put("batch_interval", a ? batchSpan(a) : "");
       put("loss", a ? write(a.loss, "loss") : "–");
       put("loss_interval", a ? span(a.loss_interval, "loss") : "");
       put("total", a ? write(a.total, "params") : "–");
@@ -289,7 +291,7 @@ const answers = (() => {
     say("rate_interval", Number.isFinite(a.rate) ? `95 %: ${span(a.rate_interval, "rate")}` : "");
     say("batch_tokens", write(a.batch, "batch"));
     say("sequences", a.sequences ? `${a.sequences} sequences of ${a.entry.sequence_length}; ` : "");
-    say("batch_interval", `95 %: ${span(a.batch_interval, "batch")}`);
+    say("batch_interval", `${a.entry.batch_as_run ? "" : "95 %: "}${batchSpan(a)}`);
     say("loss", write(a.loss, "loss"));
     say("loss_interval", Number.isFinite(a.loss) ? `95 %: ${span(a.loss_interval, "loss")}` : "");
     say("most", write(a.most, "batch"));

@@ -54,6 +54,7 @@ class OptimumPosterior:
     log_loss_sd: float
     valley: np.ndarray  # [PARAMETERS], the shape of the loss about it
     trials: int  # finished or diverged trials in this cell
+    as_run: bool  # whether no cell varied its batch: then it is the one that was run
 
     @property
     def learning_rate(self) -> float:
@@ -76,9 +77,10 @@ class OptimumPosterior:
         return curvature(self.valley)
 
     def interval(self, level: float = 0.95) -> np.ndarray:
-        """[2, 2]: low and high end of ln learning rate, then of ln batch tokens."""
+        """[2, 2]: low and high end of ln learning rate, then of ln batch tokens (NaN as run)."""
         reach = stdtrit(self.degrees, 0.5 + level / 2)
         half = reach * np.sqrt(self.covariance.diagonal())
+        half[1] = np.nan if self.as_run else half[1]
         return np.stack([self.mean - half, self.mean + half], -1)
 
     def largest_batches(self, within: Sequence[float]) -> list[tuple[float, float]]:
@@ -249,6 +251,7 @@ class Surface:
             log_loss_sd=float(spread[2, 2] ** 0.5),
             valley=valley,
             trials=0 if index is None else int(self.trials[index]),
+            as_run=self.batch_rule is not None,
         )
 
     @cached_property
@@ -391,7 +394,8 @@ class Surface:
         return math.log(self.group_effect(group)[2].value)
 
     def group_effect(self, group: str) -> tuple[Estimate, Estimate, Estimate]:
-        """A group's learning rate, batch and loss over the mean of all, other things equal.
+        """A group's learning rate, batch and loss over the mean of all, other things equal; no
+        batch where none was varied.
 
         Raises:
             UserError: no such group among several.
@@ -412,6 +416,8 @@ class Surface:
             half = 1.96 * float(row @ self.mode.covariance.shared @ row) ** 0.5
             found.append(Estimate(*np.exp([mean, mean - half, mean + half]).tolist()))
         loss, rate, batch = found
+        if self.batch_rule is not None:
+            batch = Estimate.missing("no cell varied its batch")
         return rate, batch, loss
 
     def noise_variance(self, gaps: np.ndarray) -> np.ndarray:

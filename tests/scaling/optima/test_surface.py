@@ -387,6 +387,7 @@ def test_a_sweep_at_one_batch_is_answered_at_that_batch():
         best = along[0][planted_loss(cell, np.column_stack(along)).argmin()]
         low, high = posterior.interval()[0]
         assert low < best < high
+        assert np.isnan(posterior.interval()[1]).all()
     searched = fit_surface(LADDER, index, rate, batch, loss, batch_searched=True)
     assert searched.batch_rule is None
     assert searched.optimum(LADDER[0]).covariance[1, 1] > 0.05
