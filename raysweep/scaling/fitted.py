@@ -454,7 +454,11 @@ class Fitted(InNotebooks):
         own = [name for name in names if group is None or group in self.groups(name)]
         if names and not own:
             known = ", ".join(dict.fromkeys(g for n in names for g in self.groups(n) if g))
-            hint = f"known: {known}" if known else "the results were not grouped: name a column"
+            hint = (
+                f"known: {known}"
+                if known
+                else "the results were not grouped: fit them with --group COLUMN"
+            )
             raise UserError(f"no group {group!r} in the results; {hint}")
         return own
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import cho_solve, solve_triangular
+from scipy.linalg import solve_triangular
 from scipy.optimize import minimize
 
 from raysweep.scaling.loss.expression import (
@@ -47,8 +47,48 @@ STEPS = 60
 
 LEAST = 1e-6
 """sd of ln loss that every loss has: below it a covariance cannot be factored."""
-UNLIKELY = 1e300
-"""Minus the evidence of widths whose covariance cannot be factored."""
+
+LEFT = 1e-12
+"""Share of a departure's variance that its factor may leave out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scatter:
+    """The covariance diag(variance) + factor factor^T of n losses about the law.
+
+    A smooth departure at n places is one of few: with r columns of the factor, all here costs
+    n r^2, by the lemmas of Woodbury and of Sylvester."""
+
+    variance: np.ndarray  # [n]
+    factor: np.ndarray  # [n, r]
+
+    def whiten(self, values: np.ndarray) -> np.ndarray:
+        """Values [n, ...] times a root W of the inverse covariance: W^T W is that inverse."""
+        left, scaled, shrunk = self._root
+        values = values / left if values.ndim == 1 else values / left[:, None]
+        return values - scaled @ ((scaled.T @ values).T * shrunk).T
+
+    def solve(self, values: np.ndarray) -> np.ndarray:
+        """The inverse covariance times values [n]."""
+        left, scaled, shrunk = self._root
+        whitened = self.whiten(values)
+        return (whitened - scaled @ ((scaled.T @ whitened) * shrunk)) / left
+
+    def minus_log_density(self, values: np.ndarray) -> float:
+        """Of values [n], but for a constant."""
+        scale = np.sqrt(self.variance)
+        scaled, values = self.factor / scale[:, None], values / scale
+        root = np.linalg.cholesky(np.eye(scaled.shape[1]) + scaled.T @ scaled)
+        known = solve_triangular(root, scaled.T @ values, lower=True)
+        size = np.log(scale).sum() + np.log(np.diag(root)).sum()
+        return float(0.5 * (values @ values - known @ known) + size)
+
+    @cached_property
+    def _root(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """sds [n]; an orthonormal base [n, r] of the scaled factor; what is taken off along it."""
+        scale = np.sqrt(self.variance)
+        base, values, _ = np.linalg.svd(self.factor / scale[:, None], full_matrices=False)
+        return scale, base, 1 - 1 / np.sqrt(1 + values**2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +104,7 @@ class LawPosterior:
     noise: float  # sd of the noise at weight 1
     noise_sd: float  # of a new loss
     at_bound: tuple[str, ...]
-    root: np.ndarray  # [n, n] Cholesky factor of departure + noise
+    scatter: Scatter  # departure + noise of the n losses
     jacobian: np.ndarray  # [n, p] at the mode
     target: np.ndarray  # [n] ln loss
 
@@ -90,8 +130,8 @@ class LawPosterior:
         value = evaluate(new, coefficients @ self._uncentring.T, derivatives=False).value
         seen = evaluate(self.design, coefficients, derivatives=False).value
         logs = self._logs(inputs)
-        weights = solve_triangular(self.root, self._kernel(self.logs, logs), lower=True)  # [n, m]
-        left = solve_triangular(self.root, (self.target - seen).T, lower=True)
+        weights = self.scatter.whiten(self._kernel(self.logs, logs))  # [n, m]
+        left = self.scatter.whiten((self.target - seen).T)
         covariance = self._kernel(logs, logs) - weights.T @ weights
         values, vectors = np.linalg.eigh(covariance)
         root = vectors * np.sqrt(np.maximum(values, 0.0))
@@ -124,12 +164,12 @@ class LawPosterior:
     def _pull(self) -> np.ndarray:
         """What the data leave of the law [n], over the covariance of departure and noise."""
         seen = evaluate(self.design, self.theta[None], derivatives=False).value[0]
-        return cho_solve((self.root, True), self.target - seen)
+        return self.scatter.solve(self.target - seen)
 
     @cached_property
     def _whitened(self) -> np.ndarray:
         """The Jacobian [n, p] over the root of that covariance."""
-        return solve_triangular(self.root, self.jacobian, lower=True)
+        return self.scatter.whiten(self.jacobian)
 
     def _design(self, inputs: Inputs) -> Design:
         expression = self.law.expression
@@ -146,7 +186,7 @@ class LawPosterior:
         at = evaluate(self._design(inputs), self._mode_uncentred[None])
         slopes = at.jacobian()[0] @ self._uncentring
         kernel = self._kernel(self.logs, self._logs(inputs))
-        weights = solve_triangular(self.root, kernel, lower=True)
+        weights = self.scatter.whiten(kernel)
         mean = at.value[0] + kernel.T @ self._pull
         return mean, slopes - weights.T @ self._whitened, weights
 
@@ -155,6 +195,20 @@ def correlation(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """Squared-exponential correlation [n, m] of departures at log inputs [n, k] and [m, k]."""
     square = ((one[:, None, :] - two[None, :, :]) ** 2).sum(axis=-1)
     return np.exp(-0.5 * square / LENGTH**2)
+
+
+def correlation_factor(logs: np.ndarray) -> np.ndarray:
+    """[n, r] F with F F^T the correlation at log inputs [n, k], but for `LEFT`: Cholesky's
+    factorization that takes the place least known as the next."""
+    left, factor = np.ones(len(logs)), np.zeros((len(logs), len(logs)))
+    for rank in range(len(logs)):
+        next_ = int(left.argmax())
+        if left[next_] < LEFT:
+            return factor[:, :rank]
+        known = factor[:, :rank] @ factor[next_, :rank]
+        new = (correlation(logs, logs[next_, None])[:, 0] - known) / np.sqrt(left[next_])
+        factor[:, rank], left = new, left - new**2
+    return factor
 
 
 def fit_posterior(
@@ -174,9 +228,8 @@ def fit_posterior(
     logs = read_inputs(law.expression, inputs)
     design = compile_expression(law.expression, logs, centre=True)
     target = np.log(loss)
-    problem = _Problem(
-        law, design, target, log_se**2, *_prior(law, target), correlation(*2 * (_features(logs),))
-    )
+    factor = correlation_factor(_features(logs))
+    problem = _Problem(law, design, target, log_se**2, *_prior(law, target), factor)
     widths = np.array([DEPARTURE[0], NOISE[0]])
     weights = np.ones(len(target))
     theta = _first(problem, widths, weights)
@@ -185,9 +238,9 @@ def fit_posterior(
         widths = _widths(problem, theta, jacobian, widths, weights)
         weights = _weights(problem, theta, widths, weights)
         theta, _ = _mode(problem, theta, widths, weights)
-    root = problem.root(widths, weights)
+    scatter = problem.scatter(widths, weights)
     jacobian = evaluate(design, theta[None]).jacobian()[0]
-    whitened = solve_triangular(root, jacobian, lower=True)
+    whitened = scatter.whiten(jacobian)
     covariance = np.linalg.inv(whitened.T @ whitened + np.diag(problem.precision))
     low, high = _box(law)
     stuck = (theta <= low) | (theta >= high)
@@ -202,7 +255,7 @@ def fit_posterior(
         noise=float(widths[1]),
         noise_sd=noise_sd,
         at_bound=tuple(n for n, s in zip(law.names, stuck, strict=True) if s),
-        root=root,
+        scatter=scatter,
         jacobian=jacobian,
         target=target,
     )
@@ -218,12 +271,12 @@ class _Problem:
     known: np.ndarray  # [n] known variance of it
     centre: np.ndarray  # [p] prior mean
     precision: np.ndarray  # [p] prior precision
-    correlation: np.ndarray  # [n, n] of departures
+    factor: np.ndarray  # [n, r] of the correlation of departures
 
-    def root(self, widths: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Cholesky factor [n, n] of departure and noise."""
-        diagonal = widths[1] ** 2 / weights + self.known + LEAST**2
-        return np.linalg.cholesky(widths[0] ** 2 * self.correlation + np.diag(diagonal))
+    def scatter(self, widths: np.ndarray, weights: np.ndarray) -> Scatter:
+        """Departure and noise."""
+        variance = widths[1] ** 2 / weights + self.known + LEAST**2
+        return Scatter(variance, widths[0] * self.factor)
 
 
 def _features(logs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -261,13 +314,13 @@ def _mode(
 ) -> tuple[np.ndarray, float]:
     """The most probable coefficients [p] at given widths, by damped Gauss-Newton steps; and minus
     their log posterior."""
-    root = problem.root(widths, weights)
+    scatter = problem.scatter(widths, weights)
     low, high = _box(problem.law)
 
     def look(at: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         found = evaluate(problem.design, at[None])
         stacked = np.column_stack([problem.target - found.value[0], found.jacobian()[0]])
-        stacked = solve_triangular(root, stacked, lower=True)
+        stacked = scatter.whiten(stacked)
         off = at - problem.centre
         value = 0.5 * (stacked[:, 0] @ stacked[:, 0] + off @ (problem.precision * off))
         return float(value), stacked[:, 0], stacked[:, 1:]
@@ -305,20 +358,14 @@ def _widths(
     """The sds of departure and noise of greatest evidence, the law linear about its mode."""
     value = evaluate(problem.design, theta[None], derivatives=False).value[0]
     off = problem.target - value + jacobian @ (theta - problem.centre)
-    law = (jacobian / problem.precision) @ jacobian.T
+    law = jacobian / np.sqrt(problem.precision)
     middle, spread = np.log([DEPARTURE[0], NOISE[0]]), np.array([DEPARTURE[1], NOISE[1]])
 
     def minus_evidence(log_widths: np.ndarray) -> float:
-        departure, noise = np.exp(2 * log_widths)
-        covariance = law + departure * problem.correlation
-        covariance[np.diag_indices_from(covariance)] += noise / weights + problem.known + LEAST**2
-        try:
-            root = np.linalg.cholesky(covariance)
-        except np.linalg.LinAlgError:
-            return UNLIKELY
-        scaled = solve_triangular(root, off, lower=True)
+        own = problem.scatter(np.exp(log_widths), weights)
+        both = Scatter(own.variance, np.column_stack([own.factor, law]))
         prior = 0.5 * (((log_widths - middle) / spread) ** 2).sum()
-        return float(0.5 * scaled @ scaled + np.log(np.diag(root)).sum() + prior)
+        return both.minus_log_density(off) + float(prior)
 
     options = {"xatol": 0.02, "fatol": 0.01, "maxiter": 60}
     found = minimize(minus_evidence, np.log(widths), method="Nelder-Mead", options=options)
@@ -332,8 +379,7 @@ def _weights(
     less."""
     value = evaluate(problem.design, theta[None], derivatives=False).value[0]
     residual = problem.target - value
-    departure = widths[0] ** 2 * problem.correlation
-    covariance = departure + np.diag(widths[1] ** 2 / weights + problem.known)
-    left = residual - departure @ np.linalg.solve(covariance, residual)
+    scatter = problem.scatter(widths, weights)
+    left = residual - scatter.factor @ (scatter.factor.T @ scatter.solve(residual))
     own = left**2 / (widths[1] ** 2 + problem.known)
     return np.minimum((TAILS + 1) / (TAILS + own), 1.0)

@@ -32,6 +32,8 @@ def cell_noise_scale(cells: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
     columns = [near[c].astype(float) for c in ("noise_trace", "noise_grad_sq", "sequence_length")]
     trace, grad_sq, length = columns
     apart = trace.notna() & grad_sq.notna() & (length > 0)
+    recorded = near["noise_scale_tokens"].astype(float)
+    near = near[apart | (recorded > 0)]
     found = pd.DataFrame(
         {
             "noise_scale_tokens": math.nan,
@@ -40,16 +42,15 @@ def cell_noise_scale(cells: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
         },
         index=cells.index,
     )
-    for cell in found.index.intersection(near["cell"]):
-        own = near["cell"] == cell
-        if (parts := own & apart).any():
+    for cell, own in near.groupby("cell").groups.items():
+        if len(parts := own[apart[own]]):
             scale, sd = _ratio_of_means(trace[parts], grad_sq[parts])
             scale *= length[parts].iloc[0]
             why = "|G|^2 not distinguishable from 0"
         else:
-            logs = np.log(near["noise_scale_tokens"].astype(float).where(lambda x: x > 0))[own]
-            scale, sd = math.exp(logs.mean()), logs.std() / math.sqrt(max(logs.count(), 1))
-            why = str(found.loc[cell, "left_out"])
+            logs = np.log(recorded[own])
+            scale, sd = math.exp(logs.mean()), logs.std() / math.sqrt(len(logs))
+            why = ""
         known = math.isfinite(scale)
         sd = sd if math.isfinite(sd) else ONE_TRIAL
         found.loc[cell] = (scale, sd, "") if known else (math.nan, math.nan, why)

@@ -5,7 +5,13 @@ import pytest
 
 from benchmarks.planted_laws import PLANTED, simulated_cells
 from raysweep.scaling.loss.laws import LOSS_LAWS
-from raysweep.scaling.loss.posterior import LENGTH, correlation, fit_posterior
+from raysweep.scaling.loss.posterior import (
+    LENGTH,
+    Scatter,
+    correlation,
+    correlation_factor,
+    fit_posterior,
+)
 
 
 @pytest.mark.parametrize("key", ["chinchilla", "wang", "kaplan", "joint_moe", "sparsity"])
@@ -49,7 +55,8 @@ def test_mean_and_sd_are_those_of_the_joint_normal() -> None:
     slopes = np.stack(slopes, axis=1)
     logs = np.log(np.stack([new["params"], new["tokens"]], axis=1))
     across = found.departure**2 * correlation(found.logs, logs)
-    covariance = found.root @ found.root.T
+    noise = np.eye(30) * found.scatter.variance
+    covariance = noise + found.departure**2 * correlation(found.logs, found.logs)
     pull = np.linalg.solve(covariance, across)
     fitted = np.log(law.predict(found.stated(found.theta), inputs))
     mean = base + pull.T @ (np.log(loss) - fitted)
@@ -72,6 +79,27 @@ def test_a_stray_loss_counts_little() -> None:
         fit_posterior(law, inputs, y, np.zeros(40), fine=True).mean(inputs) for y in (loss, spoiled)
     )
     assert np.abs(np.delete(robust - clean, 3)).max() < 0.01
+
+
+def test_scatter_is_that_of_the_whole_matrix() -> None:
+    """What goes through the factor of a departure against plain algebra on [n, n]."""
+    rng = np.random.default_rng(0)
+    logs, values = rng.uniform(0, 6, (80, 2)), rng.standard_normal(80)
+    factor = correlation_factor(logs)
+    assert factor.shape[1] < 80
+    np.testing.assert_allclose(factor @ factor.T, correlation(logs, logs), atol=1e-12)
+    variance = rng.uniform(1e-6, 1e-4, 80)
+    scatter = Scatter(variance, 0.01 * factor)
+    matrix = np.diag(variance) + 1e-4 * correlation(logs, logs)
+    np.testing.assert_allclose(scatter.solve(values), np.linalg.solve(matrix, values), rtol=1e-7)
+    whitened = scatter.whiten(np.column_stack([values, logs]))
+    inverse = np.column_stack([values, logs]).T @ np.linalg.solve(
+        matrix, np.column_stack([values, logs])
+    )
+    np.testing.assert_allclose(whitened.T @ whitened, inverse, rtol=1e-7)
+    np.testing.assert_allclose(whitened[:, 0], scatter.whiten(values))
+    density = 0.5 * values @ np.linalg.solve(matrix, values) + 0.5 * np.linalg.slogdet(matrix)[1]
+    assert scatter.minus_log_density(values) == pytest.approx(density, rel=1e-9)
 
 
 def test_departures_forget_over_their_length() -> None:
