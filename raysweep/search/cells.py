@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.results.schema import FINISHED
-from raysweep.search.history import LEARNING_RATE, LOG2_BATCH
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, where_run
 from raysweep.search.strategies import search_space
 from raysweep.study import Cell, Search
 
@@ -174,6 +174,12 @@ class CellState:
         key = point_key(learning_rate, log2_batch, also)
         few = 1 <= self.tried.get(key, 0) <= self.search.repeats_at_optimum
         return few and key in self.finished_at
+
+    def point_of(self, trial: FrozenTrial) -> tuple[float, int, dict[str, float]]:
+        """Where a trial ran: learning rate, log2 of the batch, further hyperparameters."""
+        place = where_run(trial)
+        assert place is not None
+        return place[0], int(place[1]), self.further(trial)
 
     def further(self, trial: FrozenTrial | optuna.Trial) -> dict[str, float]:
         """The values of a trial's further hyperparameters."""

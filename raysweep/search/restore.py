@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import defaultdict
@@ -12,11 +11,12 @@ from typing import Any
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.results.columns import recipe_of
 from raysweep.results.schema import FINISHED, is_loss
+from raysweep.scaling.runs import size_of
 from raysweep.search.cells import CellState, Point
 from raysweep.search.history import TrialHistory
 from raysweep.study import Study
-from raysweep.study.shape import RunSize
 
 RUNNING = "running"
 """Status of a row that stands for a trial handed out and not told (`raysweep ask`)."""
@@ -102,13 +102,11 @@ def restore_in_flight(
     for trial in trials:
         try:
             state = states[trial["cell"]]
-            rate, sequences = float(trial["learning_rate"]), int(trial["batch_sequences"])
-            also = {str(name): float(value) for name, value in trial.get("also", {}).items()}
-            spec = study.trial(state.cell, data_hash, rate, sequences, int(trial["seed"]), also)
-            key = trial["trial_key"]
+            spec, key = study.trial_of(trial, data_hash), trial["trial_key"]
+            log2_batch = int(math.log2(spec.batch_sequences))
         except (KeyError, TypeError, ValueError, AttributeError):
             continue
-        point = rate, int(math.log2(sequences)), spec.seed, tuple(sorted(also.items()))
+        point = spec.learning_rate, log2_batch, spec.seed, spec.also
         known = spec.key != key or (state.cell.name, key) in over or point in state.unfinished
         if not known and state.stable_run is None and point[:2] in state.bounds:
             state.unfinished.append(point)
@@ -119,10 +117,8 @@ def restore_in_flight(
 def further_values(recipe: Any, study: Study) -> dict[str, float]:
     """What a row's recipe says of the further hyperparameters that a study searches."""
     names = study.space.search.also
-    if not names:
-        return {}
+    given: dict[str, Any] = recipe_of(recipe) if names else {}
     try:
-        given = json.loads(recipe)
         return {name: float(given[name]) for name in names if name in given}
     except (ValueError, TypeError):
         return {}
@@ -158,17 +154,8 @@ def add_imported_trials(history: TrialHistory, rows: pd.DataFrame) -> None:
     usable = usable[usable["status"].isin([FINISHED, "diverged"]) & usable["excluded"].isna()]
     for name, cell in usable.groupby("cell", sort=True):
         first = cell.iloc[0]
-        total = first["params_total_non_embedding"]
-        size = RunSize(
-            params_active_non_embedding=float(first["params_active_non_embedding"]),
-            tokens=float(first["tokens"]),
-            experts=int(first["experts"]),
-            top_k=int(first["top_k"]),
-            params_total_non_embedding=math.nan if pd.isna(total) else float(total),
-            name=f"{first['source']}:{name}",
-        )
         history.add_imported(
-            size,
+            size_of(f"{first['source']}:{name}", first),
             cell["learning_rate"].to_numpy(float),
             cell["batch_tokens"].to_numpy(float),
             cell["loss"].to_numpy(float),

@@ -127,7 +127,7 @@ class StudyScheduler:
         """Trials that an earlier run had begun."""
         self._full_at: tuple[int, int] | None = None
         """The changes, here and of the pool, after which nothing could be handed out."""
-        self._data_hash = data_hash
+        self.data_hash = data_hash
         self._search = study.space.search
         space = study.space
         self._history = TrialHistory(literature_prior(space.without, space.literature))
@@ -173,7 +173,7 @@ class StudyScheduler:
         """Trials that were started and are not over, those that an earlier run has left included,
         as plain values: for a scheduler that continues."""
         waiting = [
-            self.study.trial(state.cell, self._data_hash, rate, 2**log2_batch, seed, dict(also))
+            self.study.trial(state.cell, self.data_hash, rate, 2**log2_batch, seed, dict(also))
             for state in self._ordered()
             for rate, log2_batch, seed, also in state.unfinished
         ]
@@ -183,10 +183,8 @@ class StudyScheduler:
         """Keys of the trials that run, and of their branches; any thread may ask."""
         keys = set()
         for trial in list(self._in_flight.values()):
-            keys.add(trial["trial_key"])
-            point = trial["learning_rate"], trial["batch_sequences"], trial["seed"]
-            for branch in self.study.branches(self.states[trial["cell"]].cell):
-                keys.add(self.study.trial(branch, self._data_hash, *point).key)
+            spec = self.study.trial_of(trial, self.data_hash)
+            keys |= {spec.key, *(branch.key for branch in self.study.branch_trials(spec))}
         return keys
 
     @property
@@ -494,8 +492,7 @@ class StudyScheduler:
         busy = state.wanted or state.running
         if not wanted or busy or state.best is None or state.stable_run is not None:
             return 0
-        learning_rate, log2_batch = _where(state.best)
-        key = point_key(learning_rate, log2_batch, state.further(state.best))
+        key = point_key(*state.point_of(state.best))
         return wanted - (state.tried.get(key, 1) - 1)
 
     def _state(self, cell: Cell) -> CellState:
@@ -536,34 +533,29 @@ class StudyScheduler:
 
     def _propose(self, state: CellState, trial_id: str) -> tuple[Proposal, optuna.Trial]:
         repeat = state.wanted == 0
-        point: tuple[float, int] | None = None
+        point: tuple[float, int, dict[str, float]] | None = None
         seed: int | None = None
-        further: dict[str, float] = {}
         if again := state.unfinished or (state.crashed if not repeat else []):
-            *place, seed, pairs = again.pop(0)
-            point, further = (place[0], int(place[1])), dict(pairs)
-            repeat = state.is_repeat(*point, further)
+            rate, log2_batch, seed, pairs = again.pop(0)
+            point = rate, log2_batch, dict(pairs)
+            repeat = state.is_repeat(*point)
         elif repeat:
             assert state.best is not None
-            point, further = _where(state.best), state.further(state.best)
+            point = state.point_of(state.best)
         if point is not None:
+            rate, log2_batch, further = point
             state.study.enqueue_trial(
-                {LEARNING_RATE: point[0], LOG2_BATCH: point[1], **further},
-                user_attrs={"ran_at": point},
+                {LEARNING_RATE: rate, LOG2_BATCH: log2_batch, **further},
+                user_attrs={"ran_at": (rate, log2_batch)},
             )
         trial = state.study.ask(state.distributions)
         if repeat:
             state.repeats.add(trial.number)
-        learning_rate, log2_batch = (
-            float(trial.params[LEARNING_RATE]),
-            int(trial.params[LOG2_BATCH]),
-        )
+        rate, log2_batch = float(trial.params[LEARNING_RATE]), int(trial.params[LOG2_BATCH])
         also = state.further(trial)
-        fresh = self.study.space.seed + state.next_seed(learning_rate, log2_batch, also)
+        fresh = self.study.space.seed + state.next_seed(rate, log2_batch, also)
         seed = fresh if seed is None else seed
-        spec = self.study.trial(
-            state.cell, self._data_hash, learning_rate, 2**log2_batch, seed, also
-        )
+        spec = self.study.trial(state.cell, self.data_hash, rate, 2**log2_batch, seed, also)
         return Proposal(trial_id, trial.number, spec, repeat), trial
 
     def _maybe_extend(self, state: CellState) -> None:
@@ -617,18 +609,4 @@ def _gpus(cell: Cell) -> float:
 
 
 def _as_plain(spec: TrialSpec) -> dict[str, Any]:
-    return {
-        "trial_key": spec.key,
-        "cell": spec.cell.name,
-        "learning_rate": spec.learning_rate,
-        "batch_sequences": spec.batch_sequences,
-        "seed": spec.seed,
-        "also": dict(spec.also),
-    }
-
-
-def _where(trial: optuna.trial.FrozenTrial) -> tuple[float, int]:
-    rate, log2_batch = trial.user_attrs.get(
-        "ran_at", (trial.params[LEARNING_RATE], trial.params[LOG2_BATCH])
-    )
-    return float(rate), int(log2_batch)
+    return {"trial_key": spec.key, "also": {}} | spec.config()
