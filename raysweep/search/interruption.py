@@ -29,8 +29,8 @@ _SHOW_CURSOR = b"\x1b[?25h"
 class Interrupted(KeyboardInterrupt):
     """A run was ended by a signal. Its text says how to continue."""
 
-    def __init__(self, signum: int, text: str = "run the same command again to continue") -> None:
-        super().__init__(text)
+    def __init__(self, signum: int) -> None:
+        super().__init__("run the same command again to continue")
         self.exit_code = 128 + signum
 
 

@@ -40,7 +40,7 @@ def restore_trials(
     than the study says now: losses of two recipes must not be compared.
     """
     other_recipe: list[str] = []
-    points: defaultdict[tuple[str, str], set[Point]] = defaultdict(set)
+    ran: defaultdict[tuple[str, str], set[tuple[Point, int]]] = defaultdict(set)
     spent = 0.0
     for row in rows.to_dict("records"):
         state = states.get(row["cell"])
@@ -50,24 +50,23 @@ def restore_trials(
         rate, sequences = row["learning_rate"], int(row["batch_sequences"])
         also = further_values(row["recipe"], study)
         spec = study.trial(state.cell, data_hash, rate, sequences, int(row["seed"]), also)
-        point = rate, int(math.log2(sequences)), spec.seed, tuple(sorted(also.items()))
+        point = Point(rate, math.log2(sequences), spec.also)
         if crashed and not keep_crashes:
             if spec.key == row["trial_key"] and state.stable_run is None:
-                state.crashed.append(point)
+                state.crashed.append((point, spec.seed))
             continue
         if spec.key != row["trial_key"]:
             other_recipe.append(row["cell"])
             continue
-        log2_batch = math.log2(sequences)
         if crashed:
-            state.add_row(rate, log2_batch, "crashed", None, also)
+            state.add_row(point, "crashed", None)
             state.crashes += 1
-            state.take_back(rate, int(log2_batch), also)
+            state.take_back(point)
             continue
-        points[(state.stable_run or state).cell.name, state.cell.name].add(point)
+        ran[(state.stable_run or state).cell.name, state.cell.name].add((point, spec.seed))
         lost = row["status"] == FINISHED and not is_loss(row["loss"])
         status = "diverged" if lost else row["status"]
-        number = state.add_row(rate, log2_batch, status, row["loss"], also)
+        number = state.add_row(point, status, row["loss"])
         if status == RUNNING:
             state.running.add(number)
         else:
@@ -79,12 +78,10 @@ def restore_trials(
             f"{other_recipe[0]}) made with another recipe, shape, seed or corpus: give the study "
             "another name, or name another --results"
         )
-    for (stable_run, cell), of_branch in list(points.items()):
+    for (stable_run, cell), of_branch in list(ran.items()):
         if cell != stable_run:
-            missing = (
-                of_branch - points[stable_run, stable_run] - set(states[stable_run].unfinished)
-            )
-            states[stable_run].unfinished += sorted(missing)
+            unfinished = states[stable_run].unfinished
+            unfinished += sorted(of_branch - ran[stable_run, stable_run] - set(unfinished))
     return spent
 
 
@@ -103,15 +100,15 @@ def restore_in_flight(
         try:
             state = states[trial["cell"]]
             spec, key = study.trial_of(trial, data_hash), trial["trial_key"]
-            log2_batch = int(math.log2(spec.batch_sequences))
+            point = Point(spec.learning_rate, math.log2(spec.batch_sequences), spec.also)
         except (KeyError, TypeError, ValueError, AttributeError):
             continue
-        point = spec.learning_rate, log2_batch, spec.seed, spec.also
-        known = spec.key != key or (state.cell.name, key) in over or point in state.unfinished
-        if not known and state.stable_run is None and point[:2] in state.bounds:
-            state.unfinished.append(point)
-            if point in state.crashed:
-                state.crashed.remove(point)
+        run = point, spec.seed
+        known = spec.key != key or (state.cell.name, key) in over or run in state.unfinished
+        if not known and state.stable_run is None and point in state.bounds:
+            state.unfinished.append(run)
+            if run in state.crashed:
+                state.crashed.remove(run)
 
 
 def further_values(recipe: Any, study: Study) -> dict[str, float]:

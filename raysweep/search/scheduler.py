@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from raysweep.results.schema import FINISHED, is_loss
 from raysweep.scaling.optima.literature import literature_prior
-from raysweep.search.cells import CellState, point_key
+from raysweep.search.cells import CellState, Point
 from raysweep.search.durations import Durations
 from raysweep.search.early_stopping import make_pruner
 from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
@@ -173,9 +173,9 @@ class StudyScheduler:
         """Trials that were started and are not over, those that an earlier run has left included,
         as plain values: for a scheduler that continues."""
         waiting = [
-            self.study.trial(state.cell, self.data_hash, rate, 2**log2_batch, seed, dict(also))
+            self._trial(state, point, seed)
             for state in self._ordered()
-            for rate, log2_batch, seed, also in state.unfinished
+            for point, seed in state.unfinished
         ]
         return [*self._in_flight.values(), *map(_as_plain, waiting)]
 
@@ -402,10 +402,10 @@ class StudyScheduler:
         self._gpu_seconds += _gpus(state.cell) * (self.clock() - begun)
         self.pool.release(trial_id)
         state.running.discard(proposal.number)
-        rate, also = proposal.spec.learning_rate, dict(proposal.spec.also)
-        log2_batch = int(math.log2(proposal.spec.batch_sequences))
+        spec = proposal.spec
+        point = Point(spec.learning_rate, math.log2(spec.batch_sequences), spec.also)
         for cell, its_status, its_loss in branches:
-            self.states[cell].add_row(rate, log2_batch, its_status, its_loss)
+            self.states[cell].add_row(point, its_status, its_loss)
         usable = status == FINISHED and is_loss(loss)
         if status == FINISHED and not usable:
             status = "diverged"
@@ -414,14 +414,14 @@ class StudyScheduler:
             if trial_id not in self._taken_up:  # it began before
                 self.durations.add(state.cell, self.clock() - begun)
             state.study.tell(trial, loss)
-            state.finished_at.add(point_key(rate, log2_batch, also))
+            state.finished_at.add(point.key)
         else:
             pruned = status == "stopped"
             state.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
         state.crashes = state.crashes + 1 if status == "crashed" else 0
         if status == "crashed":
             self._flops_spent -= state.trial_flops
-            state.take_back(rate, log2_batch, also)
+            state.take_back(point)
             if state.given_up:
                 _log.warning("cell %s given up: its trials crash", state.cell.name)
         self._maybe_extend(state)
@@ -492,8 +492,7 @@ class StudyScheduler:
         busy = state.wanted or state.running
         if not wanted or busy or state.best is None or state.stable_run is not None:
             return 0
-        key = point_key(*state.point_of(state.best))
-        return wanted - (state.tried.get(key, 1) - 1)
+        return wanted - (state.tried.get(state.point_of(state.best).key, 1) - 1)
 
     def _state(self, cell: Cell) -> CellState:
         search = self._search
@@ -533,30 +532,32 @@ class StudyScheduler:
 
     def _propose(self, state: CellState, trial_id: str) -> tuple[Proposal, optuna.Trial]:
         repeat = state.wanted == 0
-        point: tuple[float, int, dict[str, float]] | None = None
+        point: Point | None = None
         seed: int | None = None
         if again := state.unfinished or (state.crashed if not repeat else []):
-            rate, log2_batch, seed, pairs = again.pop(0)
-            point = rate, log2_batch, dict(pairs)
-            repeat = state.is_repeat(*point)
+            point, seed = again.pop(0)
+            repeat = state.is_repeat(point)
         elif repeat:
             assert state.best is not None
             point = state.point_of(state.best)
         if point is not None:
-            rate, log2_batch, further = point
+            place = point.learning_rate, int(point.log2_batch)
             state.study.enqueue_trial(
-                {LEARNING_RATE: rate, LOG2_BATCH: log2_batch, **further},
-                user_attrs={"ran_at": (rate, log2_batch)},
+                {LEARNING_RATE: place[0], LOG2_BATCH: place[1], **dict(point.also)},
+                user_attrs={"ran_at": place},
             )
         trial = state.study.ask(state.distributions)
         if repeat:
             state.repeats.add(trial.number)
         rate, log2_batch = float(trial.params[LEARNING_RATE]), int(trial.params[LOG2_BATCH])
-        also = state.further(trial)
-        fresh = self.study.space.seed + state.next_seed(rate, log2_batch, also)
-        seed = fresh if seed is None else seed
-        spec = self.study.trial(state.cell, self.data_hash, rate, 2**log2_batch, seed, also)
+        point = Point(rate, log2_batch, state.further(trial))
+        fresh = self.study.space.seed + state.next_seed(point)
+        spec = self._trial(state, point, fresh if seed is None else seed)
         return Proposal(trial_id, trial.number, spec, repeat), trial
+
+    def _trial(self, state: CellState, point: Point, seed: int) -> TrialSpec:
+        rate, batch, also = point.learning_rate, 2 ** int(point.log2_batch), dict(point.also)
+        return self.study.trial(state.cell, self.data_hash, rate, batch, seed, also)
 
     def _maybe_extend(self, state: CellState) -> None:
         """Widen a cell's range, its search being over, where its optimum lies at an edge."""
