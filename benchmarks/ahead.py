@@ -19,9 +19,7 @@ are held out: the largest (`top budget`), or the larger half of them (`top half`
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize, nnls
 
-from benchmarks.entry import start
+from benchmarks.entry import make_parser, save, start
 from benchmarks.huber_fit import fit_law
 from benchmarks.huber_solver import HUBER, huber
 from raysweep.results.importers import import_file
@@ -227,9 +225,8 @@ def _line(name: str, split: str, f: dict) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; prints a line a split and writes JSON where asked."""
-    parser = argparse.ArgumentParser(prog="benchmarks.ahead", description="Budgets held out.")
+    parser = make_parser("ahead", __doc__)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args(arguments)
     report: dict[str, dict] = {}
     for path in options.files:
@@ -240,8 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     together = {s: pooled([f[s] for f in report.values()]) for s in ("top budget", "top half")}
     for split, found in together.items():
         print(_line("pooled", split, found))
-    if options.json:
-        options.json.write_text(json.dumps({"files": report, "pooled": together}, indent=1))
+    save(options.json, {"files": report, "pooled": together})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ what the rows needed was trained twice, and is told as seconds a start of a tria
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -35,6 +34,7 @@ import numpy as np
 import pandas as pd
 from torch import distributed, multiprocessing
 
+from benchmarks.entry import make_parser, save, start
 from benchmarks.nodes import ONE_WORKER, TRAIN_WORKER, Cluster, Driver, in_trial
 from raysweep.data.corpus import prepare
 from raysweep.results.schema import row_table
@@ -290,12 +290,11 @@ def twice(counts: pd.Series, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("chaos", __doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", type=int, default=6, help="rows to be made again")
     parser.add_argument("--folder", type=Path, help="Where results and logs are kept.")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     folder = args.folder or Path(tempfile.mkdtemp(prefix="chaos"))
@@ -365,8 +364,7 @@ def main() -> None:
     width = max(map(len, figures))
     for name, value in figures.items():
         print(f"{name:{width}}  {f'{value:.3g}' if isinstance(value, float) else value}")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+    save(args.json, figures)
     nought = ("finished trials lost", "finished trials run twice", "rows stored twice")
     nought = (*nought, "trials in flight lost", "cells with other than their trials")
     nought = (*nought, "checkpoints left", "columns that differ", "of these, with another loss")
@@ -377,4 +375,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

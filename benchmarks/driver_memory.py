@@ -7,9 +7,7 @@ last of them, and at most, the merging of files at the end included; and the num
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import tempfile
 import threading
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
+from benchmarks.entry import make_parser, save, start
 from benchmarks.overhead import empty_study
 from raysweep.results import Results
 from raysweep.results.tables import PART
@@ -62,10 +61,9 @@ def resident() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("driver_memory", __doc__)
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--strategy", default="random")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         study = empty_study(args.trials, args.strategy)
@@ -95,9 +93,8 @@ def main() -> None:
         f"{answer['megabytes_at_most']:.0f} MB at most (files are merged last), "
         f"{answer['kilobytes_a_trial']:.1f} kB a trial; {files} files; {summary.seconds:.0f} s"
     )
-    if args.json:
-        args.json.write_text(json.dumps(answer, indent=1))
+    save(args.json, answer)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -1,21 +1,18 @@
-"""The fits against what is known: published minima, planted truths, SciPy, and held-out budgets.
+"""The fits against what is known: published minima, planted truths and SciPy.
 
     python -m benchmarks.fits --data FOLDER [--only chinchilla,speed,...] [--json FILE]
 
-FOLDER holds `chinchilla_points.csv`, `isoflop_marin_comma.csv` and `steplaw_dense.csv`. The parts:
-`chinchilla` (the minimum and the spread of its bootstrap), `speed` (1000 refits against a
-multi-start SciPy L-BFGS with numerical gradients, which is run on some of the same resamples and
-scaled up), `planted` (every law gets its coefficients back), `coverage` (95 % intervals of
-exponents over simulated studies), `holdout` (the largest budget predicted from the rest),
+FOLDER holds `chinchilla_points.csv` and `steplaw_dense.csv`. The parts: `chinchilla` (the minimum
+and the spread of its bootstrap), `speed` (1000 refits against a multi-start SciPy L-BFGS with
+numerical gradients, which is run on some of the same resamples and scaled up), `planted` (every law
+gets its coefficients back), `coverage` (95 % intervals of exponents over simulated studies),
 `steplaw` (what following the laws of the optima costs on recorded grids, fitted on the smallest
-cells and on all).
+cells and on all). Budgets are held out by `benchmarks.ahead`.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -26,16 +23,14 @@ import pandas as pd
 from scipy.optimize import minimize
 
 from benchmarks import huber_solver as solver
-from benchmarks.entry import start
+from benchmarks.entry import make_parser, save, start
 from benchmarks.huber_fit import cell_multiplicities, fit_law, resample
 from benchmarks.planted_laws import PLANTED, simulated_cells
 from raysweep.errors import UserError
-from raysweep.results.importers import import_file
 from raysweep.results.published import read_steplaw
 from raysweep.scaling.fit import fit as fit_results
-from raysweep.scaling.loss.data import COLUMNS, LossData
+from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
-from raysweep.scaling.loss.selection import choose_loss
 
 CHINCHILLA = LOSS_LAWS["chinchilla"]
 # Cells of a simulated study and the noise of their log loss: as many and as little as a law of that
@@ -190,28 +185,7 @@ def coverage(laws: Sequence[str], studies: int) -> dict[str, object]:
     return table
 
 
-def holdout(folder: Path) -> dict[str, object]:
-    """The largest budget predicted from the smaller ones; `benchmarks.ahead` does it in full."""
-    table = import_file("isoflop", folder / "isoflop_marin_comma.csv")
-    runs = table[table["excluded"].isna()]
-    columns = {name: runs[name].to_numpy(float) for name in COLUMNS if name in runs}
-    data = LossData.of(columns, runs["loss"].to_numpy(float))
-    held = data.levels() == data.levels().max()
-    below, above = data.select(~held), data.select(held)
-    model = choose_loss(below)
-    value, low, high = model.predict(above.columns)
-    inside = int(((low <= above.loss) & (above.loss <= high)).sum())
-    error = float(np.abs(value - above.loss).mean())
-    plain = fit_law(CHINCHILLA, below).predict(above.inputs(CHINCHILLA)[0])
-    alone = float(np.abs(plain - above.loss).mean())
-    print(
-        f"{len(above)} runs at {above.flops.max():.0e} FLOPs held out, {len(below)} seen: mean "
-        f"absolute error {error:.4f}, {inside} inside their interval; the law alone {alone:.4f}"
-    )
-    return {"errors": error, "inside": inside, "n": len(above), "law_alone": alone}
-
-
-def steplaw(folder: Path, n_train: int = 9) -> dict[str, object]:
+def steplaw(folder: Path) -> dict[str, object]:
     """The gap of the laws of the optima to the best recorded trial of each cell, in per cent."""
     rows = read_steplaw(folder / "steplaw_dense.csv")
     held = fit_results(rows).held_out
@@ -228,34 +202,31 @@ def steplaw(folder: Path, n_train: int = 9) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; prints what it measures and writes JSON where asked."""
-    parts = ("chinchilla", "speed", "planted", "coverage", "holdout", "steplaw")
-    parser = argparse.ArgumentParser(prog="benchmarks.fits", description="The fits, measured.")
+    parts = ("chinchilla", "speed", "planted", "coverage", "steplaw")
+    parser = make_parser("fits", __doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--only", default=",".join(parts), help="comma-separated")
     parser.add_argument("--laws", default=",".join(LOSS_LAWS), help="of the coverage part")
     parser.add_argument("--studies", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args(arguments)
     chosen = options.only.split(",")
     for name in chosen:
         if name not in parts:
             raise UserError(f"no part '{name}': choose from {', '.join(parts)}")
-    if {"chinchilla", "speed", "holdout", "steplaw"} & set(chosen) and not options.data.is_dir():
+    if {"chinchilla", "speed", "steplaw"} & set(chosen) and not options.data.is_dir():
         raise UserError(f"no folder {options.data}: name the one with the public sweeps by --data")
     run = {
         "chinchilla": lambda: chinchilla(options.data),
         "speed": lambda: speed(options.data),
         "planted": planted,
         "coverage": lambda: coverage(options.laws.split(","), options.studies),
-        "holdout": lambda: holdout(options.data),
         "steplaw": lambda: steplaw(options.data),
     }
     report = {}
     for name in chosen:
         print(f"== {name}")
         report[name] = run[name]()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+    save(options.json, report)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ has, which says nothing about a GPU's kernels.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.throughput import finish, launch
 from benchmarks.throughput_worker import RandomCorpus, make_spec
 from raysweep.model import build, compiled, functional, moe
 from raysweep.study.cells import Architecture
@@ -24,6 +23,7 @@ from raysweep.study.shape import ModelShape
 from raysweep.study.spec import TrialSpec
 from raysweep.training import memory
 from raysweep.training.loop import train
+from raysweep.training.outcome import Silent
 
 CASE: dict[str, Any] = {
     "d_model": 256, "layers": 2, "heads": 2, "d_ff": 512, "vocab_size": 512,
@@ -120,12 +120,9 @@ def the_noise_scale_compiles_nothing(device: torch.device) -> None:
     compiled.forget()
     counts: dict[int, int] = {}
 
-    class Counting:
+    class Counting(Silent):
         def report(self, step: int, tokens: int, loss: float) -> None:
             counts[step] = graphs()
-
-        def should_stop(self) -> bool:
-            return False
 
     outcome = train(make(device), corpus(), reporter=Counting(), threads=1)
     assert outcome.noise_trace is not None
@@ -186,12 +183,7 @@ def processes_share_a_card(device: torch.device) -> None:
     case = {**CASE, "compile": "off", "recipe": {"precision": "bfloat16"}}
     if device.type == "cuda":
         case |= {"gpus": 0.5, "steps": 200}
-    command = [sys.executable, "-m", "benchmarks.throughput_worker", json.dumps(case)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in both:
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0
-        assert json.loads(out.splitlines()[-1])["tokens_per_second"] > 0
+    assert all(finish(process) > 0 for process in [launch(case), launch(case)])
 
 
 def fsdp_gathers_bfloat16(device: torch.device) -> None:

@@ -34,15 +34,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.throughput import measure as throughput
 from benchmarks.throughput_worker import RandomCorpus
+from raysweep.scaling.compute.roofline import gpu_of_device
 from raysweep.study import Cell, Study, TrialSpec
 
 REPO = Path(__file__).resolve().parent.parent
 PARTS = {"checks": 8, "mfu": 20, "noise": 3, "packing": 4, "fsdp": 6, "ladder": 60}
 """Minutes that each part gets at most, and in which order. What one leaves, the next may take."""
 TASK_MINUTES = {"checks": 4, "mfu": 5, "noise": 3, "packing": 4, "fsdp": 3, "ladder": 60}
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bfloat16 FLOP/s from the makers' data sheets (SXM)."""
 MEASURED_SECONDS = 4.0, 20.0
 """Of steps in a measurement: at least, and where there is time, at most."""
 
@@ -93,8 +93,8 @@ def rungs() -> dict[str, Cell]:
 
 
 def peak_flops() -> float | None:
-    name = torch.cuda.get_device_name() if ON_GPU else ""
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    card = gpu_of_device(torch.cuda.get_device_name()) if ON_GPU else None
+    return card and card.flops
 
 
 def measured_spec(
@@ -186,10 +186,7 @@ def do_packing(name: str, out: Path, seconds: float) -> dict[str, Any]:
         "d_model": 128, "layers": 4, "heads": 2, "vocab_size": 256, "sequence_length": 128,
         "batch": 16, "steps": 400 if ON_GPU else 12, "wall": True,
     } | ({"gpus": 1 / many} if ON_GPU else {})  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.throughput_worker", json.dumps(case)]
-    side = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(many)]
-    speeds = [json.loads(p.communicate()[0].splitlines()[-1])["tokens_per_second"] for p in side]
-    return {"trials": many, "tokens_per_second": sum(speeds)}
+    return {"trials": many, "tokens_per_second": throughput(case, together=many)}
 
 
 def do_fsdp(name: str, out: Path, seconds: float) -> dict[str, Any]:

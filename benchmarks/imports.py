@@ -14,7 +14,6 @@ the largest size.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from benchmarks.entry import make_parser, save, start
 from benchmarks.planted import SHAPES, Valley, plant_valley
 from raysweep.cli.imported import said_of_import
 from raysweep.report.write import write_report
@@ -259,22 +259,18 @@ def _now() -> tuple[float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.imports", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = make_parser("imports", __doc__)
     parser.add_argument("kind", choices=("log", "size", "table"))
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args(arguments)
     if options.kind == "table":
         print(example_table().to_csv(index=False), end="")
         return
     found = measure_logs(options.draws) if options.kind == "log" else measure_size(options.rows)
     print(json.dumps({k: v for k, v in found.items() if k != "runs"}, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    save(options.json, found)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -20,8 +20,6 @@ what each takes, training included.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.entry import make_parser, save, start
 from raysweep.results import Results
 from raysweep.search.run import run
 from raysweep.search.runtime import ray_runtime
@@ -110,8 +109,6 @@ def reports() -> dict[str, Any]:
         "trials": len(later),
         "reports_a_second": REPORTERS * REPORTS / float(seconds.median()),
         "share_waited": [float(share) for share in shares],
-        "cpus": os.cpu_count(),
-        "versions": library_versions(),
     }
     print(
         f"{answer['reports_a_second']:.0f} reports a second of {REPORTERS} trials in 60 cells: "
@@ -177,45 +174,43 @@ def in_a_group(trials: int, workers: int) -> dict[str, Any]:
         "workers": workers,
         "seconds_first": float(first),
         "seconds_then": [float(s) for s in later],
-        "cpus": os.cpu_count(),
-        "versions": library_versions(),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=1, help="of each trial")
-    parser.add_argument("--own", action="store_true", help="a user's function, not our models")
-    parser.add_argument("--reports", action="store_true", help="what reports cost, only")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.workers > 1 or args.reports:
-        answer = reports() if args.reports else in_a_group(args.trials, args.workers)
-        if args.json:
-            args.json.write_text(json.dumps(answer, indent=1))
-        return
+def one_by_one(trials: int, own: bool) -> dict[str, Any]:
+    """What a trial on one worker costs besides its training, and one of bare Tune."""
     with tempfile.TemporaryDirectory() as folder:
-        study = own_study(args.trials, Path(folder)) if args.own else empty_study(args.trials)
-        summary = run(study, results_uri=f"{folder}/results")
-        lost = gaps(summary.results)
-    peer = bare_tune(args.trials)
-    median, worst = np.median(lost), np.percentile(lost, 95)
-    answer = {
-        "trials": args.trials,
-        "seconds_lost_median": float(median),
-        "seconds_lost_p95": float(worst),
-        "bare_tune_seconds_median": peer,
-        "cpus": os.cpu_count(),
-        "versions": library_versions(),
-    }
+        study = own_study(trials, Path(folder)) if own else empty_study(trials)
+        lost = gaps(run(study, results_uri=f"{folder}/results").results)
+    peer = bare_tune(trials)
+    median, worst = float(np.median(lost)), float(np.percentile(lost, 95))
     print(
         f"lost a trial after the first on each worker: median {median:.3f} s, "
         f"95th percentile {worst:.3f} s (n={len(lost)}); bare Tune {peer:.3f} s"
     )
-    if args.json:
-        args.json.write_text(json.dumps(answer, indent=1))
+    return {
+        "trials": trials,
+        "seconds_lost_median": median,
+        "seconds_lost_p95": worst,
+        "bare_tune_seconds_median": peer,
+    }
+
+
+def main() -> None:
+    parser = make_parser("overhead", __doc__)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=1, help="of each trial")
+    parser.add_argument("--own", action="store_true", help="a user's function, not our models")
+    parser.add_argument("--reports", action="store_true", help="what reports cost, only")
+    args = parser.parse_args()
+    if args.reports:
+        answer = reports()
+    elif args.workers > 1:
+        answer = in_a_group(args.trials, args.workers)
+    else:
+        answer = one_by_one(args.trials, args.own)
+    save(args.json, answer | {"cpus": os.cpu_count(), "versions": library_versions()})
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

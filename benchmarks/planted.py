@@ -14,16 +14,14 @@ No valley is of the model's family: a tilted parabola, or one steeper on some si
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import optuna
 
-from benchmarks.entry import start
+from benchmarks.entry import make_parser, save, start
 from benchmarks.recorded import read_grids
 from benchmarks.search import CellSearch
 from raysweep.errors import UserError
@@ -429,14 +427,11 @@ def _loss_law(cell: RunSize) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.planted", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = make_parser("planted", __doc__)
     parser.add_argument("kind", choices=("studies", "wide", "groups", "one_batch", "one_size"))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, help="a cell; 4 for studies, else 3")
     parser.add_argument("--grids", help="a Step Law CSV or a results folder, for one_size")
-    parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if options.kind == "studies":
@@ -452,8 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         said = measure_one_size(options.grids)
     print(json.dumps({k: v for k, v in said.items() if k not in ("runs", "sizes")}, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(said, indent=1))
+    save(options.json, said)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 
 from raysweep.errors import UserError
 from raysweep.results.published import read_steplaw
 from raysweep.results.store import Results
+from raysweep.scaling.runs import size_of
 from raysweep.study.shape import RunSize
 
 _FEW = 12  # a cell of fewer recorded runs replays nothing
@@ -87,18 +87,9 @@ def read_grids(uri: str) -> list[RecordedGrid]:
         if len(rows) < _FEW or np.isfinite(loss).sum() < _FEW:
             continue
         first = rows.iloc[0]
-        total = first["params_total_non_embedding"]
-        cell = RunSize(
-            params_active_non_embedding=float(first["params_active_non_embedding"]),
-            tokens=float(first["tokens"]),
-            experts=int(first["experts"]),
-            top_k=int(first["top_k"]),
-            params_total_non_embedding=np.nan if pd.isna(total) else float(total),
-            name=str(name),
-        )
         grids.append(
             RecordedGrid(
-                cell=cell,
+                cell=replace(size_of(name, first), flops=np.nan),  # it may not have come to its end
                 sequence_length=int(first["sequence_length"]),
                 point=np.log(rows[["learning_rate", "batch_tokens"]].to_numpy(dtype=float)),
                 loss=loss,

@@ -18,15 +18,13 @@ to what is judged:
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import optuna
 
-from benchmarks.entry import start
+from benchmarks.entry import make_parser, save, start
 from benchmarks.recorded import RecordedGrid, read_grids
 from benchmarks.search import grid_search
 from raysweep.scaling.optima.literature import OptimumPrior, flat_prior, literature_prior
@@ -138,14 +136,11 @@ def summarise(runs: Sequence[Sequence[CellGaps]]) -> dict[str, dict[str, float]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; prints a table and writes JSON where asked."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.replay", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = make_parser("replay", __doc__)
     parser.add_argument("--results", required=True, help="results folder (URI), or a Step Law CSV")
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="comma-separated")
     parser.add_argument("--trials", default="3,4,6", help="trials a cell, comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write every number here")
     add_prior_arguments(parser)
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -176,10 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "replays": [[asdict(cell) for cell in run] for run in replays],
                 }
             )
-    if options.json:
-        said = {"results": options.results, "prior": options.prior, "without": options.without}
-        said |= {"rate_off": options.rate_off, "seeds": options.seeds, "runs": report}
-        options.json.write_text(json.dumps(said, indent=1))
+    said = {name: getattr(options, name) for name in ("results", "prior", "without", "rate_off")}
+    save(options.json, said | {"seeds": options.seeds, "runs": report})
 
 
 if __name__ == "__main__":

@@ -45,23 +45,26 @@ class CellSearch:
             trials=trials,
             seed=seed,
         )
-        self._study = optuna.create_study(sampler=sampler)
-        self._space = search_space(*bounds)
-        history.register(cell, self._study, sequence_length=sequence_length)
+        self.study = optuna.create_study(sampler=sampler)
+        self.space = search_space(*bounds)
+        history.register(cell, self.study, sequence_length=sequence_length)
 
     def run(self) -> tuple[np.ndarray, float]:
         """One more trial: where it ran, and its loss."""
-        trial = self._study.ask(self._space)
+        return self.finish(self.study.ask(self.space))
+
+    def finish(self, trial: optuna.Trial) -> tuple[np.ndarray, float]:
+        """The same of a trial that was asked for."""
         log_length = np.log(self._length)
         batch = trial.params[LOG2_BATCH] * np.log(2) + log_length
         ran, loss = self._answer(np.array([np.log(trial.params[LEARNING_RATE]), batch]))
         log2 = (ran[1] - log_length) / np.log(2)
         trial.set_user_attr("ran_at", [float(np.exp(ran[0])), float(log2)])
         if np.isfinite(loss):
-            self._study.tell(trial, float(loss))
+            self.study.tell(trial, float(loss))
         else:
             trial.set_user_attr("status", "diverged")
-            self._study.tell(trial, state=TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL)
         self.count += 1
         return ran, loss
 

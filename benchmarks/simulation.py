@@ -10,23 +10,22 @@ was said to be left when a tenth of it was gone, over the time that was.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import itertools
-import json
 import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 
+from benchmarks.entry import make_parser, save, start
 from raysweep.search.resources import ResourcePool
 from raysweep.search.scheduler import Proposal, StudyScheduler
 from raysweep.study import Cell, Study
+from raysweep.study.shape import RunSize
 
 GPUS, CPUS = 8, 96
 """Of a node."""
@@ -70,12 +69,11 @@ def seconds_of(cell: Cell) -> float:
     return cell.flops / (cell.resources.workers * FLOPS_A_SECOND)
 
 
-def loss_of(proposal: Proposal, noise: float) -> float:
-    """A valley about the optimum of a published law."""
-    spec, size = proposal.spec, proposal.spec.cell.size
+def loss_of(size: RunSize, learning_rate: float, batch_tokens: float, noise: float) -> float:
+    """A valley about Step Law's optimum, with 0.1 % of noise."""
     params, tokens = size.params_active_non_embedding, size.tokens
-    u = math.log(spec.learning_rate / (1.79 * params**-0.713 * tokens**0.307))
-    v = math.log(spec.batch_tokens / (0.58 * tokens**0.571))
+    u = math.log(learning_rate / (1.79 * params**-0.713 * tokens**0.307))
+    v = math.log(batch_tokens / (0.58 * tokens**0.571))
     level = 1.7 + 400 * params**-0.35 + 400 * tokens**-0.28
     return level * math.exp(0.02 * u * u + 0.01 * v * v + 1e-3 * noise)
 
@@ -179,7 +177,8 @@ class Simulation:
         if run is None or run.attempt != attempt:
             return False  # a node was lost meanwhile
         del self._runs[name]
-        loss = loss_of(run.proposal, self._rng.normal())
+        spec = run.proposal.spec
+        loss = loss_of(spec.cell.size, spec.learning_rate, spec.batch_tokens, self._rng.normal())
         self.scheduler.tell(name, "finished", loss)
         self.known += 1
         return True
@@ -258,7 +257,7 @@ class Simulation:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("simulation", __doc__)
     parser.add_argument("--nodes", type=int, default=64)
     parser.add_argument("--cells", type=int, default=60)
     parser.add_argument("--per-cell", type=int, default=12)
@@ -266,7 +265,6 @@ def main() -> None:
     parser.add_argument("--losses", type=float, default=0.0, help="of each node, an hour")
     parser.add_argument("--checkpoint-minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     simulation = Simulation(
@@ -280,9 +278,8 @@ def main() -> None:
     figures = simulation.figures()
     for name, value in figures.items():
         print(f"{name:45}  {f'{value:.4g}' if isinstance(value, float) else value}")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+    save(args.json, figures)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

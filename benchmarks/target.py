@@ -8,17 +8,14 @@ the recommendation. Intervals are those of both searches, against the smoothed g
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import optuna
 
-from benchmarks.entry import start
+from benchmarks.entry import make_parser, save, start
 from benchmarks.recorded import RecordedGrid, read_grids
 from benchmarks.search import grid_search
 from raysweep.errors import UserError
@@ -110,15 +107,12 @@ def judge(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.target", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = make_parser("target", __doc__)
     parser.add_argument("grids", help="results folder (URI), or a Step Law CSV")
     parser.add_argument("--without", action="append", default=[], metavar="KEY")
     parser.add_argument("--trials", default="3,4,6", help="trials a cell, comma-separated")
     parser.add_argument("--priors", default="literature,deepseek,flat")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     small, targets = split(read_grids(options.grids))
@@ -172,8 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "n_cells": len(targets),
     }
     print(f"planned / equal {ratio:.2f}; covered: rate {rate:.2f}, batch {batch:.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(said, indent=1))
+    save(options.json, said)
 
 
 if __name__ == "__main__":

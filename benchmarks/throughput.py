@@ -20,7 +20,6 @@ of `noise`, of runs with and without in turn within one process.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -29,11 +28,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.entry import make_parser, save, start
+from raysweep.scaling.compute.roofline import gpu_of_device
 from raysweep.training.record import library_versions
 from raysweep.training.runtime import device_name
 
@@ -43,11 +43,9 @@ CPU_CASE = {"vocab_size": 256, "sequence_length": 128, "batch": 16, "qk_norm": F
 STEPS = {32: 150, 64: 60, 128: 30}
 NOISE_STEPS, NOISE_ROUNDS = 64, 4
 """Of one run with the noise scale or without, and how often each for every repeat."""
-GPU_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bfloat16 FLOP/s from the makers' data sheets (SXM)."""
 
 
-def start(case: dict[str, Any]) -> subprocess.Popen[str]:
+def launch(case: dict[str, Any]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.throughput_worker", json.dumps(case)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -62,7 +60,7 @@ def finish(process: subprocess.Popen[str]) -> Any:
 
 def measure(case: dict[str, Any], together: int = 1) -> float:
     """Tokens/s of a case, in all if several run together."""
-    return sum(map(finish, [start(case) for _ in range(together)]))
+    return sum(map(finish, [launch(case) for _ in range(together)]))
 
 
 def show(name: str, values: list[float]) -> str:
@@ -74,26 +72,33 @@ def geometric_mean(values: list[float]) -> float:
     return math.prod(values) ** (1 / len(values))
 
 
+def named(d_model: int, layers: int, heads: int, experts: int) -> tuple[str, dict[str, Any]]:
+    """A shape in words, and its case."""
+    shape = {"d_model": d_model, "layers": layers, "heads": heads, "steps": STEPS[d_model]}
+    if experts == 1:
+        return f"{(d_model, layers, heads)}", CPU_CASE | shape
+    return f"{(d_model, layers, heads)}, {experts} experts", CPU_CASE | shape | {"experts": experts}
+
+
 def against(
     repeats: int, experts: int, peer: str
-) -> Iterator[tuple[tuple[int, int, int], list[float], list[float]]]:
-    """Each of `SHAPES`, and tokens/s of ours and of a peer (`plain` or `peer`), by turns."""
-    for d_model, layers, heads in SHAPES:
-        shape = {"d_model": d_model, "layers": layers, "heads": heads, "steps": STEPS[d_model]}
-        case = CPU_CASE | shape | ({"experts": experts} if experts > 1 else {})
+) -> Iterator[tuple[tuple[int, int, int], str, list[float], list[float]]]:
+    """Each of `SHAPES`, its name, and tokens/s of ours and of a peer (`plain` or `peer`), by
+    turns."""
+    for shape in SHAPES:
+        name, case = named(*shape, experts)
         us, them = [], []
         for _ in range(repeats):
             them.append(measure(case | {peer: True}))
             us.append(measure(case))
-        yield (d_model, layers, heads), us, them
+        yield shape, name, us, them
 
 
 def plain(repeats: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for experts in (1, 8):
-        for shape, us, them in against(repeats, experts, "plain"):
+        for _, name, us, them in against(repeats, experts, "plain"):
             ratio = statistics.median(us) / statistics.median(them)
-            name = f"{shape}" + (f", {experts} experts" if experts > 1 else "")
             print(f"  {name}: {show('tokens/s', us)}, {show('plain', them)}: {ratio:.2f}x")
             found[name] = {"ratio": ratio, "ours": us, "plain": them}
     least = min(case["ratio"] for case in found.values())
@@ -108,7 +113,7 @@ def cpu(repeats: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, experts in (("LlamaForCausalLM", 1), ("MixtralForCausalLM", 8)):
         ratios, cases = [], []
-        for shape, us, them in against(repeats, experts, "peer"):
+        for shape, _, us, them in against(repeats, experts, "peer"):
             ratios.append(statistics.median(us) / statistics.median(them))
             cases.append({"shape": shape, "ours": us, "peer": them})
             texts = show("tokens/s", us), show(kind, them)
@@ -135,7 +140,7 @@ def noise(repeats: int) -> dict[str, Any]:
     for d_model, layers, heads in SHAPES:
         shape = {"d_model": d_model, "layers": layers, "heads": heads}
         case = CPU_CASE | shape | {"steps": NOISE_STEPS, "noise_rounds": NOISE_ROUNDS * repeats}
-        rounds = finish(start(case))
+        rounds = finish(launch(case))
         ratios = [off / on - 1 for on, off in rounds]
         low, cost, high = statistics.quantiles(ratios, n=4)
         costs.append(cost)
@@ -150,16 +155,13 @@ def noise(repeats: int) -> dict[str, Any]:
 def muon(repeats: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for experts in (1, 8):
-        for d_model, layers, heads in SHAPES:
-            case = CPU_CASE | {
-                "d_model": d_model, "layers": layers, "heads": heads, "steps": STEPS[d_model],
-            } | ({"experts": experts} if experts > 1 else {})  # fmt: skip
+        for shape in SHAPES:
+            name, case = named(*shape, experts)
             speeds: dict[str, list[float]] = {"adamw": [], "muon": []}
             for _ in range(repeats):
-                for name, values in speeds.items():
-                    values.append(measure(case | {"recipe": {"optimizer": name}}))
+                for optimizer, values in speeds.items():
+                    values.append(measure(case | {"recipe": {"optimizer": optimizer}}))
             ratios = [a / b - 1 for a, b in zip(*speeds.values(), strict=True)]
-            name = f"{(d_model, layers, heads)}" + (f", {experts} experts" if experts > 1 else "")
             cost = statistics.median(ratios)
             print(f"  {name}: {cost:.1%} ({min(ratios):.1%} to {max(ratios):.1%})")
             found[name] = {"cost": cost, "tokens_per_second": speeds}
@@ -170,10 +172,10 @@ def gpu(repeats: int) -> dict[str, Any]:
     if not torch.cuda.is_available():
         print("gpu: PyTorch sees no GPU here; nothing measured")
         return {}
-    name = torch.cuda.get_device_name()
-    peak = next((flops for key, flops in GPU_PEAK.items() if key in name), None)
     from benchmarks.throughput_worker import make_spec
 
+    card = gpu_of_device(torch.cuda.get_device_name())
+    peak = card and card.flops
     base = {"vocab_size": 50_304, "sequence_length": 1024, "steps": 40, "gpus": 1, "compile": "on"}
     small = {"d_model": 768, "layers": 12, "heads": 12, "batch": 256}
     found: dict[str, Any] = {"peak_flops": peak}
@@ -211,10 +213,9 @@ PARTS = {"cpu": cpu, "plain": plain, "pair": pair, "noise": noise, "muon": muon,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput")
+    parser = make_parser("throughput", __doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--json", type=Path, help="write all numbers to this file besides")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = library_versions()
@@ -229,10 +230,8 @@ def main() -> None:
     }
     for part in arguments.part or PARTS:
         found[part] = PARTS[part](arguments.repeats)
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        save(arguments.json, found)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

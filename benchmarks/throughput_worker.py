@@ -21,6 +21,7 @@ import torch
 from raysweep.model import fused
 from raysweep.study import Study, TrialSpec
 from raysweep.training.loop import train
+from raysweep.training.outcome import Silent
 
 WARM_UP = 5
 """Steps before the clock starts."""
@@ -37,7 +38,7 @@ class RandomCorpus:
         self.validation = self.train[: 1 << 14]
 
 
-class Clock:
+class Clock(Silent):
     """A reporter that notes the time after each step."""
 
     def __init__(self, on_cpu: bool) -> None:
@@ -46,9 +47,6 @@ class Clock:
 
     def report(self, step: int, tokens: int, loss: float) -> None:
         self.at[tokens] = self.now()
-
-    def should_stop(self) -> bool:
-        return False
 
     def tokens_per_second(self, warm_up_tokens: int) -> float:
         times = [(tokens, at) for tokens, at in self.at.items() if tokens >= warm_up_tokens]

@@ -42,12 +42,7 @@ def train_batch(
     Raises UserError where the batch does not divide by the world size, or where the corpus is
     shorter than one sequence.
     """
-    if batch_sequences % world_size:
-        raise UserError(
-            f"a batch of {batch_sequences} sequences does not divide by {world_size} workers: "
-            "raise search.batch_sequences.low, or use fewer workers"
-        )
-    part = batch_sequences // world_size
+    part = sequences_each(batch_sequences, world_size)
     start, stop, _ = (micro or slice(None)).indices(part)
     starts = window_starts(
         step * batch_sequences + rank * part + start,
@@ -57,6 +52,16 @@ def train_batch(
         seed=seed,
     )
     return _gather(tokens, starts, sequence_length)
+
+
+def sequences_each(batch_sequences: int, world_size: int) -> int:
+    """Sequences of a batch that each worker takes; UserError where it does not divide."""
+    if batch_sequences % world_size:
+        raise UserError(
+            f"a batch of {batch_sequences} sequences does not divide by {world_size} workers: "
+            "raise search.batch_sequences.low, or use fewer workers"
+        )
+    return batch_sequences // world_size
 
 
 def validation_batches(

@@ -16,6 +16,7 @@ from raysweep.data.batches import too_small_for_validation, windows_per_epoch
 from raysweep.data.machine import MAX_MEGABYTES
 from raysweep.data.tokens import Shard, ShardedTokens, fingerprint, open_shards
 from raysweep.errors import UserError
+from raysweep.study import Study
 from raysweep.study.schema import Data
 from raysweep.text import short
 
@@ -201,6 +202,20 @@ def prepare(
             said = too_small_for_validation(tokens, data.validation_sequences, sequence_length)
             raise UserError(f"data.validation.{name}: {said}" if name else said)
     return corpus
+
+
+def corpus_of(study: Study, progress: Callable[[str], None] | None = None) -> Corpus | None:
+    """The corpus of a study, as `prepare` has it; None where the user's own code trains."""
+    space = study.space
+    if space.training is not None:
+        return None
+    length = space.model.sequence_length
+    return prepare(space.data, study.folder, sequence_length=length, progress=progress)
+
+
+def data_hash(study: Study, corpus: Corpus | None) -> str:
+    """What a study's trials know their data by: the corpus's hash, or the name of the user's."""
+    return study.own_data if corpus is None else corpus.hash
 
 
 def _sound(corpus: Corpus) -> bool:

@@ -60,8 +60,7 @@ class NearDuplicates:
     of at most 0.044, so pairs above 0.7 hardly ever slip through.
     """
 
-    def __init__(self, threshold: float = THRESHOLD) -> None:
-        self._threshold = threshold
+    def __init__(self) -> None:
         self._signatures: list[np.ndarray] = []
         self._bands: dict[tuple[int, bytes], list[int]] = {}
 
@@ -71,7 +70,7 @@ class NearDuplicates:
         keys = [(band, part.tobytes()) for band, part in enumerate(np.split(new, BANDS))]
         candidates = {index for key in keys for index in self._bands.get(key, ())}
         for index in candidates:
-            if np.mean(self._signatures[index] == new) >= self._threshold:
+            if np.mean(self._signatures[index] == new) >= THRESHOLD:
                 return True
         for key in keys:
             self._bands.setdefault(key, []).append(len(self._signatures))

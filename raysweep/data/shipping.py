@@ -26,7 +26,9 @@ def upload(corpus: Corpus, storage: Storage) -> None:
         return
     files = sorted(p.name for p in corpus.path.iterdir() if p.name != build.MANIFEST)
     for name in files:
-        _copy(fs.LocalFileSystem(), str(corpus.path / name), storage, corpus.hash, name)
+        target = storage.path(FOLDER, corpus.hash, name)
+        what = f"write {corpus.hash}/{name} in {storage.uri}"
+        _copy(fs.LocalFileSystem(), str(corpus.path / name), storage.filesystem, target, what)
     storage.write((corpus.path / build.MANIFEST).read_bytes(), FOLDER, corpus.hash, build.MANIFEST)
 
 
@@ -54,16 +56,9 @@ def fetch(corpus: Corpus, storage: Storage) -> Corpus:
 
     def download(work: Path) -> None:
         for info in storage.list(FOLDER, corpus.hash):
+            what = f"fetch {info.base_name} of corpus {corpus.hash}"
             target = str(work / info.base_name)
-            retry(
-                lambda info=info, target=target: fs.copy_files(
-                    info.path,
-                    target,
-                    source_filesystem=storage.filesystem,
-                    destination_filesystem=fs.LocalFileSystem(),
-                ),
-                f"fetch {info.base_name} of corpus {corpus.hash}",
-            )
+            _copy(storage.filesystem, info.path, fs.LocalFileSystem(), target, what)
 
     return cache_folder.get_or_build(
         cache_folder.root() / FOLDER,
@@ -81,14 +76,14 @@ def _open(path: Path, expected: str) -> Corpus | None:
     return corpus if corpus.hash == expected else None
 
 
-def _copy(source: fs.FileSystem, path: str, storage: Storage, *parts: str) -> None:
-    target = storage.path(FOLDER, *parts)
+def _copy(
+    source: fs.FileSystem, path: str, destination: fs.FileSystem, target: str, what: str
+) -> None:
+    """Copy a file; `what` says so in errors."""
 
     def attempt() -> None:
-        if storage.is_local:
+        if isinstance(destination, fs.LocalFileSystem):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(
-            path, target, source_filesystem=source, destination_filesystem=storage.filesystem
-        )
+        fs.copy_files(path, target, source_filesystem=source, destination_filesystem=destination)
 
-    retry(attempt, f"write {'/'.join(parts)} in {storage.uri}")
+    retry(attempt, what)

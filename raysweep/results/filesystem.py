@@ -10,7 +10,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -110,28 +110,16 @@ class Storage:
 
     def list(self, *parts: str) -> list[fs.FileInfo]:
         """Files right under a folder, hidden ones left out; none where there is no folder."""
-
-        def attempt() -> list[fs.FileInfo]:
-            selector = fs.FileSelector(self.path(*parts), allow_not_found=True)
-            infos = self.filesystem.get_file_info(selector)
-            return [i for i in infos if i.is_file and not i.base_name.startswith(".")]
-
-        return retry(attempt, f"list {'/'.join(parts)} in {self.uri}")
+        return [i for i in self._infos(*parts) if i.is_file and not i.base_name.startswith(".")]
 
     def folders(self, *parts: str) -> list[str]:
         """Names of the folders right under a folder."""
-
-        def attempt() -> list[str]:
-            selector = fs.FileSelector(self.path(*parts), allow_not_found=True)
-            infos = self.filesystem.get_file_info(selector)
-            return [i.base_name for i in infos if i.type is fs.FileType.Directory]
-
-        return retry(attempt, f"list {'/'.join(parts)} in {self.uri}")
+        return [i.base_name for i in self._infos(*parts) if i.type is fs.FileType.Directory]
 
     def delete_folder(self, *parts: str) -> None:
         """Remove a folder and all in it; one that is gone already is no error."""
         # A look is one request of an object store, and what follows five.
-        if not self.is_local and not self._holds(*parts):
+        if not self.is_local and not self._infos(*parts):
             return
 
         def attempt() -> None:
@@ -142,12 +130,11 @@ class Storage:
 
         retry(attempt, f"delete {'/'.join(parts)} in {self.uri}")
 
-    def _holds(self, *parts: str) -> bool:
-        def attempt() -> bool:
-            selector = fs.FileSelector(self.path(*parts), allow_not_found=True)
-            return bool(self.filesystem.get_file_info(selector))
-
-        return retry(attempt, f"list {'/'.join(parts)} in {self.uri}")
+    def _infos(self, *parts: str) -> Sequence[fs.FileInfo]:
+        """What stands right under a folder."""
+        selector = fs.FileSelector(self.path(*parts), allow_not_found=True)
+        what = f"list {'/'.join(parts)} in {self.uri}"
+        return retry(lambda: self.filesystem.get_file_info(selector), what)
 
     def exists(self) -> bool:
         """Whether anything but hidden files, such as half-written ones, stands at the root (object

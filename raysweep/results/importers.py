@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,7 @@ from raysweep.results.mapping import (
     reasons,
     recipes,
 )
-from raysweep.results.published import (
-    PUBLISHED,
-    USED,
-)
+from raysweep.results.published import PUBLISHED, USED
 from raysweep.results.rows import finish, first_line, read_table
 from raysweep.results.schema import CURVE_SCHEMA, FINISHED
 from raysweep.results.shapes import N, count_shapes
@@ -56,9 +53,9 @@ class Imported:
     rows: pd.DataFrame
     used: tuple[str, ...]
     ignored: tuple[str, ...]
-    guessed: Mapping[str, str]
-    notes: tuple[str, ...]
-    curves: pd.DataFrame
+    guessed: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    curves: pd.DataFrame = field(default_factory=lambda: CURVE_SCHEMA.empty_table().to_pandas())
 
 
 def import_results(
@@ -133,12 +130,10 @@ def read_source(
         found = _published(format, source, study)
     else:
         told = parse_mapping([mapping] if mapping else [])
-        if isinstance(source, pd.DataFrame):
-            table = source.reset_index(drop=True).rename(columns=lambda c: str(c).strip())
-            found = read_rows(table, told, "the table", study or "table")
-        elif format in TABLES:
-            table, name = read_table(source), study or Path(source).stem
-            found = read_rows(table, told, str(source), name, first_line=first_line(source))
+        if isinstance(source, pd.DataFrame) or format in TABLES:
+            name = "table" if isinstance(source, pd.DataFrame) else Path(source).stem
+            table, where, line = _table(source)
+            found = read_rows(table, told, where, study or name, first_line=line)
         else:
             found = _tracked(format, os.fspath(source), told, study, curves)
     if study is not None:
@@ -162,22 +157,11 @@ def read_runs(
     """
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         return Results.open(source).to_pandas()
-    if isinstance(source, pd.DataFrame):
-        if "trial_key" in source and mapping is None:
-            return source  # rows of results already
-        table, where, line = source.reset_index(drop=True), "the table", 1
-    else:
-        table, where, line = read_table(source), str(source), first_line(source)
+    if isinstance(source, pd.DataFrame) and "trial_key" in source and mapping is None:
+        return source  # rows of results already
+    table, where, line = _table(source)
     told = parse_mapping([mapping] if mapping else [])
     return read_rows(table, told, where, "runs", first_line=line, needed=needed).rows
-
-
-def read_csv(
-    path: str | os.PathLike[str], mapping: Mapping[str, str], study: str = "csv"
-) -> pd.DataFrame:
-    """The rows of a table with one row a run; see `read_rows`."""
-    table = read_table(path)
-    return read_rows(table, mapping, str(path), study, first_line=first_line(path)).rows
 
 
 def read_rows(
@@ -234,30 +218,30 @@ def read_rows(
     made = finish(table, rows, source, study, hyperparameters=searched)
     notes += _suspects(made, table, first_line)
     used = {*known.sources.values(), *({"outlier", "reason"} if "outlier" in table else ())}
-    columns = [str(c) for c in table.columns]
-    return Imported(
-        made,
-        used=tuple(n for n in columns if n in used),
-        ignored=tuple(n for n in columns if n not in used),
-        guessed=known.guessed,
-        notes=tuple(notes),
-        curves=CURVE_SCHEMA.empty_table().to_pandas(),
-    )
+    return Imported(made, *_sorted_out(table, used), guessed=known.guessed, notes=tuple(notes))
+
+
+def _table(source: str | os.PathLike[str] | pd.DataFrame) -> tuple[pd.DataFrame, str, int]:
+    """A table, what errors call it, and the line of its first row."""
+    if isinstance(source, pd.DataFrame):
+        table = source.reset_index(drop=True).rename(columns=lambda c: str(c).strip())
+        return table, "the table", 1
+    return read_table(source), str(source), first_line(source)
 
 
 def _published(format: str, path: str | os.PathLike[str], study: str | None) -> Imported:
     # No two IsoFLOP files need have anything in common.
     name = study or (Path(path).stem if format == "isoflop" else format)
     rows = PUBLISHED[format](path, name)
-    columns = [str(c) for c in read_table(path).columns]
-    return Imported(
-        rows,
-        used=tuple(n for n in columns if n in USED[format]),
-        ignored=tuple(n for n in columns if n not in USED[format]),
-        guessed={},
-        notes=(),
-        curves=CURVE_SCHEMA.empty_table().to_pandas(),
-    )
+    return Imported(rows, *_sorted_out(read_table(path), USED[format]))
+
+
+def _sorted_out(
+    table: pd.DataFrame, used: Collection[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of a table's columns that are used, and of the others."""
+    names = [str(c) for c in table.columns]
+    return tuple(n for n in names if n in used), tuple(n for n in names if n not in used)
 
 
 def _tracked(

@@ -21,9 +21,8 @@ from typing import Any, Literal, get_args
 from raysweep.errors import UserError
 from raysweep.results.filesystem import Storage
 from raysweep.results.schema import COLUMNS, FINISHED, is_loss, make_row
-from raysweep.results.store import Results
+from raysweep.results.store import PENDING, Results
 
-FOLDER = "pending"
 MEASURED = (
     *("loss_se", "train_loss", "bits_per_byte", "noise_scale_tokens", "expert_load_entropy"),
     *("expert_load_max_over_mean", "router_confidence", "seconds_train", "peak_memory_bytes"),
@@ -75,7 +74,7 @@ def write_pending(
         asked_at=now.isoformat(),
         expires_at=(now + lifetime).isoformat(),
     )
-    storage.write(json.dumps(asdict(found)).encode(), FOLDER, f"{found.id}.json")
+    storage.write(json.dumps(asdict(found)).encode(), PENDING, f"{found.id}.json")
     return found
 
 
@@ -83,7 +82,7 @@ def read_pending(storage: Storage, study: str | None = None) -> list[Pending]:
     """The trials of a study, or of all, that were handed out and not told, expired ones included.
     Read them before the rows: a trial told in between is then in both, and never in neither."""
     found = []
-    for info in storage.list(FOLDER):
+    for info in storage.list(PENDING):
         one = _read(storage, info.base_name)
         if one is not None and study in (None, one.columns["study"]):
             found.append(one)
@@ -154,7 +153,7 @@ def tell(
         seconds_wall=(datetime.now(UTC) - asked).total_seconds(),
     )
     results.write(row)
-    results.storage.delete(FOLDER, f"{trial}.json")
+    results.storage.delete(PENDING, f"{trial}.json")
     return row
 
 
@@ -184,7 +183,7 @@ def _number(name: str, given: Any) -> float:
 
 def _read(storage: Storage, file: str) -> Pending | None:
     """A trial's file; None where it is not there, or not readable (another's half-made file)."""
-    data = storage.read(FOLDER, file) if file.endswith(".json") else None
+    data = storage.read(PENDING, file) if file.endswith(".json") else None
     try:
         found = Pending(**json.loads(data)) if data else None
     except (ValueError, TypeError):

@@ -63,7 +63,6 @@ class StudyCallback(tune.Callback):
     def __init__(
         self,
         scheduler: StudyScheduler,
-        data_hash: str,
         results: Results,
         progress: Progress,
         interruption: Interruption,
@@ -77,7 +76,6 @@ class StudyCallback(tune.Callback):
         self.concluded = 0
         self._scheduler = scheduler
         self._study = scheduler.study
-        self._data_hash = data_hash
         self._results = results
         self._progress = progress
         self._interruption = interruption
@@ -266,15 +264,7 @@ class StudyCallback(tune.Callback):
     def _write_unfinished(self, trial: Trial, status: str, reason: str) -> None:
         report = self._reports.get(trial.trial_id, {})
         begun, started_at = self._conclude(trial)
-        config = trial.config
-        spec = self._study.trial(
-            self._study.cell(config["cell"]),
-            self._data_hash,
-            config["learning_rate"],
-            config["batch_sequences"],
-            config["seed"],
-            config.get("also"),
-        )
+        spec = self._study.trial_of(trial.config, self._scheduler.data_hash)
         standing = self._results.find(spec.key, spec.study)
         if standing is not None and standing["status"] != "crashed":
             return  # its worker died after it had written its row

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.results.schema import FINISHED
-from raysweep.search.history import LEARNING_RATE, LOG2_BATCH
+from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, where_run
 from raysweep.search.strategies import search_space
 from raysweep.study import Cell, Search
 
@@ -27,20 +27,20 @@ CONCLUDED = (FINISHED, "diverged", "stopped", "out_of_memory")
 """Statuses of trials that told something: all but crashed ones."""
 
 
-Point = tuple[float, int, int, tuple[tuple[str, float], ...]]
-"""Of a trial in its cell: learning rate, log2 of the batch in sequences, seed, and the names and
-values of further hyperparameters."""
+class Point(NamedTuple):
+    """Where in its cell a trial runs."""
 
+    learning_rate: float
+    log2_batch: float
+    """Of the batch in sequences."""
+    also: tuple[tuple[str, float], ...] = ()
+    """Names and values of further hyperparameters."""
 
-NOTHING: Mapping[str, float] = {}
-
-
-def point_key(
-    learning_rate: float, log2_batch: float, also: Mapping[str, float]
-) -> tuple[str, float]:
-    """A point in a form that can be a key: runs of one point differ in their seed alone."""
-    further = "".join(f" {name} {value:.9e}" for name, value in sorted(also.items()))
-    return f"{learning_rate:.9e}{further}", log2_batch
+    @property
+    def key(self) -> tuple[str, float]:
+        """Equal for runs that differ in their seed alone."""
+        further = "".join(f" {name} {value:.9e}" for name, value in sorted(self.also))
+        return f"{self.learning_rate:.9e}{further}", self.log2_batch
 
 
 @dataclass
@@ -50,10 +50,10 @@ class Bounds:
     learning_rate: tuple[float, float]
     log2_batch: tuple[int, int]
 
-    def __contains__(self, point: tuple[float, float]) -> bool:
+    def __contains__(self, point: Point) -> bool:
         low, high = self.learning_rate
-        inside = low * (1 - 1e-9) <= point[0] <= high * (1 + 1e-9)
-        return inside and self.log2_batch[0] <= point[1] <= self.log2_batch[1]
+        inside = low * (1 - 1e-9) <= point.learning_rate <= high * (1 + 1e-9)
+        return inside and self.log2_batch[0] <= point.log2_batch <= self.log2_batch[1]
 
 
 @dataclass
@@ -73,10 +73,10 @@ class CellState:
     """The cell whose trials make this one's rows, where that is another (WSD branches)."""
     branches: list[CellState] = field(default_factory=list)
     """The cells that trials of this one serve besides."""
-    unfinished: list[Point] = field(default_factory=list)
-    """Trials of an earlier run to be taken up before any other: those that were in flight when it
-    ended, and those whose branches' rows stand without their own."""
-    crashed: list[Point] = field(default_factory=list)
+    unfinished: list[tuple[Point, int]] = field(default_factory=list)
+    """Trials of an earlier run, with their seeds, to be taken up before any other: those that were
+    in flight when it ended, and those whose branches' rows stand without their own."""
+    crashed: list[tuple[Point, int]] = field(default_factory=list)
     """Trials of earlier runs that crashed: tried again before new points are."""
     extensions: int = 0
     granted: int = 0
@@ -165,27 +165,27 @@ class CellState:
         done = [t for t in self.trials(FINISHED) if t.state is TrialState.COMPLETE]
         return min(done, key=lambda t: t.value or math.inf, default=None)
 
-    def is_repeat(
-        self, learning_rate: float, log2_batch: float, also: Mapping[str, float] = NOTHING
-    ) -> bool:
+    def is_repeat(self, point: Point) -> bool:
         """Whether an earlier run's trial at this very point repeated it: a trial has finished
         there, and repeats are wanted. Any other was part of the search, which may come back to a
         point: were it not counted, a search that keeps to one point would never end."""
-        key = point_key(learning_rate, log2_batch, also)
-        few = 1 <= self.tried.get(key, 0) <= self.search.repeats_at_optimum
-        return few and key in self.finished_at
+        few = 1 <= self.tried.get(point.key, 0) <= self.search.repeats_at_optimum
+        return few and point.key in self.finished_at
 
-    def further(self, trial: FrozenTrial | optuna.Trial) -> dict[str, float]:
+    def point_of(self, trial: FrozenTrial) -> Point:
+        """Where a trial ran."""
+        place = where_run(trial)
+        assert place is not None
+        return Point(place[0], int(place[1]), self.further(trial))
+
+    def further(self, trial: FrozenTrial | optuna.Trial) -> tuple[tuple[str, float], ...]:
         """The values of a trial's further hyperparameters."""
-        return {name: float(trial.params[name]) for name in self.search.also}
+        return tuple((name, float(trial.params[name])) for name in self.search.also)
 
-    def next_seed(
-        self, learning_rate: float, log2_batch: float, also: Mapping[str, float] = NOTHING
-    ) -> int:
+    def next_seed(self, point: Point) -> int:
         """How many trials were given out at this very point; counts this one."""
-        key = point_key(learning_rate, log2_batch, also)
-        used = self.tried.get(key, 0)
-        self.tried[key] = used + 1
+        used = self.tried.get(point.key, 0)
+        self.tried[point.key] = used + 1
         return used
 
     @property
@@ -201,37 +201,28 @@ class CellState:
         self.bounds = Bounds((float(rate[0]), float(rate[1])), (int(batch[0]), int(batch[1])))
         self.extensions = min(int(kept["extensions"]), self.search.max_extensions)
 
-    def take_back(
-        self, learning_rate: float, log2_batch: int, also: Mapping[str, float] = NOTHING
-    ) -> None:
+    def take_back(self, point: Point) -> None:
         """Undo `next_seed` for a trial that crashed: its seed is free again."""
-        key = point_key(learning_rate, log2_batch, also)
-        self.tried[key] = max(0, self.tried.get(key, 0) - 1)
+        self.tried[point.key] = max(0, self.tried.get(point.key, 0) - 1)
 
-    def add_row(
-        self,
-        learning_rate: float,
-        log2_batch: float,
-        status: str,
-        loss: float | None,
-        also: Mapping[str, float] = NOTHING,
-    ) -> int:
+    def add_row(self, point: Point, status: str, loss: float | None) -> int:
         """Rebuild one trial of an earlier run, or one that runs elsewhere (`running`); its number.
         It may lie outside the range searched now."""
         number = len(self.study.get_trials(deepcopy=False))
-        if self.is_repeat(learning_rate, log2_batch, also):
+        if self.is_repeat(point):
             self.repeats.add(number)
-        self.next_seed(learning_rate, log2_batch, also)
+        self.next_seed(point)
         if status == FINISHED:
-            self.finished_at.add(point_key(learning_rate, log2_batch, also))
+            self.finished_at.add(point.key)
         rate, batch = self.bounds.learning_rate, self.bounds.log2_batch
         params = {
-            LEARNING_RATE: min(max(learning_rate, rate[0]), rate[1]),
-            LOG2_BATCH: min(max(round(log2_batch), batch[0]), batch[1]),
+            LEARNING_RATE: min(max(point.learning_rate, rate[0]), rate[1]),
+            LOG2_BATCH: min(max(round(point.log2_batch), batch[0]), batch[1]),
         }
+        further = dict(point.also)
         for name, given in self.search.also.items():
-            params[name] = min(max(also.get(name, given.low), given.low), given.high)
-        place = learning_rate, log2_batch
+            params[name] = min(max(further.get(name, given.low), given.low), given.high)
+        place = point[:2]
         states = {FINISHED: TrialState.COMPLETE, "running": TrialState.RUNNING}
         self.study.add_trial(
             optuna.create_trial(

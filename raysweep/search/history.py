@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial, TrialState
 from raysweep.errors import UserError
 from raysweep.scaling.optima.hyperparameters import Points, points_of
 from raysweep.scaling.optima.literature import OptimumPrior
-from raysweep.scaling.optima.model import DEFAULT, Settings
 from raysweep.scaling.optima.surface import Surface, fit_surface
 from raysweep.study.shape import RunSize
 
@@ -69,8 +68,8 @@ class TrialHistory:
     one whose parameters are not what was asked for, in "asked_at".
     """
 
-    def __init__(self, prior: OptimumPrior | None = None, settings: Settings = DEFAULT) -> None:
-        self.prior, self.settings = prior, settings
+    def __init__(self, prior: OptimumPrior | None = None) -> None:
+        self.prior = prior
         self._entries: dict[str, _CellRecord] = {}
         self._cache: tuple[int, Surface] | None = None
         self._full_fit = 0  # trials of the last fit from several starts
@@ -185,7 +184,6 @@ class TrialHistory:
                 index,
                 *arrays,
                 prior=self.prior,
-                settings=self.settings,
                 batch_searched=True,
                 warm=followed,
             )

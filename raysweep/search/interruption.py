@@ -8,9 +8,10 @@ import os
 import signal
 import time
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from raysweep.training.supervisor import descendants
 
 GRACE_SECONDS = 25.0
 """What running trials get to finish or to leave a checkpoint."""
@@ -28,8 +29,8 @@ _SHOW_CURSOR = b"\x1b[?25h"
 class Interrupted(KeyboardInterrupt):
     """A run was ended by a signal. Its text says how to continue."""
 
-    def __init__(self, signum: int, text: str = "run the same command again to continue") -> None:
-        super().__init__(text)
+    def __init__(self, signum: int) -> None:
+        super().__init__("run the same command again to continue")
         self.exit_code = 128 + signum
 
 
@@ -80,7 +81,7 @@ class Interruption:
             if os.isatty(2):
                 os.write(2, _SHOW_CURSOR)
             os.write(2, b"ended at once: run the same command again to continue\n")
-            for pid in _descendants(os.getpid()):  # a local Ray's agents would linger for minutes
+            for pid in descendants():  # a local Ray's agents would linger for minutes
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
             os._exit(128 + signum)
@@ -129,19 +130,6 @@ def _node() -> str:
     import ray
 
     return ray.get_runtime_context().get_node_id()
-
-
-def _descendants(pid: int) -> list[int]:
-    """Processes that a process started, and that those did; none where there is no /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            parent = int(entry.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.parent.name))
-    found = [pid]
-    for each in found:
-        found += children.get(each, [])
-    return found[1:]
 
 
 def _key() -> str:

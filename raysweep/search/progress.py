@@ -148,9 +148,7 @@ class Progress:
 
 def _cells_row(state: CellState) -> list[str]:
     best = state.best
-    at = best.user_attrs.get("ran_at") if best else None
-    rate = (at[0] if at else best.params["learning_rate"]) if best else math.nan
-    log2 = (at[1] if at else best.params["log2_batch_sequences"]) if best else 0
+    rate, log2, _ = state.point_of(best) if best else (math.nan, 0, {})
     failed = state.concluded - state.finished
     return [
         state.cell.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import defaultdict
@@ -12,11 +11,12 @@ from typing import Any
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.results.columns import recipe_of
 from raysweep.results.schema import FINISHED, is_loss
+from raysweep.scaling.runs import size_of
 from raysweep.search.cells import CellState, Point
 from raysweep.search.history import TrialHistory
 from raysweep.study import Study
-from raysweep.study.shape import RunSize
 
 RUNNING = "running"
 """Status of a row that stands for a trial handed out and not told (`raysweep ask`)."""
@@ -40,7 +40,7 @@ def restore_trials(
     than the study says now: losses of two recipes must not be compared.
     """
     other_recipe: list[str] = []
-    points: defaultdict[tuple[str, str], set[Point]] = defaultdict(set)
+    ran: defaultdict[tuple[str, str], set[tuple[Point, int]]] = defaultdict(set)
     spent = 0.0
     for row in rows.to_dict("records"):
         state = states.get(row["cell"])
@@ -50,24 +50,23 @@ def restore_trials(
         rate, sequences = row["learning_rate"], int(row["batch_sequences"])
         also = further_values(row["recipe"], study)
         spec = study.trial(state.cell, data_hash, rate, sequences, int(row["seed"]), also)
-        point = rate, int(math.log2(sequences)), spec.seed, tuple(sorted(also.items()))
+        point = Point(rate, math.log2(sequences), spec.also)
         if crashed and not keep_crashes:
             if spec.key == row["trial_key"] and state.stable_run is None:
-                state.crashed.append(point)
+                state.crashed.append((point, spec.seed))
             continue
         if spec.key != row["trial_key"]:
             other_recipe.append(row["cell"])
             continue
-        log2_batch = math.log2(sequences)
         if crashed:
-            state.add_row(rate, log2_batch, "crashed", None, also)
+            state.add_row(point, "crashed", None)
             state.crashes += 1
-            state.take_back(rate, int(log2_batch), also)
+            state.take_back(point)
             continue
-        points[(state.stable_run or state).cell.name, state.cell.name].add(point)
+        ran[(state.stable_run or state).cell.name, state.cell.name].add((point, spec.seed))
         lost = row["status"] == FINISHED and not is_loss(row["loss"])
         status = "diverged" if lost else row["status"]
-        number = state.add_row(rate, log2_batch, status, row["loss"], also)
+        number = state.add_row(point, status, row["loss"])
         if status == RUNNING:
             state.running.add(number)
         else:
@@ -79,12 +78,10 @@ def restore_trials(
             f"{other_recipe[0]}) made with another recipe, shape, seed or corpus: give the study "
             "another name, or name another --results"
         )
-    for (stable_run, cell), of_branch in list(points.items()):
+    for (stable_run, cell), of_branch in list(ran.items()):
         if cell != stable_run:
-            missing = (
-                of_branch - points[stable_run, stable_run] - set(states[stable_run].unfinished)
-            )
-            states[stable_run].unfinished += sorted(missing)
+            unfinished = states[stable_run].unfinished
+            unfinished += sorted(of_branch - ran[stable_run, stable_run] - set(unfinished))
     return spent
 
 
@@ -102,27 +99,23 @@ def restore_in_flight(
     for trial in trials:
         try:
             state = states[trial["cell"]]
-            rate, sequences = float(trial["learning_rate"]), int(trial["batch_sequences"])
-            also = {str(name): float(value) for name, value in trial.get("also", {}).items()}
-            spec = study.trial(state.cell, data_hash, rate, sequences, int(trial["seed"]), also)
-            key = trial["trial_key"]
+            spec, key = study.trial_of(trial, data_hash), trial["trial_key"]
+            point = Point(spec.learning_rate, math.log2(spec.batch_sequences), spec.also)
         except (KeyError, TypeError, ValueError, AttributeError):
             continue
-        point = rate, int(math.log2(sequences)), spec.seed, tuple(sorted(also.items()))
-        known = spec.key != key or (state.cell.name, key) in over or point in state.unfinished
-        if not known and state.stable_run is None and point[:2] in state.bounds:
-            state.unfinished.append(point)
-            if point in state.crashed:
-                state.crashed.remove(point)
+        run = point, spec.seed
+        known = spec.key != key or (state.cell.name, key) in over or run in state.unfinished
+        if not known and state.stable_run is None and point in state.bounds:
+            state.unfinished.append(run)
+            if run in state.crashed:
+                state.crashed.remove(run)
 
 
 def further_values(recipe: Any, study: Study) -> dict[str, float]:
     """What a row's recipe says of the further hyperparameters that a study searches."""
     names = study.space.search.also
-    if not names:
-        return {}
+    given: dict[str, Any] = recipe_of(recipe) if names else {}
     try:
-        given = json.loads(recipe)
         return {name: float(given[name]) for name in names if name in given}
     except (ValueError, TypeError):
         return {}
@@ -158,17 +151,8 @@ def add_imported_trials(history: TrialHistory, rows: pd.DataFrame) -> None:
     usable = usable[usable["status"].isin([FINISHED, "diverged"]) & usable["excluded"].isna()]
     for name, cell in usable.groupby("cell", sort=True):
         first = cell.iloc[0]
-        total = first["params_total_non_embedding"]
-        size = RunSize(
-            params_active_non_embedding=float(first["params_active_non_embedding"]),
-            tokens=float(first["tokens"]),
-            experts=int(first["experts"]),
-            top_k=int(first["top_k"]),
-            params_total_non_embedding=math.nan if pd.isna(total) else float(total),
-            name=f"{first['source']}:{name}",
-        )
         history.add_imported(
-            size,
+            size_of(f"{first['source']}:{name}", first),
             cell["learning_rate"].to_numpy(float),
             cell["batch_tokens"].to_numpy(float),
             cell["loss"].to_numpy(float),

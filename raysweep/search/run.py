@@ -16,7 +16,7 @@ import optuna
 from rich.console import Console
 
 from raysweep import allocator
-from raysweep.data.corpus import Corpus, prepare
+from raysweep.data.corpus import Corpus, corpus_of, data_hash
 from raysweep.data.shipping import upload
 from raysweep.errors import UserError
 from raysweep.results import Results
@@ -78,27 +78,19 @@ def run(
     interruption = Interruption()
     with interruption.listening(), study_lock(results.storage):
         started()
-        corpus = None
-        if study.space.training is None:
-            corpus = prepare(
-                study.space.data,
-                study.folder,
-                sequence_length=study.space.model.sequence_length,
-                progress=lambda text: console.print(text, highlight=False),
-            )
-        elif study.space.training.external:
+        if study.space.training is not None and study.space.training.external:
             raise UserError(
                 f"study {study.name} is trained elsewhere (training.external): 'raysweep ask' "
                 "hands out its trials; to train here name a training.function or command"
             )
-        data_hash = study.own_data if corpus is None else corpus.hash
+        corpus = corpus_of(study, lambda text: console.print(text, highlight=False))
         results.save_search_space(study.name, study.resolved().as_yaml())
         everything = results.to_pandas()
         own = everything["study"] == study.name
         running = results.running(study.name)
         scheduler = StudyScheduler(
             study,
-            data_hash,
+            data_hash(study, corpus),
             ResourcePool({}),
             rows=everything[own],
             imported=everything[~own],
@@ -110,7 +102,9 @@ def run(
             results.drop_checkpoints()
         space = study.space
         measured_on = None if corpus is None else space.data.validation_sequences
-        others = other_data(everything[~own], data_hash, measured_on, space.model.sequence_length)
+        others = other_data(
+            everything[~own], scheduler.data_hash, measured_on, space.model.sequence_length
+        )
         if others:
             console.print(f"{results.uri}: {others}", highlight=False, soft_wrap=True)
         warning = corpus and corpus.repeat_warning(max(c.tokens for c in study.cells))
@@ -189,7 +183,6 @@ def _run_on_ray(
         )
         callback = StudyCallback(
             scheduler,
-            context.data_hash,
             results,
             progress,
             interruption,

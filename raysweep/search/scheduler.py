@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from raysweep.results.schema import FINISHED, is_loss
 from raysweep.scaling.optima.literature import literature_prior
-from raysweep.search.cells import CellState, point_key
+from raysweep.search.cells import CellState, Point
 from raysweep.search.durations import Durations
 from raysweep.search.early_stopping import make_pruner
 from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
@@ -127,7 +127,7 @@ class StudyScheduler:
         """Trials that an earlier run had begun."""
         self._full_at: tuple[int, int] | None = None
         """The changes, here and of the pool, after which nothing could be handed out."""
-        self._data_hash = data_hash
+        self.data_hash = data_hash
         self._search = study.space.search
         space = study.space
         self._history = TrialHistory(literature_prior(space.without, space.literature))
@@ -173,9 +173,9 @@ class StudyScheduler:
         """Trials that were started and are not over, those that an earlier run has left included,
         as plain values: for a scheduler that continues."""
         waiting = [
-            self.study.trial(state.cell, self._data_hash, rate, 2**log2_batch, seed, dict(also))
+            self._trial(state, point, seed)
             for state in self._ordered()
-            for rate, log2_batch, seed, also in state.unfinished
+            for point, seed in state.unfinished
         ]
         return [*self._in_flight.values(), *map(_as_plain, waiting)]
 
@@ -183,10 +183,8 @@ class StudyScheduler:
         """Keys of the trials that run, and of their branches; any thread may ask."""
         keys = set()
         for trial in list(self._in_flight.values()):
-            keys.add(trial["trial_key"])
-            point = trial["learning_rate"], trial["batch_sequences"], trial["seed"]
-            for branch in self.study.branches(self.states[trial["cell"]].cell):
-                keys.add(self.study.trial(branch, self._data_hash, *point).key)
+            spec = self.study.trial_of(trial, self.data_hash)
+            keys |= {spec.key, *(branch.key for branch in self.study.branch_trials(spec))}
         return keys
 
     @property
@@ -404,10 +402,10 @@ class StudyScheduler:
         self._gpu_seconds += _gpus(state.cell) * (self.clock() - begun)
         self.pool.release(trial_id)
         state.running.discard(proposal.number)
-        rate, also = proposal.spec.learning_rate, dict(proposal.spec.also)
-        log2_batch = int(math.log2(proposal.spec.batch_sequences))
+        spec = proposal.spec
+        point = Point(spec.learning_rate, math.log2(spec.batch_sequences), spec.also)
         for cell, its_status, its_loss in branches:
-            self.states[cell].add_row(rate, log2_batch, its_status, its_loss)
+            self.states[cell].add_row(point, its_status, its_loss)
         usable = status == FINISHED and is_loss(loss)
         if status == FINISHED and not usable:
             status = "diverged"
@@ -416,14 +414,14 @@ class StudyScheduler:
             if trial_id not in self._taken_up:  # it began before
                 self.durations.add(state.cell, self.clock() - begun)
             state.study.tell(trial, loss)
-            state.finished_at.add(point_key(rate, log2_batch, also))
+            state.finished_at.add(point.key)
         else:
             pruned = status == "stopped"
             state.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
         state.crashes = state.crashes + 1 if status == "crashed" else 0
         if status == "crashed":
             self._flops_spent -= state.trial_flops
-            state.take_back(rate, log2_batch, also)
+            state.take_back(point)
             if state.given_up:
                 _log.warning("cell %s given up: its trials crash", state.cell.name)
         self._maybe_extend(state)
@@ -494,9 +492,7 @@ class StudyScheduler:
         busy = state.wanted or state.running
         if not wanted or busy or state.best is None or state.stable_run is not None:
             return 0
-        learning_rate, log2_batch = _where(state.best)
-        key = point_key(learning_rate, log2_batch, state.further(state.best))
-        return wanted - (state.tried.get(key, 1) - 1)
+        return wanted - (state.tried.get(state.point_of(state.best).key, 1) - 1)
 
     def _state(self, cell: Cell) -> CellState:
         search = self._search
@@ -536,35 +532,32 @@ class StudyScheduler:
 
     def _propose(self, state: CellState, trial_id: str) -> tuple[Proposal, optuna.Trial]:
         repeat = state.wanted == 0
-        point: tuple[float, int] | None = None
+        point: Point | None = None
         seed: int | None = None
-        further: dict[str, float] = {}
         if again := state.unfinished or (state.crashed if not repeat else []):
-            *place, seed, pairs = again.pop(0)
-            point, further = (place[0], int(place[1])), dict(pairs)
-            repeat = state.is_repeat(*point, further)
+            point, seed = again.pop(0)
+            repeat = state.is_repeat(point)
         elif repeat:
             assert state.best is not None
-            point, further = _where(state.best), state.further(state.best)
+            point = state.point_of(state.best)
         if point is not None:
+            place = point.learning_rate, int(point.log2_batch)
             state.study.enqueue_trial(
-                {LEARNING_RATE: point[0], LOG2_BATCH: point[1], **further},
-                user_attrs={"ran_at": point},
+                {LEARNING_RATE: place[0], LOG2_BATCH: place[1], **dict(point.also)},
+                user_attrs={"ran_at": place},
             )
         trial = state.study.ask(state.distributions)
         if repeat:
             state.repeats.add(trial.number)
-        learning_rate, log2_batch = (
-            float(trial.params[LEARNING_RATE]),
-            int(trial.params[LOG2_BATCH]),
-        )
-        also = state.further(trial)
-        fresh = self.study.space.seed + state.next_seed(learning_rate, log2_batch, also)
-        seed = fresh if seed is None else seed
-        spec = self.study.trial(
-            state.cell, self._data_hash, learning_rate, 2**log2_batch, seed, also
-        )
+        rate, log2_batch = float(trial.params[LEARNING_RATE]), int(trial.params[LOG2_BATCH])
+        point = Point(rate, log2_batch, state.further(trial))
+        fresh = self.study.space.seed + state.next_seed(point)
+        spec = self._trial(state, point, fresh if seed is None else seed)
         return Proposal(trial_id, trial.number, spec, repeat), trial
+
+    def _trial(self, state: CellState, point: Point, seed: int) -> TrialSpec:
+        rate, batch, also = point.learning_rate, 2 ** int(point.log2_batch), dict(point.also)
+        return self.study.trial(state.cell, self.data_hash, rate, batch, seed, also)
 
     def _maybe_extend(self, state: CellState) -> None:
         """Widen a cell's range, its search being over, where its optimum lies at an edge."""
@@ -617,18 +610,4 @@ def _gpus(cell: Cell) -> float:
 
 
 def _as_plain(spec: TrialSpec) -> dict[str, Any]:
-    return {
-        "trial_key": spec.key,
-        "cell": spec.cell.name,
-        "learning_rate": spec.learning_rate,
-        "batch_sequences": spec.batch_sequences,
-        "seed": spec.seed,
-        "also": dict(spec.also),
-    }
-
-
-def _where(trial: optuna.trial.FrozenTrial) -> tuple[float, int]:
-    rate, log2_batch = trial.user_attrs.get(
-        "ran_at", (trial.params[LEARNING_RATE], trial.params[LOG2_BATCH])
-    )
-    return float(rate), int(log2_batch)
+    return {"trial_key": spec.key, "also": {}} | spec.config()

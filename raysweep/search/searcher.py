@@ -30,10 +30,10 @@ NODES_SECONDS = 5.0
 class StudySearcher(Searcher):
     """Hands Tune the scheduler's proposals as trial configs, and tells it their outcomes.
 
-    A config holds plain values only: `cell`, `learning_rate`, `batch_sequences`, `seed`; of trials
-    on several workers the `group` that they run in, and whether it must be on `one_node`; and where
-    groups need whole nodes, the `node` that the pool has booked: Ray by itself would spread small
-    trials over all nodes, and gather on one the processes that wait for groups.
+    A config holds plain values only: those of `TrialSpec.config`; of trials on several workers the
+    `group` that they run in, and whether it must be on `one_node`; and where groups need whole
+    nodes, the `node` that the pool has booked: Ray by itself would spread small trials over all
+    nodes, and gather on one the processes that wait for groups.
     """
 
     def __init__(
@@ -80,14 +80,7 @@ class StudySearcher(Searcher):
         if proposal is None:
             return None
         spec = proposal.spec
-        config = {
-            "cell": spec.cell.name,
-            "learning_rate": spec.learning_rate,
-            "batch_sequences": spec.batch_sequences,
-            "seed": spec.seed,
-        }
-        if spec.also:
-            config["also"] = dict(spec.also)
+        config = spec.config()
         if (group := pool.group_of(trial_id)) is not None:
             one_node = pool.on_one_node(bundles_of(spec.cell))
             config |= {"group": group, "one_node": one_node}

@@ -160,6 +160,8 @@ class Sweep:
 
     def _scheduler(self) -> StudyScheduler:
         """The study as it stands in its folder."""
+        from raysweep.data.corpus import corpus_of, data_hash
+
         study, results = self.study, self._results
         if not self._saved:
             results.save_search_space(study.name, study.resolved().as_yaml())
@@ -187,7 +189,7 @@ class Sweep:
         room = {"CPU": math.inf, "GPU": math.inf}
         return StudyScheduler(
             study,
-            self._data_hash(),
+            data_hash(study, corpus_of(study)),
             ResourcePool({"elsewhere": room}),
             rows=mine,
             imported=rows[~own],
@@ -203,15 +205,6 @@ class Sweep:
             self._retry_since = datetime.now(UTC)
             self._results.save_retry(self.study.name, self._retry_since)
         return self._retry_since
-
-    def _data_hash(self) -> str:
-        study = self.study
-        if study.space.training is not None:
-            return study.own_data
-        from raysweep.data.corpus import prepare
-
-        length = study.space.model.sequence_length
-        return prepare(study.space.data, study.folder, sequence_length=length).hash
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 from ray.exceptions import RayActorError
 
-from raysweep.data.corpus import Corpus
+from raysweep.data.corpus import Corpus, data_hash
 from raysweep.data.shipping import fetch
 from raysweep.errors import StorageError, UserError
 from raysweep.results import Results
@@ -52,7 +52,7 @@ class TrialContext:
 
     @property
     def data_hash(self) -> str:
-        return self.study.own_data if self.corpus is None else self.corpus.hash
+        return data_hash(self.study, self.corpus)
 
 
 class TuneReporter:
@@ -128,14 +128,7 @@ def run_trial(
     started_at, begun = datetime.now(UTC), time.monotonic()
     study, results = context.study, Results.open(context.results_uri)
     corpus = context.corpus and fetch(context.corpus, results.storage)
-    spec = study.trial(
-        study.cell(config["cell"]),
-        context.data_hash,
-        config["learning_rate"],
-        config["batch_sequences"],
-        config["seed"],
-        config.get("also"),
-    )
+    spec = study.trial_of(config, context.data_hash)
     standing = results.find(spec.key, spec.study)  # written before the actor died, say
     if standing is not None and (_stands(standing) or _timed_out(standing, context.begun)):
         return standing
@@ -147,11 +140,7 @@ def run_trial(
         begun,
     )
     try:
-        if corpus is None:
-            outcome = _train_own(context, config, spec, results.storage, write, stop)
-        else:
-            missing = functools.partial(_missing, context.results_uri, branch_specs(study, spec))
-            outcome = _train(context, config, spec, corpus, results.storage, missing, write, stop)
+        outcome = _train(context, config, spec, corpus, results.storage, write, stop)
     except StorageError:
         raise
     except UserError as error:  # it would end so again: no retry, but a row
@@ -220,20 +209,11 @@ class RowWriter:
         return row
 
 
-def branch_specs(study: Study, spec: TrialSpec) -> list[TrialSpec]:
-    """The trials at shorter horizons that a trial runs besides (WSD branches)."""
-    return [
-        study.trial(cell, spec.data_hash, spec.learning_rate, spec.batch_sequences, spec.seed)
-        for cell in study.branches(spec.cell)
-    ]
-
-
 def branch_rows(context: TrialContext, config: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that stand of a trial's branches."""
-    study, results = context.study, Results.open(context.results_uri)
-    point = config["learning_rate"], config["batch_sequences"], config["seed"]
-    spec = study.trial(study.cell(config["cell"]), context.data_hash, *point)
-    rows = [results.find(branch.key, branch.study) for branch in branch_specs(study, spec)]
+    results = Results.open(context.results_uri)
+    branches = context.study.branch_trials(context.study.trial_of(config, context.data_hash))
+    rows = [results.find(branch.key, branch.study) for branch in branches]
     return [row for row in rows if row is not None and _stands(row)]
 
 
@@ -256,60 +236,40 @@ def _train(
     context: TrialContext,
     config: dict[str, Any],
     spec: TrialSpec,
-    corpus: Corpus,
-    checkpoints: Storage,
-    branches: Callable[[], list[TrialSpec]],
-    on_branch: RowWriter,
+    corpus: Corpus | None,
+    storage: Storage,
+    write: RowWriter,
     stop: StopRequest | None,
 ) -> TrialOutcome:
-    resources, reporter = spec.cell.resources, _reporter(context, spec, stop)
+    """Train by the user's command or function, or one of our models."""
+    study, resources = context.study, spec.cell.resources
+    reporter = TuneReporter(spec.cell.tokens, study.space.search.early_stopping is not None, stop)
+    if spec.training is not None and spec.training.command is not None:
+        return train_by_command(spec, study.folder, storage, reporter)
+    branches = functools.partial(_missing, context.results_uri, study.branch_trials(spec))
     if spec.cell.in_group:
         from raysweep.training.ray_train import Job, train_in_group
 
-        job = Job(spec, corpus, checkpoints, branches, on_branch)
+        job = Job(spec, corpus, storage, branches, write, str(study.folder))
         return train_in_group(_host(context, config, resources), job, reporter)
+    if corpus is None:
+
+        def end(reason: str) -> None:
+            write.refused(spec, UserError(reason))
+            os._exit(1)  # Tune starts the trial anew, which finds this row
+
+        return train_by_function(spec, study.folder, storage, reporter, on_timeout=end)
     from raysweep.training.loop import train  # here, so that the driver never imports torch
 
     return train(
         spec,
         corpus,
         reporter=reporter,
-        checkpoints=checkpoints,
-        threads=max(1, int(resources.cpus_per_worker)),
+        checkpoints=storage,
+        threads=resources.threads,
         branches=branches(),
-        on_branch=on_branch,
+        on_branch=write,
     )
-
-
-def _train_own(
-    context: TrialContext,
-    config: dict[str, Any],
-    spec: TrialSpec,
-    storage: Storage,
-    write: RowWriter,
-    stop: StopRequest | None,
-) -> TrialOutcome:
-    """Train by the user's function or command."""
-    reporter, folder = _reporter(context, spec, stop), context.study.folder
-    assert spec.training is not None
-    if spec.training.command is not None:
-        return train_by_command(spec, folder, storage, reporter)
-    if spec.cell.in_group:
-        from raysweep.training.ray_train import Job, train_in_group
-
-        job = Job(spec, None, storage, tuple, None, str(folder))
-        return train_in_group(_host(context, config, spec.cell.resources), job, reporter)
-
-    def end(reason: str) -> None:
-        write.refused(spec, UserError(reason))
-        os._exit(1)  # Tune starts the trial anew, which finds this row
-
-    return train_by_function(spec, folder, storage, reporter, on_timeout=end)
-
-
-def _reporter(context: TrialContext, spec: TrialSpec, stop: StopRequest | None) -> TuneReporter:
-    early_stopping = context.study.space.search.early_stopping is not None
-    return TuneReporter(spec.cell.tokens, early_stopping, stop)
 
 
 def _host(context: TrialContext, config: dict[str, Any], resources: Resources) -> Any:

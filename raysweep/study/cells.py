@@ -79,6 +79,11 @@ class Resources(Section):
     """Largest batch one worker holds at once; derived from memory if left out. Never changes the
     result, only speed."""
 
+    @property
+    def threads(self) -> int:
+        """Of a worker: its whole CPUs, at least one."""
+        return max(1, int(self.cpus_per_worker))
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.workers & (self.workers - 1):

@@ -117,11 +117,26 @@ class TrialSpec:
         return max(1, round(self.cell.tokens / self.batch_tokens))
 
     @property
+    def horizon(self) -> int:
+        """The tokens of its steps together."""
+        return self.steps * self.batch_tokens
+
+    @property
     def key(self) -> str:
         """A hash of what determines the result: the study's name and the resources do not. Of
         a user's own code, its name and settings stand for it."""
         parts = self._determined() if self.training is None else self._own_determined()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+    def config(self) -> dict[str, Any]:
+        """Plain values from which `Study.trial_of` makes it again."""
+        place = {
+            "cell": self.cell.name,
+            "learning_rate": self.learning_rate,
+            "batch_sequences": self.batch_sequences,
+            "seed": self.seed,
+        }
+        return place | ({"also": dict(self.also)} if self.also else {})
 
     def recipe_values(self) -> dict[str, Any]:
         """How the model is trained, as plain values: what a row keeps as its recipe."""

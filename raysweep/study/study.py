@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from raysweep.display import InNotebooks
 from raysweep.errors import UserError
@@ -174,6 +175,22 @@ class Study(InNotebooks):
             least_batch_sequences=self.space.search.batch_sequences.low,
             training=self.space.training,
             also=tuple(also.items()),
+        )
+
+    def branch_trials(self, spec: TrialSpec) -> list[TrialSpec]:
+        """The trials at shorter horizons that a trial runs besides (WSD branches)."""
+        point = spec.learning_rate, spec.batch_sequences, spec.seed
+        return [self.trial(cell, spec.data_hash, *point) for cell in self.branches(spec.cell)]
+
+    def trial_of(self, config: Mapping[str, Any], data_hash: str) -> TrialSpec:
+        """The trial whose `TrialSpec.config` was given, perhaps with more beside it."""
+        return self.trial(
+            self.cell(config["cell"]),
+            data_hash,
+            config["learning_rate"],
+            config["batch_sequences"],
+            config["seed"],
+            config.get("also"),
         )
 
 

@@ -211,9 +211,7 @@ def _step(study: Study, cell: Cell, batch_sequences: int) -> tuple[float, float]
             recipe=recipe,
         )  # fmt: skip
         clock, begun = _Clock(), time.perf_counter()
-        outcome = train(
-            spec, corpus, reporter=clock, threads=max(1, int(cell.resources.cpus_per_worker))
-        )
+        outcome = train(spec, corpus, reporter=clock, threads=cell.resources.threads)
         wall = time.perf_counter() - begun
         if len(clock.at) < 2:
             raise UserError(f"cell {cell.name} cannot be trained here: {outcome.reason}")

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -20,14 +19,13 @@ from raysweep.errors import StorageError, UserError
 from raysweep.results.filesystem import Storage
 from raysweep.study.own import CommandProgress, CommandResult, fill_in
 from raysweep.study.spec import TrialSpec
-from raysweep.training import supervisor
+from raysweep.training import machine, supervisor
 from raysweep.training.outcome import Reporter, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.own import (
     LOGS,
     Cost,
     Progress,
     TrialEnded,
-    cpu_name,
     ended_early,
     judge,
     read_answer,
@@ -83,7 +81,8 @@ def train_by_command(
     with open(log, "wb") as output, _started(words, folder, spec, output) as process:
         ending = _watch(process, training.timeout, reporter, progress, tail, own)
     code = process.wait()
-    cost = Cost(time.perf_counter() - started, _peak_memory(), cpu_name(), workers)
+    seconds = time.perf_counter() - started
+    cost = Cost(seconds, machine.peak_memory_of_children(), machine.cpu_name(), workers)
     if not storage.is_local:
         with contextlib.suppress(StorageError):  # what was trained is worth more
             storage.write(log.read_bytes(), LOGS, f"{spec.key}.log")
@@ -118,12 +117,11 @@ def _path(text: str, folder: str | Path) -> Path:
 @contextlib.contextmanager
 def _started(words: list[str], folder: str | Path, spec: TrialSpec, output: Any) -> Any:
     """The command under its supervisor; nothing of it is left when the block ends."""
-    threads = max(1, int(spec.cell.resources.cpus_per_worker))
     here = os.path.dirname(sys.executable)  # python and torchrun are those of this environment
     environment = {
         **os.environ,
         "PATH": f"{here}:{os.environ.get('PATH', '')}",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(spec.cell.resources.threads),
         "PYTHONUNBUFFERED": "1",
     }
     process = subprocess.Popen(
@@ -278,9 +276,3 @@ def _failure(name: str, code: int, said: str) -> str:
             more = ", perhaps for want of memory" if ended == "SIGKILL" else ""
             return f"the command was killed by {ended}{more}: {said}"
     return f"the command failed with exit code {code}: {said}"
-
-
-def _peak_memory() -> int:
-    """Of the largest process that this one has started so far and seen to its end."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

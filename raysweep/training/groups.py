@@ -37,7 +37,6 @@ def groups_of(spec: TrialSpec) -> GroupOf:
     """
     recipe = spec.recipe
     parametrization = Parametrization.of(recipe, spec.cell.shape)
-    horizon = spec.steps * spec.batch_tokens
 
     def group(name: str, parameter: Tensor) -> Group:
         role = role_of(name, parameter.ndim)
@@ -45,7 +44,7 @@ def groups_of(spec: TrialSpec) -> GroupOf:
         ratio = getattr(recipe.group_rates, role)
         rate = ratio * parametrization.rate(name, role, muon=muon)
         if recipe.weight_decay_rule == "timescale":
-            shrink = spec.batch_tokens / (recipe.weight_decay_timescale * horizon)
+            shrink = spec.batch_tokens / (recipe.weight_decay_timescale * spec.horizon)
         else:
             shrink = recipe.weight_decay
         if recipe.weight_decay_rule == "fixed":

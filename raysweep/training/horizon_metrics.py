@@ -23,7 +23,6 @@ class HorizonMetrics:
     def __init__(self, spec: TrialSpec) -> None:
         self.spec = spec
         self.steps = spec.steps
-        self.horizon = spec.steps * spec.batch_tokens
         self.monitor = Monitor(spec.steps, spec.batch_tokens)
         self.noise = NoiseScale(spec.steps, spec.batch_sequences)
         self.diverged: str | None = None
@@ -32,14 +31,13 @@ class HorizonMetrics:
     def rate(self, step: int) -> float:
         """The learning rate of a step: that of the middle of its batch."""
         tokens = (step + 0.5) * self.spec.batch_tokens
-        return schedule.learning_rate(
-            self.spec.recipe, self.spec.learning_rate, tokens, self.horizon
-        )
+        spec = self.spec
+        return schedule.learning_rate(spec.recipe, spec.learning_rate, tokens, spec.horizon)
 
     @property
     def leaves_at(self) -> int:
         """Steps that any longer run of the same WSD recipe shares with this one."""
-        start = self.spec.recipe.decay_start(self.horizon)
+        start = self.spec.recipe.decay_start(self.spec.horizon)
         return max(0, min(self.steps, math.floor(start / self.spec.batch_tokens + 0.5)))
 
     def add(

@@ -73,7 +73,7 @@ class Learner:
         drawn: dict[str, Any] = {
             "parametrization": Parametrization.of(recipe, shape),
             "seed": spec.seed,
-            "threads": max(1, int(spec.cell.resources.cpus_per_worker)),
+            "threads": spec.cell.resources.threads,
         }
         if workers.sharded:  # no worker ever holds more of it than its own part
             with torch.device("meta"):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raysweep.data.batches import sequences_each
 from raysweep.data.corpus import Corpus
-from raysweep.errors import UserError
 from raysweep.study.spec import TrialSpec
 from raysweep.training import runtime
 from raysweep.training.checkpoint import Checkpoints, Timer, snapshot
@@ -57,11 +57,7 @@ def train(
     workers = workers or Workers()
     resources = spec.cell.resources
     device = runtime.choose_device(resources) if device is None else torch.device(device)
-    if spec.batch_sequences % workers.world_size:
-        raise UserError(
-            f"a batch of {spec.batch_sequences} sequences does not divide by "
-            f"{workers.world_size} workers: raise search.batch_sequences.low, or use fewer workers"
-        )
+    sequences_each(spec.batch_sequences, workers.world_size)
     length = spec.cell.shape.sequence_length
     others = (corpus.named_validation(name) for name in spec.validation_sets[1:])
     for tokens in (corpus.validation, *others):

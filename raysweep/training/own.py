@@ -8,8 +8,6 @@ None, run out of memory, run on for ever) is told in one line, and the study goe
 from __future__ import annotations
 
 import math
-import os
-import platform
 import sys
 import threading
 import time
@@ -24,6 +22,8 @@ from raysweep.errors import StorageError, UserError
 from raysweep.results.filesystem import Storage
 from raysweep.results.schema import is_loss
 from raysweep.study.spec import TrialSpec
+from raysweep.training import machine
+from raysweep.training.monitor import DIVERGED_ABOVE, POINTS
 from raysweep.training.outcome import (
     CURVE_COLUMNS,
     Curve,
@@ -35,11 +35,6 @@ from raysweep.training.outcome import (
 from raysweep.training.trial_folder import TrialFolder
 from raysweep.training.user_code import load_function, where
 
-POINTS = 500
-"""Points of a curve, at most; of more reports every second one is dropped."""
-DIVERGED_ABOVE = 1.5
-"""A loss, smoothed over half a per cent of the run, above this multiple of the first that was
-reported ends the run."""
 COLUMNS = (
     "loss_se",
     "loss_ema",
@@ -140,7 +135,8 @@ class TrialRun:
 
 
 class Progress:
-    """What a run has reported; ends it where that is due."""
+    """What a run has reported; ends it where that is due: its loss is smoothed as `Monitor` does,
+    and of more points than a curve holds every second one is dropped."""
 
     def __init__(
         self,
@@ -169,12 +165,11 @@ class Progress:
     ) -> None:
         if self._rank:
             return
-        horizon = self._spec.steps * self._spec.batch_tokens
         if not math.isfinite(loss):
             self._diverge(f"non-finite loss after {tokens:.4g} tokens")
         if self._first is None:
             self._first = self._smooth = loss
-        share = max(0.0, tokens - self.tokens) / horizon
+        share = max(0.0, tokens - self.tokens) / self._spec.horizon
         self._smooth += (1 - math.exp(-200 * share)) * (loss - self._smooth)
         self.tokens, self.loss = tokens, loss
         step = round(tokens / self._spec.batch_tokens)
@@ -285,7 +280,7 @@ def train_by_function(
         cost = Cost(time.perf_counter() - started, _peak_memory(), _device(spec), world_size)
     # One that was told to stop and did not come to its end has left a checkpoint, whatever it
     # returned.
-    if progress.stopped and progress.tokens < min(spec.cell.tokens, spec.steps * spec.batch_tokens):
+    if progress.stopped and progress.tokens < min(spec.cell.tokens, spec.horizon):
         progress.save()
         return ended_early(spec, progress, "stopped", None, cost)
     if progress.diverged:
@@ -354,13 +349,12 @@ def judge(
 ) -> TrialOutcome:
     """The outcome of a run that came to its end with these values: finished, diverged where the
     loss is not finite, stopped where it says (`tokens`) that it did not see its horizon."""
-    planned = spec.steps * spec.batch_tokens
-    loss, seen = values["loss"], float(values.get("tokens") or planned)
+    loss, seen = values["loss"], float(values.get("tokens") or spec.horizon)
     status: Status = "finished"
     reason = None
     if not math.isfinite(loss):
         status, reason = "diverged", "non-finite final loss"
-    elif seen < WHOLE * min(planned, spec.cell.tokens):
+    elif seen < WHOLE * min(spec.horizon, spec.cell.tokens):
         status, reason = "stopped", f"it ended after {seen:.4g} of {spec.cell.tokens:.4g} tokens"
     columns: dict[str, Any] = dict.fromkeys(COLUMNS)
     if progress.loss is not None:
@@ -460,32 +454,19 @@ def _clean_slate(spec: TrialSpec) -> AbstractContextManager[Any]:
     resources = spec.cell.resources
     on_gpu = resources.gpus_per_worker and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    threads = max(1, int(resources.cpus_per_worker))
-    return runtime.clean_slate(device, threads, spec.seed, gpu_share=resources.gpus_per_worker)
+    share = resources.gpus_per_worker
+    return runtime.clean_slate(device, resources.threads, spec.seed, gpu_share=share)
 
 
 def _peak_memory() -> int:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    import resource
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return machine.peak_memory()
 
 
 def _device(spec: TrialSpec) -> str:
     torch = sys.modules.get("torch")
     if torch is not None and spec.cell.resources.gpus_per_worker and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return cpu_name()
-
-
-def cpu_name() -> str:
-    """The model of this machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine() or os.name)
+    return machine.cpu_name()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import platform
-import resource
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -15,6 +12,7 @@ from raysweep import allocator
 from raysweep.errors import UserError
 from raysweep.study.cells import Resources
 from raysweep.study.trials import Recipe
+from raysweep.training import machine
 
 COMPILE_FLOPS = 3e15
 """Runs of fewer floating-point operations are over before compiled blocks, which all trials of a
@@ -50,11 +48,7 @@ def device_name(device: torch.device) -> str:
     """The model of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return machine.cpu_name()
 
 
 @contextlib.contextmanager
@@ -83,7 +77,10 @@ def clean_slate(
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(gpu_share, 1.0) or 1.0, device)
     allocator.keep_freed()
-    _reset_peak_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        machine.reset_peak_memory()
     try:
         yield
     finally:
@@ -138,17 +135,4 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held since the run began: of the device, or of the process on CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):  # Linux only: sets VmHWM back to what is held now
-        Path("/proc/self/clear_refs").write_text("5")
+    return machine.peak_memory()

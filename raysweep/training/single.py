@@ -10,7 +10,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from raysweep.data.corpus import prepare
+from raysweep.data.corpus import corpus_of, data_hash
 from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.results.filesystem import Storage
@@ -55,12 +55,10 @@ def train_one(
             f"{cell.name}: use fewer"
         )
     results = Results.open(results_uri, create=True) if results_uri else None
-    corpus = None
-    if study.space.training is None:
-        corpus = prepare(study.space.data, study.folder, sequence_length=length)
+    corpus = corpus_of(study)
     spec = study.trial(
         cell,
-        study.own_data if corpus is None else corpus.hash,
+        data_hash(study, corpus),
         learning_rate,
         batch_tokens // length,
         study.space.seed if seed is None else seed,
@@ -70,7 +68,7 @@ def train_one(
     if corpus is None:
         outcome = _train_own(study, spec, results)
     else:
-        outcome = train(spec, corpus, threads=max(1, int(cell.resources.cpus_per_worker)))
+        outcome = train(spec, corpus, threads=cell.resources.threads)
     row = trial_row(
         spec,
         outcome,

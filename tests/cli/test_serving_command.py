@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from raysweep.cli import app
 from raysweep.errors import UserError
 from raysweep.results import Results
-from raysweep.results.importers import read_csv
+from raysweep.results.importers import import_file
 from raysweep.scaling.loss.laws import LOSS_LAWS
 
 BUDGET = ["--flops", "1e21", "--gpu", "h100", "--dollars", "2.5"]
@@ -36,7 +36,7 @@ def sweep(folder: Path, experts: Sequence[int]) -> str:
     ].astype(str)
     frame.to_csv(folder / "sweep.csv", index=False)
     uri = str(folder / "results")
-    Results.open(uri, create=True).write_many(read_csv(folder / "sweep.csv", {}))
+    Results.open(uri, create=True).write_many(import_file("csv", folder / "sweep.csv"))
     return uri
 
 

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from raysweep.errors import UserError
-from raysweep.results.importers import import_file, read_csv, read_source
-from raysweep.results.mapping import parse_mapping
+from raysweep.results.importers import import_file, read_source
 from raysweep.results.published import read_chinchilla, read_isoflop, read_steplaw
 from raysweep.results.schema import COLUMNS
 from raysweep.results.store import Results
@@ -101,14 +100,14 @@ def test_rows_that_cannot_be_used_stay_with_a_reason(tmp_path):
 
 def test_runs_of_infinite_loss_diverged(tmp_path):
     path = write(tmp_path, runs(loss=[3.0, np.inf, 3.1, "inf"], seed=[1, 2, 3, 4]))
-    rows = read_csv(path, {})
+    rows = import_file("csv", path)
     assert list(rows["status"]) == ["finished", "diverged"] * 2
     assert list(rows["reason"][[1, 3]]) == ["its loss is infinite"] * 2
     assert rows["loss"][[1, 3]].isna().all()
     assert rows["excluded"].isna().all()
     table = cell_table(rows)
     assert (len(table.trials), len(table.failed)) == (2, 2)
-    told = read_csv(write(tmp_path, runs(loss=[3.0, np.inf, 3.1, 3.2], status="crashed")), {})
+    told = import_file("csv", write(tmp_path, runs(loss=[3.0, np.inf, 3.1, 3.2], status="crashed")))
     assert set(told["status"]) == {"crashed"}
 
 
@@ -207,14 +206,14 @@ def test_a_flag_counts_whatever_the_reason_says(tmp_path, flag, reason):
     assert rows["excluded"][1] == expected
     assert rows["excluded"][[0, 2]].isna().all()
     ours = frame.rename(columns={"params": "params_active_non_embedding", "budget": "flops"})
-    rows = read_csv(write(tmp_path, ours), {})
+    rows = import_file("csv", write(tmp_path, ours))
     assert rows["excluded"][1] == expected
     assert rows["excluded"][[0, 2]].isna().all()
 
 
 def test_a_column_excluded_may_hold_flags_or_reasons(tmp_path):
     frame = runs(6).assign(excluded=["False", "0", "", "true", "1", "hardware fault"])
-    rows = read_csv(write(tmp_path, frame), {})
+    rows = import_file("csv", write(tmp_path, frame))
     assert rows["excluded"][:3].isna().all()
     assert list(rows["excluded"][3:]) == ["flagged in the file"] * 2 + ["hardware fault"]
 
@@ -251,7 +250,7 @@ def runs(n=4, **columns):
 )
 def test_units_that_cannot_be_right_are_refused(tmp_path, columns, message):
     with pytest.raises(UserError, match=message) as error:
-        read_csv(write(tmp_path, runs(**columns)), {})
+        import_file("csv", write(tmp_path, runs(**columns)))
     assert "\n" not in str(error.value)
 
 
@@ -274,7 +273,7 @@ def test_units_that_cannot_be_right_are_refused(tmp_path, columns, message):
     ],
 )
 def test_units_that_may_be_right_are_told_of(tmp_path, columns, message):
-    rows = read_csv(write(tmp_path, runs(**columns)), {})
+    rows = import_file("csv", write(tmp_path, runs(**columns)))
     said = [str(d) for d in doubts(rows)]
     assert len(said) == 1
     assert message in said[0]
@@ -282,7 +281,7 @@ def test_units_that_may_be_right_are_told_of(tmp_path, columns, message):
 
 def test_a_few_rows_in_another_unit_are_kept_out(tmp_path):
     frame = runs(params_active_non_embedding=[1e8, 1e8, 1e8, 0.1])
-    rows = read_csv(write(tmp_path, frame), {})
+    rows = import_file("csv", write(tmp_path, frame))
     assert list(rows["excluded"].notna()) == [False, False, False, True]
     assert rows["excluded"][3] == "params_active_non_embedding is in another unit than elsewhere"
     assert not cell_table(rows).messages
@@ -290,7 +289,7 @@ def test_a_few_rows_in_another_unit_are_kept_out(tmp_path):
 
 def test_right_units_raise_no_doubt(tmp_path, shared_data):
     plain = runs(flops=1.3e18, steps=7629, sequence_length=2048)
-    assert not doubts(read_csv(write(tmp_path, plain), {}))
+    assert not doubts(import_file("csv", write(tmp_path, plain)))
     for name in ("isoflop_llama3", "isoflop_marin_comma", "isoflop_misfitting"):
         assert not doubts(import_file("isoflop", shared_data / f"{name}.csv")), name
     assert not doubts(import_file("chinchilla", shared_data / "chinchilla_points.csv"))
@@ -299,11 +298,10 @@ def test_right_units_raise_no_doubt(tmp_path, shared_data):
 
 def test_a_mapping_can_convert_units(tmp_path):
     frame = runs().assign(size=0.1).drop(columns="params_active_non_embedding")
-    mapping = parse_mapping(["params_active_non_embedding=size*1e9"])
-    rows = read_csv(write(tmp_path, frame), mapping)
+    rows = import_file("csv", write(tmp_path, frame), "params_active_non_embedding=size*1e9")
     assert list(rows["params_active_non_embedding"]) == pytest.approx([1e8] * 4)
     with pytest.raises(UserError, match=r"no column 'sise' \(near: size"):
-        read_csv(write(tmp_path, frame), {"params_active_non_embedding": "sise*1e9"})
+        import_file("csv", write(tmp_path, frame), "params_active_non_embedding=sise*1e9")
 
 
 def test_a_perplexity_becomes_a_loss(tmp_path):
@@ -337,10 +335,10 @@ def test_hyperparameters_are_kept_in_the_recipe(tmp_path):
 
 def test_runs_cut_short_are_kept_out(tmp_path):
     frame = runs(steps=7629, step=[7629, 7500, 7400, 100], tokens_seen=2e9)
-    rows = read_csv(write(tmp_path, frame), {})
+    rows = import_file("csv", write(tmp_path, frame))
     assert list(rows["excluded"].notna()) == [False, False, True, True]
     assert rows["excluded"][2] == "cut short: step is below 98% of steps"
-    rows = read_csv(write(tmp_path, runs(tokens_seen=[2e9, 1.97e9, 1.9e9, 1e9])), {})
+    rows = import_file("csv", write(tmp_path, runs(tokens_seen=[2e9, 1.97e9, 1.9e9, 1e9])))
     assert list(rows["excluded"].notna()) == [False, False, True, True]
 
 
@@ -383,7 +381,7 @@ def test_any_csv_by_mapping(tmp_path):
         "loss=val, tokens=D,params_active_non_embedding=size,learning_rate=lr",
         "sequence_length=ctx,architecture==mine",
     ]
-    rows = read_csv(write(tmp_path, frame), parse_mapping(texts))
+    rows = import_file("csv", write(tmp_path, frame), ",".join(texts))
     assert list(rows["batch_tokens"]) == [65536, 131072]
     assert set(rows["architecture"]) == {"mine"}
     assert set(rows["architecture_kind"]) == {"dense"}
