@@ -309,15 +309,15 @@ def test_a_perplexity_becomes_a_loss(tmp_path):
     losses = list(frame["loss"])
     frame = frame.assign(perplexity=np.exp(frame["loss"])).drop(columns="loss")
     path = write(tmp_path, frame)
-    rows = read_csv(path, parse_mapping(["loss=log(perplexity)"]))
+    rows = import_file("csv", path, "loss=log(perplexity)")
     assert list(rows["loss"]) == pytest.approx(losses)
-    (note,) = doubts(read_csv(path, parse_mapping(["loss=perplexity"])))
+    (note,) = doubts(import_file("csv", path, "loss=perplexity"))
     assert "loss=log(NAME)" in str(note)
 
 
 def test_one_value_for_all_rows_is_told_where_a_column_is_meant(tmp_path):
     with pytest.raises(UserError, match="one value for all rows is batch_tokens==524288"):
-        read_csv(write(tmp_path, runs()), parse_mapping(["batch_tokens=524288"]))
+        import_file("csv", write(tmp_path, runs()), "batch_tokens=524288")
 
 
 def test_hyperparameters_are_kept_in_the_recipe(tmp_path):
