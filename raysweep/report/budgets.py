@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
-from raysweep.report.laws import FLOPS, SIZE_AXES, names_of
+from raysweep.report.laws import FLOPS, names_of
 from raysweep.scaling.compute.allocation import COUNT_NAMES, Allocation, Count, read_minimum
 from raysweep.scaling.compute.budgets import cost_of, splitting
 from raysweep.scaling.compute.isoflop import isoflop
@@ -81,9 +81,9 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
     count = "N, " + COUNT_NAMES[told.found[names[0]][0].count]
     size = Axis(count, "params")
     panels = (
-        Panel(size, Axis("loss, nats a token", "loss"), tuple(cuts)),
-        Panel(SIZE_AXES[FLOPS], Axis(f"best {count}", "params"), tuple(best["params"])),
-        Panel(SIZE_AXES[FLOPS], Axis("best D, tokens", "tokens"), tuple(best["tokens"])),
+        Panel(size, Axis.of("loss"), tuple(cuts)),
+        Panel(Axis.of(FLOPS), Axis(f"best {count}", "params"), tuple(best["params"])),
+        Panel(Axis.of(FLOPS), Axis("best D, tokens", "tokens"), tuple(best["tokens"])),
     )
     return PlotFigure(
         "budgets",

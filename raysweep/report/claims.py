@@ -79,7 +79,7 @@ def along_figure(fits: Fits) -> PlotFigure | None:
                        names=[str(cell)] * len(own)),
             ]  # fmt: skip
     x_axis = Axis("mean training loss of a quarter, nats a token", "loss", reverse=True)
-    panel = Panel(x_axis, Axis("gradient noise scale, tokens", "tokens"), tuple(series))
+    panel = Panel(x_axis, Axis.of("noise_scale_tokens"), tuple(series))
     return PlotFigure(
         "noise-along",
         "Gradient noise scale along each cell's best runs, by quarters, against running loss",

@@ -26,6 +26,7 @@ from raysweep.report.style import (
     settings,
     spread,
 )
+from raysweep.scaling.quantities import QUANTITIES, TARGETS
 from raysweep.text import written
 
 MAX_COLOURS = len(ARCHITECTURE_COLOURS)
@@ -49,6 +50,13 @@ class Axis:
     reverse: bool = False
     names: tuple[str, ...] = ()
     limits: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, quantity: str, *, best: bool = False, **rest: Any) -> Axis:
+        """That of one of `QUANTITIES`; where `best`, of the optimum of what cells have one of."""
+        one = QUANTITIES[quantity]
+        optimal = "optimal " if best and quantity in TARGETS else ""
+        return cls(optimal + one.axis, one.style, **rest)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
-from raysweep.report.laws import FLOPS, SIZE_AXES, names_of
+from raysweep.report.laws import FLOPS, names_of
 from raysweep.scaling.fits import Fits
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.text import estimated, short
 
 LOADS = {
@@ -52,14 +53,14 @@ def noise_figure(fits: Fits) -> PlotFigure | None:
                         names=[str(c) for c, k in zip(own.index, known, strict=True) if k],
                     )
                 )  # fmt: skip
-    y_axis = Axis("gradient noise scale, tokens", "tokens")
-    panels = [Panel(Axis("loss, nats a token", "loss", reverse=True), y_axis, tuple(by_loss))]
+    y_axis = Axis.of("noise_scale_tokens")
+    panels = [Panel(Axis.of("loss", reverse=True), y_axis, tuple(by_loss))]
     if by_batch:
         both = [s for s in by_batch if isinstance(s, Points)]
         ends = np.concatenate([np.r_[s.x, s.y] for s in both])
         line = np.array([ends.min(), ends.max()])
         equal = Line("equal", line, line, "faint", thin=True, end="equal")
-        x_axis = Axis("optimal batch, tokens", "batch")
+        x_axis = Axis.of("batch_tokens", best=True)
         panels.append(Panel(x_axis, y_axis, (equal, *by_batch)))
     return PlotFigure(
         "noise",
@@ -103,7 +104,7 @@ def load_figure(fits: Fits) -> PlotFigure | None:
                        names=[str(c) for c in own.index])
             )  # fmt: skip
         axis = Axis(LOADS[column], "number", log=False)
-        panels.append(Panel(SIZE_AXES[FLOPS], axis, tuple(series)))
+        panels.append(Panel(Axis.of(FLOPS), axis, tuple(series)))
     return PlotFigure(
         "load",
         "Load of experts and confidence of routers of each cell against compute",
@@ -118,7 +119,7 @@ def not_measured(fits: Fits) -> list[tuple[str, str]]:
     """(what, why) of what no figure shows."""
     found = []
     if noise_figure(fits) is None:
-        found.append(("gradient noise scale", "no trial measured it"))
+        found.append((QUANTITIES["noise_scale_tokens"].name, "no trial measured it"))
     moe = any(fits.kind(name) == "moe" for name in fits.architectures)
     if moe and load_figure(fits) is None:
         found.append(("load of experts", "no trial measured it"))

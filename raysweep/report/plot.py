@@ -73,9 +73,7 @@ class FitPlots:
             for name in names
             if len(own := rows[rows["architecture"] == name])
         ]
-        panel = Panel(
-            Axis("learning rate", "rate"), Axis("loss, nats a token", "loss"), tuple(series)
-        )
+        panel = Panel(Axis.of("learning_rate"), Axis.of("loss"), tuple(series))
         return PlotFigure("trials", "", (panel,), tuple(names), width=6.4, height=4).to_matplotlib()
 
     def _law(self, name: str) -> PlotFigure:

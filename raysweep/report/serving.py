@@ -41,9 +41,9 @@ PANELS = 4
 """Sizes at which loss is drawn against tokens, at most."""
 
 COST = Axis("dollars a million generated tokens", "rate")
-LOSS = Axis("loss, nats a token", "loss", log=False)
+LOSS = Axis.of("loss", log=False)
 SIZE = Axis("N of the dense model", "params")
-BUDGET = Axis("C, training FLOPs", "flops")
+BUDGET = Axis.of("flops")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from raysweep.scaling.evidence import Evidence, LossAnswer
 from raysweep.scaling.optima.literature import published_answers
 from raysweep.scaling.optima.surface import OptimumPosterior
 from raysweep.scaling.plain import plain_dict
+from raysweep.scaling.quantities import ANSWERS
 from raysweep.scaling.runs import describe_run, extrapolation
 from raysweep.study.shape import RunSize
 from raysweep.text import estimated, short, written
@@ -119,7 +120,7 @@ class Recommendation(InNotebooks):
             name: getattr(self, name)
             for name in ("architecture", "params", "tokens", "experts", "top_k")
         }
-        for name in ("learning_rate", "batch_tokens", "loss"):
+        for name in ANSWERS:
             low, high = getattr(self, f"{name}_interval")
             row |= {name: getattr(self, name), f"{name}_low": low, f"{name}_high": high}
         return row | {"largest_batch": self.largest_batch, "verdict": self.verdict}

@@ -20,6 +20,7 @@ from raysweep.scaling.datasets import data_sets
 from raysweep.scaling.fit import fit
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.plain import to_json
+from raysweep.scaling.quantities import ANSWERS
 from raysweep.scaling.recommend import Recommendation
 from raysweep.scaling.runs import AXES
 from raysweep.scaling.summary import ratio_lines
@@ -67,7 +68,7 @@ class Comparison(InNotebooks):
         rows = []
         for name, answer in self.answers.items():
             row: dict[str, object] = {"side": name}
-            for key in ("learning_rate", "batch_tokens", "loss"):
+            for key in ANSWERS:
                 low, high = getattr(answer, f"{key}_interval")
                 row |= {key: getattr(answer, key), f"{key}_low": low, f"{key}_high": high}
             rows.append(row | {"flops": answer.run.compute})

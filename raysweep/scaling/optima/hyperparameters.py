@@ -22,6 +22,7 @@ import pandas as pd
 
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.optima.surface import Surface
+from raysweep.scaling.quantities import ANSWERS
 
 NEAR = 0.1
 """Runs whose learning rate and batch cost more than this in ln loss tell nothing here."""
@@ -200,9 +201,7 @@ def hyperparameter_optima(
         value = recipes[name].astype(float)
         if value.groupby(trials["cell"]).nunique().max() < LEAST_VALUES:
             continue
-        rate, batch, loss = (
-            trials[c].to_numpy(float) for c in ("learning_rate", "batch_tokens", "loss")
-        )
+        rate, batch, loss = (trials[c].to_numpy(float) for c in ANSWERS)
         cells = trials["cell"].astype(str).tolist()
         one = fit_optimum(
             str(name), points_of(surface, cells, rate, batch, loss, value.to_numpy(float))
