@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
+from raysweep.report.figure import Axis, Line, Look, Panel, PlotFigure, Points, Series, looks
 from raysweep.report.laws import FLOPS, names_of
 from raysweep.scaling.compute.allocation import COUNT_NAMES, Allocation, Count, read_minimum
 from raysweep.scaling.compute.budgets import cost_of, splitting
@@ -57,7 +57,7 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
     names = [n for n in names_of(fits) if n in told.found]
     if not names:
         return None
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     cuts: list[Series] = []
     best: dict[str, list[Series]] = {"params": [], "tokens": []}
     for name in names:
@@ -67,17 +67,17 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
             y, low, high = np.array(
                 [(getattr(a, quantity), *a.intervals.get(quantity, (math.nan,) * 2)) for a in ok]
             ).T
-            series.append(Line(f"{name}, law", x, y, shade[name], low, high))
+            series.append(Line(f"{name}, law", x, y, look[name].colour, low, high))
         model = splitting(fits.loss_model(name))
         data = LossData.from_cells(fits.cells_of(name))
         level = held_budgets(data.flops)
-        cuts += _cuts(fits, name, model, data, ok, level, shade[name], mark[name])
+        cuts += _cuts(fits, name, model, data, ok, level, look[name])
         for quantity, series in best.items():
             if level is None:
                 continue
             cost = cost_of(model, fits.cells_of(name))
             if (dots := _parabolas(model, data, level, quantity, cost)) is not None:
-                series.append(Points(f"{name}, parabolas", *dots, shade[name], "P", size=46))
+                series.append(Points(f"{name}, parabolas", *dots, look[name].colour, "P", size=46))
     count = "N, " + COUNT_NAMES[told.found[names[0]][0].count]
     size = Axis(count, "params")
     panels = (
@@ -102,8 +102,7 @@ def _cuts(
     data: LossData,
     ok: Sequence[Allocation],
     level: np.ndarray | None,
-    colour: str,
-    marker: str,
+    look: Look,
 ) -> list[Series]:
     """The law along fixed budgets: those that were held, with their runs and the parabola through
     them, else a few."""
@@ -130,21 +129,19 @@ def _cuts(
         columns |= {key: np.full_like(n, v) for key, v in routing.items()}
         y = model.predict_mean({**columns, "flops": np.full_like(n, budget)})[0]
         end = f"{scientific(budget, 2)} FLOPs" if k % 2 == 0 else scientific(budget, 2)
-        series.append(Line(f"{name}, law", n, y, colour, dashed=level is None, end=end))
+        series.append(Line(f"{name}, law", n, y, look.colour, dashed=level is None, end=end))
     if level is not None:
         fitted = isoflop(params, data.columns["tokens"], data.loss, flops)
         for one in fitted.parabolas:
             own = params[np.isclose(flops, one.flops, rtol=0.2)]
             if one.status == "interior":
                 n = np.geomspace(own.min(), own.max(), CURVE)
-                series.append(Line(f"{name}, parabola", n, one.at(n), colour, dashed=True))
+                series.append(Line(f"{name}, parabola", n, one.at(n), look.colour, dashed=True))
         tips = [
             f"{scientific(c)} FLOPs: N {short(n)}, loss {y:.4f}"
             for c, n, y in zip(flops, params, data.loss, strict=True)
         ]
-        series.append(
-            Points(f"{name}, runs", params, data.loss, colour, marker, tips=tips, size=12)
-        )
+        series.append(Points(f"{name}, runs", params, data.loss, *look, tips=tips, size=12))
     return series
 
 

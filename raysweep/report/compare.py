@@ -13,14 +13,16 @@ import numpy as np
 from raysweep.report.figure import (
     Axis,
     Line,
+    Look,
     Panel,
     PlotFigure,
     Points,
     Series,
     by_name,
+    cell_points,
     colours,
     listed_height,
-    markers,
+    looks,
 )
 from raysweep.report.interactive import packed_figures
 from raysweep.report.laws import FLOPS, paths_along, told_along
@@ -102,7 +104,7 @@ def ratios_figure(ratios: Mapping[str, Sequence[Ratio]], names: Sequence[str]) -
     rows.sort(key=lambda row: (order.index(row[1].quantity), EQUALS.index(row[1].at_equal)))
     if not rows:
         return None
-    shade, mark = colours(names), markers(names)
+    look = looks(names)
     labels = list(dict.fromkeys(r.name for _, r in rows))
     series: list[Series] = []
     count = len(ratios)
@@ -117,8 +119,7 @@ def ratios_figure(ratios: Mapping[str, Sequence[Ratio]], names: Sequence[str]) -
                 f"{name} over {names[0]}",
                 np.array([r.ratio.value for r in own]),
                 np.array(at, float) + off,
-                shade[name],
-                mark[name],
+                *look[name],
                 np.array([r.ratio.low for r in own]),
                 np.array([r.ratio.high for r in own]),
                 np.array([r.clear for r in own]),
@@ -139,7 +140,7 @@ def ratios_figure(ratios: Mapping[str, Sequence[Ratio]], names: Sequence[str]) -
 def arms_figure(arms: Sequence[Arm]) -> PlotFigure:
     """Optima and loss of each side's cells against compute, with the law of each."""
     names = [arm.name for arm in arms]
-    shade, mark = colours(names), markers(names)
+    look = looks(names)
     panels = []
     for quantity in ANSWERS:
         series: list[Series] = []
@@ -155,9 +156,10 @@ def arms_figure(arms: Sequence[Arm]) -> PlotFigure:
                 y, low, high = told_along(evidence, arm.architecture, path, quantity).T
                 if np.isfinite(y).any():
                     series.append(
-                        Line(f"{arm.name}, law", path.along(FLOPS), y, shade[arm.name], low, high)
-                    )
-            series.append(_cell_dots(arm, quantity, shade[arm.name], mark[arm.name]))
+                        Line(f"{arm.name}, law", path.along(FLOPS), y, look[arm.name].colour,
+                             low, high)
+                    )  # fmt: skip
+            series.append(_cell_dots(arm, quantity, look[arm.name]))
         if any(np.isfinite(s.y).any() for s in series if isinstance(s, Points)):
             panels.append(Panel(Axis.of(FLOPS), Axis.of(quantity, best=True), tuple(series)))
     return PlotFigure(
@@ -169,20 +171,10 @@ def arms_figure(arms: Sequence[Arm]) -> PlotFigure:
     )
 
 
-def _cell_dots(arm: Arm, quantity: str, colour: str, marker: str) -> Points:
+def _cell_dots(arm: Arm, quantity: str, look: Look) -> Points:
     cells, evidence = arm.cells, arm.evidence
     y = cells["loss"].to_numpy(float)
     if quantity in TARGETS:
         optima = [evidence.optimum(evidence.sizes[str(c)]) for c in cells.index]
         y = np.array([math.nan if o is None else getattr(o, quantity) for o in optima])
-    known = np.isfinite(y)
-    write = QUANTITIES[quantity].write
-    return Points(
-        f"{arm.name}, cells",
-        cells[FLOPS].to_numpy(float)[known],
-        y[known],
-        colour,
-        marker,
-        tips=[f"{c}: {write(v)}" for c, v in zip(cells.index[known], y[known], strict=True)],
-        names=[str(c) for c in cells.index[known]],
-    )
+    return cell_points(arm.name, cells, FLOPS, y, look, QUANTITIES[quantity].write)

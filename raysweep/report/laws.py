@@ -11,7 +11,17 @@ import numpy as np
 import pandas as pd
 
 from raysweep.report.answers import Answer
-from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
+from raysweep.report.figure import (
+    Axis,
+    Line,
+    Look,
+    Panel,
+    PlotFigure,
+    Points,
+    Series,
+    cell_points,
+    looks,
+)
 from raysweep.scaling.compute.allocation import COUNT_NAMES
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence
@@ -105,7 +115,7 @@ def _panel(
     paths: Mapping[str, Sequence[Path]],
     answers: Sequence[Answer],
 ) -> Panel:
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     series: list[Series] = []
     several = sum(bool(p) for p in paths.values()) > 1
     for name, own_paths in paths.items():
@@ -117,12 +127,12 @@ def _panel(
                 series.append(
                     Line(
                         f"{name}, law{' at ' + path.held if path.held else ''}",
-                        path.along(axis), y, shade[name],
+                        path.along(axis), y, look[name].colour,
                         low if k == 0 else None, high if k == 0 else None, k > 0, end=end,
                     )
                 )  # fmt: skip
         if len(own):
-            series.append(_cell_points(fits, own, quantity, axis, shade[name], mark[name]))
+            series.append(_cell_points(fits, own, quantity, axis, look[name]))
     for a in answers:
         value = getattr(a.run, "batch_tokens_exact" if quantity == "batch_tokens" else quantity)
         if a.run.architecture in paths and math.isfinite(value):
@@ -131,7 +141,8 @@ def _panel(
             tip = f"{a.run.architecture}, asked: {QUANTITIES[quantity].write(value)}"
             series.append(
                 Points(
-                    "asked", np.array([at]), np.array([value]), shade[a.run.architecture], "*",
+                    "asked", np.array([at]), np.array([value]),
+                    look[a.run.architecture].colour, "*",
                     np.array([low]), np.array([high]), tips=[tip], names=[a.run.architecture],
                     size=110, legend="run asked about",
                 )
@@ -141,9 +152,7 @@ def _panel(
     return Panel(Axis.of(axis), Axis.of(quantity, best=True), tuple(series))
 
 
-def _cell_points(
-    fits: Fits, own: pd.DataFrame, quantity: str, axis: str, colour: str, marker: str
-) -> Points:
+def _cell_points(fits: Fits, own: pd.DataFrame, quantity: str, axis: str, look: Look) -> Points:
     y = own[quantity].to_numpy(float)
     if quantity == "loss":
         half = 1.96 * (own["loss_se"] / own["loss"]).to_numpy(float)
@@ -154,18 +163,9 @@ def _cell_points(
         half = np.array([1.96 * fits.optima["model"][str(c)].covariance[k, k] ** 0.5
                          for c in own.index])  # fmt: skip
         full = (own["status"] == "interior").to_numpy()
-    write = QUANTITIES[quantity].write
-    return Points(
-        f"{own['architecture'].iloc[0]}, cells", own[axis].to_numpy(float), y, colour, marker,
-        y * np.exp(-half), y * np.exp(half), full,
-        tips=[f"{c}: {write(v)}" for c, v in zip(own.index, y, strict=True)],
-        names=[str(c) for c in own.index],
-        size=26 if len(own) < 60 else 13, shades=_shades(own),
-    )  # fmt: skip
-
-
-def _shades(own: pd.DataFrame) -> dict[str, np.ndarray]:
-    return {a: own[AXES[a]].to_numpy(float) for a in "ND"}
+    name = str(own["architecture"].iloc[0])
+    write, low, high = QUANTITIES[quantity].write, y * np.exp(-half), y * np.exp(half)
+    return cell_points(name, own, axis, y, look, write, low, high, full, shaded=True)
 
 
 def told_along(evidence: Evidence, name: str, path: Path, quantity: str) -> np.ndarray:
@@ -205,17 +205,15 @@ def _published(
 
 def _against_loss(fits: Fits, cells: pd.DataFrame, quantity: str) -> Panel | None:
     """Optima against the loss, with the power law of it, where any is determined."""
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     known = cells[cells["loss"].notna()]
     series: list[Series] = []
     for name, own in known.groupby("architecture", sort=False):
         relation = fits.relations[str(name)].get(quantity)
         if relation is not None:
             x = np.geomspace(*relation.losses, 2)
-            series.append(Line(f"{name}, law", x, relation.at(x), shade[str(name)]))
-            series.append(
-                _cell_points(fits, own, quantity, "loss", shade[str(name)], mark[str(name)])
-            )
+            series.append(Line(f"{name}, law", x, relation.at(x), look[str(name)].colour))
+            series.append(_cell_points(fits, own, quantity, "loss", look[str(name)]))
     if not series:
         return None
     x = Axis.of("loss", reverse=True)
@@ -224,7 +222,7 @@ def _against_loss(fits: Fits, cells: pd.DataFrame, quantity: str) -> Panel | Non
 
 def _left_over(fits: Fits, cells: pd.DataFrame) -> Panel | None:
     """Each cell's loss over what its law says, in per cent; None without a law."""
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     series: list[Series] = []
     for name, own in cells.groupby("architecture", sort=False):
         said = _law_says(fits, str(name), own)
@@ -232,13 +230,8 @@ def _left_over(fits: Fits, cells: pd.DataFrame) -> Panel | None:
             continue
         rest = 100 * (own["loss"].to_numpy(float) / said - 1)
         series.append(
-            Points(
-                f"{name}, cells", own[FLOPS].to_numpy(float), rest, shade[str(name)],
-                mark[str(name)],
-                tips=[f"{c}: {v:+.2f} %" for c, v in zip(own.index, rest, strict=True)],
-                names=[str(c) for c in own.index], size=26 if len(own) < 60 else 13,
-                shades=_shades(own),
-            )
+            cell_points(str(name), own, FLOPS, rest, look[str(name)], "{:+.2f} %".format,
+                        shaded=True)
         )  # fmt: skip
     if not series:
         return None

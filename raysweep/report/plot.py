@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from raysweep.errors import UserError
-from raysweep.report.figure import Axis, Panel, PlotFigure, Points, Series, colours, markers
+from raysweep.report.figure import Axis, Panel, PlotFigure, Points, Series, looks
 from raysweep.report.laws import law_figures, names_of
 from raysweep.report.surfaces import cell_figure
 from raysweep.scaling.fits import Fits
@@ -59,15 +59,14 @@ class FitPlots:
         """The loss of every trial that counts over its learning rate."""
         self._searched()
         names = names_of(self.fits)
-        shade, mark = colours(names), markers(names)
+        look = looks(names)
         rows = self.fits.table.trials.dropna(subset=["learning_rate", "loss"])
         series: list[Series] = [
             Points(
                 name,
                 own["learning_rate"].to_numpy(float),
                 own["loss"].to_numpy(float),
-                shade[name],
-                mark[name],
+                *look[name],
                 size=14,
             )
             for name in names

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raysweep.report.figure import Axis, Panel, PlotFigure, Points, colours, listed_height, markers
+from raysweep.report.figure import Axis, Panel, PlotFigure, Points, listed_height, looks
 from raysweep.report.laws import names_of
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.held_out import HeldOut
@@ -155,7 +155,7 @@ def held_out_figure(fits: Fits) -> PlotFigure | None:
     if held is None:
         return None
     shown = held.cells[-MAX_ROWS:]
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     labels = tuple(c.cell for c in shown)
     panels = []
     for quantity in ANSWERS:
@@ -177,7 +177,7 @@ def held_out_figure(fits: Fits) -> PlotFigure | None:
                 for c, e, r in found
             ]
             series.append(
-                Points(name, ratio[:, 0], np.array(rows, float), shade[name], mark[name],
+                Points(name, ratio[:, 0], np.array(rows, float), *look[name],
                        ratio[:, 1], ratio[:, 2], tips=tips, names=[c for c, *_ in found])
             )  # fmt: skip
         if series:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.results.columns import record_of
 from raysweep.results.flags import flags
 from raysweep.results.schema import COLUMNS
 from raysweep.study.trials import Recipe
@@ -297,12 +298,7 @@ def recipes(values: pd.DataFrame, given: pd.Series | None) -> list[str | None]:
     known = list(given) if given is not None else [None] * len(values)
     found = []
     for text, row in zip(known, values.astype(object).to_dict("records"), strict=True):
-        try:
-            own = json.loads(text) if isinstance(text, str) else {}
-        except ValueError:
-            own = {}
-        own = own if isinstance(own, dict) else {}
-        own |= {str(k): v for k, v in row.items() if _plain_value(v)}
+        own = record_of(text) | {str(k): v for k, v in row.items() if _plain_value(v)}
         found.append(json.dumps(own, sort_keys=True, default=str) if own else None)
     return found
 

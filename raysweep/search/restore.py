@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import defaultdict
@@ -12,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from raysweep.errors import UserError
+from raysweep.results.columns import record_of
 from raysweep.results.schema import FINISHED, is_loss
 from raysweep.search.cells import CellState, Point
 from raysweep.search.history import TrialHistory
@@ -122,7 +122,7 @@ def further_values(recipe: Any, study: Study) -> dict[str, float]:
     if not names:
         return {}
     try:
-        given = json.loads(recipe)
+        given = record_of(recipe)
         return {name: float(given[name]) for name in names if name in given}
     except (ValueError, TypeError):
         return {}
