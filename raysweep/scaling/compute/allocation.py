@@ -18,6 +18,7 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from raysweep.errors import UserError
+from raysweep.scaling.compute.isoflop import read_minimum
 from raysweep.scaling.estimate import NOT_DETERMINED, Estimate
 from raysweep.scaling.loss.data import held_budgets
 from raysweep.scaling.loss.model import LEVEL, LossModel
@@ -41,9 +42,6 @@ GRID, WINDOW, WINDOW_GRID = 241, math.log(1e3), 61
 
 DECADE = math.log(10.0)
 """Exponents are taken over the cells' range of ln compute, or this where it is narrower."""
-
-NEAR = 4.0
-"""Runs within this factor of a budget's best size tell where its loss is least."""
 
 DRAWS = 600
 MIN_LEVELS = 4
@@ -334,20 +332,6 @@ def _shown_ahead(along: _Along) -> float:
         found.append(along.best(below, float(model.data.flops[own].mean())) - np.log(read))
     known = np.array([f for f in found if np.isfinite(f)])
     return float(np.sqrt(np.mean(known**2))) if len(known) > 1 else 0.0
-
-
-def read_minimum(params: np.ndarray, loss: np.ndarray) -> float:
-    """The size of least loss among runs [n] of one budget, by a parabola in ln N through those
-    within a factor of `NEAR` of the best; NaN where it has no minimum among them."""
-    log_n, log_loss = np.log(params), np.log(loss)
-    log_n = log_n - (centre := log_n[np.argmin(log_loss)])
-    near = np.abs(log_n) <= np.log(NEAR) + 1e-9
-    if len(np.unique(log_n[near])) < 4:
-        return float("nan")
-    bend, slope, _ = np.polyfit(log_n[near], log_loss[near], 2)
-    best = -slope / (2 * bend) if bend > 0 else np.inf
-    inside = log_n[near].min() < best < log_n[near].max()
-    return float(np.exp(centre + best)) if inside else float("nan")
 
 
 def _why_silent(model: LossModel) -> str:
