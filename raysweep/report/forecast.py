@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raysweep.scaling.quantities import ANSWERS, QUANTITIES
-from raysweep.text import between, written
+from raysweep.text import spanned
 
 
 def forecast_rows(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -69,7 +69,4 @@ def _said(estimate: Mapping[str, float | None], style: str) -> str:
     value, low, high = (
         math.nan if v is None else v for v in (estimate[k] for k in ("value", "low", "high"))
     )
-    if not math.isfinite(value):
-        return "not determined"
-    span = between(low, high, style)
-    return written(value, style) + ("" if span == "no interval" else f" ({span})")
+    return spanned(value, low, high, style)

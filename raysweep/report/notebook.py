@@ -238,18 +238,7 @@ def _comparison(comparison: Any) -> str:
     names = [arm.name for arm in comparison.arms]
     shades = colours(names)
     sides = [
-        (
-            _dot(shades, name),
-            *(
-                f"{written(value, style)} ({between(ends[0], ends[1], style)})"
-                for value, ends, style in (
-                    (a.learning_rate, a.learning_rate_interval, "rate"),
-                    (a.batch_tokens, a.batch_tokens_interval, "batch"),
-                    (a.loss, a.loss_interval, "loss"),
-                )
-            ),
-            written(a.run.compute, "flops"),
-        )
+        (_dot(shades, name), *a.cells(), written(a.run.compute, "flops"))
         for name, a in comparison.answers.items()
     ]
     parts: list[object] = [_heading(" and ".join(names))]

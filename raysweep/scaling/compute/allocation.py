@@ -293,17 +293,23 @@ def _ends(
 
 
 def _lowest(log_params: np.ndarray, log_loss: np.ndarray) -> np.ndarray:
-    """Where each row of ln losses [B, m] over an even grid is least, by a parabola through three
-    points; NaN at the grid's ends."""
+    """Where each row of ln losses [B, m] over an even grid is least; NaN at the grid's ends."""
     at = np.argmin(log_loss, axis=1)
     inside = (at > 0) & (at < log_loss.shape[1] - 1)
-    middle = np.clip(at, 1, log_loss.shape[1] - 2)
-    rows = np.arange(len(log_loss))
-    left, centre, right = (log_loss[rows, middle + k] for k in (-1, 0, 1))
-    bend = np.maximum(left - 2 * centre + right, 1e-300)
-    shift = np.clip(0.5 * (left - right) / bend, -1.0, 1.0)
+    middle, shift, _ = least(log_loss)
     found = log_params[middle] + shift * (log_params[1] - log_params[0])
     return np.where(inside, found, np.nan)
+
+
+def least(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(the middle of three points, how many steps beyond it, value), [m] each, of the least of each
+    row of [m, n] over an even grid, by a parabola through those points."""
+    at = np.clip(np.argmin(values, axis=1), 1, values.shape[1] - 2)
+    rows = np.arange(len(values))
+    left, middle, right = (values[rows, at + k] for k in (-1, 0, 1))
+    bend = np.maximum(left - 2 * middle + right, 1e-300)
+    shift = np.clip(0.5 * (left - right) / bend, -1.0, 1.0)
+    return at, shift, middle - 0.5 * bend * shift**2
 
 
 def _left_out(model: LossModel) -> list[LawPosterior]:
