@@ -32,8 +32,8 @@ from benchmarks.entry import make_parser, save, start
 from benchmarks.huber_fit import fit_law
 from benchmarks.huber_solver import HUBER, huber
 from raysweep.results.importers import import_file
-from raysweep.scaling.compute.allocation import compute_optimal, read_minimum
-from raysweep.scaling.compute.isoflop import isoflop
+from raysweep.scaling.compute.allocation import compute_optimal
+from raysweep.scaling.compute.isoflop import isoflop, read_minimum
 from raysweep.scaling.loss.data import COLUMNS, LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.selection import choose_loss
@@ -119,7 +119,7 @@ def variable_projection(seen: LossData, held: LossData) -> np.ndarray:
 def approach2(seen: LossData, held: LossData) -> np.ndarray:
     """Predicted losses [m] by parabolas: minimum and height as powers of compute, the mean bend."""
     found = isoflop(*_sizes(seen), seen.loss, seen.flops)
-    inside = [p for p in found.parabolas if p.status == "interior"]
+    inside = found.inside
     if len(inside) < 2:
         return np.full(len(held), np.nan)
     flops, loss = (np.log([getattr(p, k) for p in inside]) for k in ("flops", "loss"))

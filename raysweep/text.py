@@ -148,6 +148,14 @@ def estimated(
     return f"{written(value, style)}{unit} ({'95 %: ' if span != 'no interval' else ''}{span})"
 
 
+def spanned(value: float, low: float, high: float, style: str) -> str:
+    """`1.2 (1.1 to 1.3)` for a table that says what its intervals are; `1.2`, `not determined`."""
+    if not math.isfinite(value):
+        return "not determined"
+    known = math.isfinite(low + high)
+    return written(value, style) + (f" ({between(low, high, style)})" if known else "")
+
+
 # --- reading -----------------------------------------------------------------------------------
 
 NUMBER = (

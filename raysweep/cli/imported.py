@@ -11,6 +11,7 @@ from raysweep.results.importers import Imported
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.cells import CellTable, cell_table
 from raysweep.scaling.datasets import data_sets
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.text import short
 
 _RANGES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
@@ -117,8 +118,7 @@ def _cells(table: CellTable) -> str:
         if table.trials["learning_rate"].notna().any():
             said += " (if all ran at one batch: --map batch_tokens==TOKENS)"
         return said
-    names = {"learning_rate": "learning rate", "batch_tokens": "batch"}
-    fixed = [names[name] for name, varied in table.varied.items() if not varied]
+    fixed = [QUANTITIES[name].name for name, varied in table.varied.items() if not varied]
     if fixed:
         said += f"; no cell varies its {' or '.join(fixed)}: its optimum cannot be told"
     return said

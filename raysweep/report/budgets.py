@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
-from raysweep.report.laws import FLOPS, SIZE_AXES, names_of
-from raysweep.scaling.compute.allocation import COUNT_NAMES, Allocation, Count, read_minimum
-from raysweep.scaling.compute.budgets import cost_of, splitting
-from raysweep.scaling.compute.isoflop import isoflop
+from raysweep.report.figure import Axis, Line, Look, Panel, PlotFigure, Points, Series, looks
+from raysweep.report.laws import FLOPS, names_of
+from raysweep.scaling.compute.allocation import COUNT_NAMES, Allocation
+from raysweep.scaling.compute.budgets import cost_of, routing_of, splitting
+from raysweep.scaling.compute.isoflop import Parabola, isoflop
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.loss.data import LossData, held_budgets
 from raysweep.scaling.loss.model import LossModel
@@ -57,7 +57,7 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
     names = [n for n in names_of(fits) if n in told.found]
     if not names:
         return None
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     cuts: list[Series] = []
     best: dict[str, list[Series]] = {"params": [], "tokens": []}
     for name in names:
@@ -67,23 +67,21 @@ def split_figure(fits: Fits, told: Splits) -> PlotFigure | None:
             y, low, high = np.array(
                 [(getattr(a, quantity), *a.intervals.get(quantity, (math.nan,) * 2)) for a in ok]
             ).T
-            series.append(Line(f"{name}, law", x, y, shade[name], low, high))
+            series.append(Line(f"{name}, law", x, y, look[name].colour, low, high))
         model = splitting(fits.loss_model(name))
         data = LossData.from_cells(fits.cells_of(name))
         level = held_budgets(data.flops)
-        cuts += _cuts(fits, name, model, data, ok, level, shade[name], mark[name])
-        for quantity, series in best.items():
-            if level is None:
-                continue
-            cost = cost_of(model, fits.cells_of(name))
-            if (dots := _parabolas(model, data, level, quantity, cost)) is not None:
-                series.append(Points(f"{name}, parabolas", *dots, shade[name], "P", size=46))
+        inside = _parabolas(model, data) if level is not None else []
+        cuts += _cuts(fits, name, model, data, ok, level, inside, look[name])
+        for quantity, series in best.items() if inside else ():
+            x, y = np.array([(p.flops, getattr(p, quantity)) for p in inside]).T
+            series.append(Points(f"{name}, parabolas", x, y, look[name].colour, "P", size=46))
     count = "N, " + COUNT_NAMES[told.found[names[0]][0].count]
     size = Axis(count, "params")
     panels = (
-        Panel(size, Axis("loss, nats a token", "loss"), tuple(cuts)),
-        Panel(SIZE_AXES[FLOPS], Axis(f"best {count}", "params"), tuple(best["params"])),
-        Panel(SIZE_AXES[FLOPS], Axis("best D, tokens", "tokens"), tuple(best["tokens"])),
+        Panel(size, Axis.of("loss"), tuple(cuts)),
+        Panel(Axis.of(FLOPS), Axis(f"best {count}", "params"), tuple(best["params"])),
+        Panel(Axis.of(FLOPS), Axis("best D, tokens", "tokens"), tuple(best["tokens"])),
     )
     return PlotFigure(
         "budgets",
@@ -102,8 +100,8 @@ def _cuts(
     data: LossData,
     ok: Sequence[Allocation],
     level: np.ndarray | None,
-    colour: str,
-    marker: str,
+    parabolas: Sequence[Parabola],
+    look: Look,
 ) -> list[Series]:
     """The law along fixed budgets: those that were held, with their runs and the parabola through
     them, else a few."""
@@ -116,8 +114,7 @@ def _cuts(
     else:
         budgets = [float(v) for v in np.geomspace(flops.min(), flops.max(), SLICES)]
     best = np.log([[a.flops, a.params] for a in ok]).T
-    row = fits.cells_of(name).iloc[-1]
-    routing = {k: float(row[k]) for k in ("experts", "top_k", "granularity")}
+    routing = routing_of(fits.cells_of(name))
     series: list[Series] = []
     for k, budget in enumerate(budgets[:: max(1, len(budgets) // 8)]):
         if level is not None:
@@ -130,38 +127,25 @@ def _cuts(
         columns |= {key: np.full_like(n, v) for key, v in routing.items()}
         y = model.predict_mean({**columns, "flops": np.full_like(n, budget)})[0]
         end = f"{scientific(budget, 2)} FLOPs" if k % 2 == 0 else scientific(budget, 2)
-        series.append(Line(f"{name}, law", n, y, colour, dashed=level is None, end=end))
+        series.append(Line(f"{name}, law", n, y, look.colour, dashed=level is None, end=end))
     if level is not None:
-        fitted = isoflop(params, data.columns["tokens"], data.loss, flops)
-        for one in fitted.parabolas:
+        for one in parabolas:
             own = params[np.isclose(flops, one.flops, rtol=0.2)]
-            if one.status == "interior":
-                n = np.geomspace(own.min(), own.max(), CURVE)
-                series.append(Line(f"{name}, parabola", n, one.at(n), colour, dashed=True))
+            n = np.geomspace(own.min(), own.max(), CURVE)
+            series.append(Line(f"{name}, parabola", n, one.at(n), look.colour, dashed=True))
         tips = [
             f"{scientific(c)} FLOPs: N {short(n)}, loss {y:.4f}"
             for c, n, y in zip(flops, params, data.loss, strict=True)
         ]
-        series.append(
-            Points(f"{name}, runs", params, data.loss, colour, marker, tips=tips, size=12)
-        )
+        series.append(Points(f"{name}, runs", params, data.loss, *look, tips=tips, size=12))
     return series
 
 
-def _parabolas(
-    model: LossModel, data: LossData, level: np.ndarray, quantity: str, cost: Count
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """(FLOPs, best N or D) of each held budget, by a parabola through its own runs."""
+def _parabolas(model: LossModel, data: LossData) -> list[Parabola]:
+    """Those of held budgets that have a minimum among their runs."""
     assert model.law is not None
     params = data.inputs(model.law)[0]["params"]
-    found = []
-    for k in range(level.max() + 1):
-        own = level == k
-        flops = float(data.flops[own].mean())
-        n = read_minimum(params[own], data.loss[own])
-        if math.isfinite(n):
-            found.append((flops, n if quantity == "params" else flops / float(cost(np.array(n)))))
-    return (np.array(found).T[0], np.array(found).T[1]) if found else None
+    return isoflop(params, data.columns["tokens"], data.loss, data.flops).inside
 
 
 def split_rows(told: Splits) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
+from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, looks
 from raysweep.report.laws import names_of
 from raysweep.scaling.compute.allocation import COUNT_NAMES
 from raysweep.scaling.fits import Fits
@@ -67,19 +67,19 @@ def along_figure(fits: Fits) -> PlotFigure | None:
     names = [n for n in names_of(fits) if len(table) and (table["architecture"] == n).any()]
     if not names:
         return None
-    shade, mark = colours(fits.architectures), markers(fits.architectures)
+    look = looks(fits.architectures)
     series: list[Series] = []
     for name in names:
         for cell, own in table[table["architecture"] == name].groupby("cell", sort=False):
             x, y = own["loss"].to_numpy(float), own["noise_scale_tokens"].to_numpy(float)
             tips = [f"{cell}, quarter {q}" for q in own["quarter"]]
             series += [
-                Line(f"{name}, {cell}", x, y, shade[name], thin=True),
-                Points(f"{name}, cells", x, y, shade[name], mark[name], tips=tips, size=18,
+                Line(f"{name}, {cell}", x, y, look[name].colour, thin=True),
+                Points(f"{name}, cells", x, y, *look[name], tips=tips, size=18,
                        names=[str(cell)] * len(own)),
             ]  # fmt: skip
     x_axis = Axis("mean training loss of a quarter, nats a token", "loss", reverse=True)
-    panel = Panel(x_axis, Axis("gradient noise scale, tokens", "tokens"), tuple(series))
+    panel = Panel(x_axis, Axis.of("noise_scale_tokens"), tuple(series))
     return PlotFigure(
         "noise-along",
         "Gradient noise scale along each cell's best runs, by quarters, against running loss",

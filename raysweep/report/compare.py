@@ -13,35 +13,27 @@ import numpy as np
 from raysweep.report.figure import (
     Axis,
     Line,
+    Look,
     Panel,
     PlotFigure,
     Points,
     Series,
     by_name,
+    cell_points,
     colours,
     listed_height,
-    markers,
+    looks,
 )
 from raysweep.report.interactive import packed_figures
-from raysweep.report.laws import FLOPS, QUANTITIES, SIZE_AXES, paths_along, told_along
+from raysweep.report.laws import FLOPS, paths_along, told_along
 from raysweep.report.render import figure_context, render, write_page
 from raysweep.scaling.compare import EQUALS, Arm, Ratio, needed
-from raysweep.scaling.optima.surface import TARGETS
+from raysweep.scaling.quantities import ANSWERS, QUANTITIES, TARGETS, Quantity
 from raysweep.scaling.runs import AXES, RunMaker
 from raysweep.scaling.sides import Comparison
-from raysweep.text import estimated, written
 
 SCRIPTS = ("common.js", "address.js", "figures.js", "plots.js")
 """What the page runs, in order."""
-
-WORDS = {
-    "learning_rate": "learning rate",
-    "batch_tokens": "batch",
-    "loss": "loss",
-    "flops": "FLOPs",
-    "tokens": "tokens",
-    "noise_scale_tokens": "gradient noise scale",
-}
 
 
 def write_comparison(
@@ -70,9 +62,8 @@ def write_comparison(
         "colours": colours(names),
         "size": found.size,
         "sides": _sides(found),
-        "ratios": {name: _rows(own) for name, own in found.ratios.items()},
+        "ratios": {name: ratio_rows(own) for name, own in found.ratios.items()},
         "shifts": found.shifts,
-        "equals": EQUALS,
         "apart": found.apart,
         "packed": packed_figures(figures.values()),
         "command": command,
@@ -90,56 +81,49 @@ def _sides(found: Comparison) -> list[dict[str, Any]]:
     rows = []
     for name, answer in found.answers.items():
         own = found.ratios.get(name, [])
-        over = {q: needed(own, q, "N and D") for q in QUANTITIES} | {
+        over = {q: needed(own, q, "N and D") for q in ANSWERS} | {
             "flops": needed(own, "flops", "loss")
         }
         rows.append({"name": name, "run": answer, "over": over})
     return rows
 
 
-def _rows(ratios: Sequence[Ratio]) -> list[dict[str, Any]]:
-    """One row a quantity, with its ratio where each thing is held equal."""
-    rows = []
-    for quantity, word in WORDS.items():
-        own = {r.at_equal: r for r in ratios if r.quantity == quantity}
-        if own:
-            rows.append({"word": word, "style": _style(quantity), "at": own})
-    return rows
-
-
-def _style(quantity: str) -> str:
-    """Losses differ by little."""
-    return "number" if quantity == "loss" else "ratio"
+def ratio_rows(ratios: Sequence[Ratio]) -> list[tuple[Quantity, dict[str, Ratio]]]:
+    """By quantity its ratio where each thing is held equal."""
+    rows = [
+        (one, {r.at_equal: r for r in ratios if r.quantity == key})
+        for key, one in QUANTITIES.items()
+    ]
+    return [(one, own) for one, own in rows if own]
 
 
 def ratios_figure(ratios: Mapping[str, Sequence[Ratio]], names: Sequence[str]) -> PlotFigure | None:
     """Every ratio with its interval, a row each, hollow where it leaves 1 in; None without any."""
-    order = list(WORDS)
+    order = list(QUANTITIES)
     rows = [(name, r) for name, own in ratios.items() for r in own if r.ok]
     rows.sort(key=lambda row: (order.index(row[1].quantity), EQUALS.index(row[1].at_equal)))
     if not rows:
         return None
-    shade, mark = colours(names), markers(names)
-    labels = list(dict.fromkeys(f"{WORDS[r.quantity]} at equal {r.at_equal}" for _, r in rows))
+    look = looks(names)
+    labels = list(dict.fromkeys(r.name for _, r in rows))
     series: list[Series] = []
     count = len(ratios)
     for k, name in enumerate(ratios):
         own = [r for other, r in rows if other == name]
         if not own:
             continue
-        at = [labels.index(f"{WORDS[r.quantity]} at equal {r.at_equal}") for r in own]
+        at = [labels.index(r.name) for r in own]
         off = 0.0 if count < 2 else 0.5 * (k / (count - 1) - 0.5)
         series.append(
             Points(
                 f"{name} over {names[0]}",
                 np.array([r.ratio.value for r in own]),
                 np.array(at, float) + off,
-                shade[name],
-                mark[name],
+                *look[name],
                 np.array([r.ratio.low for r in own]),
                 np.array([r.ratio.high for r in own]),
                 np.array([r.clear for r in own]),
-                tips=[estimated(r.ratio, style=_style(r.quantity)) for r in own],
+                tips=[r.said for r in own],
             )
         )
     x = Axis(f"over {names[0]}: 1 is no difference", "number")
@@ -156,9 +140,9 @@ def ratios_figure(ratios: Mapping[str, Sequence[Ratio]], names: Sequence[str]) -
 def arms_figure(arms: Sequence[Arm]) -> PlotFigure:
     """Optima and loss of each side's cells against compute, with the law of each."""
     names = [arm.name for arm in arms]
-    shade, mark = colours(names), markers(names)
+    look = looks(names)
     panels = []
-    for quantity, (label, style) in QUANTITIES.items():
+    for quantity in ANSWERS:
         series: list[Series] = []
         for arm in arms:
             cells, evidence = arm.cells, arm.evidence
@@ -172,11 +156,12 @@ def arms_figure(arms: Sequence[Arm]) -> PlotFigure:
                 y, low, high = told_along(evidence, arm.architecture, path, quantity).T
                 if np.isfinite(y).any():
                     series.append(
-                        Line(f"{arm.name}, law", path.along(FLOPS), y, shade[arm.name], low, high)
-                    )
-            series.append(_cell_dots(arm, quantity, style, shade[arm.name], mark[arm.name]))
+                        Line(f"{arm.name}, law", path.along(FLOPS), y, look[arm.name].colour,
+                             low, high)
+                    )  # fmt: skip
+            series.append(_cell_dots(arm, quantity, look[arm.name]))
         if any(np.isfinite(s.y).any() for s in series if isinstance(s, Points)):
-            panels.append(Panel(SIZE_AXES[FLOPS], Axis(label, style), tuple(series)))
+            panels.append(Panel(Axis.of(FLOPS), Axis.of(quantity, best=True), tuple(series)))
     return PlotFigure(
         "sides",
         "Optimal learning rate, batch and loss of each side's cells against compute",
@@ -186,21 +171,10 @@ def arms_figure(arms: Sequence[Arm]) -> PlotFigure:
     )
 
 
-def _cell_dots(arm: Arm, quantity: str, style: str, colour: str, marker: str) -> Points:
+def _cell_dots(arm: Arm, quantity: str, look: Look) -> Points:
     cells, evidence = arm.cells, arm.evidence
     y = cells["loss"].to_numpy(float)
     if quantity in TARGETS:
         optima = [evidence.optimum(evidence.sizes[str(c)]) for c in cells.index]
         y = np.array([math.nan if o is None else getattr(o, quantity) for o in optima])
-    known = np.isfinite(y)
-    return Points(
-        f"{arm.name}, cells",
-        cells[FLOPS].to_numpy(float)[known],
-        y[known],
-        colour,
-        marker,
-        tips=[
-            f"{c}: {written(v, style)}" for c, v in zip(cells.index[known], y[known], strict=True)
-        ],
-        names=[str(c) for c in cells.index[known]],
-    )
+    return cell_points(arm.name, cells, FLOPS, y, look, QUANTITIES[quantity].write)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from raysweep.results.columns import record_of
 from raysweep.results.schema import COLUMNS, FINISHED
 
 
@@ -140,8 +140,7 @@ def _values(frame: pd.DataFrame, column: str, most: int = 4) -> str:
 
 
 def _versions(frame: pd.DataFrame, runs: Sequence[Mapping[str, Any]]) -> str:
-    texts = [t for t in frame["versions"].dropna().unique() if isinstance(t, str)]
-    records: list[Any] = [_json(t) for t in texts]
+    records: list[Any] = [record_of(text) for text in frame["versions"].dropna().unique()]
     records += [r.get("versions") for r in runs]
     merged: dict[str, list[str]] = {}
     for record in records:
@@ -153,19 +152,8 @@ def _versions(frame: pd.DataFrame, runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _recipes(frame: pd.DataFrame) -> list[str]:
-    texts = []
-    for text in frame["recipe"].dropna().unique()[:3]:
-        record = _json(text)
-        if isinstance(record, dict):
-            texts.append(", ".join(f"{k} {v}" for k, v in record.items() if v is not None))
-    return texts
-
-
-def _json(text: Any) -> Any:
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError):
-        return None
+    records = [record_of(text) for text in frame["recipe"].dropna().unique()[:3]]
+    return [", ".join(f"{k} {v}" for k, v in r.items() if v is not None) for r in records if r]
 
 
 def _number(value: Any) -> float | None:

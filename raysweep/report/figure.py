@@ -4,9 +4,9 @@ them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,12 +26,17 @@ from raysweep.report.style import (
     settings,
     spread,
 )
+from raysweep.scaling.quantities import QUANTITIES, TARGETS
+from raysweep.scaling.runs import AXES
 from raysweep.text import written
 
 MAX_COLOURS = len(ARCHITECTURE_COLOURS)
 
 ROW_INCHES = 0.27
 """Height of a row of a panel whose y-axis lists names."""
+
+MANY = 60
+"""Cells of an architecture from which their dots are small."""
 
 WHISKER = 0.7
 SEEN = 2.5
@@ -49,6 +54,13 @@ class Axis:
     reverse: bool = False
     names: tuple[str, ...] = ()
     limits: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, quantity: str, *, best: bool = False, **rest: Any) -> Axis:
+        """That of one of `QUANTITIES`; where `best`, of the optimum of what cells have one of."""
+        one = QUANTITIES[quantity]
+        optimal = "optimal " if best and quantity in TARGETS else ""
+        return cls(optimal + one.axis, one.style, **rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +175,48 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {n: ARCHITECTURE_COLOURS[i % MAX_COLOURS] for i, n in enumerate(names)}
 
 
-def markers(names: Sequence[str]) -> dict[str, str]:
-    """The marker of each architecture."""
-    return {n: MARKERS[i % len(MARKERS)] for i, n in enumerate(names)}
+class Look(NamedTuple):
+    """What tells an architecture apart in every figure."""
+
+    colour: str
+    marker: str
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """The colour role and the marker of each architecture."""
+    return {
+        name: Look(colour, MARKERS[i % len(MARKERS)])
+        for i, (name, colour) in enumerate(colours(names).items())
+    }
+
+
+def cell_points(
+    name: str,
+    cells: pd.DataFrame,
+    x: str,
+    y: np.ndarray,
+    look: Look,
+    say: Callable[[float], str],
+    low: np.ndarray | None = None,
+    high: np.ndarray | None = None,
+    full: np.ndarray | None = None,
+    *,
+    shaded: bool = False,
+) -> Points:
+    """Dots of an architecture's cells at their column `x` and at `y` [n], each with its name and
+    what `say` makes of its y in its hover text; those without x or y are left out. The page can
+    colour and open them where they are `shaded`."""
+    at = cells[x].to_numpy(float)
+    known = np.isfinite(at) & np.isfinite(y)
+    own = cells[known]
+    low, high, full = (None if v is None else v[known] for v in (low, high, full))
+    return Points(
+        f"{name}, cells", at[known], y[known], *look, low, high, full,
+        tips=[f"{cell}: {say(v)}" for cell, v in zip(own.index, y[known], strict=True)],
+        names=[str(cell) for cell in own.index],
+        size=26 if len(own) < MANY else 13,
+        shades={a: own[AXES[a]].to_numpy(float) for a in "ND"} if shaded else {},
+    )  # fmt: skip
 
 
 def listed_height(rows: int) -> float:

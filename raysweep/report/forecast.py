@@ -6,13 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from raysweep.text import between, written
-
-STYLES = {
-    "learning_rate": ("learning rate", "rate"),
-    "batch_tokens": ("batch, tokens", "batch"),
-    "loss": ("loss", "loss"),
-}
+from raysweep.scaling.quantities import ANSWERS, QUANTITIES
+from raysweep.text import spanned
 
 
 def forecast_rows(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -21,17 +16,18 @@ def forecast_rows(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[dic
     rows = []
     for name, row in told.get("cells", {}).items():
         own = found.get("cells", {}).get(name, {})
-        for quantity, (word, style) in STYLES.items():
+        for quantity in ANSWERS:
+            one = QUANTITIES[quantity]
             now, best = own.get(quantity), own.get("best", {}).get(quantity)
             known = "inside" in own and row[quantity]["value"] is not None
             off = own.get("loss_error") if quantity == "loss" else None
             rows.append(
                 {
                     "cell": name,
-                    "quantity": word,
-                    "forecast": _said(row[quantity], style),
-                    "found": _said(now, style) if now else "not trained yet",
-                    "best": written(best, style) if best else "",
+                    "quantity": one.axis,
+                    "forecast": _said(row[quantity], one.style),
+                    "found": _said(now, one.style) if now else "not trained yet",
+                    "best": one.write(best) if best else "",
                     "inside": ("yes" if own["inside"][quantity] else "no") if known else "",
                     "off": f"{off:+.2%}" if off is not None else "",
                 }
@@ -73,7 +69,4 @@ def _said(estimate: Mapping[str, float | None], style: str) -> str:
     value, low, high = (
         math.nan if v is None else v for v in (estimate[k] for k in ("value", "low", "high"))
     )
-    if not math.isfinite(value):
-        return "not determined"
-    span = between(low, high, style)
-    return written(value, style) + ("" if span == "no interval" else f" ({span})")
+    return spanned(value, low, high, style)

@@ -11,32 +11,29 @@ import numpy as np
 import pandas as pd
 
 from raysweep.report.answers import Answer
-from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
+from raysweep.report.figure import (
+    Axis,
+    Line,
+    Look,
+    Panel,
+    PlotFigure,
+    Points,
+    Series,
+    cell_points,
+    looks,
+)
 from raysweep.scaling.compute.allocation import COUNT_NAMES
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.optima.literature import PUBLISHED_LAWS
-from raysweep.scaling.optima.surface import EXPONENTS, TARGETS
+from raysweep.scaling.quantities import ANSWERS, QUANTITIES, TARGETS
 from raysweep.scaling.relations import PUBLISHED
 from raysweep.scaling.runs import AXES, RunMaker
 from raysweep.study.shape import RunSize
 from raysweep.text import estimated, short, written
 
 PARAMS, TOKENS, FLOPS = AXES.values()
-
-QUANTITIES = {
-    "learning_rate": ("optimal learning rate", "rate"),
-    "batch_tokens": ("optimal batch, tokens", "batch"),
-    "loss": ("loss, nats a token", "loss"),
-}
-"""Column -> what its axis says, and how it is written."""
-
-SIZE_AXES = {
-    PARAMS: Axis("N, active parameters", "params"),
-    TOKENS: Axis("D, tokens", "tokens"),
-    FLOPS: Axis("C, training FLOPs", "flops"),
-}
 
 POINTS = 25
 """Points of a curve."""
@@ -76,26 +73,26 @@ def law_figures(fits: Fits, answers: Sequence[Answer]) -> list[PlotFigure]:
     if not names:
         return []
     cells = fits.cells[fits.cells["architecture"].isin(names)]
-    known = {q: cells[cells[q].notna()] for q in QUANTITIES}
+    known = {q: cells[cells[q].notna()] for q in ANSWERS}
     paths = {name: _paths_of(fits, name, answers, len(names) == 1) for name in names}
     figures = []
     for quantity, own in known.items():
         if not len(own):
             continue
-        axes = [a for a in SIZE_AXES if np.ptp(np.log(own[a].to_numpy(float))) > APART]
+        axes = [a for a in AXES.values() if np.ptp(np.log(own[a].to_numpy(float))) > APART]
         axes = axes or [FLOPS]
-        across = [SIZE_AXES[a].label.split(",")[0] for a in axes]
+        across = [QUANTITIES[a].label for a in axes]
         panels = [
             _panel(fits, own, quantity, axis, {n: paths[n].get(axis, ()) for n in names}, answers)
             for axis in axes
         ]
         if quantity != "loss" and (last := _against_loss(fits, own, quantity)) is not None:
             panels.append(last)
-            across.append("loss")
+            across.append(QUANTITIES["loss"].label)
         if quantity == "loss" and (rest := _left_over(fits, own)) is not None:
             panels.append(rest)
             across.append("C, above the law")
-        word = QUANTITIES[quantity][0]
+        word = Axis.of(quantity, best=True).label
         drawn = tuple(n for n in names if (own["architecture"] == n).any())
         figures.append(
             PlotFigure(
@@ -118,7 +115,7 @@ def _panel(
     paths: Mapping[str, Sequence[Path]],
     answers: Sequence[Answer],
 ) -> Panel:
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     series: list[Series] = []
     several = sum(bool(p) for p in paths.values()) > 1
     for name, own_paths in paths.items():
@@ -130,34 +127,32 @@ def _panel(
                 series.append(
                     Line(
                         f"{name}, law{' at ' + path.held if path.held else ''}",
-                        path.along(axis), y, shade[name],
+                        path.along(axis), y, look[name].colour,
                         low if k == 0 else None, high if k == 0 else None, k > 0, end=end,
                     )
                 )  # fmt: skip
         if len(own):
-            series.append(_cell_points(fits, own, quantity, axis, shade[name], mark[name]))
+            series.append(_cell_points(fits, own, quantity, axis, look[name]))
     for a in answers:
         value = getattr(a.run, "batch_tokens_exact" if quantity == "batch_tokens" else quantity)
         if a.run.architecture in paths and math.isfinite(value):
             at = a.run.run.compute if axis == FLOPS else getattr(a.run.run, axis)
             low, high = getattr(a.run, f"{quantity}_interval")
-            tip = f"{a.run.architecture}, asked: {written(value, QUANTITIES[quantity][1])}"
+            tip = f"{a.run.architecture}, asked: {QUANTITIES[quantity].write(value)}"
             series.append(
                 Points(
-                    "asked", np.array([at]), np.array([value]), shade[a.run.architecture], "*",
+                    "asked", np.array([at]), np.array([value]),
+                    look[a.run.architecture].colour, "*",
                     np.array([low]), np.array([high]), tips=[tip], names=[a.run.architecture],
                     size=110, legend="run asked about",
                 )
             )  # fmt: skip
     if quantity in TARGETS:
         series += _published(series, paths, quantity, axis)
-    label, style = QUANTITIES[quantity]
-    return Panel(SIZE_AXES[axis], Axis(label, style), tuple(series))
+    return Panel(Axis.of(axis), Axis.of(quantity, best=True), tuple(series))
 
 
-def _cell_points(
-    fits: Fits, own: pd.DataFrame, quantity: str, axis: str, colour: str, marker: str
-) -> Points:
+def _cell_points(fits: Fits, own: pd.DataFrame, quantity: str, axis: str, look: Look) -> Points:
     y = own[quantity].to_numpy(float)
     if quantity == "loss":
         half = 1.96 * (own["loss_se"] / own["loss"]).to_numpy(float)
@@ -168,18 +163,9 @@ def _cell_points(
         half = np.array([1.96 * fits.optima["model"][str(c)].covariance[k, k] ** 0.5
                          for c in own.index])  # fmt: skip
         full = (own["status"] == "interior").to_numpy()
-    style = QUANTITIES[quantity][1]
-    return Points(
-        f"{own['architecture'].iloc[0]}, cells", own[axis].to_numpy(float), y, colour, marker,
-        y * np.exp(-half), y * np.exp(half), full,
-        tips=[f"{c}: {written(v, style)}" for c, v in zip(own.index, y, strict=True)],
-        names=[str(c) for c in own.index],
-        size=26 if len(own) < 60 else 13, shades=_shades(own),
-    )  # fmt: skip
-
-
-def _shades(own: pd.DataFrame) -> dict[str, np.ndarray]:
-    return {a: own[AXES[a]].to_numpy(float) for a in "ND"}
+    name = str(own["architecture"].iloc[0])
+    write, low, high = QUANTITIES[quantity].write, y * np.exp(-half), y * np.exp(half)
+    return cell_points(name, own, axis, y, look, write, low, high, full, shaded=True)
 
 
 def told_along(evidence: Evidence, name: str, path: Path, quantity: str) -> np.ndarray:
@@ -219,28 +205,24 @@ def _published(
 
 def _against_loss(fits: Fits, cells: pd.DataFrame, quantity: str) -> Panel | None:
     """Optima against the loss, with the power law of it, where any is determined."""
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     known = cells[cells["loss"].notna()]
     series: list[Series] = []
     for name, own in known.groupby("architecture", sort=False):
         relation = fits.relations[str(name)].get(quantity)
         if relation is not None:
             x = np.geomspace(*relation.losses, 2)
-            series.append(Line(f"{name}, law", x, relation.at(x), shade[str(name)]))
-            series.append(
-                _cell_points(fits, own, quantity, "loss", shade[str(name)], mark[str(name)])
-            )
+            series.append(Line(f"{name}, law", x, relation.at(x), look[str(name)].colour))
+            series.append(_cell_points(fits, own, quantity, "loss", look[str(name)]))
     if not series:
         return None
-    label, style = QUANTITIES[quantity]
-    return Panel(
-        Axis("loss, nats a token", "loss", reverse=True), Axis(label, style), tuple(series)
-    )
+    x = Axis.of("loss", reverse=True)
+    return Panel(x, Axis.of(quantity, best=True), tuple(series))
 
 
 def _left_over(fits: Fits, cells: pd.DataFrame) -> Panel | None:
     """Each cell's loss over what its law says, in per cent; None without a law."""
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     series: list[Series] = []
     for name, own in cells.groupby("architecture", sort=False):
         said = _law_says(fits, str(name), own)
@@ -248,18 +230,13 @@ def _left_over(fits: Fits, cells: pd.DataFrame) -> Panel | None:
             continue
         rest = 100 * (own["loss"].to_numpy(float) / said - 1)
         series.append(
-            Points(
-                f"{name}, cells", own[FLOPS].to_numpy(float), rest, shade[str(name)],
-                mark[str(name)],
-                tips=[f"{c}: {v:+.2f} %" for c, v in zip(own.index, rest, strict=True)],
-                names=[str(c) for c in own.index], size=26 if len(own) < 60 else 13,
-                shades=_shades(own),
-            )
+            cell_points(str(name), own, FLOPS, rest, look[str(name)], "{:+.2f} %".format,
+                        shaded=True)
         )  # fmt: skip
     if not series:
         return None
     y = Axis("loss above the law, %", "number", log=False)
-    return Panel(SIZE_AXES[FLOPS], y, tuple(series), neutral=0.0)
+    return Panel(Axis.of(FLOPS), y, tuple(series), neutral=0.0)
 
 
 def _law_says(fits: Fits, name: str, own: pd.DataFrame) -> np.ndarray | None:
@@ -284,7 +261,7 @@ def _paths_of(
     asked = [a.run.run for a in answers if a.run.architecture == name]
     first = asked[0] if asked else fits.evidence_of(name).sizes[str(cells.index[0])]
     maker = RunMaker.after(cells, experts=first.experts, top_k=first.top_k, group=first.group)
-    return {axis: paths_along(cells, maker, axis, asked, several) for axis in SIZE_AXES}
+    return {axis: paths_along(cells, maker, axis, asked, several) for axis in AXES.values()}
 
 
 def paths_along(
@@ -372,9 +349,6 @@ class LawRow:
     note: str
 
 
-SYMBOLS = {"params": "N", "tokens": "D", "sparsity": "total/active"}
-
-
 def law_rows(fits: Fits) -> list[LawRow]:
     """The laws of optima of each set of data, and of the loss of each architecture."""
     rows = []
@@ -383,22 +357,19 @@ def law_rows(fits: Fits) -> list[LawRow]:
         if surface is None:
             continue
         laws = surface.laws
-        centre = [written(float(v), s) for v, s in zip(laws.centre_sizes, ("params", "tokens"),
-                                                       strict=True)]  # fmt: skip
         for axis, target in enumerate(TARGETS):
             if target == "batch_tokens" and surface.batch_rule is not None:
                 continue
-            shown = [e for e in EXPONENTS if e != "sparsity" or surface.sparse]
-            at = written(laws.at_centre[axis], QUANTITIES[target][1])
-            terms = [f"(N/{centre[0]})^a", f"(D/{centre[1]})^b", "(total/active)^s"]
+            terms = list(zip("abs", surface.bases.items(), strict=False))
+            at = QUANTITIES[target].write(laws.at_centre[axis])
             rows.append(
                 LawRow(
                     label or ", ".join(names_of(fits)),
-                    QUANTITIES[target][0].split(",")[0],
-                    " ".join([at, *terms[: len(shown)]]),
+                    f"optimal {QUANTITIES[target].name}",
+                    " ".join([at, *(f"{base}^{s}" for s, (_, base) in terms)]),
                     tuple(
                         (s, laws.exponent(target, e), laws.learned(target, e))
-                        for s, e in zip("abs", shown, strict=False)
+                        for s, (e, _) in terms
                     ),
                     _covered(fits, target),
                     "",
@@ -414,16 +385,14 @@ def law_rows(fits: Fits) -> list[LawRow]:
         if not model.ok or model.law is None:
             continue
         shown_models[id(model)] = len(rows)
-        ahead = model.ahead
         held = ""
-        if ahead:
-            off = sum(a.error * a.n for a in ahead) / sum(a.n for a in ahead)
-            held = f"{sum(a.covered for a in ahead)} of {sum(a.n for a in ahead)} runs inside, "
-            held += f"{written(off, 'percent')} off"
+        if (score := model.score).runs:
+            held = f"{score.covered} of {score.runs} runs inside, "
+            held += f"{written(score.off, 'percent')} off"
         rows.append(
             LawRow(
                 name,
-                "loss",
+                QUANTITIES["loss"].name,
                 model.law.formula,
                 tuple((k, e, math.nan) for k, e in model.coefficients.items()),
                 held,
@@ -439,7 +408,7 @@ def law_rows(fits: Fits) -> list[LawRow]:
             rows.append(
                 LawRow(
                     name,
-                    f"{QUANTITIES[target][0].split(',')[0]} by loss",
+                    f"optimal {QUANTITIES[target].name} by loss",
                     f"{symbol} L^a",
                     (("a", relation.exponent, math.nan),),
                     "",
@@ -449,10 +418,13 @@ def law_rows(fits: Fits) -> list[LawRow]:
     return rows
 
 
-def group_rows(fits: Fits) -> list[tuple[str, Sequence[Estimate]]]:
+def group_rows(fits: Fits) -> list[tuple[str, dict[str, Estimate]]]:
     """(group, its learning rate, batch and loss over the mean of all) where results are grouped."""
     return [
-        (", ".join(part for part in (label, group) if part), evidence.surface.group_effect(group))
+        (
+            ", ".join(part for part in (label, group) if part),
+            dict(zip(ANSWERS, evidence.surface.group_effect(group), strict=True)),
+        )
         for label, evidence in fits.evidence.items()
         if evidence.surface is not None
         for group in evidence.surface.design.groups

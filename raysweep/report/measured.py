@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
-from raysweep.report.laws import FLOPS, SIZE_AXES, names_of
+from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, cell_points, looks
+from raysweep.report.laws import FLOPS, names_of
 from raysweep.scaling.fits import Fits
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.text import estimated, short
 
 LOADS = {
@@ -28,38 +29,29 @@ def noise_figure(fits: Fits) -> PlotFigure | None:
     names = [n for n in names_of(fits) if (table["architecture"] == n).any()]
     if not names:
         return None
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     by_loss: list[Series] = []
     by_batch: list[Series] = []
     for name in names:
         own = table[table["architecture"] == name]
         y, half = own["noise"].to_numpy(float), 1.96 * own["log_sd"].to_numpy(float)
-        tips = [f"{c}: {short(v)} tokens" for c, v in zip(own.index, y, strict=True)]
         law = fits.noise_laws.get(name)
         if law is not None:
             x = np.geomspace(own["loss"].min(), own["loss"].max(), 2)
             exponent = law.exponents["loss"].value
-            by_loss.append(Line(f"{name}, law", x, law.b0 * x**exponent, shade[name]))
+            by_loss.append(Line(f"{name}, law", x, law.b0 * x**exponent, look[name].colour))
         for series, column in ((by_loss, "loss"), (by_batch, "batch_tokens")):
-            known = own[column].notna().to_numpy()
-            if known.any():
-                series.append(
-                    Points(
-                        f"{name}, cells", own[column].to_numpy(float)[known], y[known],
-                        shade[name], mark[name], (y * np.exp(-half))[known],
-                        (y * np.exp(half))[known],
-                        tips=[t for t, k in zip(tips, known, strict=True) if k],
-                        names=[str(c) for c, k in zip(own.index, known, strict=True) if k],
-                    )
-                )  # fmt: skip
-    y_axis = Axis("gradient noise scale, tokens", "tokens")
-    panels = [Panel(Axis("loss, nats a token", "loss", reverse=True), y_axis, tuple(by_loss))]
+            if own[column].notna().any():
+                ends = y * np.exp(-half), y * np.exp(half)
+                series.append(cell_points(name, own, column, y, look[name], _tokens, *ends))
+    y_axis = Axis.of("noise_scale_tokens")
+    panels = [Panel(Axis.of("loss", reverse=True), y_axis, tuple(by_loss))]
     if by_batch:
         both = [s for s in by_batch if isinstance(s, Points)]
         ends = np.concatenate([np.r_[s.x, s.y] for s in both])
         line = np.array([ends.min(), ends.max()])
         equal = Line("equal", line, line, "faint", thin=True, end="equal")
-        x_axis = Axis("optimal batch, tokens", "batch")
+        x_axis = Axis.of("batch_tokens", best=True)
         panels.append(Panel(x_axis, y_axis, (equal, *by_batch)))
     return PlotFigure(
         "noise",
@@ -68,6 +60,10 @@ def noise_figure(fits: Fits) -> PlotFigure | None:
         tuple(names),
         width=7.4,
     )
+
+
+def _tokens(value: float) -> str:
+    return f"{short(value)} tokens"
 
 
 def noise_rows(fits: Fits) -> list[dict[str, str]]:
@@ -90,20 +86,16 @@ def load_figure(fits: Fits) -> PlotFigure | None:
     if not shown:
         return None
     table = load.join(fits.cells[["architecture", FLOPS]])
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     panels = []
     for column in shown:
         series: list[Series] = []
         for name, own in table[table[column].notna()].groupby("architecture", sort=False):
             y, sd = own[column].to_numpy(float), own[f"{column}_sd"].fillna(0).to_numpy(float)
-            series.append(
-                Points(f"{name}, cells", own[FLOPS].to_numpy(float), y, shade[str(name)],
-                       mark[str(name)], y - sd, y + sd,
-                       tips=[f"{c}: {v:.3g}" for c, v in zip(own.index, y, strict=True)],
-                       names=[str(c) for c in own.index])
-            )  # fmt: skip
+            dots = (look[str(name)], "{:.3g}".format, y - sd, y + sd)
+            series.append(cell_points(str(name), own, FLOPS, y, *dots))
         axis = Axis(LOADS[column], "number", log=False)
-        panels.append(Panel(SIZE_AXES[FLOPS], axis, tuple(series)))
+        panels.append(Panel(Axis.of(FLOPS), axis, tuple(series)))
     return PlotFigure(
         "load",
         "Load of experts and confidence of routers of each cell against compute",
@@ -118,7 +110,7 @@ def not_measured(fits: Fits) -> list[tuple[str, str]]:
     """(what, why) of what no figure shows."""
     found = []
     if noise_figure(fits) is None:
-        found.append(("gradient noise scale", "no trial measured it"))
+        found.append((QUANTITIES["noise_scale_tokens"].name, "no trial measured it"))
     moe = any(fits.kind(name) == "moe" for name in fits.architectures)
     if moe and load_figure(fits) is None:
         found.append(("load of experts", "no trial measured it"))

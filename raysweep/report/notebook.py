@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from raysweep.report.answers import Answer
-from raysweep.report.compare import WORDS, ratios_figure
+from raysweep.report.compare import ratios_figure
 from raysweep.report.figure import PlotFigure, colours
 from raysweep.report.laws import law_figures, law_rows
 from raysweep.report.render import sentence
@@ -238,18 +238,7 @@ def _comparison(comparison: Any) -> str:
     names = [arm.name for arm in comparison.arms]
     shades = colours(names)
     sides = [
-        (
-            _dot(shades, name),
-            *(
-                f"{written(value, style)} ({between(ends[0], ends[1], style)})"
-                for value, ends, style in (
-                    (a.learning_rate, a.learning_rate_interval, "rate"),
-                    (a.batch_tokens, a.batch_tokens_interval, "batch"),
-                    (a.loss, a.loss_interval, "loss"),
-                )
-            ),
-            written(a.run.compute, "flops"),
-        )
+        (_dot(shades, name), *a.cells(), written(a.run.compute, "flops"))
         for name, a in comparison.answers.items()
     ]
     parts: list[object] = [_heading(" and ".join(names))]
@@ -260,12 +249,7 @@ def _comparison(comparison: Any) -> str:
     parts += [_said(sentence(text)) for text in comparison.apart.values()]
     parts.append(_figure(ratios_figure(comparison.ratios, names)))
     for name, ratios in comparison.ratios.items():
-        rows = [
-            (f"{WORDS[r.quantity]} at equal {r.at_equal}",
-             estimated(r.ratio, style="number" if r.quantity == "loss" else "ratio"))
-            for r in ratios
-            if r.ok
-        ]  # fmt: skip
+        rows = [(r.name, r.said) for r in ratios if r.ok]
         parts.append(_table((f"{name} over {names[0]}", "ratio"), rows, 0))
     return _framed(*parts)
 

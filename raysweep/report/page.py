@@ -15,6 +15,7 @@ import pandas as pd
 from raysweep.errors import UserError
 from raysweep.report import budgets, claims, facts, measured, serving, trust
 from raysweep.report.answers import Answer, Asked, answer_grid, ask
+from raysweep.report.compare import ratio_rows
 from raysweep.report.figure import PlotFigure, by_name, colours
 from raysweep.report.forecast import forecast_rows, forecast_words
 from raysweep.report.interactive import packed_figures
@@ -149,6 +150,7 @@ def _context(
         "laws": [f.name for f in laws],
         "law_tables": _law_tables(fits),
         "groups": group_rows(fits),
+        "ratio_rows": {name: ratio_rows(own) for name, own in fits.comparison.items()},
         "cell_figures": [(c, picture(c, whole=c is cells[-1]).draw().svg) for c in cells],
         "cells_drawn": drawn_of(fits),
         "gaps": GAPS,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from raysweep.errors import UserError
-from raysweep.report.figure import Axis, Panel, PlotFigure, Points, Series, colours, markers
+from raysweep.report.figure import Axis, Panel, PlotFigure, Points, Series, looks
 from raysweep.report.laws import law_figures, names_of
 from raysweep.report.surfaces import cell_figure
 from raysweep.scaling.fits import Fits
@@ -59,23 +59,20 @@ class FitPlots:
         """The loss of every trial that counts over its learning rate."""
         self._searched()
         names = names_of(self.fits)
-        shade, mark = colours(names), markers(names)
+        look = looks(names)
         rows = self.fits.table.trials.dropna(subset=["learning_rate", "loss"])
         series: list[Series] = [
             Points(
                 name,
                 own["learning_rate"].to_numpy(float),
                 own["loss"].to_numpy(float),
-                shade[name],
-                mark[name],
+                *look[name],
                 size=14,
             )
             for name in names
             if len(own := rows[rows["architecture"] == name])
         ]
-        panel = Panel(
-            Axis("learning rate", "rate"), Axis("loss, nats a token", "loss"), tuple(series)
-        )
+        panel = Panel(Axis.of("learning_rate"), Axis.of("loss"), tuple(series))
         return PlotFigure("trials", "", (panel,), tuple(names), width=6.4, height=4).to_matplotlib()
 
     def _law(self, name: str) -> PlotFigure:

@@ -16,6 +16,8 @@ from markupsafe import Markup
 from raysweep.report.figure import PlotFigure
 from raysweep.report.interactive import library
 from raysweep.report.style import DARK, LIGHT
+from raysweep.scaling.compare import EQUALS
+from raysweep.scaling.quantities import QUANTITIES, TARGETS
 from raysweep.text import between, estimated, written
 
 
@@ -28,6 +30,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    env.globals |= {"quantities": QUANTITIES, "equals": EQUALS}
     env.filters["num"] = lambda value, style: written(value, style)
     env.filters["est"] = lambda value, style: estimated(value, style=style)
     env.filters["span"] = lambda ends, style: between(ends[0], ends[1], style)
@@ -71,7 +74,9 @@ def write_page(
 
 def sentence(text: str) -> str:
     """Words as a sentence: a capital first, a full stop last."""
-    plain = text.strip().replace("learning_rate", "learning rate").replace("batch_tokens", "batch")
+    plain = text.strip()
+    for column in TARGETS:
+        plain = plain.replace(column, QUANTITIES[column].name)
     return plain[:1].upper() + plain[1:] + ("" if plain.endswith((".", "!", "?")) else ".")
 
 

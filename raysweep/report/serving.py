@@ -11,7 +11,17 @@ import numpy as np
 
 from raysweep.errors import UserError
 from raysweep.report.answers import Answer
-from raysweep.report.figure import Axis, Line, Panel, PlotFigure, Points, Series, colours, markers
+from raysweep.report.figure import (
+    Axis,
+    Line,
+    Look,
+    Panel,
+    PlotFigure,
+    Points,
+    Series,
+    cell_points,
+    looks,
+)
 from raysweep.report.laws import MAX_ARCHITECTURES
 from raysweep.scaling.compute.allocation import COUNT_NAMES
 from raysweep.scaling.compute.serving import (
@@ -22,10 +32,11 @@ from raysweep.scaling.compute.serving import (
     ServingLaw,
     Solution,
 )
-from raysweep.scaling.compute.serving_words import assumptions, marks, share
+from raysweep.scaling.compute.serving_words import COLUMNS, assumptions, marks
 from raysweep.scaling.fits import Fits
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.study.serving import ServingSettings
-from raysweep.text import dollars, scientific, short, written
+from raysweep.text import dollars, scientific, short
 
 SMALLEST = 1e7
 """Below so many parameters a GPU's roofline says nothing of what a model costs to serve."""
@@ -41,9 +52,9 @@ PANELS = 4
 """Sizes at which loss is drawn against tokens, at most."""
 
 COST = Axis("dollars a million generated tokens", "rate")
-LOSS = Axis("loss, nats a token", "loss", log=False)
+LOSS = Axis.of("loss", log=False)
 SIZE = Axis("N of the dense model", "params")
-BUDGET = Axis("C, training FLOPs", "flops")
+BUDGET = Axis.of("flops")
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ def _loss_against_tokens(fits: Fits, served: Served) -> PlotFigure | None:
         return None
     if len(scales) > PANELS:
         scales = [scales[round(k)] for k in np.linspace(0, len(scales) - 1, PANELS)]
-    shade, mark = colours(names), markers(names)
+    look = looks(names)
     panels = []
     for scale in scales:
         series: list[Series] = []
@@ -139,15 +150,13 @@ def _loss_against_tokens(fits: Fits, served: Served) -> PlotFigure | None:
             dense = float(own["params_dense"].iloc[0])
             if not math.isfinite(dense):
                 continue
-            d, y = own["tokens"].to_numpy(float), own["loss"].to_numpy(float)
+            d, y = own["tokens"], own["loss"].to_numpy(float)
             x = np.geomspace(d.min() / 1.3, d.max() * 1.3, CURVE)
             curve = law.candidates[name].losses_at(np.full(CURVE, dense), x)
-            tips = [f"{c}: {v:.4f}" for c, v in zip(own.index, y, strict=True)]
             series += [
-                Line(f"{name}, law", x, curve, shade[name]),
-                Points(f"{name}, cells", d, y, shade[name], mark[name], tips=tips,
-                       names=[str(c) for c in own.index]),
-            ]  # fmt: skip
+                Line(f"{name}, law", x, curve, look[name].colour),
+                cell_points(name, own, "tokens", y, look[name], QUANTITIES["loss"].write),
+            ]
         if series:
             panels.append(Panel(Axis(f"D, tokens, at {scale}", "tokens"), LOSS, tuple(series)))
     return _named("serving-loss", "Loss against tokens at each size, by the joint law", panels,
@@ -158,20 +167,20 @@ def _cost_against_size(served: Served) -> PlotFigure | None:
     """Figure 2."""
     law, names = served.law, served.names
     assert law is not None
-    shade = colours(names)
+    look = looks(names)
     own = [s.params for s in served.solutions if s.status == "found" and s.name in names]
     x = np.geomspace(min(own), max(own), CURVE)
     series = []
     for name in names:
         y = law.candidates[name].dollars(x)
-        series.append(Line(name, x, np.where(np.isfinite(y), y, math.nan), shade[name]))
+        series.append(Line(name, x, np.where(np.isfinite(y), y, math.nan), look[name].colour))
     panel = Panel(SIZE, COST, tuple(series))
     return _named("serving-cost", "Cost of serving against size", [panel], names, width=7.4)
 
 
 def _loss_optimal(served: Served) -> PlotFigure | None:
     """Figure 3: what loss-optimal models of the budgets reach and cost."""
-    shade, mark = colours(served.names), markers(served.names)
+    look = looks(served.names)
     by_budget: list[Series] = []
     by_cost: list[Series] = []
     by_training: list[Series] = []
@@ -182,13 +191,13 @@ def _loss_optimal(served: Served) -> PlotFigure | None:
         budget = np.array([s.budget for s in own])
         loss = np.array([s.loss for s in own])
         price = np.array([s.cost.dollars_per_million for s in own])
-        by_budget += _drawn(name, budget, loss, shade[name], mark[name], own)
-        by_cost += _drawn(name, price, loss, shade[name], mark[name], own)
+        by_budget += _drawn(name, budget, loss, look[name], own)
+        by_cost += _drawn(name, price, loss, look[name], own)
         same = served.of("same quality", name)
         if same:
             x = np.array([s.budget for s in same])
             y = np.array([s.training_share for s in same])
-            by_training += _drawn(name, x, y, shade[name], mark[name], same)
+            by_training += _drawn(name, x, y, look[name], same)
     panels = [Panel(BUDGET, LOSS, tuple(by_budget)), Panel(COST, LOSS, tuple(by_cost))]
     if by_training:
         y = Axis("FLOPs for the reference's loss, ratio", "ratio")
@@ -201,7 +210,7 @@ def _along_sizes(served: Served) -> PlotFigure | None:
     """Figure 4: one budget, spent on models of every size."""
     law, names = served.law, served.names
     assert law is not None
-    shade, mark = colours(names), markers(names)
+    look = looks(names)
     losses: list[Series] = []
     costs: list[Series] = []
     for name in names:
@@ -211,16 +220,15 @@ def _along_sizes(served: Served) -> PlotFigure | None:
         price = other.dollars(x)
         price = np.where(np.isfinite(price), price, math.nan)
         here = [s for s in served.of("loss-optimal", name) if s.budget == served.budget]
-        losses.append(Line(name, x, other.losses(x, served.budget), shade[name]))
-        costs.append(Line(name, x, price, shade[name]))
+        losses.append(Line(name, x, other.losses(x, served.budget), look[name].colour))
+        costs.append(Line(name, x, price, look[name].colour))
         for s in here:
             at = np.array([s.params])
-            dot = {"marker": mark[name], "tips": [_tip(s)], "names": [name], "size": 40}
-            losses.append(
-                Points(f"{name}, loss-optimal", at, np.array([s.loss]), shade[name], **dot)
-            )
-            y = np.array([s.cost.dollars_per_million])
-            costs.append(Points(f"{name}, loss-optimal", at, y, shade[name], **dot))
+            for series, y in ((losses, s.loss), (costs, s.cost.dollars_per_million)):
+                series.append(
+                    Points(f"{name}, loss-optimal", at, np.array([y]), *look[name],
+                           tips=[_tip(s)], names=[name], size=40)
+                )  # fmt: skip
     panels = [Panel(SIZE, LOSS, tuple(losses)), Panel(SIZE, COST, tuple(costs))]
     return _named("serving-sizes", "Loss and cost of serving along the size at one budget", panels,
                   names)  # fmt: skip
@@ -228,7 +236,7 @@ def _along_sizes(served: Served) -> PlotFigure | None:
 
 def _over_budgets(served: Served, kind: Kind, name: str) -> PlotFigure | None:
     """Figures 5 and 6: one kind of solution over the budgets, against the reference."""
-    shade, mark = colours(served.names), markers(served.names)
+    look = looks(served.names)
     y_axes = {
         "cost_share": Axis("cost, of the reference's", "ratio"),
         "size_share": Axis("N, of the loss-optimal", "ratio"),
@@ -244,7 +252,7 @@ def _over_budgets(served: Served, kind: Kind, name: str) -> PlotFigure | None:
             if own:
                 x = np.array([s.budget for s in own])
                 y = np.array([getattr(s, quantity) for s in own])
-                series += _drawn(architecture, x, y, shade[architecture], mark[architecture], own)
+                series += _drawn(architecture, x, y, look[architecture], own)
         if series:
             neutral = None if quantity == "saved" else 1.0
             panels.append(Panel(BUDGET, y_axes[quantity], tuple(series), neutral=neutral))
@@ -253,13 +261,13 @@ def _over_budgets(served: Served, kind: Kind, name: str) -> PlotFigure | None:
 
 
 def _drawn(
-    name: str, x: np.ndarray, y: np.ndarray, colour: str, marker: str, own: Sequence[Solution]
+    name: str, x: np.ndarray, y: np.ndarray, look: Look, own: Sequence[Solution]
 ) -> list[Series]:
     full = np.array([not s.outside for s in own])
     tips = [_tip(s) for s in own]
     return [
-        Line(name, x, y, colour, thin=True),
-        Points(name, x, y, colour, marker, full=full, tips=tips, names=[name] * len(own), size=36),
+        Line(name, x, y, look.colour, thin=True),
+        Points(name, x, y, *look, full=full, tips=tips, names=[name] * len(own), size=36),
     ]
 
 
@@ -285,18 +293,10 @@ def rows(served: Served) -> list[dict[str, Any]]:
         {
             "name": s.name,
             "kind": s.kind,
-            "params": short(s.params),
-            "total": short(s.params_total),
-            "optimum": share(s.size_share),
-            "tokens": short(s.tokens),
-            "loss": written(s.loss, "loss"),
-            "training": written(s.training_share, "ratio"),
-            "cost": dollars(s.cost.dollars_per_million),
-            "gpus": str(s.cost.gpus),
-            "cost_share": share(s.cost_share),
-            "active_share": share(s.active_share),
-            "saved": share(s.saved),
-            "outside": marks(s).removeprefix(" ! "),
+            "cells": [
+                *(said(s) for _, head, said in COLUMNS if head),
+                marks(s).removeprefix(" ! "),
+            ],
         }
         for s in served.solutions
         if s.budget == served.budget and s.status == "found" and s.cost.status == "fits"
@@ -313,6 +313,7 @@ def words(served: Served) -> dict[str, Any]:
         "count": COUNT_NAMES.get(law.curve.count, law.curve.count),
         "coefficients": list(law.curve.coefficients.items()),
         "reference": law.reference,
+        "heads": [head for _, head, _ in COLUMNS if head],
         "assumptions": assumptions(law.serving),
         "kinds": list(KINDS.items()),
         "budget": served.budget,

@@ -133,8 +133,8 @@ def _figure(
         )  # fmt: skip
     series += _optimum(optimum)
     low, high = np.exp(box)
-    x = Axis("learning rate", "rate", limits=(low[0], high[0]))
-    y = Axis("batch, tokens", "batch", limits=(low[1], high[1]))
+    x = Axis.of("learning_rate", limits=(low[0], high[0]))
+    y = Axis.of("batch_tokens", limits=(low[1], high[1]))
     panels = [
         Panel(x, y, tuple(series)),
         *_slices(trials, evidence, optimum, best, (x, y), keys[0]),

@@ -11,6 +11,7 @@ import pandas as pd
 
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.fits import Fits
+from raysweep.scaling.quantities import QUANTITIES
 
 MAX_ROWS = 8000
 """Rows in the page. Beyond it the worst losses of each cell are left to the Parquet table."""
@@ -18,15 +19,13 @@ MAX_ROWS = 8000
 CURVE_NUMBERS = 30_000
 """Points of curves in the page, shared by all trials that have one."""
 
+_NUMBERS = ("params_active_non_embedding", "tokens", "learning_rate", "batch_tokens", "loss")
+
 COLUMNS: dict[str, tuple[str, str]] = {
     "trial_key": ("trial", "key"),
     "cell": ("cell", "text"),
     "architecture": ("architecture", "text"),
-    "params_active_non_embedding": ("N", "params"),
-    "tokens": ("D", "tokens"),
-    "learning_rate": ("learning rate", "rate"),
-    "batch_tokens": ("batch", "batch"),
-    "loss": ("loss", "loss"),
+    **{name: (QUANTITIES[name].label, QUANTITIES[name].style) for name in _NUMBERS},
     "gap": ("above best", "percent"),
     "status": ("status", "text"),
     "seed": ("seed", "count"),

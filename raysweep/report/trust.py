@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raysweep.report.figure import Axis, Panel, PlotFigure, Points, colours, listed_height, markers
-from raysweep.report.laws import SYMBOLS, names_of
+from raysweep.report.figure import Axis, Panel, PlotFigure, Points, listed_height, looks
+from raysweep.report.laws import names_of
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.held_out import HeldOut
 from raysweep.scaling.loss.model import LossModel
 from raysweep.scaling.optima.literature import PUBLISHED_LAWS
 from raysweep.scaling.optima.readings import READINGS
-from raysweep.scaling.optima.surface import EXPONENTS, TARGETS, Surface
+from raysweep.scaling.optima.surface import Surface
+from raysweep.scaling.quantities import ANSWERS, EXPONENTS, QUANTITIES, TARGETS
 from raysweep.text import estimated, written
-
-WORDS = {"learning_rate": "learning rate", "batch_tokens": "batch", "loss": "loss"}
-STYLES = {"learning_rate": "rate", "batch_tokens": "batch", "loss": "loss"}
 
 MAX_ROWS = 24
 """Held-out cells drawn: the largest."""
@@ -48,7 +46,7 @@ def checks(fits: Fits) -> list[tuple[str, list[Mark]]]:
         ("optima inside their trials", _interior),
         ("fit of the optima", _status),
         ("effects that the data tell, not the prior", _told),
-        *((f"{word} of held-out cells inside 95 %", _covered(q)) for q, word in WORDS.items()),
+        *((f"{QUANTITIES[q].name} of held-out cells inside 95 %", _covered(q)) for q in ANSWERS),
         ("loss lost by advice for held-out cells", _regret),
         ("law of the loss", _law),
         ("loss one level of compute ahead, inside 95 %", _ahead),
@@ -92,11 +90,10 @@ def _told(fits: Fits, name: str) -> Mark:
     surface = _surface(fits, name)
     if surface is None:
         return Mark("")
-    shown = [e for e in EXPONENTS if e != "sparsity" or surface.sparse]
     said = []
     for target in TARGETS:
-        told = [SYMBOLS[e] for e in shown if surface.laws.learned(target, e) > TOLD]
-        said.append(f"{WORDS[target]}: {', '.join(told) or 'none'}")
+        told = [EXPONENTS[e] for e in surface.bases if surface.laws.learned(target, e) > TOLD]
+        said.append(f"{QUANTITIES[target].name}: {', '.join(told) or 'none'}")
     return Mark("; ".join(said), None if "none" not in "".join(said) else False)
 
 
@@ -132,13 +129,11 @@ def _law(fits: Fits, name: str) -> Mark:
 
 
 def _ahead(fits: Fits, name: str) -> Mark:
-    ahead = fits.loss_model(name).ahead
-    n = sum(a.n for a in ahead)
-    if not n:
+    score = fits.loss_model(name).score
+    if not score.runs:
         return Mark("")
-    inside = sum(a.covered for a in ahead)
-    off = written(sum(a.error * a.n for a in ahead) / n, "percent")
-    return Mark(f"{inside} of {n}, {off} off", inside >= EXPECTED * n)
+    said = f"{score.covered} of {score.runs}, {written(score.off, 'percent')} off"
+    return Mark(said, score.covered >= EXPECTED * score.runs)
 
 
 def not_determined(fits: Fits) -> list[tuple[str, str]]:
@@ -160,10 +155,11 @@ def held_out_figure(fits: Fits) -> PlotFigure | None:
     if held is None:
         return None
     shown = held.cells[-MAX_ROWS:]
-    shade, mark = (f(fits.architectures) for f in (colours, markers))
+    look = looks(fits.architectures)
     labels = tuple(c.cell for c in shown)
     panels = []
-    for quantity, word in WORDS.items():
+    for quantity in ANSWERS:
+        one = QUANTITIES[quantity]
         series = []
         for name in names_of(fits):
             rows, found = [], []
@@ -177,17 +173,16 @@ def held_out_figure(fits: Fits) -> PlotFigure | None:
                 continue
             ratio = np.array([[e.value / r, e.low / r, e.high / r] for _, e, r in found])
             tips = [
-                f"{c}: predicted {estimated(e, style=STYLES[quantity])}, "
-                f"measured {written(r, STYLES[quantity])}"
+                f"{c}: predicted {estimated(e, style=one.style)}, measured {one.write(r)}"
                 for c, e, r in found
             ]
             series.append(
-                Points(name, ratio[:, 0], np.array(rows, float), shade[name], mark[name],
+                Points(name, ratio[:, 0], np.array(rows, float), *look[name],
                        ratio[:, 1], ratio[:, 2], tips=tips, names=[c for c, *_ in found])
             )  # fmt: skip
         if series:
             names = labels if not panels else ("",) * len(labels)
-            axis = Axis(f"{word}, predicted over measured", "number")
+            axis = Axis(f"{one.name}, predicted over measured", "number")
             panels.append(Panel(axis, Axis("", names=names), tuple(series), neutral=1.0))
     if not panels:
         return None
@@ -210,15 +205,15 @@ def prior_figure(fits: Fits) -> PlotFigure | None:
     evidence = fits.evidence[str(label)]
     assert evidence.surface is not None
     surface = evidence.surface
-    rows = [e for e in EXPONENTS if e != "sparsity" or surface.sparse]
+    rows = list(surface.bases)
     places = np.arange(len(rows), dtype=float)
-    names = tuple(f"exponent of {SYMBOLS[e]}" for e in rows)
+    names = tuple(f"exponent of {EXPONENTS[e]}" for e in rows)
     panels = []
     for axis, target in enumerate(TARGETS):
         own = table[table["target"] == target].set_index("coefficient").loc[rows]
         size = len(EXPONENTS) + 1
         laws = [(key, theta[axis * size + 1 :]) for key, theta in fits.prior.laws.items()]
-        dots = np.array([[t[EXPONENTS.index(e)] for e in rows] for _, t in laws])
+        dots = np.array([[t[list(EXPONENTS).index(e)] for e in rows] for _, t in laws])
         said = [f"{PUBLISHED_LAWS[key].source}: {v:+.3f}" for (key, _), row in zip(laws, dots,
                 strict=True) for v in row]  # fmt: skip
         prior, half = own["prior"].to_numpy(float), 1.96 * own["prior_sd"].to_numpy(float)
@@ -233,7 +228,7 @@ def prior_figure(fits: Fits) -> PlotFigure | None:
                    tips=[f"fitted {v:+.3f}" for v in own["value"]], size=34),
         )  # fmt: skip
         shown = names if not panels else ("",) * len(names)
-        x = Axis(WORDS[target], "number", log=False)
+        x = Axis(QUANTITIES[target].name, "number", log=False)
         panels.append(Panel(x, Axis("", names=shown), series, neutral=0.0))
     return PlotFigure(
         "prior",
@@ -252,8 +247,8 @@ def prior_rows(fits: Fits) -> list[dict[str, str]]:
     rows = []
     for row in fits.prior_table.to_dict("records"):
         centre = row["coefficient"] == "at the centre"
-        style = STYLES[row["target"]] if centre else "exponent"
-        name = "at the centre" if centre else f"exponent of {SYMBOLS[row['coefficient']]}"
+        style = QUANTITIES[row["target"]].style if centre else "exponent"
+        name = "at the centre" if centre else f"exponent of {EXPONENTS[row['coefficient']]}"
         spread = (
             f"\N{MULTIPLICATION SIGN}\N{DIVISION SIGN} {math.exp(row['prior_sd']):.2g}"
             if centre
@@ -262,7 +257,7 @@ def prior_rows(fits: Fits) -> list[dict[str, str]]:
         rows.append(
             {
                 "dataset": row["dataset"],
-                "target": WORDS[row["target"]],
+                "target": QUANTITIES[row["target"]].name,
                 "coefficient": name,
                 "prior": f"{written(row['prior'], style)} {spread}",
                 "value": estimated(row["value"], row["low"], row["high"], style=style),
@@ -312,7 +307,6 @@ def ahead_rows(fits: Fits) -> list[dict[str, Any]]:
             continue
         seen.add(id(model))
         for score in model.scores:
-            n = sum(a.n for a in score.ahead)
             rows.append(
                 {
                     "of": name,
@@ -320,7 +314,7 @@ def ahead_rows(fits: Fits) -> list[dict[str, Any]]:
                     "count": score.count.replace("_", " "),
                     "answers": model.law is not None and score.law == model.law.key,
                     "error": score.error,
-                    "inside": f"{sum(a.covered for a in score.ahead)} of {n}" if n else "",
+                    "inside": f"{score.covered} of {score.runs}" if score.runs else "",
                     "why": score.why,
                 }
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from typing import Any
 
 import pandas as pd
 
@@ -12,8 +13,8 @@ from raysweep.errors import UserError
 from raysweep.study.trials import YOUNGER, Recipe
 
 
-def recipe_of(text: object) -> dict[str, object]:
-    """A row's recipe; empty where it is not readable."""
+def record_of(text: object) -> dict[str, Any]:
+    """What a row keeps as JSON, its recipe say; empty where it is not readable."""
     try:
         found = json.loads(text) if isinstance(text, str) else {}
     except ValueError:
@@ -27,7 +28,7 @@ def recipe_columns(frame: pd.DataFrame) -> pd.DataFrame:
     if "recipe" not in frame:
         return pd.DataFrame(index=frame.index)
     texts = frame["recipe"].astype(object)
-    known = {text: recipe_of(text) for text in texts.dropna().unique()}
+    known = {text: record_of(text) for text in texts.dropna().unique()}
     plain = Recipe().model_dump(mode="json", include=set(YOUNGER))
     ours = frame["source"] == "raysweep" if "source" in frame else [False] * len(frame)
     found = [

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from raysweep.errors import UserError
-from raysweep.results.columns import recipe_of
+from raysweep.results.columns import record_of
 from raysweep.results.flags import flags
 from raysweep.results.schema import COLUMNS
 from raysweep.study.trials import Recipe
@@ -279,7 +279,7 @@ def expression(
 
 def _log(values: pd.Series) -> pd.Series:
     """Natural logarithms, NaN of what has none."""
-    return np.log(values.where(values > 0))
+    return values.where(values > 0).map(math.log, na_action="ignore")
 
 
 def numbers(column: pd.Series) -> pd.Series:
@@ -311,7 +311,7 @@ def recipes(values: pd.DataFrame, given: pd.Series | None) -> list[str | None]:
     known = list(given) if given is not None else [None] * len(values)
     found = []
     for text, row in zip(known, values.astype(object).to_dict("records"), strict=True):
-        own = recipe_of(text) | {str(k): v for k, v in row.items() if _plain_value(v)}
+        own = record_of(text) | {str(k): v for k, v in row.items() if _plain_value(v)}
         found.append(json.dumps(own, sort_keys=True, default=str) if own else None)
     return found
 

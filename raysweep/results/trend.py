@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from raysweep.results.columns import recipe_of
+from raysweep.results.columns import record_of
 
 BELOW = 0.1
 """A loss this far (in ln) under its kind's trend, and by more than the kind's own spread, was not
@@ -36,7 +36,7 @@ def off_trend(rows: pd.DataFrame) -> pd.DataFrame:
     through the medians of equal sizes, of least absolute deviation, so that a few wrong rows do not
     bend it. `rows` are rows of the schema that count.
     """
-    recipe = [recipe_of(text) for text in rows["recipe"]]
+    recipe = [record_of(text) for text in rows["recipe"]]
     kind = ["\x1f".join(str(r.get(k)) for k in _KIND) for r in recipe]
     keys = [
         rows["study"],

@@ -13,12 +13,11 @@ import pandas as pd
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import DRAWS, PAIRED, Evidence
 from raysweep.scaling.optima.noise_scale import fit_noise_scale
+from raysweep.scaling.quantities import ANSWERS, QUANTITIES, TARGETS
 from raysweep.scaling.recommend import Recommendation, answer
 from raysweep.scaling.runs import AXES, describe_run, size_of
 from raysweep.study.shape import RunSize
-from raysweep.text import written
-
-QUANTITIES = ("learning_rate", "batch_tokens", "loss")
+from raysweep.text import estimated, written
 
 EQUALS = ("N and D", "FLOPs", "loss")
 """What is held equal: the size itself; or, growing N and D together, the FLOPs or the loss."""
@@ -107,6 +106,16 @@ class Ratio:
         return self.ratio.known
 
     @property
+    def name(self) -> str:
+        """`learning rate at equal FLOPs`."""
+        return f"{QUANTITIES[self.quantity].name} at equal {self.at_equal}"
+
+    @property
+    def said(self) -> str:
+        """The ratio with its interval."""
+        return estimated(self.ratio, style=QUANTITIES[self.quantity].ratio_style)
+
+    @property
     def clear(self) -> bool:
         """Whether the interval leaves out 1."""
         return self.ok and (self.ratio.low > 1 or self.ratio.high < 1)
@@ -193,7 +202,7 @@ def compare_arms(reference: Arm, other: Arm, seed: int = 0) -> list[Ratio]:
     # By how much draws miss, in the middle, the ratio of the two answers.
     missed = {
         quantity: np.median(mean["N and D", quantity]) - exact[k]
-        for k, quantity in enumerate(QUANTITIES)
+        for k, quantity in enumerate(ANSWERS)
     }
     for equal in EQUALS:
         for quantity in _of(equal):
@@ -216,8 +225,8 @@ def needed(ratios: Sequence[Ratio], quantity: str, at_equal: str) -> Estimate:
 
 def _of(equal: str) -> tuple[str, ...]:
     if equal == "loss":
-        return ("learning_rate", "batch_tokens", "flops", "tokens")
-    return QUANTITIES
+        return (*TARGETS, "flops", "tokens")
+    return ANSWERS
 
 
 def shared_sizes(a: Arm, b: Arm) -> tuple[list[tuple[float, float]], int]:
@@ -265,7 +274,7 @@ def _at(
 
 
 def _exact(reference: Arm, other: Arm, params: float, tokens: float) -> np.ndarray:
-    """ln ratios [3] of `QUANTITIES` between what the two arms recommend at one size."""
+    """ln ratios [3] of `ANSWERS` between what the two arms recommend at one size."""
     found = []
     for arm in (reference, other):
         run = arm.near(params, tokens)

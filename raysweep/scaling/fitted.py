@@ -43,8 +43,8 @@ from raysweep.scaling.optima.noise_scale import (
     noise_along,
 )
 from raysweep.scaling.optima.readings import Optimum, readings_table
-from raysweep.scaling.optima.surface import TARGETS
 from raysweep.scaling.plain import plain_dict
+from raysweep.scaling.quantities import TARGETS
 from raysweep.scaling.recommend import BATCH_WITHIN, Recommendation, recommend
 from raysweep.scaling.relations import LossRelation, loss_relation
 from raysweep.text import read_number, read_size

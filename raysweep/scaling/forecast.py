@@ -12,23 +12,22 @@ import pandas as pd
 from raysweep.results.schema import FINISHED
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.plain import plain_dict
+from raysweep.scaling.quantities import ANSWERS, TARGETS
 from raysweep.study.study import Study
-
-QUANTITIES = ("learning_rate", "batch_tokens", "loss")
 
 
 def forecast(fits: Fits, study: Study, scale: str) -> dict[str, Any]:
     """What the fits say of each cell of a scale.
 
     Under `cells`, by name: `architecture`, `verdict`, the batch to run in `batch_sequences` (a
-    power of two), and of each of `QUANTITIES` `value`, `low` and `high`; null where not
+    power of two), and of each of `ANSWERS` `value`, `low` and `high`; null where not
     determined."""
     cells = {}
     for cell in (c for c in study.cells if c.scale == scale):
         n = cell.counts.params_active_non_embedding
         told = fits.recommend(cell.architecture, float(n), float(cell.tokens))
         row: dict[str, Any] = {"architecture": cell.architecture, "verdict": told.verdict}
-        for name in QUANTITIES:
+        for name in ANSWERS:
             low, high = getattr(told, f"{name}_interval")
             row[name] = {"value": getattr(told, name), "low": low, "high": high}
         exact = told.batch_tokens_exact / cell.shape.sequence_length
@@ -41,7 +40,7 @@ def outcome(
     told: Mapping[str, Any], fits: Fits, trials: pd.DataFrame, check: pd.DataFrame
 ) -> dict[str, Any]:
     """What became of a forecast, by cell: how many `trials` finished and, where any did, of each of
-    `QUANTITIES` what all rows together tell now (`value`, `low`, `high`), the `best` trial's, and
+    `ANSWERS` what all rows together tell now (`value`, `low`, `high`), the `best` trial's, and
     whether the value lies `inside` what was forecast.
 
     `check` are the `checked` runs of the forecast's settings. `regret` is their mean loss over the
@@ -56,13 +55,13 @@ def outcome(
         if not len(own) or name not in fits.cells.index:
             continue
         now = _found(fits, name)
-        best = own.loc[own["loss"].idxmin(), list(QUANTITIES)].astype(float).to_dict()
+        best = own.loc[own["loss"].idxmin(), list(ANSWERS)].astype(float).to_dict()
         surface = fits.evidence_of(row["architecture"]).surface
         noise = surface.mode.widths.noise if surface is not None else math.nan
         found[name] |= {
             **now,
             "best": best,
-            "inside": {q: _inside(now[q]["value"], row[q]) for q in QUANTITIES},
+            "inside": {q: _inside(now[q]["value"], row[q]) for q in ANSWERS},
             "loss_error": _number(row["loss"]["value"]) / now["loss"]["value"] - 1,
             "checked": len(again),
             "regret": float(again.mean()) / best["loss"] - 1,
@@ -78,7 +77,7 @@ def _found(fits: Fits, name: str) -> dict[str, dict[str, float]]:
     loss, reach = float(cell["loss"]), 1.96 * float(cell["loss_se"])
     found = {"loss": {"value": loss, "low": loss - reach, "high": loss + reach}}
     optimum = evidence.optimum(evidence.sizes[name])
-    for axis, quantity in enumerate(QUANTITIES[:2]):
+    for axis, quantity in enumerate(TARGETS):
         value = float(cell[quantity])
         low, high = (math.nan, math.nan)
         if optimum is not None:

@@ -16,9 +16,10 @@ from raysweep.scaling.evidence import Evidence, LossAnswer
 from raysweep.scaling.optima.literature import published_answers
 from raysweep.scaling.optima.surface import OptimumPosterior
 from raysweep.scaling.plain import plain_dict
+from raysweep.scaling.quantities import ANSWERS, QUANTITIES
 from raysweep.scaling.runs import describe_run, extrapolation
 from raysweep.study.shape import RunSize
-from raysweep.text import estimated, short, written
+from raysweep.text import estimated, short, spanned, written
 
 INSIDE, EXTRAPOLATED, PRIOR, NOT_DETERMINED = (
     "inside the cells",
@@ -121,10 +122,18 @@ class Recommendation(InNotebooks):
             name: getattr(self, name)
             for name in ("architecture", "params", "tokens", "experts", "top_k")
         }
-        for name in ("learning_rate", "batch_tokens", "loss"):
+        for name in ANSWERS:
             low, high = getattr(self, f"{name}_interval")
             row |= {name: getattr(self, name), f"{name}_low": low, f"{name}_high": high}
         return row | {"largest_batch": self.largest_batch, "verdict": self.verdict}
+
+    def cells(self) -> list[str]:
+        """Learning rate, batch and loss with their intervals, for a table."""
+        found = []
+        for key in ANSWERS:
+            low, high = getattr(self, f"{key}_interval")
+            found.append(spanned(getattr(self, key), low, high, QUANTITIES[key].style))
+        return found
 
     def __repr__(self) -> str:
         rate, batch = written(self.learning_rate, "rate"), written(self.batch_tokens, "batch")

@@ -9,7 +9,7 @@ import numpy as np
 
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.evidence import Evidence
-from raysweep.scaling.optima.surface import TARGETS
+from raysweep.scaling.quantities import TARGETS
 
 MIN_CELLS = 4
 

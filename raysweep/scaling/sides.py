@@ -20,10 +20,11 @@ from raysweep.scaling.datasets import data_sets
 from raysweep.scaling.fit import fit
 from raysweep.scaling.fits import Fits
 from raysweep.scaling.plain import to_json
+from raysweep.scaling.quantities import ANSWERS
 from raysweep.scaling.recommend import Recommendation
 from raysweep.scaling.runs import AXES
 from raysweep.scaling.summary import ratio_lines
-from raysweep.text import between, read_size, scientific, short, written
+from raysweep.text import read_size, scientific, short, spanned
 
 Source = str | os.PathLike[str] | Results | Fits
 """What a side may be taken from: a folder or URI (`FOLDER#STUDY` is one study of it), or fits."""
@@ -67,7 +68,7 @@ class Comparison(InNotebooks):
         rows = []
         for name, answer in self.answers.items():
             row: dict[str, object] = {"side": name}
-            for key in ("learning_rate", "batch_tokens", "loss"):
+            for key in ANSWERS:
                 low, high = getattr(answer, f"{key}_interval")
                 row |= {key: getattr(answer, key), f"{key}_low": low, f"{key}_high": high}
             rows.append(row | {"flops": answer.run.compute})
@@ -133,7 +134,7 @@ class Comparison(InNotebooks):
         lines = []
         for name, s in self.shifts.items():
             moved = [
-                f"{word} x{written(e.value, 'ratio')} ({between(e.low, e.high, 'ratio')})"
+                f"{word} x{spanned(e.value, e.low, e.high, 'ratio')}"
                 for word, e in (("learning rate", s.learning_rate), ("batch", s.batch_tokens))
             ]
             sizes = f"{short(s.params[0])} to {short(s.params[1])} parameters"
@@ -150,12 +151,7 @@ class Comparison(InNotebooks):
         params, tokens = self.size
         rows: list[Sequence[str]] = [("side", "learning rate", "batch", "loss", "FLOPs")]
         for name, a in self.answers.items():
-            cells = [
-                _cell(a.learning_rate, a.learning_rate_interval, "rate"),
-                _cell(a.batch_tokens, a.batch_tokens_interval, "batch"),
-                _cell(a.loss, a.loss_interval, "loss"),
-            ]
-            rows.append((name, *cells, scientific(a.run.compute)))
+            rows.append((name, *a.cells(), scientific(a.run.compute)))
         wide = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         head = f"At {short(params)} active parameters and {short(tokens)} tokens (95 % intervals)"
         return [
@@ -165,13 +161,6 @@ class Comparison(InNotebooks):
                 for row in rows
             ),
         ]
-
-
-def _cell(value: float, interval: tuple[float, float], style: str) -> str:
-    if not math.isfinite(value):
-        return "not determined"
-    span = between(*interval, style)
-    return written(value, style) + ("" if span == "no interval" else f" ({span})")
 
 
 def compare(

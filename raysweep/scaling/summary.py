@@ -10,24 +10,11 @@ from raysweep.scaling.compare import Ratio
 from raysweep.scaling.compute.allocation import COUNT_NAMES
 from raysweep.scaling.compute.budgets import exponents_text
 from raysweep.scaling.fitted import Fitted
-from raysweep.scaling.optima.surface import EXPONENTS, TARGETS
+from raysweep.scaling.quantities import ANSWERS, EXPONENTS, QUANTITIES, TARGETS
 from raysweep.text import between, estimated, written
 
-NAMES = {
-    "learning_rate": "learning rate",
-    "batch_tokens": "batch",
-    "loss": "loss",
-    "flops": "FLOPs",
-    "tokens": "tokens",
-    "noise_scale_tokens": "noise scale",
-}
-"""How each quantity is called."""
-
-RATIO_STYLES = {"loss": "loss"}
-"""Ratios of a loss are told to more digits than others."""
-
-_STYLES = {"learning_rate": "rate", "batch_tokens": "batch", "loss": "loss"}
-_SYMBOLS = {"params": "N", "tokens": "D", "sparsity": "total/active"}
+NAMED = max(len(quantity.name) for quantity in QUANTITIES.values())
+"""Characters of the longest name of a quantity."""
 
 
 def summary(fits: Fitted, everything: bool = False) -> str:
@@ -71,21 +58,18 @@ def _laws(fits: Fitted, label: str) -> list[str]:
         )
     if not surface.varied[0]:
         lines.append("  warning: no cell varied its learning rate: it follows published laws")
-    n, d = (written(float(v), "params") for v in laws.centre_sizes)
-    scales = {"params": f"(N/{n})", "tokens": f"(D/{d})", "sparsity": "(total/active)"}
-    names = [name for name in EXPONENTS if name != "sparsity" or surface.sparse]
     for axis, target in enumerate(TARGETS):
         if target == "batch_tokens" and surface.batch_rule is not None:
             continue
-        terms = [written(laws.at_centre[axis], _STYLES[target])]
+        terms = [QUANTITIES[target].write(laws.at_centre[axis])]
         spans = []
-        for name in names:
+        for name, base in surface.bases.items():
             exponent = laws.exponent(target, name)
-            terms.append(f"{scales[name]}^{written(exponent.value, 'exponent')}")
+            terms.append(f"{base}^{written(exponent.value, 'exponent')}")
             told = between(exponent.low, exponent.high, "exponent")
             source = "" if laws.learned(target, name) > 0.5 else " (mostly published laws)"
-            spans.append(f"{_SYMBOLS[name]} {told}{source}")
-        lines.append(f"  {NAMES[target]:<13} = {' · '.join(terms)}")
+            spans.append(f"{EXPONENTS[name]} {told}{source}")
+        lines.append(f"  {QUANTITIES[target].name:<13} = {' · '.join(terms)}")
         lines.append(f"    95 %: {', '.join(spans)}")
     for group in surface.design.groups:
         rate, batch, loss = surface.group_effect(group)
@@ -138,13 +122,10 @@ def _losses(fits: Fitted) -> list[str]:
             lines[-1] += f" (N: {COUNT_NAMES.get(model.count, model.count)})"
         parts = [f"{k} {written(v.value, 'coefficient')}" for k, v in model.coefficients.items()]
         lines.append(f"  {', '.join(parts)}")
-        if model.ahead:
-            n = sum(a.n for a in model.ahead)
-            off = sum(a.error * a.n for a in model.ahead) / n
-            inside = sum(a.covered for a in model.ahead)
+        if (score := model.score).runs:
             lines.append(
-                f"  one level of compute ahead: {written(off, 'percent')} off on average, "
-                f"{inside} of {n} cells inside their 95 % interval"
+                f"  one level of compute ahead: {written(score.off, 'percent')} off on average, "
+                f"{score.covered} of {score.runs} cells inside their 95 % interval"
             )
     return lines
 
@@ -153,7 +134,7 @@ def _held_out(fits: Fitted) -> list[str]:
     held = fits.held_out
     if held is None:
         return ["", "Held out: too few cells to predict the largest from the others"]
-    counts = {name: held.covered(quantity) for quantity, name in list(NAMES.items())[:3]}
+    counts = {QUANTITIES[quantity].name: held.covered(quantity) for quantity in ANSWERS}
     parts = [f"{name} {inside} of {n}" for name, (inside, n) in counts.items() if n]
     lines = [
         "",
@@ -189,12 +170,11 @@ def ratio_lines(title: str, ratios: Sequence[Ratio]) -> list[str]:
         block = [r for r in ratios if r.at_equal == equal]
         silent = {r.ratio.why for r in block if not r.ok}
         lines += [
-            f"  at equal {equal:<8} {NAMES[r.quantity]:<14} "
-            f"x {estimated(r.ratio, style=RATIO_STYLES.get(r.quantity, 'ratio'))}"
+            f"  at equal {equal:<8} {QUANTITIES[r.quantity].name:<{NAMED}} x {r.said}"
             for r in block
             if r.ok
         ]
-        names = ", ".join(NAMES[r.quantity] for r in block if not r.ok)
+        names = ", ".join(QUANTITIES[r.quantity].name for r in block if not r.ok)
         lines += [f"  at equal {equal:<8} {names}: {why}" for why in sorted(silent)[:1]]
     return lines
 
@@ -220,8 +200,9 @@ def _prior(fits: Fitted) -> list[str]:
         return []
     lines = ["", f"Prior, of {len(fits.prior.laws)} published laws, and what the data made of it"]
     for row in table.to_dict("records"):
+        name = QUANTITIES[row["target"]].name
         lines.append(
-            f"  {NAMES[row['target']]:<14}{row['coefficient']:<14}{row['prior']:>10.3g}  ->"
+            f"  {name:<14}{row['coefficient']:<14}{row['prior']:>10.3g}  ->"
             f" {row['value']:>10.3g}  ({row['moved']:+.1f} of its sds)"
         )
     return lines

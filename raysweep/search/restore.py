@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from raysweep.errors import UserError
-from raysweep.results.columns import recipe_of
+from raysweep.results.columns import record_of
 from raysweep.results.schema import FINISHED, is_loss
 from raysweep.scaling.runs import size_of
 from raysweep.search.cells import CellState, Point
@@ -114,7 +114,7 @@ def restore_in_flight(
 def further_values(recipe: Any, study: Study) -> dict[str, float]:
     """What a row's recipe says of the further hyperparameters that a study searches."""
     names = study.space.search.also
-    given: dict[str, Any] = recipe_of(recipe) if names else {}
+    given: dict[str, Any] = record_of(recipe) if names else {}
     try:
         return {name: float(given[name]) for name in names if name in given}
     except (ValueError, TypeError):

@@ -14,6 +14,7 @@ from raysweep.results.schema import row_table
 from raysweep.scaling.compare import Arm
 from raysweep.scaling.fit import fit
 from raysweep.scaling.fits import Fits
+from raysweep.scaling.quantities import QUANTITIES
 from raysweep.scaling.sides import Comparison
 from raysweep.text import between, written
 
@@ -33,7 +34,7 @@ def test_table_of_sides_comes_first(
     assert found.size == pytest.approx((cells["params_active_non_embedding"], cells["tokens"]))
     for ratio in found.ratios["moe"]:
         if ratio.ok:
-            style = "number" if ratio.quantity == "loss" else "ratio"
+            style = QUANTITIES[ratio.quantity].ratio_style
             assert written(ratio.ratio.value, style) in page.text
             assert between(ratio.ratio.low, ratio.ratio.high, style) in page.text
     assert set(page.json["figures"]) == {"ratios", "sides"}

@@ -16,13 +16,13 @@ from raysweep.errors import UserError
 from raysweep.results import Results
 from raysweep.scaling.compare import (
     OTHER_DATA,
-    QUANTITIES,
     compare_arms,
     needed,
     shared_sizes,
     size_shift,
 )
 from raysweep.scaling.fits import Fits
+from raysweep.scaling.quantities import ANSWERS
 from raysweep.scaling.sides import arms_of
 from tests.scaling.conftest import valley
 
@@ -67,7 +67,7 @@ def test_planted_ratios_come_back(both: Fits) -> None:
     truth = math.exp(sum(logs) / len(logs))
     loss = needed(ratios, "loss", "N and D")
     assert loss.value == pytest.approx(truth, rel=1e-3)
-    assert all(r.paired == r.n == paired for r in ratios if r.quantity in QUANTITIES)
+    assert all(r.paired == r.n == paired for r in ratios if r.quantity in ANSWERS)
 
 
 def test_equal_loss_is_where_the_law_says(both: Fits) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from raysweep.errors import UserError
+from raysweep.scaling.compute.isoflop import read_minimum
 from raysweep.scaling.estimate import NOT_DETERMINED, Estimate
 from raysweep.scaling.loss.data import held_budgets
 from raysweep.scaling.loss.model import LEVEL, LossModel
@@ -41,9 +42,6 @@ GRID, WINDOW, WINDOW_GRID = 241, math.log(1e3), 61
 
 DECADE = math.log(10.0)
 """Exponents are taken over the cells' range of ln compute, or this where it is narrower."""
-
-NEAR = 4.0
-"""Runs within this factor of a budget's best size tell where its loss is least."""
 
 DRAWS = 600
 MIN_LEVELS = 4
@@ -295,17 +293,23 @@ def _ends(
 
 
 def _lowest(log_params: np.ndarray, log_loss: np.ndarray) -> np.ndarray:
-    """Where each row of ln losses [B, m] over an even grid is least, by a parabola through three
-    points; NaN at the grid's ends."""
+    """Where each row of ln losses [B, m] over an even grid is least; NaN at the grid's ends."""
     at = np.argmin(log_loss, axis=1)
     inside = (at > 0) & (at < log_loss.shape[1] - 1)
-    middle = np.clip(at, 1, log_loss.shape[1] - 2)
-    rows = np.arange(len(log_loss))
-    left, centre, right = (log_loss[rows, middle + k] for k in (-1, 0, 1))
-    bend = np.maximum(left - 2 * centre + right, 1e-300)
-    shift = np.clip(0.5 * (left - right) / bend, -1.0, 1.0)
+    middle, shift, _ = least(log_loss)
     found = log_params[middle] + shift * (log_params[1] - log_params[0])
     return np.where(inside, found, np.nan)
+
+
+def least(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(the middle of three points, how many steps beyond it, value), [m] each, of the least of each
+    row of [m, n] over an even grid, by a parabola through those points."""
+    at = np.clip(np.argmin(values, axis=1), 1, values.shape[1] - 2)
+    rows = np.arange(len(values))
+    left, middle, right = (values[rows, at + k] for k in (-1, 0, 1))
+    bend = np.maximum(left - 2 * middle + right, 1e-300)
+    shift = np.clip(0.5 * (left - right) / bend, -1.0, 1.0)
+    return at, shift, middle - 0.5 * bend * shift**2
 
 
 def _left_out(model: LossModel) -> list[LawPosterior]:
@@ -334,20 +338,6 @@ def _shown_ahead(along: _Along) -> float:
         found.append(along.best(below, float(model.data.flops[own].mean())) - np.log(read))
     known = np.array([f for f in found if np.isfinite(f)])
     return float(np.sqrt(np.mean(known**2))) if len(known) > 1 else 0.0
-
-
-def read_minimum(params: np.ndarray, loss: np.ndarray) -> float:
-    """The size of least loss among runs [n] of one budget, by a parabola in ln N through those
-    within a factor of `NEAR` of the best; NaN where it has no minimum among them."""
-    log_n, log_loss = np.log(params), np.log(loss)
-    log_n = log_n - (centre := log_n[np.argmin(log_loss)])
-    near = np.abs(log_n) <= np.log(NEAR) + 1e-9
-    if len(np.unique(log_n[near])) < 4:
-        return float("nan")
-    bend, slope, _ = np.polyfit(log_n[near], log_loss[near], 2)
-    best = -slope / (2 * bend) if bend > 0 else np.inf
-    inside = log_n[near].min() < best < log_n[near].max()
-    return float(np.exp(centre + best)) if inside else float("nan")
 
 
 def _why_silent(model: LossModel) -> str:

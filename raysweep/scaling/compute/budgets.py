@@ -9,8 +9,14 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 
-from raysweep.scaling.compute.allocation import COUNT_NAMES, Allocation, Count, compute_optimal
-from raysweep.scaling.compute.isoflop import IsoFlop, isoflop, parabola_bias
+from raysweep.scaling.compute.allocation import (
+    COUNT_NAMES,
+    Allocation,
+    Count,
+    best_size,
+    compute_optimal,
+)
+from raysweep.scaling.compute.isoflop import IsoFlop, isoflop, power_law
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.loss.data import LossData, held_budgets
 from raysweep.scaling.loss.laws import LOSS_LAWS
@@ -52,8 +58,7 @@ class Split:
         """Plain values, NaN kept."""
         parabolas = None
         if self.parabolas is not None:
-            rest = {"exponent_bias": self.bias, "tokens_exponent": 1 - self.parabolas.exponent}
-            parabolas = {**asdict(self.parabolas), **rest}
+            parabolas = {**asdict(self.parabolas), "exponent_bias": self.bias}
         return {
             "law": self.law,
             "count": self.count,
@@ -101,11 +106,10 @@ def split_budget(model: LossModel, cells: pd.DataFrame, n_boot: int = 200, seed:
     own = LossData.from_cells(cells)
     if able.law is None or not len(own):
         return nothing
-    flops, given = own.flops, routing_of(cells)
+    flops = own.flops
     budget = float(flops.max())
     budgets = [budget, *np.geomspace(flops.min(), PATH_BEYOND * budget, PATH_BUDGETS)]
-    cost = cost_of(able, cells)
-    optimum, *path = compute_optimal(able, budgets, given=given, flops_per_token=cost, seed=seed)
+    optimum, *path = best_splits(able, budgets, cells, seed=seed)
     if not optimum.ok:
         return replace(
             nothing, law=able.law.key, status=optimum.status, message=optimum.why, model=able
@@ -128,6 +132,32 @@ def split_budget(model: LossModel, cells: pd.DataFrame, n_boot: int = 200, seed:
         message="",
         model=able,
     )
+
+
+@dataclass(frozen=True)
+class ParabolaBias:
+    """What the parabolas would report on noise-free losses of a known law, on the same grid."""
+
+    params_ratio: np.ndarray  # a budget's parabola N_opt over the law's own, NaN without a minimum
+    exponent_error: float  # parabola exponent - the law's own
+
+
+def parabola_bias(
+    model: LossModel, params: np.ndarray, tokens: np.ndarray, flops: np.ndarray | None = None
+) -> ParabolaBias:
+    """The parabolas' error on this grid if a model of the loss were the truth.
+
+    FLOPs a token are proportional to N, as on the grid on average."""
+    expected = model.predict_mean({"params": params, "tokens": tokens})[0]
+    truth = isoflop(params, tokens, expected, flops)
+    spent = 6.0 * params * tokens if flops is None else flops
+    cost = float(np.exp(np.mean(np.log(spent / (params * tokens)))))  # FLOPs = cost N D here
+    budgets = np.array([p.flops for p in truth.parabolas])
+    best = np.array([best_size(model, c, flops_per_token=lambda n: cost * n) for c in budgets])
+    ratio = np.array([p.params for p in truth.parabolas]) / best
+    told = len(best) > 1 and np.isfinite(best).all()
+    slope = power_law(budgets, best)[0] if told else np.nan
+    return ParabolaBias(ratio, truth.exponent - slope)
 
 
 def routing_of(cells: pd.DataFrame) -> dict[str, float]:
@@ -187,7 +217,7 @@ def _by_law(architecture: str, data: LossData, cells: pd.DataFrame) -> Exponents
         missing = Estimate.missing(model.why)
         return Exponents(architecture, "law", missing, missing)
     budget = float(np.exp(np.log(data.flops).mean()))
-    (best,) = compute_optimal(model, [budget], flops_per_token=cost_of(model, cells))
+    (best,) = best_splits(model, [budget], cells)
     names = ("exponent", "tokens_exponent")
     params, tokens = (best.estimate(name) for name in names)
     return Exponents(architecture, "law", params, tokens)
@@ -197,15 +227,15 @@ def _by_parabolas(architecture: str, data: LossData, n_boot: int) -> Exponents:
     own = data.averaged()
     columns = (own.columns[COUNT], own.columns["tokens"], own.loss, own.flops)
     fitted = isoflop(*columns, resamples=n_boot)
-    inside = [p for p in fitted.parabolas if p.status == "interior"]
-    note = f"{len(inside)} of {len(fitted.parabolas)} budgets have a minimum inside their sizes"
+    note = (
+        f"{len(fitted.inside)} of {len(fitted.parabolas)} budgets have a minimum inside their sizes"
+    )
     if not math.isfinite(fitted.exponent):
         missing = Estimate.missing(note)
         return Exponents(architecture, "parabolas", missing, missing, note)
     low, high = fitted.interval or (math.nan, math.nan)
-    x = np.log([p.flops for p in inside])
-    tokens = float(np.polyfit(x, np.log([p.tokens for p in inside]), 1)[0])
-    off = tokens + fitted.exponent  # FLOPs a token over N change with size
+    tokens = fitted.tokens_exponent
+    off = tokens + fitted.exponent
     return Exponents(
         architecture,
         "parabolas",

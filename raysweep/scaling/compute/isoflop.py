@@ -2,23 +2,27 @@
 
 Approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556). Its parabolas are biased where the exponents
 of parameters and tokens differ, and where the grid of a budget is off-centre or drifts from budget
-to budget, even without noise (Czech et al. 2026, arXiv 2603.22339). `parabola_bias` measures that
-on the very grid at hand: prefer the surface fit where it is not small.
+to budget, even without noise (Czech et al. 2026, arXiv 2603.22339). `budgets.parabola_bias`
+measures that on the very grid at hand: prefer the surface fit where it is not small.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri
 
 from raysweep.errors import UserError
-from raysweep.scaling.compute.allocation import best_size
 from raysweep.scaling.loss.data import levels
 from raysweep.scaling.loss.expression import checked
-from raysweep.scaling.loss.model import LossModel
+
+NEAR = 4.0
+"""Runs within this factor of a budget's best size tell where its loss is least."""
+
+Status = Literal["interior", "at edge", "not convex", "too few points"]
 
 BIAS_NOTE = (
     "Parabolas are biased where the exponents of N and D differ and where grids are off-centre or "
@@ -36,7 +40,7 @@ class Parabola:
     tokens: float
     loss: float
     curvature: float  # c2
-    status: Literal["interior", "at edge", "not convex", "too few points"]
+    status: Status
 
     def at(self, params: np.ndarray) -> np.ndarray:
         """The quadratic's loss at other sizes [n]."""
@@ -45,22 +49,20 @@ class Parabola:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """All budgets' parabolas and the power laws N_opt = k C^a, D_opt ~ C^(1-a) through them."""
+    """All budgets' parabolas and the power laws N_opt = k C^a, D_opt ~ C^b through them."""
 
     parabolas: tuple[Parabola, ...]
     exponent: float  # a; NaN where fewer than two budgets have an interior minimum
+    tokens_exponent: float  # b; 1 - a but for FLOPs a token over N that change with size
     coefficient: float  # k
     interval: tuple[float, float] | None  # of the exponent
     status: Literal["fitted", "too few budgets"]
     note: str = BIAS_NOTE
 
-
-@dataclass(frozen=True)
-class ParabolaBias:
-    """What the parabolas would report on noise-free losses of a known law, on the same grid."""
-
-    params_ratio: np.ndarray  # a budget's parabola N_opt over the law's own, NaN without a minimum
-    exponent_error: float  # parabola exponent - the law's own
+    @property
+    def inside(self) -> list[Parabola]:
+        """Those with a minimum among their sizes."""
+        return [p for p in self.parabolas if p.status == "interior"]
 
 
 def isoflop(
@@ -79,29 +81,37 @@ def isoflop(
     budgets have too few, it draws what the parabolas leave over."""
     log_n, log_nd, log_c, log_loss = _logs(params, tokens, loss, flops)
     budget = levels(np.exp(log_c))
-    parabolas, exponent, coefficient = _through(log_n, log_nd, log_c, log_loss, budget)
-    interval = None
-    if resamples and np.isfinite(exponent):
+    found = _through(log_n, log_nd, log_c, log_loss, budget)
+    if resamples and np.isfinite(found.exponent):
         rng = np.random.default_rng(seed)
         members = [np.flatnonzero(budget == k) for k in range(budget.max() + 1)]
         draws = []
         for _ in range(resamples):
             pick = np.concatenate([rng.choice(m, len(m)) for m in members])
             table = (a[pick] for a in (log_n, log_nd, log_c, log_loss, budget))
-            draws.append(_through(*table)[1])
+            draws.append(_through(*table).exponent)
         kept = np.array([d for d in draws if np.isfinite(d)])
         if len(kept) <= 0.5 * resamples:  # four sizes a budget are rarely drawn all
             kept = _by_residuals(log_n, log_nd, log_c, log_loss, budget, resamples, rng)
         if len(kept) > 0.5 * resamples:
-            low, high = interval_ends(kept[:, None], np.array([exponent]), level)
-            interval = (float(low[0]), float(high[0]))
-    return IsoFlop(
-        tuple(parabolas),
-        exponent,
-        coefficient,
-        interval,
-        "fitted" if np.isfinite(exponent) else "too few budgets",
-    )
+            low, high = interval_ends(kept[:, None], np.array([found.exponent]), level)
+            return replace(found, interval=(float(low[0]), float(high[0])))
+    return found
+
+
+def read_minimum(params: np.ndarray, loss: np.ndarray) -> float:
+    """The size of least loss among runs [n] of one budget, by a parabola in ln N through those
+    within a factor of `NEAR` of the best; NaN where it has no minimum among them."""
+    log_n, log_loss = np.log(params), np.log(loss)
+    near = np.abs(log_n - log_n[np.argmin(log_loss)]) <= np.log(NEAR) + 1e-9
+    status, best, *_ = _minimum(log_n[near], log_loss[near])
+    return float(np.exp(best)) if status == "interior" else float("nan")
+
+
+def power_law(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
+    """(a, k) of y = k x^a through points, all above zero."""
+    slope, level = np.polyfit(np.log(x), np.log(y), 1)
+    return float(slope), float(np.exp(level))
 
 
 def interval_ends(
@@ -122,27 +132,6 @@ def interval_ends(
         for z in (-reach, reach)
     ]
     return ends[0], ends[1]
-
-
-def parabola_bias(
-    model: LossModel, params: np.ndarray, tokens: np.ndarray, flops: np.ndarray | None = None
-) -> ParabolaBias:
-    """The parabolas' error on this grid if a model of the loss were the truth.
-
-    FLOPs a token are proportional to N, as on the grid on average."""
-    expected = model.predict_mean({"params": params, "tokens": tokens})[0]
-    truth = isoflop(params, tokens, expected, flops)
-    _, log_nd, log_c, _ = _logs(params, tokens, np.ones(len(params)), flops)
-    cost = float(np.exp(np.mean(log_c - log_nd)))  # FLOPs = cost N D on this grid
-    best = np.array(
-        [best_size(model, p.flops, flops_per_token=lambda n: cost * n) for p in truth.parabolas]
-    )
-    ratio = np.array([p.params for p in truth.parabolas]) / best
-    slope = np.nan
-    if len(best) > 1 and np.isfinite(best).all():
-        x, y = np.log([p.flops for p in truth.parabolas]), np.log(best)
-        slope = float(np.polyfit(x, y, 1)[0])
-    return ParabolaBias(ratio, truth.exponent - slope)
 
 
 def _logs(
@@ -179,7 +168,7 @@ def _by_residuals(
         return np.array([])
     sd = float(np.sqrt(((log_loss - fitted) ** 2).sum() / freedom))
     noise = sd * rng.standard_normal((resamples, len(log_loss)))
-    draws = [_through(log_n, log_nd, log_c, fitted + e, budget)[1] for e in noise]
+    draws = [_through(log_n, log_nd, log_c, fitted + e, budget).exponent for e in noise]
     return np.array([d for d in draws if np.isfinite(d)])
 
 
@@ -189,39 +178,46 @@ def _through(
     log_c: np.ndarray,
     log_loss: np.ndarray,
     budget: np.ndarray,
-) -> tuple[list[Parabola], float, float]:
-    parabolas = [
+) -> IsoFlop:
+    """Without an interval."""
+    parabolas = tuple(
         _parabola(*(a[budget == k] for a in (log_n, log_nd, log_c, log_loss)))
         for k in np.unique(budget)
-    ]
-    inside = [p for p in parabolas if p.status == "interior"]
-    if len(inside) < 2:
-        return parabolas, float("nan"), float("nan")
-    slope, level = np.polyfit(
-        np.log([p.flops for p in inside]), np.log([p.params for p in inside]), 1
     )
-    return parabolas, float(slope), float(np.exp(level))
+    nan = float("nan")
+    found = IsoFlop(parabolas, nan, nan, nan, None, "too few budgets")
+    if len(found.inside) < 2:
+        return found
+    flops, params, tokens = zip(*((p.flops, p.params, p.tokens) for p in found.inside), strict=True)
+    exponent, coefficient = power_law(flops, params)
+    return replace(
+        found,
+        exponent=exponent,
+        tokens_exponent=power_law(flops, tokens)[0],
+        coefficient=coefficient,
+        status="fitted",
+    )
 
 
 def _parabola(
     log_n: np.ndarray, log_nd: np.ndarray, log_c: np.ndarray, log_loss: np.ndarray
 ) -> Parabola:
-    flops, nan = float(np.exp(log_c.mean())), float("nan")
+    status, log_best, least, bend = _minimum(log_n, log_loss)
+    flops, params = float(np.exp(log_c.mean())), float(np.exp(log_best))
+    tokens = float(np.exp(log_nd.mean())) / params
+    return Parabola(flops, len(log_n), params, tokens, float(np.exp(least)), bend, status)
+
+
+def _minimum(log_n: np.ndarray, log_loss: np.ndarray) -> tuple[Status, float, float, float]:
+    """Status, ln N and ln loss at the minimum, and c2 of the quadratic through runs [n] of one
+    budget; NaN where it has no minimum."""
+    nan = float("nan")
     if len(np.unique(log_n)) < 4:
-        return Parabola(flops, len(log_n), nan, nan, nan, nan, "too few points")
+        return "too few points", nan, nan, nan
     centre = log_n.mean()
-    c2, c1, c0 = np.polyfit(log_n - centre, log_loss, 2)
+    c2, c1, c0 = (float(c) for c in np.polyfit(log_n - centre, log_loss, 2))
     if c2 <= 0:
-        return Parabola(flops, len(log_n), nan, nan, nan, nan, "not convex")
-    best = -c1 / (2 * c2)
-    params = float(np.exp(centre + best))
-    inside = log_n.min() < centre + best < log_n.max()
-    return Parabola(
-        flops,
-        len(log_n),
-        params,
-        float(np.exp(log_nd.mean())) / params,
-        float(np.exp(c0 - c1**2 / (4 * c2))),
-        float(c2),
-        "interior" if inside else "at edge",
-    )
+        return "not convex", nan, nan, nan
+    best = float(centre) - c1 / (2 * c2)
+    inside = log_n.min() < best < log_n.max()
+    return "interior" if inside else "at edge", best, c0 - c1**2 / (4 * c2), c2

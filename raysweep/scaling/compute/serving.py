@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from scipy.optimize import minimize_scalar, root_scalar
 
 from raysweep.errors import UserError
-from raysweep.scaling.compute.allocation import FARTHEST, OUTSIDE, ranges_of
+from raysweep.scaling.compute.allocation import FARTHEST, OUTSIDE, least, ranges_of
 from raysweep.scaling.compute.candidates import Candidate
 from raysweep.scaling.compute.roofline import (
     BYTES,
@@ -367,7 +367,7 @@ class CandidateCurves:
         grid = np.geomspace(sizes.min(), sizes.max(), 2 * SIZES)
         every = np.repeat(around, len(grid))
         loss = np.log(self.losses(np.tile(grid, len(around)), every).reshape(len(around), -1))
-        found = np.log(around), np.minimum.accumulate(_least(loss))
+        found = np.log(around), np.minimum.accumulate(least(loss)[2])
         self._frontiers[flops] = found
         return found
 
@@ -545,13 +545,3 @@ class _Task:
 def _many(model: ServedModel, params: np.ndarray | float) -> ServedModel:
     """The model at many sizes at once: every count is then an array."""
     return replace(model, params=params)  # type: ignore[arg-type]
-
-
-def _least(loss: np.ndarray) -> np.ndarray:
-    """The least of each row of [m, n] over an even grid, by a parabola through three points."""
-    at = np.clip(np.argmin(loss, axis=1), 1, loss.shape[1] - 2)
-    rows = np.arange(len(loss))
-    left, middle, right = (loss[rows, at + k] for k in (-1, 0, 1))
-    bend = np.maximum(left - 2 * middle + right, 1e-300)
-    shift = np.clip(0.5 * (left - right) / bend, -1.0, 1.0)
-    return middle - 0.5 * bend * shift**2

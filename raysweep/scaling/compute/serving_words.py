@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from raysweep.scaling.compute.allocation import COUNT_NAMES
 from raysweep.scaling.compute.roofline import Roofline
 from raysweep.scaling.compute.serving import KINDS, Serving, ServingLaw, Solution
 from raysweep.scaling.plain import plain_dict
-from raysweep.text import scientific, short
+from raysweep.scaling.quantities import QUANTITIES
+from raysweep.text import dollars, scientific, short
 
 
 def serving_dict(solutions: Sequence[Solution], law: ServingLaw) -> dict[str, object]:
@@ -40,23 +41,42 @@ def serving_dict(solutions: Sequence[Solution], law: ServingLaw) -> dict[str, ob
     )
 
 
-COLUMNS = (
-    ("N", 8),
-    ("of optimum", 11),
-    ("tokens", 8),
-    ("loss", 8),
-    ("training", 9),
-    ("$/1M tokens", 12),
-    ("of ref.", 8),
-    ("active", 8),
-    ("ref. FLOPs", 11),
-    ("saved", 6),
+def share(value: float) -> str:
+    """A share in per cent, a dash where there is none."""
+    return f"{value:.0%}" if math.isfinite(value) else "-"
+
+
+Said = Callable[[Solution], str]
+
+COLUMNS: tuple[tuple[str, str, Said], ...] = (
+    ("N", "dense N", lambda s: short(s.params)),
+    ("", "all parameters", lambda s: short(s.params_total)),
+    ("of optimum", "N, of optimum", lambda s: share(s.size_share)),
+    ("tokens", "tokens", lambda s: short(s.tokens)),
+    ("loss", "loss", lambda s: QUANTITIES["loss"].write(s.loss)),
+    ("training", "training, of the budget", lambda s: f"{s.training_share:.2f}x"),
+    ("1M tokens", "a million tokens", lambda s: _price(s)),
+    ("", "GPUs", lambda s: str(s.cost.gpus)),
+    ("of ref.", "cost, of ref.", lambda s: share(s.cost_share)),
+    ("active", "active, of ref.", lambda s: share(s.active_share)),
+    (
+        "ref. FLOPs",
+        "",
+        lambda s: scientific(s.base_flops) if math.isfinite(s.base_flops) else "-",
+    ),
+    ("saved", "FLOPs saved", lambda s: share(s.saved)),
 )
+"""What is told of a solution: the heading in a terminal and on the page, where it stands there."""
+
+
+def _price(s: Solution) -> str:
+    return dollars(s.cost.dollars_per_million) if s.cost.status == "fits" else "no room"
 
 
 def serving_text(solutions: Sequence[Solution], law: ServingLaw) -> str:
     """A table a budget, one row a solution."""
     serving = law.serving
+    columns = {title: (max(8, len(title) + 1), said) for title, _, said in COLUMNS if title}
     wide = max([12, *(len(s.name) for s in solutions)])
     lines = [
         f"loss by the law {law.curve.law.key}, N: {COUNT_NAMES.get(law.curve.count, '')}; "
@@ -64,16 +84,14 @@ def serving_text(solutions: Sequence[Solution], law: ServingLaw) -> str:
         assumptions(serving),
     ]
     for budget in dict.fromkeys(s.budget for s in solutions):
-        head = "".join(f"{title:>{width}}" for title, width in COLUMNS)
+        head = "".join(f"{title:>{width}}" for title, (width, _) in columns.items())
         lines += ["", f"{scientific(budget)} training FLOPs", f"{'':<{wide}}  {'':<22}{head}"]
         for s in (s for s in solutions if s.budget == budget):
             start = f"{s.name:<{wide}}  {s.kind:<22}"
             if s.status != "found":
                 lines.append(f"{start}  {s.message}")
                 continue
-            cells = "".join(
-                f"{text:>{width}}" for text, (_, width) in zip(_cells(s), COLUMNS, strict=True)
-            )
+            cells = "".join(f"{said(s):>{width}}" for width, said in columns.values())
             lines.append(start + cells + marks(s))
     lines += ["", *(f"{kind}: {words}" for kind, words in KINDS.items())]
     lines += [
@@ -89,27 +107,6 @@ def serving_text(solutions: Sequence[Solution], law: ServingLaw) -> str:
             "experts: the law's word alone"
         )
     return "\n".join(lines)
-
-
-def _cells(s: Solution) -> tuple[str, ...]:
-    price = f"{s.cost.dollars_per_million:.3g}" if s.cost.status == "fits" else "no room"
-    return (
-        short(s.params),
-        f"{s.size_share:.0%}",
-        short(s.tokens),
-        f"{s.loss:.4f}",
-        f"{s.training_share:.2f}x",
-        price,
-        share(s.cost_share),
-        share(s.active_share),
-        scientific(s.base_flops) if math.isfinite(s.base_flops) else "-",
-        share(s.saved),
-    )
-
-
-def share(value: float) -> str:
-    """A share in per cent, a dash where there is none."""
-    return f"{value:.0%}" if math.isfinite(value) else "-"
 
 
 def marks(s: Solution) -> str:

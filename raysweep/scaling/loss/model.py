@@ -59,6 +59,21 @@ class LawScore:
     def ok(self) -> bool:
         return not self.why
 
+    @property
+    def runs(self) -> int:
+        """How many runs were predicted, over all levels."""
+        return sum(a.n for a in self.ahead)
+
+    @property
+    def covered(self) -> int:
+        """How many of them lay inside their 95 % interval."""
+        return sum(a.covered for a in self.ahead)
+
+    @property
+    def off(self) -> float:
+        """By what share they were off on average; NaN without any."""
+        return sum(a.error * a.n for a in self.ahead) / self.runs if self.runs else math.nan
+
 
 @dataclass(frozen=True, eq=False)
 class LossModel:
@@ -86,9 +101,10 @@ class LossModel:
         return self.posterior is not None
 
     @property
-    def ahead(self) -> tuple[Ahead, ...]:
-        """How the law did one level ahead, highest level last."""
-        return next((s.ahead for s in self.scores if self.law and s.law == self.law.key), ())
+    def score(self) -> LawScore:
+        """How the law did one level ahead; without any level where there is no law."""
+        key = self.law.key if self.law else ""
+        return next((s for s in self.scores if s.law == key), LawScore(key, "", math.nan, ()))
 
     def predict(self, runs: Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Loss, and both ends of the 95 % interval of a *new run*'s, [n] each.

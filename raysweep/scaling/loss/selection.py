@@ -74,8 +74,7 @@ def _choose(data: LossData, laws: Sequence[Law]) -> LossModel:
         return LossModel(NOT_DETERMINED, why, data, scores)
     best = usable[0]
     for score in usable[1:]:
-        runs = sum(a.n for a in score.ahead)
-        if score.error < max(PREFERENCE, 1 - CHANCE / math.sqrt(runs)) * best.error:
+        if score.error < max(PREFERENCE, 1 - CHANCE / math.sqrt(score.runs)) * best.error:
             best = score
     posterior = fits[best.law][1]
     squares = [min(a.square, WORST_SQUARE) for a in best.ahead]

@@ -6,7 +6,8 @@ import numpy as np
 
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.optima.model import BENDS
-from raysweep.scaling.optima.surface import EXPONENTS, TARGETS, Surface
+from raysweep.scaling.optima.surface import Surface
+from raysweep.scaling.quantities import EXPONENTS, TARGETS
 
 
 def laws_to_dict(surface: Surface) -> dict[str, object]:

@@ -13,15 +13,16 @@ with a weak prior, weighted by the surface's noise, so that few runs give wide a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from raysweep.results.columns import record_of
 from raysweep.scaling.estimate import Estimate
 from raysweep.scaling.optima.surface import Surface
+from raysweep.scaling.quantities import ANSWERS
 
 NEAR = 0.1
 """Runs whose learning rate and batch cost more than this in ln loss tell nothing here."""
@@ -200,9 +201,7 @@ def hyperparameter_optima(
         value = recipes[name].astype(float)
         if value.groupby(trials["cell"]).nunique().max() < LEAST_VALUES:
             continue
-        rate, batch, loss = (
-            trials[c].to_numpy(float) for c in ("learning_rate", "batch_tokens", "loss")
-        )
+        rate, batch, loss = (trials[c].to_numpy(float) for c in ANSWERS)
         cells = trials["cell"].astype(str).tolist()
         one = fit_optimum(
             str(name), points_of(surface, cells, rate, batch, loss, value.to_numpy(float))
@@ -213,14 +212,8 @@ def hyperparameter_optima(
 
 
 def _numbers(text: object) -> Mapping[str, float]:
-    try:
-        given = json.loads(text) if isinstance(text, str) else {}
-    except ValueError:
-        return {}
-    if not isinstance(given, dict):
-        return {}
     return {
         key: float(v)
-        for key, v in given.items()
+        for key, v in record_of(text).items()
         if isinstance(v, int | float) and not isinstance(v, bool)
     }

@@ -30,12 +30,12 @@ from raysweep.scaling.optima.model import (
     valley_at,
 )
 from raysweep.scaling.optima.valley import best_rate, curvature, gap
+from raysweep.scaling.quantities import EXPONENTS, TARGETS
 from raysweep.study.shape import RunSize
+from raysweep.text import short
 
 _log = logging.getLogger("raysweep")
 
-TARGETS = ("learning_rate", "batch_tokens")
-EXPONENTS = ("params", "tokens", "sparsity")
 _MIN_DEGREES = 3.0  # of freedom of an interval; fewer make it wider than it need be
 _MAX_ROUGHNESS = 0.25  # variance, in ln units, that a cell's fine grain may add to its optimum's
 _VARIED = 0.1  # ln units over which a cell must vary its batch to tell of it
@@ -135,7 +135,7 @@ class OptimumLaws:
                 f"no exponent of {name!r} in a law of {target!r}: laws are {', '.join(TARGETS)}, "
                 f"exponents {', '.join(EXPONENTS)}"
             )
-        axis, column = TARGETS.index(target), 1 + EXPONENTS.index(name)
+        axis, column = TARGETS.index(target), 1 + list(EXPONENTS).index(name)
         mean = float(self.coefficients[axis, column])
         index = axis * LINEAR + column
         reach = float(stdtrit(self.degrees[axis], 0.5 + level / 2))
@@ -144,7 +144,7 @@ class OptimumLaws:
 
     def learned(self, target: str, name: str) -> float:
         """How much of the prior's variance of an exponent the data took away: 0 none, 1 all."""
-        index = TARGETS.index(target) * LINEAR + 1 + EXPONENTS.index(name)
+        index = TARGETS.index(target) * LINEAR + 1 + list(EXPONENTS).index(name)
         left = self.covariance[index, index] / self.prior_covariance[index, index]
         return float(np.clip(1 - left, 0, 1))
 
@@ -208,6 +208,15 @@ class Surface:
     def sparse(self) -> bool:
         """Whether the cells differ in sparsity, so that its exponent is told at all."""
         return bool(np.ptp(sizes_of(self.cells)[:, 2]) > 1e-9)
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """By the exponents that its laws have, what is raised to them: `(N/6.47k)`, `(D/139k)`, and
+        where it is told of sparsity `(total/active)`."""
+        centre = zip(EXPONENTS.values(), self.laws.centre_sizes, strict=False)
+        bases = [f"({symbol}/{short(float(value))})" for symbol, value in centre]
+        bases += [f"({EXPONENTS['sparsity']})"] if self.sparse else []
+        return dict(zip(EXPONENTS, bases, strict=False))
 
     @cached_property
     def laws(self) -> OptimumLaws:

@@ -13,10 +13,9 @@ from raysweep.scaling.compute.allocation import (
     best_size,
     compute_optimal,
     ranges_of,
-    read_minimum,
 )
-from raysweep.scaling.compute.budgets import splitting
-from raysweep.scaling.compute.isoflop import ParabolaBias, isoflop, parabola_bias
+from raysweep.scaling.compute.budgets import ParabolaBias, parabola_bias, splitting
+from raysweep.scaling.compute.isoflop import isoflop, read_minimum
 from raysweep.scaling.loss.data import LossData
 from raysweep.scaling.loss.laws import LOSS_LAWS
 from raysweep.scaling.loss.model import LossModel
