@@ -184,8 +184,12 @@ def do_packing(name: str, out: Path, seconds: float) -> dict[str, Any]:
     many = int(name)
     case = {
         "d_model": 128, "layers": 4, "heads": 2, "vocab_size": 256, "sequence_length": 128,
-        "batch": 16, "steps": 400 if ON_GPU else 12, "wall": True,
-    } | ({"gpus": 1 / many} if ON_GPU else {})  # fmt: skip
+        "batch": 16, "steps": 400, "wall": True,
+    }  # fmt: skip
+    if ON_GPU:
+        case["gpus"] = 1 / many
+    else:
+        case |= {"d_model": 32, "layers": 1, "sequence_length": 32, "steps": 12}
     return {"trials": many, "tokens_per_second": throughput(case, together=many)}
 
 

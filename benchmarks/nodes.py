@@ -30,7 +30,7 @@ HOST = "127.0.0.1"
 START_SECONDS = 240.0
 PATIENT_START = f"""
 import sys, time
-from ray._private import services
+from ray._private import node, services
 from ray.scripts.scripts import main
 
 get_node, until = services.get_node, time.monotonic() + {START_SECONDS}
@@ -45,9 +45,13 @@ def patient(*args):
             time.sleep(0.5)
 
 services.get_node = patient
+node.Node.start_ray_client_server = lambda *_: None
+if "--include-dashboard=false" in sys.argv:
+    node.Node.start_api_server = lambda *_, **__: None
 sys.exit(main())
 """
-"""`ray start`, which gives its node half a minute: too little on a busy machine."""
+"""`ray start`, which gives its node half a minute: too little on a busy machine. It starts no
+server for Ray Client, which nobody asks, and none for a dashboard that is off."""
 _PORTS = (
     "dashboard-agent-listen",
     "dashboard-agent-grpc",
@@ -100,6 +104,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_prestart_worker_first_driver": "0",  # Tune takes none of those
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
             **self.env,
@@ -120,7 +125,9 @@ class Cluster:
         options = ["--head", "--port", str(self.port), "--num-cpus", str(self.head_cpus)]
         options += ["--ray-client-server-port", str(self._client_port)]
         options += ["--dashboard-host", HOST, "--dashboard-port", str(self.dashboard_port)]
-        options += ["--include-dashboard", str(self.dashboard).lower(), *more]
+        options += [f"--include-dashboard={str(self.dashboard).lower()}", *more]
+        if "--autoscaling-config" not in more:
+            options += ["--no-monitor"]
         self.head = self._start(options)
         if self.dashboard:
             self._wait(self.head, lambda: listens(self.dashboard_port))

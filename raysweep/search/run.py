@@ -142,7 +142,7 @@ def _run_on_ray(
     from ray import tune
 
     from raysweep.search.callback import RETRIES, StudyCallback
-    from raysweep.search.ray_internals import dashboard_url
+    from raysweep.search.ray_internals import dashboard_url, no_usage_tags
     from raysweep.search.searcher import EarlyStop, StudySearcher
     from raysweep.search.trial import TrialContext, make_trainable, start_group
     from raysweep.training.ray_train import end_groups
@@ -205,7 +205,7 @@ def _run_on_ray(
                 verbose=0,
             ),
         )
-        with contextlib.suppress(Interrupted):
+        with contextlib.suppress(Interrupted), no_usage_tags():
             tuner.fit()
         end_groups(list(searcher.groups.values()), wait=True)
         callback.end_record()

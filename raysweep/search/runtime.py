@@ -27,9 +27,10 @@ _SETTINGS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_COLOR_PREFIX": "0",
+    "RAY_prestart_worker_first_driver": "0",
 }
 """Our rows replace Tune's own logs and snapshots; output and signals are ours; nothing phones
-home."""
+home. Workers start as they are needed: those that Ray starts before are not what Tune takes."""
 
 LOCAL_OBJECT_STORE_BYTES = 200_000_000
 MAX_TEMP_DIR = 40
@@ -53,22 +54,23 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    from raysweep.search.ray_internals import read_token_again
+    from raysweep.search.ray_internals import few_processes, read_token_again
 
     read_token_again()
     scratch = _scratch_folder()
     try:
         if address is None:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(scratch),
-            )
+            with few_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(scratch),
+                )
         else:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

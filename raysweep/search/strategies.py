@@ -14,7 +14,6 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import qmc
 
 from raysweep.errors import UserError
 from raysweep.search.history import LEARNING_RATE, LOG2_BATCH, TrialHistory
@@ -258,6 +257,8 @@ class DesignSampler(RelativeSampler):
             rng = np.random.default_rng(self._seed)
             while True:
                 yield place(*rng.random(2))
+        from scipy.stats import qmc  # 0.4 s of every other study's start
+
         sequence = qmc.Halton(d=2, scramble=False)
         sequence.fast_forward(1)  # the first point is a corner
         while True:

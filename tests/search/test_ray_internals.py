@@ -5,17 +5,22 @@ import inspect
 import os
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray import _raylet, tune
+from ray._private import utils
+from ray._private.node import Node
+from ray.air._internal import usage
 from ray.core.generated import autoscaler_pb2
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from ray.util import placement_group
 
+from benchmarks.nodes import command_of, session_pids
 from raysweep.search import interruption, ray_internals
 from raysweep.search.interruption import StopRequest, tell_trials_to_leave, tell_trials_to_stop
 from raysweep.search.runtime import cluster_nodes, ray_runtime
@@ -68,6 +73,29 @@ def test_the_users_own_runs_of_tune_are_left_as_they_were() -> None:
         assert os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] == "1"
     after = {name: value for name, value in os.environ.items() if name.startswith("TUNE_")}
     assert after == before
+
+
+@pytest.mark.ray
+def test_a_local_ray_is_few_processes() -> None:
+    """Else find what `ray.init` starts besides (`Node.start_head_processes`, `start_raylet`) and
+    what of it `few_processes` may leave out."""
+
+    def parts() -> list[Any]:
+        daemons = (Node.start_monitor, Node.start_api_server, Node.start_log_monitor)
+        return [*daemons, utils.get_dashboard_dependency_error, usage.tag_callbacks]
+
+    before, others = parts(), set(session_pids(os.getsid(0)))
+    with ray_runtime(None, cpus=2):
+        assert parts() == before, "a Ray that others start in this process is whole"
+        assert placement_group([{"CPU": 1}]).wait(60)  # the raylet is at work
+        commands = [command_of(pid) for pid in {*session_pids(os.getsid(0))} - others]
+    assert any("raylet --raylet_socket_name" in each for each in commands)
+    scripts = {Path(each.split(" --")[0]).name for each in commands}
+    assert not scripts & {"dashboard.py", "log_monitor.py", "monitor.py"}
+    assert not scripts & {"default_worker.py", "ray::IDLE"}, "no worker before it is needed"
+    with ray_internals.no_usage_tags():
+        assert not usage.tag_callbacks([tune.Callback()])
+    assert parts() == before
 
 
 @pytest.mark.ray
