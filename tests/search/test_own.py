@@ -210,7 +210,7 @@ def test_killed_worker_and_killed_driver_lose_and_repeat_nothing(
     path.write_text(yaml.safe_dump(space(TRAININGS[kind], "good", "best")))
     results = tmp_path / "results"
     words = [sys.executable, "-m", "raysweep", "run", str(path), "--results", str(results)]
-    words += ["--report", str(tmp_path / "report")]
+    words += ["--report", str(tmp_path / "report"), "--no-live"]
     with open(tmp_path / "log", "w") as log:
         driver = subprocess.Popen(words, stdout=log, stderr=log)
 

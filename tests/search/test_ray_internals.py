@@ -5,6 +5,7 @@ import inspect
 import os
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from ray.util import placement_group
 
-from benchmarks.nodes import command_of, session_pids
+from benchmarks.nodes import command_of
 from raysweep.search import interruption, ray_internals
 from raysweep.search.interruption import StopRequest, tell_trials_to_leave, tell_trials_to_stop
 from raysweep.search.runtime import cluster_nodes, ray_runtime
@@ -84,11 +85,18 @@ def test_a_local_ray_is_few_processes() -> None:
         daemons = (Node.start_monitor, Node.start_api_server, Node.start_log_monitor)
         return [*daemons, utils.get_dashboard_dependency_error, usage.tag_callbacks]
 
-    before, others = parts(), set(session_pids(os.getsid(0)))
+    def started(parent: int) -> list[int]:
+        found: list[int] = []  # not what tests beside this one start
+        for file in Path(f"/proc/{parent}/task").glob("*/children"):
+            with suppress(OSError):  # a thread that has ended
+                found += map(int, file.read_text().split())
+        return found + [pid for child in found for pid in started(child)]
+
+    before = parts()
     with ray_runtime(None, cpus=2):
         assert parts() == before, "a Ray that others start in this process is whole"
         assert placement_group([{"CPU": 1}]).wait(60)  # the raylet is at work
-        commands = [command_of(pid) for pid in {*session_pids(os.getsid(0))} - others]
+        commands = [command_of(pid) for pid in started(os.getpid())]
     assert any("raylet --raylet_socket_name" in each for each in commands)
     scripts = {Path(each.split(" --")[0]).name for each in commands}
     assert not scripts & {"dashboard.py", "log_monitor.py", "monitor.py"}
