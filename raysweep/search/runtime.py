@@ -42,9 +42,8 @@ _SCRATCH = "run"
 def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
     """Ray running for the time of the block: joined at `address`, or started on this machine.
 
-    A local Ray listens on loopback only, with a token that lives in this process's environment.
-    Yields a scratch folder that is removed afterwards. Raises UserError if the cluster cannot be
-    reached.
+    A local Ray answers only to a token, which lives in this process's environment. Yields a scratch
+    folder that is removed afterwards. Raises UserError if the cluster cannot be reached.
     """
     ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     os.environ.update(ours)
@@ -68,7 +67,6 @@ def ray_runtime(address: str | None, cpus: int | None = None) -> Iterator[Path]:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
                     _temp_dir=str(scratch),
                 )
         else:
