@@ -71,6 +71,13 @@ class Node:
     def log(self) -> str:
         return self.folder.with_suffix(".log").read_text(errors="replace")
 
+    @property
+    def last_words(self) -> str:
+        """The end of what `ray start` and the node's daemons wrote."""
+        files = [self.folder.with_suffix(".log"), *self.folder.glob("session_2*/logs/*.*")]
+        ends = {file: file.read_text(errors="replace")[-1500:] for file in files if file.is_file()}
+        return "\n".join(f"--- {file.name}\n{text}" for file, text in ends.items() if text)
+
     def kill(self) -> None:
         """SIGKILL to every process of the node at once, as when its machine fails."""
         for pid in self.pids():
@@ -191,7 +198,7 @@ class Cluster:
         deadline = time.monotonic() + START_SECONDS
         while not ready():
             if node.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"a node did not start: {node.log}")
+                raise RuntimeError(f"a node did not start: {node.last_words}")
             time.sleep(0.2)
 
 
