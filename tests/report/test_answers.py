@@ -159,11 +159,14 @@ def test_groups_at_one_batch(
     ]
     shown = ask_page(drive, page, asked)
     for question, found in zip(asked, shown, strict=True):
-        check(fits, question, found)
+        told = check(fits, question, found)
+        assert (found["batch"], found["sequences"]) == (told.batch_tokens, told.batch_sequences)
+        assert (found["batch"], found["batch_interval"]) == (4096, [None, None])
         assert any("at the batch that was run" in w for w in found["warnings"])
     surface = next(iter(fits.evidence.values())).surface
     assert surface is not None
-    loss = surface.group_effect("muon")[2]
+    _, batch, loss = surface.group_effect("muon")
+    assert not batch.known
     assert loss.high < 1
     assert f"×{written(loss.value, 'number')}" in page.read_text()
     # Without a group named, the page opens with the better one, as `recommend` does.
