@@ -67,6 +67,12 @@ class Arm:
             group=self.group,
         )
 
+    @property
+    def batch_as_run(self) -> bool:
+        """Whether none of its cells varied its batch, which then has no optimum to compare."""
+        surface = self.evidence.surface
+        return surface is not None and surface.batch_rule is not None
+
     def near(self, params: float, tokens: float) -> RunSize:
         """Its measured cell of nearly this size, as pairs of arms are; else a run of the size."""
         sizes = np.log(self.cells[[AXES["N"], AXES["D"]]].to_numpy(float))
@@ -121,6 +127,9 @@ class Ratio:
         return self.ok and (self.ratio.low > 1 or self.ratio.high < 1)
 
 
+AS_RUN = Estimate.missing("no cell varied its batch")
+
+
 @dataclass(frozen=True)
 class Shift:
     """How an arm's optimum moves from its smallest to its largest model, at equal tokens.
@@ -171,7 +180,7 @@ def size_shift(arm: Arm, seed: int = 0) -> Shift | None:
         (math.exp(n.min()), math.exp(n.max())),
         tuple(runs[2 * k].tokens for k in range(len(pairs))),
         _ratio(moved[:, 0]),
-        _ratio(moved[:, 1]),
+        AS_RUN if arm.batch_as_run else _ratio(moved[:, 1]),
         Estimate(*np.expm1(np.mean(gaps, axis=0)).ravel().tolist()),
     )
 
@@ -210,6 +219,8 @@ def compare_arms(reference: Arm, other: Arm, seed: int = 0) -> list[Ratio]:
             ratio = _ratio(draws)
             if apart and "loss" in (equal, quantity):
                 ratio = Estimate.missing("losses on other data are not comparable", OTHER_DATA)
+            elif quantity == "batch_tokens" and (reference.batch_as_run or other.batch_as_run):
+                ratio = AS_RUN
             found.append(Ratio(quantity, equal, ratio, n, paired))
     noise = None if apart else _noise(reference, other)
     return found + ([noise] if noise is not None else [])

@@ -136,6 +136,7 @@ class Comparison(InNotebooks):
             moved = [
                 f"{word} x{spanned(e.value, e.low, e.high, 'ratio')}"
                 for word, e in (("learning rate", s.learning_rate), ("batch", s.batch_tokens))
+                if e.known
             ]
             sizes = f"{short(s.params[0])} to {short(s.params[1])} parameters"
             lines.append(

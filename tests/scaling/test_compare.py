@@ -111,6 +111,21 @@ def test_the_optimum_moves_with_size_as_planted(planted_study: Make, both: Fits)
     assert size_shift(both.arm("dense")) is None  # its smallest and largest share no horizon
 
 
+def test_a_batch_that_no_cell_varied_is_not_compared(planted_study: Make) -> None:
+    frame = planted_study(
+        scales=(1e7, 2e7, 4e7), tokens_per_param=(10, 20, 40), kinds=("dense", "moe")
+    )
+    fits = raysweep.fit(frame.assign(batch_tokens=1e5))
+    ratios = compare_arms(fits.arm("dense"), fits.arm("moe"))
+    batches = [r.ratio for r in ratios if r.quantity == "batch_tokens"]
+    assert [b.why for b in batches] == ["no cell varied its batch"] * 3
+    assert needed(ratios, "learning_rate", "N and D").known
+    shift = size_shift(fits.arm("dense"))
+    assert shift is not None
+    assert shift.learning_rate.known
+    assert not shift.batch_tokens.known
+
+
 def test_losses_on_other_data_are_not_compared(planted_study: Make, tmp_path: Path) -> None:
     one = store(planted_study(per_cell=8), tmp_path / "one", data_hash="web")
     two = store(planted_study(per_cell=8, seed=1), tmp_path / "two", data_hash="books")
