@@ -36,7 +36,7 @@ from raysweep.search.ray_internals import (
 )
 from raysweep.search.record import RunningRecord
 from raysweep.search.scheduler import StudyScheduler
-from raysweep.search.trial import FAILED
+from raysweep.search.trial import FAILED, LOST
 from raysweep.training.record import unfinished_row
 
 TIDY_EVERY, TIDY_ROWS_EVERY = 128, 3
@@ -194,6 +194,8 @@ class StudyCallback(tune.Callback):
             self._failed.add(trial.trial_id)
         else:
             self._reports[trial.trial_id] = result
+        if LOST in result:
+            _log.warning("cell %s: its workers begin anew: %s", cell.name, result[LOST])
 
     def on_trial_recover(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any

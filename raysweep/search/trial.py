@@ -38,6 +38,8 @@ ALIVE_SECONDS = 30.0
 """Without progress to report, a trial says this often that it lives."""
 FAILED = "failed"
 """What a trial reports last that ends by an error of its own."""
+LOST = "lost"
+"""What a trial reports whose workers are begun anew."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class TuneReporter:
             if rung:
                 self._percent = percent
             tune.report(self._progress | ({"percent": percent} if rung else {}))
+
+    def lost(self, why: str) -> None:
+        """Tell that the trial's workers are begun anew."""
+        tune.report(self._progress | {LOST: why})
 
     def should_stop(self) -> bool:
         """Whether the driver winds down. (Early stopping raises in `report`.)"""
@@ -251,7 +257,7 @@ def _train(
         from raysweep.training.ray_train import Job, train_in_group
 
         job = Job(spec, corpus, storage, branches, write, str(study.folder))
-        return train_in_group(_host(context, config, resources), job, reporter)
+        return train_in_group(_host(context, config, resources), job, reporter, reporter.lost)
     if corpus is None:
 
         def end(reason: str) -> None:

@@ -50,8 +50,9 @@ REPORT_SECONDS, REPORT_PERCENT = 1.0, 5
 """Progress is told so often, and at each such share of the horizon."""
 POLL_SECONDS = 5.0
 """Workers and listeners ask again after so long without an answer."""
-LEAVE_SECONDS = 15.0
-"""What workers get to come out of a trial that failed on one of them."""
+LEAVE_SECONDS = 60.0
+"""What workers get to come out of a trial that failed on one of them: more than a machine stalls
+that is short of memory, since a new group costs as much."""
 PEER_SECONDS = 1800.0
 """How long a worker waits for others, in any operation of their process group."""
 CLOSE_SECONDS = 5.0
@@ -74,7 +75,7 @@ class Job:
     """Where the user's function is looked for."""
 
 
-EventKind = Literal["progress", "outcome", "refused", "out_of_memory", "crashed"]
+EventKind = Literal["progress", "lost", "outcome", "refused", "out_of_memory", "crashed"]
 
 
 @dataclass
@@ -116,6 +117,8 @@ class GroupHost:
         self._closing = False
         self._begun = False
         """Whether the group as it is has begun a trial."""
+        self._said: str | None = None
+        """The last error that a worker came out of, but for what follows from another's."""
         self._lost: str | None = None
         """Why the group was started anew last."""
         self._refused: tuple[int, str] | None = None
@@ -159,7 +162,10 @@ class GroupHost:
                         ),
                     ).fit()
             except Exception as error:
-                self._lost = _reason(error)
+                self._lost, self._said = self._said or _reason(error), None
+                for entry in self._entries if self._begun else ():
+                    if not entry.over:
+                        entry.events.append(("lost", self._lost))
                 failures = 0 if self._begun or _waits_for_room(error) else failures + 1
             if failures >= STARTS:
                 self._refused = len(self._entries), f"its group does not start: {self._lost}"
@@ -235,6 +241,7 @@ class GroupHost:
                 return True
         if kind == "error":
             if not any(text in payload for text in LOST_PEER):
+                self._said = None if entry.over else payload
                 del entry.errors[entry.starts - 1 :]  # of one start one error counts
                 entry.errors.append(payload)
                 if len(entry.errors) > FAILURES:
@@ -302,7 +309,7 @@ class GroupHost:
         return True
 
     async def _end(self, entry: _Entry, kind: EventKind, payload: Any) -> None:
-        entry.over = True
+        entry.over, self._said = True, None
         entry.events.append((kind, payload))
         await self._notify()
 
@@ -448,10 +455,13 @@ def _end(host: Any) -> None:
         ray.kill(host)
 
 
-def train_in_group(host: Any, job: Job, reporter: Reporter) -> TrialOutcome:
+def train_in_group(
+    host: Any, job: Job, reporter: Reporter, on_lost: Callable[[str], object] = lambda why: None
+) -> TrialOutcome:
     """Train one model on a group's workers, as `loop.train` does on one.
 
     Progress goes to `reporter`; where it wants to stop, or raises, the trial leaves a checkpoint.
+    `on_lost` hears why the group is begun anew.
     Raises what ends a trial for good: UserError with the workers' words, WorkerOutOfMemory.
     """
     number = ray.get(host.submit.remote(job))
@@ -459,9 +469,11 @@ def train_in_group(host: Any, job: Job, reporter: Reporter) -> TrialOutcome:
     try:
         while True:
             for kind, payload in ray.get(host.events.remote(number)):
-                over = kind != "progress"
+                over = kind not in ("progress", "lost")
                 if kind == "progress":
                     reporter.report(*payload)
+                elif kind == "lost":
+                    on_lost(payload)
                 elif kind == "outcome":
                     return payload
                 elif kind == "out_of_memory":
@@ -514,7 +526,7 @@ def _serve(config: dict[str, Any]) -> None:
     tried: it may have kept something of the group before."""
     while (given := ray.get(host.next_job.remote(done, rank, node, whole))) is not None:
         if given == "restart":
-            raise RuntimeError("a trial failed, and not all of its workers came out of it")
+            raise RuntimeError("the trial failed on some of them")
         if given == "renew" and connection is not None:
             connection.renew(f"after {done}")
             whole, proven = True, proven or None

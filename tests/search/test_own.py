@@ -161,9 +161,11 @@ def test_every_end_is_a_row_and_the_study_goes_on(code: Path, tmp_path: Path) ->
     assert not list((tmp_path / "results/checkpoints").glob("*/*"))
 
 
-def test_several_workers_have_a_process_group(code: Path, tmp_path: Path) -> None:
+def test_several_workers_have_a_process_group(
+    code: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Trials that fail or are ended on one worker or on all leave the group warm. One that kills a
-    worker is begun again in a new one."""
+    worker is begun again in a new one, and the study says so."""
     training = {"function": "own_search_test:together"}
     whats = ("both", "ends", "good", "nan", "raises", "worker_dies")
     given = space(training, *whats, resources={"workers": 2})
@@ -185,8 +187,10 @@ def test_several_workers_have_a_process_group(code: Path, tmp_path: Path) -> Non
     for what, says in (("raises", "only here"), ("both", "everywhere")):
         assert f"ValueError: {says} (own_search_test.py:" in crashed[what]
     pids = {row["scale"]: json.loads(row["metrics"])["pid"] for _, row in finished.iterrows()}
-    assert len({pids[what] for what in whats[:-1]}) == 1
+    said = [text for text in caplog.messages if "its workers begin anew" in text]
+    assert len({pids[what] for what in whats[:-1]}) == 1, said
     assert pids["worker_dies"] != pids["good"]
+    assert len(said) == 1 and said[0].startswith("cell dense-worker_dies-64ktok: "), said
 
 
 TRAININGS = {
