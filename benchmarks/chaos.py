@@ -35,7 +35,7 @@ import pandas as pd
 from torch import distributed, multiprocessing
 
 from benchmarks.entry import make_parser, save, start
-from benchmarks.nodes import ONE_WORKER, TRAIN_WORKER, Cluster, Driver, in_trial
+from benchmarks.nodes import ONE_WORKER, TRAIN_WORKER, Cluster, Driver, at_each_step, in_trial
 from raysweep.data.corpus import prepare
 from raysweep.results.schema import row_table
 from raysweep.study import Study
@@ -63,40 +63,19 @@ CHECKPOINT_SECONDS = 1.0
 GRACE_SECONDS = 1.0
 """Besides, a checkpoint may take to be looked for and written on a busy machine."""
 COUNTER = """
-import importlib.util, mmap, os, struct, sys
+import mmap, os, struct
 
-class Finder:
-    def find_spec(self, name, path, target=None):
-        if name != "raysweep.training.learner":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), count(module.Learner))
-        return spec
-
-def count(learner):
-    learn, files = learner.learn, {}
-
-    def counted(self, *args, **kwargs):
-        result = learn(self, *args, **kwargs)
-        if self.workers.rank == 0:
-            key = self.spec.key
-            if key not in files:
-                path = os.path.join(os.environ["COUNTS"], f"{key}.{os.getpid()}")
-                with open(path, "wb+") as stream:
-                    stream.truncate(8)
-                    files[key] = mmap.mmap(stream.fileno(), 8)
-            (before,) = struct.unpack("d", files[key])
-            files[key][:] = struct.pack("d", before + self.spec.batch_tokens)
-        return result
-
-    learner.learn = counted
-
-if "COUNTS" in os.environ:
-    sys.meta_path.insert(0, Finder())
+def after_step(learner, files={}):
+    if learner.workers.rank == 0:
+        key = learner.spec.key
+        if key not in files:
+            path = os.path.join(os.environ["COUNTS"], f"{key}.{os.getpid()}")
+            with open(path, "wb+") as stream:
+                stream.truncate(8)
+                files[key] = mmap.mmap(stream.fileno(), 8)
+        (before,) = struct.unpack("d", files[key])
+        files[key][:] = struct.pack("d", before + learner.spec.batch_tokens)
 """
-"""Loaded by every Python process of the cluster before anything else."""
 GIVE_UP_SECONDS = 3600.0
 """A study that is not done after this long never will be."""
 
@@ -299,12 +278,9 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     folder = args.folder or Path(tempfile.mkdtemp(prefix="chaos"))
     space = search_space(args.minutes, args.seed)
-    shim, counts = folder / "shim", folder / "counts"
-    for each in (shim, counts):
-        each.mkdir(parents=True)
-    (shim / "sitecustomize.py").write_text(COUNTER)
-    paths = os.pathsep.join([str(shim), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {"PYTHONPATH": paths, "COUNTS": str(counts)}
+    counts = folder / "counts"
+    counts.mkdir(parents=True)
+    env = at_each_step(folder / "shim", COUNTER) | {"COUNTS": str(counts)}
     with Cluster(head_cpus=0, env=env) as cluster, ExitStack() as stack:
 
         def start(name: str) -> Driver:

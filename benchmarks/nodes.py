@@ -52,6 +52,31 @@ sys.exit(main())
 """
 """`ray start`, which gives its node half a minute: too little on a busy machine. It starts no
 server for Ray Client, which nobody asks, and none for a dashboard that is off."""
+_AT_EACH_STEP = """
+import importlib.util, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name != "raysweep.training.learner":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (execute(module), wrap(module.Learner))
+        return spec
+
+def wrap(learner):
+    learn = learner.learn
+
+    def learn_and_more(self, *args, **kwargs):
+        result = learn(self, *args, **kwargs)
+        after_step(self)
+        return result
+
+    learner.learn = learn_and_more
+
+sys.meta_path.insert(0, Finder())
+"""
 _PORTS = (
     "dashboard-agent-listen",
     "dashboard-agent-grpc",
@@ -285,6 +310,38 @@ class Driver:
         """End it without a word."""
         self.process.kill()
         self.process.wait()
+
+
+def at_each_step(folder: Path, code: str) -> dict[str, str]:
+    """An environment in which each Python process runs `code` before anything else, and calls the
+    `after_step(learner)` that it defines after each optimizer step of our trainer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(code + _AT_EACH_STEP)
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+class Brake:
+    """Holds trials back while a test does what it does to them, so that they need not be long: a
+    step takes a quarter of a second while the brake is on. It is on at first."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "brake"
+        self.code = f"""
+import os, time
+
+def after_step(learner):
+    if os.path.exists({str(self._file)!r}):
+        time.sleep(0.25)
+"""
+        self.env = at_each_step(folder / "shim", self.code)
+        self.press()
+
+    def press(self) -> None:
+        self._file.touch()
+
+    def release(self) -> None:
+        self._file.unlink(missing_ok=True)
 
 
 def session_pids(leader: int) -> list[int]:

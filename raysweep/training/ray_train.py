@@ -28,6 +28,7 @@ import ray
 from ray import train
 from ray.exceptions import GetTimeoutError, RayError
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # `TorchTrainer`'s base
 
 from raysweep.data.corpus import Corpus
@@ -150,7 +151,7 @@ class GroupHost:
             self._begun = False
             try:
                 with tempfile.TemporaryDirectory(prefix="raysweep-") as folder:
-                    DataParallelTrainer(
+                    _Trainer(
                         _serve,
                         backend_config=ProcessGroupConfig(),
                         train_loop_config={"host": host},
@@ -325,6 +326,29 @@ class GroupHost:
                 await asyncio.wait_for(self._changed.wait(), left)
                 return True
         return False
+
+
+class _Trainer(DataParallelTrainer):
+    """Starts three processes less than Ray's own: for data sets, of which there are none; one that
+    gives back the room of a dead controller, as the study does, and that without a dashboard takes
+    twelve seconds to end; and one that asks for nodes."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        without = "DatasetsCallback", "PlacementGroupCleanerCallback"
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ not in without]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        arguments["scaling_policy"] = _AsksForNothing(self.scaling_config)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class _AsksForNothing(FixedScalingPolicy):
+    """The study asks for nodes itself; what Ray's policy asks for is kept for minutes after."""
+
+    def after_controller_start(self, train_run_context: Any) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
 
 
 class ProcessGroupConfig(BackendConfig):

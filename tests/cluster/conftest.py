@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks import nodes
+from benchmarks.nodes import Brake, Cluster
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,9 @@ class LocalCluster:
 
     address: str
     env: dict[str, str]
-    nodes: nodes.Cluster
+    nodes: Cluster
+    brake: Brake
+    """Off, unless a test presses it."""
 
 
 @pytest.fixture
@@ -23,9 +26,11 @@ def free_ports() -> Callable[[int], list[int]]:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[LocalCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """A head and a worker node, started by `ray start` as on real machines; one CPU each."""
-    with nodes.Cluster(dashboard=True) as local:
+    brake = Brake(tmp_path_factory.mktemp("brake"))
+    brake.release()
+    with Cluster(dashboard=True, env=brake.env) as local:
         local.start_head()
         local.add_worker()
-        yield LocalCluster(local.jobs_address, local.env, local)
+        yield LocalCluster(local.jobs_address, local.env, local, brake)

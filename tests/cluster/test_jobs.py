@@ -95,7 +95,7 @@ model: {sequence_length: 32}
 scales:
   - {name: one, d_model: 16, layers: 1, heads: 1}
   - {name: two, d_model: 24, layers: 1, heads: 1, resources: {workers: 2}}
-horizons: [{tokens: 300e3}]
+horizons: [{tokens: 40e3}]
 search:
   trials_per_cell: 1
   extend_edges: false
@@ -110,6 +110,7 @@ def test_a_node_dies_under_a_submitted_study(cluster, tmp_path: Path) -> None:
     """Trials on one worker and on two, over three nodes; one that a trial shares is killed."""
     local = cluster.nodes
     local.add_worker()
+    cluster.brake.press()
     space, uri = tmp_path / "space.yaml", tmp_path / "results"
     space.write_text(LOST_NODE)
     to = ["--address", cluster.address]
@@ -130,6 +131,7 @@ def test_a_node_dies_under_a_submitted_study(cluster, tmp_path: Path) -> None:
         time.sleep(0.1)
     before = Results.open(uri).to_pandas()
     local.kill(at_work[0])
+    cluster.brake.release()
     local.add_worker()
     while (now := state())[0] != "SUCCEEDED":
         assert now[0] == "RUNNING", now

@@ -1,12 +1,13 @@
-"""A study of a few trials of some seconds each, its driver as a process, and nodes for it."""
+"""A study of a few trials that a brake holds back, its driver as a process, and nodes for it."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.nodes import Cluster, Driver
+from benchmarks.nodes import Brake, Cluster, Driver
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +22,7 @@ def _search_space(**changes: Any) -> dict[str, Any]:
         "study": "faults",
         "model": {"sequence_length": 32},
         "scales": [{"name": "a", "d_model": 16, "layers": 1, "heads": 1}],
-        "horizons": [{"tokens": 300_000}],
+        "horizons": [{"tokens": 40_000}],
         "search": {
             "strategy": "ladder",
             "trials_per_cell": 2,
@@ -44,11 +45,24 @@ def search_space() -> Callable[..., dict[str, Any]]:
     return _search_space
 
 
+@pytest.fixture(scope="session")
+def _brake(tmp_path_factory: pytest.TempPathFactory) -> Brake:
+    return Brake(tmp_path_factory.mktemp("brake"))
+
+
+@pytest.fixture
+def brake(_brake: Brake) -> Brake:
+    """Holds all trials of the test until it is released."""
+    _brake.press()
+    return _brake
+
+
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Cluster]:
+def nodes(_brake: Brake) -> Iterator[Cluster]:
     """A head that runs no trials, and two nodes of one CPU."""
     # Ray gives a head that is gone a minute to come back.
-    with Cluster(head_cpus=0, env={"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}) as cluster:
+    env = _brake.env | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+    with Cluster(head_cpus=0, env=env) as cluster:
         cluster.start_head()
         cluster.add_worker()
         cluster.add_worker()
@@ -56,12 +70,13 @@ def nodes() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+def driver(tmp_path: Path, brake: Brake) -> Iterator[Callable[..., Driver]]:
     """Starts a driver in the test's folder: `driver(*options, env=..., **changes)`, the changes
     being to the search space. What is left of it ends with the test."""
     started: list[Driver] = []
 
     def start(*options: str, env: dict[str, str] | None = None, **changes: Any) -> Driver:
+        env = env or os.environ | brake.env
         started.append(Driver(tmp_path, _search_space(**changes), *options, env=env))
         return started[-1]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.nodes import in_trial, session_pids
+from benchmarks.nodes import at_each_step, in_trial, session_pids
 
 pytestmark = pytest.mark.ray
 
@@ -27,17 +27,19 @@ time.time = _time
 DAY = 86_400
 
 
-def test_nothing_hangs_on_the_wall_clock(driver, tmp_path: Path, assert_study_complete) -> None:
-    (tmp_path / "shim").mkdir()
-    (tmp_path / "shim" / "sitecustomize.py").write_text(SHIM)
+def test_nothing_hangs_on_the_wall_clock(
+    driver, brake, tmp_path: Path, assert_study_complete
+) -> None:
     clock = tmp_path / "clock"
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "shim"), "CLOCK_FILE": str(clock)}
+    env = os.environ | at_each_step(tmp_path / "shim", SHIM + brake.code)
+    env["CLOCK_FILE"] = str(clock)
     running = driver(env=env, search={"stall_seconds": 300})
     running.until(lambda: in_trial(session_pids(running.process.pid)))
     for jump in (DAY, -DAY, 0):
         clock.write_text(str(jump))
         time.sleep(2)
     clock.write_text(str(-DAY))
+    brake.release()
     begun = time.monotonic()
     assert running.wait() == 0, running.log
     assert "crashed" not in running.log

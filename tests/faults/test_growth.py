@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 import pytest
 
-from benchmarks.nodes import Cluster
+from benchmarks.nodes import Brake, Cluster
 from raysweep.search.autoscaler import GRANTS_WITHOUT_GROWTH, MAX_WAITING, AutoscalerRequests
 from raysweep.search.resources import ResourcePool, kind_of
 
@@ -85,9 +85,9 @@ def test_a_fixed_cluster_is_not_asked_for_ever() -> None:
 
 
 @pytest.fixture
-def growing() -> Iterator[Cluster]:
+def growing(brake: Brake) -> Iterator[Cluster]:
     """A head without CPUs, whose autoscaler may start up to two nodes of one CPU here."""
-    env = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    env = brake.env | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     with Cluster(head_cpus=0, env=env) as cluster:
         head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
         node = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
@@ -120,12 +120,13 @@ def growing() -> Iterator[Cluster]:
 
 
 @pytest.mark.ray
-def test_a_cluster_without_nodes_grows_to_two(growing, driver, assert_study_complete) -> None:
+def test_a_cluster_without_nodes_grows_to_two(
+    growing, driver, brake, assert_study_complete
+) -> None:
     """The first node comes for the trial that waits in Tune; the second for those not yet in it."""
-    running = driver(
-        "--address", growing.address, env=growing.env, search={"trials_per_cell": 4},
-        horizons=[{"tokens": 300_000}],
-    )  # fmt: skip
+    running = driver("--address", growing.address, env=growing.env, search={"trials_per_cell": 4})
+    running.until(lambda: len(running.checkpoints()) == 2)
+    brake.release()
     assert running.wait() == 0, running.log
     rows = assert_study_complete(running.results, trials=4, cells=1)
     assert rows["worker"].nunique() >= 2

@@ -33,7 +33,7 @@ def workers_of(nodes) -> list[int]:
 
 
 def test_a_killed_worker_loses_a_second(
-    nodes, driver, marks, search_space, assert_study_complete
+    nodes, driver, brake, marks, search_space, assert_study_complete
 ) -> None:
     """The trial goes on in another worker from its checkpoint, to the very same row."""
     running = driver("--address", nodes.address, env=nodes.env)
@@ -41,6 +41,7 @@ def test_a_killed_worker_loses_a_second(
     for pid in workers_of(nodes):
         os.kill(pid, signal.SIGKILL)
     marked = marks.put(running.checkpoints())
+    brake.release()
     assert running.wait() == 0, running.log
     rows = assert_study_complete(running.results, cells=1)
     for row in rows.itertuples():
@@ -53,7 +54,7 @@ def test_a_killed_worker_loses_a_second(
 
 
 def test_the_head_is_killed_and_the_study_continued_on_another(
-    nodes, driver, marks, assert_study_complete
+    nodes, driver, brake, marks, assert_study_complete
 ) -> None:
     """The driver gives up by itself; the same command goes on."""
     running = driver("--address", nodes.address, env=nodes.env)
@@ -63,6 +64,7 @@ def test_the_head_is_killed_and_the_study_continued_on_another(
     assert running.wait() != 0
     left = marks.put(running.checkpoints())
     assert left
+    brake.release()
     nodes.start_head()
     nodes.add_worker()
     nodes.add_worker()
@@ -74,10 +76,10 @@ def test_the_head_is_killed_and_the_study_continued_on_another(
 
 
 def test_a_killed_driver_is_followed_by_one_that_takes_up_its_trials(
-    driver, marks, assert_study_complete
+    driver, brake, marks, assert_study_complete
 ) -> None:
     """Four trials of two cells, of which two run; a checkpoint that nobody knows goes."""
-    running = driver(horizons=[{"tokens": 300_000}, {"tokens": 400_000}])
+    running = driver(horizons=[{"tokens": 40_000}, {"tokens": 50_000}])
     running.until(lambda: len(running.checkpoints()) == 2)
     for pid in session_pids(running.process.pid):
         with suppress(ProcessLookupError):
@@ -86,6 +88,7 @@ def test_a_killed_driver_is_followed_by_one_that_takes_up_its_trials(
     left = marks.put(running.checkpoints())
     unknown = running.results / "checkpoints" / "unknown"
     unknown.mkdir()
+    brake.release()
     running.start()
     running.until(lambda: not unknown.exists())
     assert running.wait() == 0, running.log
@@ -96,7 +99,7 @@ def test_a_killed_driver_is_followed_by_one_that_takes_up_its_trials(
 
 
 def test_a_worker_that_hangs_is_replaced(
-    nodes, search_space, tmp_path: Path, monkeypatch, assert_study_complete
+    nodes, brake, search_space, tmp_path: Path, monkeypatch, assert_study_complete
 ) -> None:
     """Stopped before its first sign of life; the limits are small here, in this driver."""
     for name, value in nodes.env.items():
@@ -110,6 +113,7 @@ def test_a_worker_that_hangs_is_replaced(
             stopped.extend(workers_of(nodes))
             for pid in stopped:
                 os.kill(pid, signal.SIGSTOP)
+                brake.release()
 
     monkeypatch.setattr("raysweep.search.progress.Progress.refresh", stop_the_first)
     begun = time.monotonic()

@@ -26,7 +26,7 @@ def assert_all_end(driver) -> None:
         time.sleep(0.2)
 
 
-def test_sigterm_then_sigint_then_to_the_end(driver, assert_study_complete) -> None:
+def test_sigterm_then_sigint_then_to_the_end(driver, brake, assert_study_complete) -> None:
     """Checkpoints stand although none was due; Ctrl-C reaches all of a terminal's processes."""
     running = driver(recipe={"checkpoint_seconds": 600})
     running.until(lambda: len(in_trial(processes(running))) == 2)
@@ -47,6 +47,7 @@ def test_sigterm_then_sigint_then_to_the_end(driver, assert_study_complete) -> N
     assert running.log.splitlines()[-1] == f"interrupted: {CONTINUE}"
     assert_all_end(running)
 
+    brake.release()
     running.start()
     assert running.wait() == 0, running.log
     rows = assert_study_complete(running.results, cells=1)
@@ -58,7 +59,7 @@ def test_sigterm_then_sigint_then_to_the_end(driver, assert_study_complete) -> N
 
 def test_a_second_signal_ends_at_once(driver) -> None:
     """Trials without checkpoints are given time; unless the user wants none of it."""
-    running = driver(recipe={"checkpoint_seconds": 0}, horizons=[{"tokens": 10_000_000}])
+    running = driver(recipe={"checkpoint_seconds": 0})
     running.until(lambda: len(in_trial(processes(running))) == 2)
     running.process.terminate()
     time.sleep(2)

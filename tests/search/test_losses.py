@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.nodes import Cluster, in_trial
+from benchmarks.nodes import Brake, Cluster, in_trial
 from raysweep.search.callback import RETRIES, StudyCallback
 from raysweep.search.cells import CRASHES_ALLOWED
 from raysweep.search.run import run
@@ -50,8 +50,13 @@ def make_study(folder: Path, tokens: int) -> Study:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Cluster]:
-    with Cluster() as started:
+def brake(tmp_path_factory: pytest.TempPathFactory) -> Brake:
+    return Brake(tmp_path_factory.mktemp("brake"))
+
+
+@pytest.fixture(scope="module")
+def head(brake: Brake) -> Iterator[Cluster]:
+    with Cluster(env=brake.env) as started:
         started.start_head()
         yield started
 
@@ -78,7 +83,9 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-def test_lost_workers_do_not_end_a_trial(cluster, tmp_path: Path, starts, monkeypatch) -> None:
+def test_lost_workers_do_not_end_a_trial(
+    cluster, brake, tmp_path: Path, starts, monkeypatch
+) -> None:
     killed: set[int] = set()
 
     def kill(*_: object) -> None:
@@ -86,9 +93,11 @@ def test_lost_workers_do_not_end_a_trial(cluster, tmp_path: Path, starts, monkey
             if pid not in killed:
                 killed.add(pid)
                 os.kill(pid, signal.SIGKILL)
+        if len(killed) == RETRIES + 2:
+            brake.release()
 
     monkeypatch.setattr(PROGRESS, kill)
-    study = make_study(tmp_path, 300_000)
+    study = make_study(tmp_path, 40_000)
     results = run(study, results_uri=str(tmp_path / "r"), address=cluster.address).results
     assert results.to_pandas()["status"].tolist() == ["finished"]
     assert list(starts.values()) == [RETRIES + 3]
