@@ -16,6 +16,9 @@ REPO = Path(__file__).resolve().parent.parent
 # Before anything imports NumPy or PyTorch, whose threads would fight with those of other processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A page that is kept live costs as much as a small study; the test of it takes this away.
+os.environ.setdefault("CI", "1")
+
 
 @pytest.fixture(scope="session")
 def repo() -> Path:

@@ -146,7 +146,8 @@ def test_with_search_a_study_of_ones_own_runs(installed: Callable[[str], Environ
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith("error: own.yaml is here already")
     small = ("--set", "search.trials_per_cell=1", "--set", "horizons=[{tokens: 20000}]")
-    done = raysweep("run", "own.yaml", *small, "--set", "search.extend_edges=false", timeout=400)
+    small += "--set", "search.extend_edges=false"
+    done = raysweep("run", "own.yaml", *small, "--no-live", timeout=400)
     assert done.returncode == 0, done.stderr
     assert "reports/own/index.html" in done.stdout
     assert "own: 2 trials" in done.stderr

@@ -51,9 +51,8 @@ REPORT_SECONDS, REPORT_PERCENT = 1.0, 5
 """Progress is told so often, and at each such share of the horizon."""
 POLL_SECONDS = 5.0
 """Workers and listeners ask again after so long without an answer."""
-LEAVE_SECONDS = 60.0
-"""What workers get to come out of a trial that failed on one of them: more than a machine stalls
-that is short of memory, since a new group costs as much."""
+LEAVE_SECONDS = 15.0
+"""What workers get to come out of a trial that failed on one of them."""
 PEER_SECONDS = 1800.0
 """How long a worker waits for others, in any operation of their process group."""
 CLOSE_SECONDS = 5.0
@@ -607,9 +606,10 @@ class _Connection:
         """Leave the group: workers that wait for this one then fail, too (but for NCCL's)."""
         from torch import distributed
 
+        gc.collect()  # of what failed, models hold on to the group
         if distributed.is_initialized():
-            gc.collect()  # of what failed, models hold on to the group
             distributed.destroy_process_group()
+        self._group = None
 
     def renew(self, name: str) -> None:
         """Make a new group with all others. Raises where the GPU is of no use any more."""
@@ -627,6 +627,9 @@ class _Connection:
             rank=self._rank,
             world_size=self._size,
         )
+        # Where a function ends the group while its model lives, the model would be the last to let
+        # go of it, and wait with Python's lock for Gloo's threads, which may want that.
+        self._group = distributed.group.WORLD
 
 
 def _train(host: Any, number: int, job: Job) -> TrialOutcome:
