@@ -33,9 +33,9 @@ check: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 
-# The tests without Ray or a browser, some on each core: seven minutes on two.
+# The tests without Ray or a browser, some on each core.
 fast: $(STAMP)
-	$(BIN)/python -m pytest -n logical --dist loadfile -m "not gpu and not ray and not browser"
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not gpu and not ray and not browser"
 
 # Headless Chromium for the tests of the report's page.
 browser:

@@ -95,7 +95,7 @@ def look_at_nodes() -> list[NodeReport]:
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": there, "max_retries": 0}
-        waiting[look.options(**options).remote()] = node
+        waiting[look.options(**options).remote(bool(node["Resources"].get("GPU")))] = node
     answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=WAIT_SECONDS)
     reports = []
     for answer in answered:
@@ -109,10 +109,11 @@ def look_at_nodes() -> list[NodeReport]:
     return reports
 
 
-def _make_look() -> Callable[[], dict[str, Any]]:
-    """A function that travels by value: a node without raysweep could not look it up."""
+def _make_look() -> Callable[[bool], dict[str, Any]]:
+    """A function that travels by value: a node without raysweep could not look it up. It is told
+    whether the node offers GPUs: else it does without PyTorch, which takes long to import."""
 
-    def look() -> dict[str, Any]:
+    def look(on_gpus: bool) -> dict[str, Any]:
         import os
 
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # which Ray empties, as no GPU is asked for
@@ -122,6 +123,8 @@ def _make_look() -> Callable[[], dict[str, Any]]:
             found: dict[str, Any] = {"fingerprint": fingerprint()}
         except ImportError as error:
             return {"error": str(error)}
+        if not on_gpus:
+            return found
         try:
             import torch
 

@@ -463,10 +463,12 @@ def _waits_for_room(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what ended a group."""
+    """What ended a group, in a line."""
     workers = getattr(error, "worker_failures", {})
     said = next((str(each) for each in workers.values()), str(error)).strip()
-    return said.splitlines()[-1][:300] if said else type(error).__name__
+    if any(text in said for text in LOST_PEER):
+        return "one of them was lost"
+    return said.splitlines()[-1].split(" Worker exit")[0][:300] if said else type(error).__name__
 
 
 def _end(host: Any) -> None:
