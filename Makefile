@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check waiting fast browser size clean
+.PHONY: install demo test check working waiting fast browser size clean
 
 install: $(STAMP)
 
@@ -20,7 +20,7 @@ demo: $(STAMP)
 
 # ruff, pyright and import-linter, then every test that needs no GPU: one part after the other, since
 # a Ray on busy cores does not start in time.
-test: check browser fast waiting
+test: check browser working waiting
 
 # The tests that wait for Ray or a browser more than they work, two at a time, those of one cluster
 # one after the other.
@@ -33,9 +33,12 @@ check: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 
-# The tests without Ray or a browser, some on each core.
-fast: $(STAMP)
-	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not gpu and not ray and not browser"
+# The tests without Ray or a browser, some on each core; and those of them that take no seconds.
+WITHOUT = not gpu and not ray and not browser
+working: WHICH = $(WITHOUT)
+fast: WHICH = $(WITHOUT) and not slow
+working fast: $(STAMP)
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "$(WHICH)"
 
 # Headless Chromium for the tests of the report's page.
 browser:

@@ -136,12 +136,14 @@ CALLS: dict[str, tuple[Callable[[Fits], Any], Callable[[Any], bool]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_natural_calls_work(name: str, fits: Fits) -> None:
     call, holds = CALLS[name]
     assert holds(call(fits))
 
 
+@pytest.mark.slow
 def test_report_is_a_verb_and_a_package(fits: Fits, tmp_path: Path) -> None:
     page = raysweep.report(LAPTOP, tmp_path / "one", fits=fits)
     assert page == tmp_path / "one" / "index.html"
@@ -185,6 +187,7 @@ def test_dir_shows_the_api_only() -> None:
         raysweep.nope  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_fresh_session_needs_no_other_import(tmp_path: Path) -> None:
     """`raysweep.report(...)` before and after anything imported the package of that name."""
     code = (

@@ -43,6 +43,7 @@ def calls() -> list[tuple[str, str, dict[str, object]]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_call_that_runs_what_it_reads() -> None:
     everything = calls()
     assert len(everything) > 3000

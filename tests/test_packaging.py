@@ -107,6 +107,7 @@ def installed(
     return make
 
 
+@pytest.mark.slow
 def test_alone_it_reads_results_and_says_what_it_lacks(
     installed: Callable[[str], Environment],
 ) -> None:

@@ -85,6 +85,7 @@ def test_without_a_calibration_no_time_is_claimed(study: Study) -> None:
     assert plan.to_dict()["this_machine"] is None
 
 
+@pytest.mark.slow
 def test_paces_of_a_real_machine_foretell_a_real_trial(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def rows_of(study: Study, trials: int) -> list[Row]:
     return rows
 
 
+@pytest.mark.slow
 def test_forecast_and_outcome_side_by_side(tmp_path: Path) -> None:
     """The shipped ladder, planted: forecast of its smaller scales, outcome of all, on the page."""
     study = Study.load(LADDER)

@@ -22,6 +22,7 @@ importlib.machinery.PathFinder.find_spec = without
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("CUDA_VISIBLE_DEVICES") == "0", reason="at toy size")
 def test_all_parts_and_a_second_call_goes_on(repo, tmp_path):
     (tmp_path / "lacking").mkdir()

@@ -95,6 +95,7 @@ def test_prediction_interval_is_wider_for_a_new_observation_and_far_away() -> No
     assert (new_high > high).all()
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth() -> None:
     """Thirty simulated studies; `benchmarks.fits` does the same with hundreds, for more laws."""
     inputs, place = ladder(), {"params": 5e10, "tokens": 1e12}

@@ -51,6 +51,7 @@ def test_smoothing_recovers_the_valley_under_noise():
     assert smooth.std() < 0.6 * raw.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_replays(strategy: str):
     gaps = replay(GRIDS[:2], strategy, trials=3, seed=0)
@@ -60,6 +61,7 @@ def test_every_strategy_replays(strategy: str):
         assert np.isfinite(cell.found)
 
 
+@pytest.mark.slow
 def test_the_ladder_finds_planted_optima_where_others_have_not():
     ladder = summarise([replay(GRIDS, "ladder", 3, seed) for seed in range(2)])
     chance = summarise([replay(GRIDS, "random", 3, seed) for seed in range(2)])
@@ -97,6 +99,7 @@ def test_summary_keeps_the_first_cell_apart():
     assert table["found"]["first_cell_mean"] == pytest.approx(run[0].found)
 
 
+@pytest.mark.slow
 def test_on_the_public_dense_sweep_four_trials_a_cell_reach_the_optimum(shared_data):
     grids = read_grids(str(shared_data / "steplaw_dense.csv"))
     assert len(grids) == 15

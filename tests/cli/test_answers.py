@@ -21,6 +21,7 @@ def said(*words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_fit_says_the_laws_first_and_the_rest_on_request() -> None:
     head, everything = said("fit", LAPTOP), said("fit", LAPTOP, "--all")
     starts = ["12 cells", "Optimum", "  learning rate =", "  batch ", "Loss", "Held out"]
@@ -35,6 +36,7 @@ def test_fit_says_the_laws_first_and_the_rest_on_request() -> None:
     assert len(lines) <= 25
 
 
+@pytest.mark.slow
 def test_recommend_names_every_architecture() -> None:
     text = said("recommend", LAPTOP, *RUN)
     dense, moe = text.strip().split("\n\n")
@@ -77,6 +79,7 @@ def test_recommend_names_every_architecture() -> None:
     } <= set(one)
 
 
+@pytest.mark.slow
 def test_laws_may_be_left_out_or_trusted() -> None:
     every = json.loads(said("fit", LAPTOP, "--json"))
     one = json.loads(said("fit", LAPTOP, "--literature", "deepseek", "--json"))
@@ -84,6 +87,7 @@ def test_laws_may_be_left_out_or_trusted() -> None:
     assert len({json.dumps(t["prior"]) for t in (every, one, less)}) == 3
 
 
+@pytest.mark.slow
 def test_compare_begins_with_the_table(tmp_path: Path) -> None:
     lines = said("compare", LAPTOP).splitlines()
     assert lines[0].startswith("At ")
@@ -111,6 +115,7 @@ def test_compare_begins_with_the_table(tmp_path: Path) -> None:
     assert told["answers"]["moe"]["learning_rate"] == answer["learning_rate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("largest", ["0.5%", "5%"])
 def test_the_largest_batch_may_cost_what_is_said(largest: str) -> None:
     text = said("recommend", LAPTOP, *RUN, "--architecture", "dense", "--within", largest)

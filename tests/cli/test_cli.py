@@ -65,6 +65,7 @@ def test_light_commands_load_neither_torch_nor_ray() -> None:
     assert_light(["--help"], ["fit", "--help"], ["plan", SMOKE, "--no-calibrate"], ["schema"])
 
 
+@pytest.mark.slow
 def test_fit_recommend_and_report_load_neither_torch_nor_ray(tmp_path: Path, shared_data) -> None:
     uri, page = str(tmp_path / "r"), str(tmp_path / "page")
     table = tmp_path / "sweep.csv"
@@ -88,6 +89,7 @@ def test_package_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO, timeout=60)
 
 
+@pytest.mark.slow
 def test_plan_prints_every_cell_and_the_same_as_json() -> None:
     text = here("plan", SMOKE)
     plan = json.loads(here("plan", SMOKE, "--json", "--no-calibrate").stdout)
@@ -99,6 +101,7 @@ def test_plan_prints_every_cell_and_the_same_as_json() -> None:
     assert "on this machine" in text.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
@@ -155,6 +158,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_too_little_validation_text_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world\n" * 50)
     data = f"data={{source: text, paths: [{tmp_path}], validation_sequences: 4000}}"
@@ -169,6 +173,7 @@ def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_trial_without_tune_keeps_its_row(tmp_path: Path) -> None:
     uri = str(tmp_path / "r")
     args = ["--cell", "dense-a-20ktok", "--lr", "1e-2", "--batch-tokens", "512", "--results", uri]
@@ -185,6 +190,7 @@ def test_one_trial_without_tune_keeps_its_row(tmp_path: Path) -> None:
     assert row["tokens_seen"] == pytest.approx(20_000, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_number_missing_in_one_imported_row_hides_no_other(tmp_path: Path) -> None:
     table, uri = tmp_path / "sweep.csv", str(tmp_path / "r")
     grid = [(rate, batch) for rate in (1, 3, 10, 30) for batch in (4096, 16384, 65536)]
@@ -207,6 +213,7 @@ def test_a_number_missing_in_one_imported_row_hides_no_other(tmp_path: Path) -> 
             )
 
 
+@pytest.mark.slow
 def test_import_says_what_it_did(tmp_path: Path) -> None:
     lines = ["loss,D,params_active_non_embedding,learning_rate,batch_tokens,note"]
     for tokens in ("2", "4"):

@@ -45,6 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> str:
     return sweep(tmp_path_factory.mktemp("serving"), (1, 16))
 
 
+@pytest.mark.slow
 def test_json_holds_assumptions_and_solutions(results: str) -> None:
     limits = ["--gpus", "1,2", "--max-sequences", "64", "--law", "joint_moe"]
     budgets = ["--flops", "1e21,4e21", "--gpu", "h100", "--dollars", "2.5"]
@@ -67,6 +68,7 @@ def test_json_holds_assumptions_and_solutions(results: str) -> None:
         assert same["training_share"] > 1
 
 
+@pytest.mark.slow
 def test_the_studys_section_is_the_default(results: str) -> None:
     said = "study: sweep\nserving: {gpu: a100-40gb, budgets: [1e21], reference: dense1}\n"
     Results.open(results).save_search_space("sweep", said)

@@ -56,6 +56,7 @@ def test_json_holds_the_planted_split(
         assert split["params"] is None
 
 
+@pytest.mark.slow
 def test_text_says_which_parameters_and_what_is_missing(
     results: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

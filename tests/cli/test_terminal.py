@@ -62,6 +62,7 @@ def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert capsys.readouterr().out.startswith("raysweep")
 
 
+@pytest.mark.slow
 def test_completion_in_bash(tmp_path: Path) -> None:
     bash = shutil.which("bash")
     if bash is None:

@@ -163,6 +163,7 @@ def start_python(code: str, folder: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [False, True])
 def test_processes_may_build_at_once(build, text_folder: Path, tmp_path: Path, damaged) -> None:
     if damaged:

@@ -29,6 +29,7 @@ def test_a_lock_left_behind_holds_nobody(tmp_path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused_in_one_line(driver, tmp_path) -> None:
     results = Results.open(tmp_path / "results", create=True)
     with study_lock(results.storage):

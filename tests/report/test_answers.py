@@ -195,6 +195,7 @@ def test_outside_the_grid_is_said(ladder: tuple[Fits, Path], drive: Drive) -> No
     assert said[1:] == ["", ""]
 
 
+@pytest.mark.slow
 def test_many_families_share_the_nodes(
     make_rows: Callable, make_results: Callable, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_many_families_share_the_nodes(
     assert all(f">o{k}<" in page.read_text() for k in range(12))
 
 
+@pytest.mark.slow
 def test_asked_is_of_every_architecture_and_comes_first(ladder: tuple[Fits, Path]) -> None:
     fits = ladder[0]
     found = ask(fits, [], [("7B", "1.4T"), (1e8, 2e9)])

@@ -21,6 +21,7 @@ from raysweep.text import between, written
 Make = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_table_of_sides_comes_first(
     ladder: tuple[Fits, Path], open_page: Make, tmp_path: Path
 ) -> None:
@@ -51,6 +52,7 @@ def sides_shown(source: str) -> list[list[str]]:
     return [[re.sub("<.*?>", "", spans.sub(r" (\1)", c)).strip() for c in row] for row in cells]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, (3e7, 4e8)])
 def test_the_page_shows_the_sizes_and_numbers_of_the_terminal(
     size: tuple[float, float] | None, make_rows: Make, tmp_path: Path
@@ -75,6 +77,7 @@ def test_the_page_shows_the_sizes_and_numbers_of_the_terminal(
     assert f"At {params} active parameters on {tokens} tokens" in source
 
 
+@pytest.mark.slow
 def test_losses_of_other_data_are_not_compared(
     ladder: tuple[Fits, Path], make_rows: Make, open_page: Make, tmp_path: Path
 ) -> None:

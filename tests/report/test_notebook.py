@@ -43,6 +43,7 @@ def well_made(html: str) -> str:
     return html
 
 
+@pytest.mark.slow
 def test_fits(fits: Fits) -> None:
     html = well_made(html_of(fits))
     assert html.count("<svg") == 3
@@ -52,6 +53,7 @@ def test_fits(fits: Fits) -> None:
     assert len(html) < 600_000
 
 
+@pytest.mark.slow
 def test_two_outputs_share_no_ids(
     fits: Fits, make_rows: Callable[..., list[dict[str, Any]]]
 ) -> None:
@@ -143,6 +145,7 @@ def notebook() -> dict[str, Any]:
     return json.loads(NOTEBOOK.read_text())
 
 
+@pytest.mark.slow
 def test_committed_notebook_runs(notebook: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(NOTEBOOK.parent)
     names: dict[str, Any] = {}

@@ -175,6 +175,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_page_for_every_state(
     case: str, make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
@@ -193,6 +194,7 @@ def test_a_page_for_an_empty_folder(make_results: Make, open_page: Make, tmp_pat
     assert page.json["data-answers"] is None
 
 
+@pytest.mark.slow
 def test_several_data_sets_stand_apart(
     make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
 ) -> None:
@@ -211,6 +213,7 @@ def test_several_data_sets_stand_apart(
     assert [e["architecture"] for e in entries] == fits.architectures
 
 
+@pytest.mark.slow
 def test_a_hundred_cells_fit_in_a_page(
     make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
 ) -> None:
@@ -221,6 +224,7 @@ def test_a_hundred_cells_fit_in_a_page(
     assert page.json["data-trials"]["shown"] == 400
 
 
+@pytest.mark.slow
 def test_budgets_that_were_held_have_parabolas(
     shared_data: Path, open_page: Make, tmp_path: Path
 ) -> None:
@@ -234,6 +238,7 @@ def test_budgets_that_were_held_have_parabolas(
     assert "outlier" in page.text
 
 
+@pytest.mark.slow
 def test_serving_is_that_of_the_fits(
     make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
 ) -> None:
@@ -270,6 +275,7 @@ def test_serving_is_that_of_the_fits(
 # ---------------------------------------------------------------------- what surrounds it
 
 
+@pytest.mark.slow
 def test_unreadable_search_space_does_not_stop_the_page(
     make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
 ) -> None:
@@ -279,6 +285,7 @@ def test_unreadable_search_space_does_not_stop_the_page(
         assert "What to run" in open_page(report(results, tmp_path / f"out{i}")).text
 
 
+@pytest.mark.slow
 def test_asked_runs_come_first_and_into_the_command(
     make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
 ) -> None:
@@ -290,6 +297,7 @@ def test_asked_runs_come_first_and_into_the_command(
     assert "1B on 20B" in page.text
 
 
+@pytest.mark.slow
 def test_a_page_of_another_study_is_not_overwritten(
     make_rows: Make, make_results: Make, tmp_path: Path
 ) -> None:
@@ -306,6 +314,7 @@ EVIL = "</script><img src=x onerror=alert(1)>\"'><svg onload=alert(1)>${{7*7}}$\
 COLUMNS = ("strategy", "reason", "device", "worker", "versions", "git_revision", "source")
 
 
+@pytest.mark.slow
 def test_strings_of_rows_stay_strings(
     make_rows: Make, make_results: Make, open_page: Make, tmp_path: Path
 ) -> None:

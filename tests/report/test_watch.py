@@ -77,6 +77,7 @@ class Story:
         return False
 
 
+@pytest.mark.slow
 def test_page_is_built_when_rows_land_and_only_then(
     study: Results, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +114,7 @@ def test_page_is_built_when_rows_land_and_only_then(
     assert not (folder / LIVE).exists()
 
 
+@pytest.mark.slow
 def test_the_last_page_follows_the_end_of_the_run(
     study: Results, rows: list[Row], tmp_path: Path
 ) -> None:
@@ -133,6 +135,7 @@ def test_the_last_page_follows_the_end_of_the_run(
     assert 'id="progress"' not in text
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_built_once(study: Results, rows: list[Row], tmp_path: Path) -> None:
     for k, row in enumerate(rows):
         for name in ("a", "b"):
@@ -145,6 +148,7 @@ def test_what_is_complete_is_built_once(study: Results, rows: list[Row], tmp_pat
     assert body(page) == "<body>"
 
 
+@pytest.mark.slow
 def test_building_takes_a_bounded_share_of_the_time(
     study: Results, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +176,7 @@ def test_building_takes_a_bounded_share_of_the_time(
     assert min(gaps) >= 50
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_cleanly(study: Results, rows: list[Row], tmp_path: Path) -> None:
     study.write(rows[0])
     folder = tmp_path / "reports" / "ladder"  # where it goes that nobody names a folder for
@@ -199,6 +204,7 @@ def test_ctrl_c_ends_it_cleanly(study: Results, rows: list[Row], tmp_path: Path)
     assert not (folder / LIVE).exists()
 
 
+@pytest.mark.slow
 def test_process_beside_a_run_ends_with_it(study: Results, tmp_path: Path) -> None:
     folder = tmp_path / "page"
     with kept_live(study.uri, folder) as settle:

@@ -54,6 +54,7 @@ class Mortal(Storage):
         self._live(lambda: Storage.delete(self, *parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_compaction_killed_at_any_point(
     tmp_path: Path, quick_disk, after, a_row, curve, monkeypatch
@@ -88,6 +89,7 @@ def test_compaction_killed_at_any_point(
     assert step > 12, "crashes were injected"
 
 
+@pytest.mark.slow
 def test_files_stay_few_over_a_long_study(results: Results, quick_disk, a_row, curve) -> None:
     most = 0
     for i in range(150):
@@ -140,6 +142,7 @@ def _read_all(uri: str, stop, reads, done) -> None:
     done.put((least, results.problems))
 
 
+@pytest.mark.slow
 def test_a_reader_never_misses_rows_that_are_being_merged(
     results: Results, quick_disk, a_row
 ) -> None:

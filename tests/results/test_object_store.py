@@ -87,6 +87,7 @@ def check_all(uri: str) -> None:
     assert len(results.storage.list("runs")) == 1
 
 
+@pytest.mark.slow
 def test_everything_works_in_an_object_store(bucket: str, a_row, curve) -> None:
     use_all(bucket, a_row, curve)
     check_all(bucket)
@@ -94,6 +95,7 @@ def test_everything_works_in_an_object_store(bucket: str, a_row, curve) -> None:
         Results.open(bucket.replace("?", "-none?"))
 
 
+@pytest.mark.slow
 def test_one_request_in_five_fails_and_nothing_is_lost_or_doubled(
     bucket: str, store: ObjectStore, a_row, curve
 ) -> None:
@@ -103,6 +105,7 @@ def test_one_request_in_five_fails_and_nothing_is_lost_or_doubled(
     assert store.failed / store.requests > 0.1
 
 
+@pytest.mark.slow
 def test_a_store_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raysweep.results.filesystem.ATTEMPTS", 1)
     begun = time.monotonic()
@@ -131,6 +134,7 @@ def test_a_study_waits_longer_for_a_store_that_fails(
         assert retry(fails, "look") == "done"
 
 
+@pytest.mark.slow
 def test_two_drivers_of_one_study(bucket: str, quick: None) -> None:
     first = hold(bucket)
     try:
@@ -152,6 +156,7 @@ def test_two_drivers_of_one_study(bucket: str, quick: None) -> None:
         first.wait()
 
 
+@pytest.mark.slow
 def test_of_two_that_start_at_once_one_runs(bucket: str) -> None:
     drivers = [hold(bucket), hold(bucket)]
     try:
@@ -164,6 +169,7 @@ def test_of_two_that_start_at_once_one_runs(bucket: str) -> None:
             driver.wait()
 
 
+@pytest.mark.slow
 def test_a_holder_that_slept_through_its_lapse_gives_way(bucket: str, quick: None) -> None:
     first = hold(bucket)
     try:

@@ -69,6 +69,7 @@ def drawn(kind: dict[str, Any]) -> pd.DataFrame:
     return table if kind["told"] else table.drop(columns=["lr", "batch_tokens"])
 
 
+@pytest.mark.slow
 @given(kind=KINDS)
 @example(kind={**USUAL, "interior": False})
 @example(kind={**USUAL, "batches": 1})

@@ -4,6 +4,7 @@ import datetime as dt
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from benchmarks.object_store import ObjectStore
 from raysweep.data.corpus import prepare
@@ -35,6 +36,7 @@ def trained_elsewhere(folder: Path) -> Study:
     return Study.from_dict(space, folder)
 
 
+@pytest.mark.slow
 def test_status_and_resume_of_a_study_that_is_under_way(
     bucket: str, store: ObjectStore, tmp_path: Path
 ) -> None:

@@ -241,6 +241,7 @@ def wandb_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_wandb(wandb_server: None) -> None:
     """Its real client, asking a server of its own on this machine."""
     found = read_source("wandb", "me/sweep")

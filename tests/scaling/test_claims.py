@@ -30,6 +30,7 @@ def planted(planted_study) -> Fits:
     return fit(with_noise(frame, SLOPE))
 
 
+@pytest.mark.slow
 def test_what_holds_is_seen(planted: Fits) -> None:
     found = {c.claim: c for c in planted.claims["moe"]}
     words = "smaller batch", "larger learning rate", "lower gradient noise", "data more efficiently"
@@ -54,6 +55,7 @@ def test_what_holds_is_seen(planted: Fits) -> None:
     json.dumps(planted.to_dict(), allow_nan=True)
 
 
+@pytest.mark.slow
 def test_what_does_not_hold_is_not_seen(planted_study) -> None:
     frame = planted_study(kinds=("dense", "moe"), per_cell=16, noise=0.0005, moe_rate=0.4,
                           moe_batch=4.0)  # fmt: skip

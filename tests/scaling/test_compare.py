@@ -111,6 +111,7 @@ def test_the_optimum_moves_with_size_as_planted(planted_study: Make, both: Fits)
     assert size_shift(both.arm("dense")) is None  # its smallest and largest share no horizon
 
 
+@pytest.mark.slow
 def test_a_batch_that_no_cell_varied_is_not_compared(planted_study: Make) -> None:
     frame = planted_study(
         scales=(1e7, 2e7, 4e7), tokens_per_param=(10, 20, 40), kinds=("dense", "moe")
@@ -126,6 +127,7 @@ def test_a_batch_that_no_cell_varied_is_not_compared(planted_study: Make) -> Non
     assert not shift.batch_tokens.known
 
 
+@pytest.mark.slow
 def test_losses_on_other_data_are_not_compared(planted_study: Make, tmp_path: Path) -> None:
     one = store(planted_study(per_cell=8), tmp_path / "one", data_hash="web")
     two = store(planted_study(per_cell=8, seed=1), tmp_path / "two", data_hash="books")
@@ -143,6 +145,7 @@ def test_losses_on_other_data_are_not_compared(planted_study: Make, tmp_path: Pa
     assert not raysweep.compare(one, same).apart
 
 
+@pytest.mark.slow
 def test_sides_are_architectures_studies_groups_or_folders(
     planted_study: Make, tmp_path: Path
 ) -> None:
@@ -172,6 +175,7 @@ def test_sides_are_architectures_studies_groups_or_folders(
     json.dumps(raysweep.compare(both, folder).to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_mistakes_are_named(planted_study: Make, tmp_path: Path) -> None:
     folder = store(planted_study(per_cell=4), tmp_path / "one")
     with pytest.raises(UserError, match="needs two sides, and there is only dense"):

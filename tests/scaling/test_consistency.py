@@ -152,6 +152,7 @@ def test_the_loss_at_the_recommended_point_is_the_recommended_loss(case: Case) -
             assert found["low"] <= answer.loss <= found["high"]
 
 
+@pytest.mark.slow
 def test_fit_prints_the_laws_that_answer(case: Case) -> None:
     told = asked("fit", case.uri)
     assert isinstance(told, dict)
@@ -192,6 +193,7 @@ def _law(laws: dict, run: RunSize, target: str) -> float:
     return math.exp(sum(v * reads.get(k, 0.0) for k, v in laws["terms"][target].items()))
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_the_recommendations(case: Case) -> None:
     first, *others = (case.fits.arm(name) for name in case.fits.architectures)
     for other in others:

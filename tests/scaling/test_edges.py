@@ -49,6 +49,7 @@ def inside(fits: Fits, params: float, tokens: float) -> bool:
     return answer.loss_interval[0] < truth(params, tokens)[2] < answer.loss_interval[1]
 
 
+@pytest.mark.slow
 def test_where_trials_stop_short_the_interval_reaches_the_optimum(planted_study: Make) -> None:
     cells, covered, off, widths = [], [], [], []
     for seed in range(4):
@@ -91,6 +92,7 @@ def test_a_cell_that_is_enclosed_answers_by_its_surface(planted_study: Make) -> 
         assert row["loss_se"] == posterior.loss * posterior.log_loss_sd
 
 
+@pytest.mark.slow
 def test_runs_of_ragged_tokens_enclose_the_optimum_together(planted_study: Make) -> None:
     cells, covered = [], []
     for seed in range(2):
@@ -122,6 +124,7 @@ def test_a_rate_that_was_never_varied_is_said_to_be_published(planted_study: Mak
     assert "no cell varied its learning rate" not in varied.summary()
 
 
+@pytest.mark.slow
 def test_an_arm_whose_rates_are_too_low_is_not_called_worse(planted_study: Make) -> None:
     one = moved(planted_study(per_cell=8, seed=1), low).assign(optimizer="adamw")
     two = planted_study(per_cell=8, seed=2).assign(optimizer="lion")
@@ -131,6 +134,7 @@ def test_an_arm_whose_rates_are_too_low_is_not_called_worse(planted_study: Make)
     assert needed(ratios, "tokens", "loss").covers(1)
 
 
+@pytest.mark.slow
 def test_runs_that_nothing_repeats_have_an_interval(planted_study: Make) -> None:
     covered = []
     for seed in range(3):

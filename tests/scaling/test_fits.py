@@ -250,6 +250,7 @@ def test_other_numbers_of_experts_are_said(both):
     assert both.recommend(None, 1e9, 2e10, experts=8).architecture == "moe"
 
 
+@pytest.mark.slow
 def test_of_architectures_with_as_many_experts_the_one_of_that_top_k_answers(planted_study):
     rows = planted_study(kinds=("dense", "moe"), per_cell=6)
     moe = rows[rows["architecture"] == "moe"]

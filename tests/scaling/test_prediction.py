@@ -126,6 +126,7 @@ def test_a_further_column_is_found_and_taken_off(fits: Fits, log: PlantedLog) ->
     assert np.log(worse) == pytest.approx(true[2], rel=0.25)
 
 
+@pytest.mark.slow
 def test_a_column_without_effect_explains_nothing(rows: pd.DataFrame) -> None:
     rng = np.random.default_rng(1)
     frame = rows.assign(dice=rng.integers(1, 7, len(rows)), one=3.0)
@@ -142,6 +143,7 @@ def test_published_laws_are_said_to_be_of_adam(fits: Fits) -> None:
     assert any("are of Adam and its kin: no guide to muon (but for " in m for m in fits.messages)
 
 
+@pytest.mark.slow
 def test_from_files_at_the_command_line(log: PlantedLog, tmp_path: Path) -> None:
     small, large = tmp_path / "small.csv", tmp_path / "large.csv"
     log.table[log.table["n_params"] < 4e8].to_csv(small, index=False)
@@ -181,6 +183,7 @@ def _several(make: Callable[..., pd.DataFrame], column: str, **factors: float) -
     return rows.assign(trial_key=[f"{i}" for i in range(len(rows))], data_hash=None)
 
 
+@pytest.mark.slow
 def test_each_set_of_data_is_predicted_from_its_own(
     planted_study: Callable[..., pd.DataFrame],
 ) -> None:

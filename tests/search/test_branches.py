@@ -77,6 +77,7 @@ def scheduler_of(study, rows=None) -> StudyScheduler:
     return StudyScheduler(study, "data", ResourcePool({"n": {"CPU": 1.0}}), rows=frame)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ladder", "tpe", "qmc"])
 def test_every_cell_gets_its_rows_from_trials_of_the_longest(strategy) -> None:
     study = make_study(strategy=strategy, extend_edges=False)
@@ -106,6 +107,7 @@ def test_rows_of_branches_teach_their_cells() -> None:
     assert sorted(map(sorted, groups.values())) == [[0], [0], [0], [4]]
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_goes_on_first_and_repeats_no_rows() -> None:
     """Its branches' rows stand, its own does not: the same point comes again."""
     study = make_study(extend_edges=False)
@@ -127,6 +129,7 @@ def test_an_interrupted_trial_goes_on_first_and_repeats_no_rows() -> None:
     assert scheduler_of(study, frame.to_dict("records")).done
 
 
+@pytest.mark.slow
 def test_a_budget_of_flops_counts_the_shared_phase_once() -> None:
     study = make_study()
     longest = [c for c in study.cells if c == study.stable_run(c)]
@@ -143,6 +146,7 @@ def test_a_budget_of_flops_counts_the_shared_phase_once() -> None:
     assert again._flops_spent == pytest.approx(spent)
 
 
+@pytest.mark.slow
 def test_ranges_of_a_scale_widen_together() -> None:
     study = make_study(learning_rate={"low": 1e-4, "high": 1e-3})
     scheduler = scheduler_of(study)

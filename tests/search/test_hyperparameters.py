@@ -53,6 +53,7 @@ def searched(study: Study, exponent: float, trials: int, depth: float = 0.01) ->
     return pd.DataFrame(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [0.0, 0.8])
 def test_a_planted_optimum_is_found_and_whether_it_moves(exponent: float) -> None:
     frame = searched(Study.from_dict(space(12)), exponent, 36)
@@ -74,6 +75,7 @@ def test_a_planted_optimum_is_found_and_whether_it_moves(exponent: float) -> Non
     assert fits.to_dict()["hyperparameters"]
 
 
+@pytest.mark.slow
 def test_a_hyperparameter_without_effect_is_called_flat() -> None:
     frame = searched(Study.from_dict(space(8)), 0.0, 24, depth=0.0)
     (found,) = fit(frame).hyperparameters[""].values()

@@ -60,6 +60,7 @@ def test_tensorboard_events_lie_beside_the_rows_in_a_bucket_too(tmp_path: Path, 
         assert b"".join(data or b"" for data in read).count(b"train_loss") == 2
 
 
+@pytest.mark.slow
 def test_mlflow_has_a_run_a_trial(tmp_path: Path, monkeypatch) -> None:
     client = pytest.importorskip("mlflow.tracking").MlflowClient
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -77,6 +78,7 @@ def test_mlflow_has_a_run_a_trial(tmp_path: Path, monkeypatch) -> None:
     assert {run.info.status for run in runs.values()} == {"FINISHED", "FAILED"}
 
 
+@pytest.mark.slow
 def test_wandb_has_a_run_a_trial_offline(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("wandb").teardown()  # else it holds to what it read for another test
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -55,6 +55,7 @@ def cut_off(
     return scheduler, running, rows_of(log)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "cells", "workers", "finished"),
     [

@@ -55,6 +55,7 @@ def run(study: optuna.Study, cell: RunSize, count: int) -> list[dict]:
     return asked
 
 
+@pytest.mark.slow
 def test_deterministic_given_seed_and_history():
     def replay(seed: int) -> list[dict]:
         history = TrialHistory()
@@ -79,6 +80,7 @@ def test_a_ladder_rebuilt_from_rows_proposes_what_the_live_one_does():
     assert studies[1].ask(SPACE).params == again[1].ask(SPACE).params
 
 
+@pytest.mark.slow
 def test_small_cells_place_the_first_trial_of_a_large_one():
     history = TrialHistory()
     studies = [add_cell(history, cell) for cell in CELLS]
@@ -204,6 +206,7 @@ def test_a_cell_known_with_other_sizes_is_a_user_error():
         history.trials_of("nowhere")
 
 
+@pytest.mark.slow
 def test_planted_exponents_lie_in_their_intervals_and_recommendations_near_the_optimum():
     # 4 studies of each of two valleys that are not of the model's family; noise 0.1 %, 4 trials.
     studies = [plant(seed, shape, sizes=(3, 3)) for shape in SHAPES for seed in range(4)]

@@ -106,6 +106,7 @@ def two_workers() -> ResourcePool:
     return ResourcePool({"n": {"CPU": 2.0}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ladder", "tpe", "qmc", "grid", "random", "cmaes"])
 def test_every_strategy_gives_each_cell_its_trials(strategy: str) -> None:
     search = {**BASE["search"], "strategy": strategy, "extend_edges": False}
@@ -178,6 +179,7 @@ def test_a_cell_too_large_for_the_cluster_is_handed_out_last_for_it_to_grow() ->
     assert [p.spec.cell.scale for p, *_ in log][-1] == "m"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop_after", "strategy"), [(1, "qmc"), (5, "ladder"), (10, "qmc")])
 def test_a_stopped_study_goes_on_without_losing_or_repeating(
     stop_after: int, strategy: str
@@ -240,6 +242,7 @@ def test_where_everything_diverges_a_cell_ends_all_the_same() -> None:
     assert 3 * 4 <= len(log) <= 3 * 8
 
 
+@pytest.mark.slow
 def test_an_optimum_beyond_the_range_widens_it_within_the_hard_limits() -> None:
     study = make_study(
         learning_rate={"low": 1e-4, "high": 1e-3, "hard_high": 5e-2}, trials_per_cell=6
@@ -262,6 +265,7 @@ def beyond(proposal: Proposal):
     return planted(proposal, optimum=8e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [None, 3, 11, 17])
 def test_a_study_that_widened_its_ranges_ends_once_wherever_it_was_stopped(stop_after) -> None:
     """The budgets are those of widened ranges, and nothing is left to do when it is run again."""
@@ -285,6 +289,7 @@ def test_a_study_that_widened_its_ranges_ends_once_wherever_it_was_stopped(stop_
     assert again.widened == scheduler.widened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extend", [True, False])
 def test_a_range_that_was_narrowed_stays_narrow(extend: bool) -> None:
     wide = StudyScheduler(make_study(), "data", two_workers())
@@ -304,6 +309,7 @@ def test_a_range_that_was_narrowed_stays_narrow(extend: bool) -> None:
         log += added
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ladder", "qmc"])
 def test_repeats_do_not_eat_the_budget_of_a_study_that_is_continued(strategy: str) -> None:
     settings = {"repeats_at_optimum": 2, "extend_edges": False, "strategy": strategy}
@@ -370,6 +376,7 @@ def test_every_worker_gets_a_sequence() -> None:
     assert min(batches) >= 4
 
 
+@pytest.mark.slow
 def test_repeats_rerun_the_best_point_with_other_seeds() -> None:
     log = simulate(StudyScheduler(make_study(repeats_at_optimum=2), "data", two_workers()))
     for _, trials in itertools.groupby(
@@ -388,6 +395,7 @@ def test_repeats_rerun_the_best_point_with_other_seeds() -> None:
         assert len(set(seeds)) == len(seeds) >= 3
 
 
+@pytest.mark.slow
 def test_a_flop_budget_ends_the_study() -> None:
     study = make_study()
     everything = sum(4 * c.flops for c in study.cells)
@@ -395,6 +403,7 @@ def test_a_flop_budget_ends_the_study() -> None:
     assert sum(p.spec.cell.flops for p, *_ in log) <= everything / 3
 
 
+@pytest.mark.slow
 def test_a_flop_budget_beyond_each_cells_trials_goes_where_it_teaches_most() -> None:
     study = make_study(extend_edges=False)
     least = sum(4 * c.flops for c in study.cells)
@@ -411,6 +420,7 @@ def test_a_flop_budget_beyond_each_cells_trials_goes_where_it_teaches_most() -> 
     assert limit - spent < cheapest or (counts == 16).any()
 
 
+@pytest.mark.slow
 def test_a_flop_budget_goes_on_after_a_stop_and_while_no_worker_is_there() -> None:
     study = make_study(extend_edges=False)
     limit = 1.6 * sum(4 * c.flops for c in study.cells)
@@ -433,12 +443,14 @@ def test_a_flop_budget_goes_on_after_a_stop_and_while_no_worker_is_there() -> No
     assert StudyScheduler(study, "data", ResourcePool({}), rows=rows_of(log)).done
 
 
+@pytest.mark.slow
 def test_same_seed_and_history_give_the_same_trials() -> None:
     logs = [simulate(StudyScheduler(make_study(), "data", two_workers())) for _ in range(2)]
     first, second = ([p.spec.key for p, *_ in log] for log in logs)
     assert first == second
 
 
+@pytest.mark.slow
 def test_a_shipped_study_proposes_inside_its_ranges(repo: Path) -> None:
     study = Study.load(
         repo / "search_spaces/laptop.yaml",

@@ -93,6 +93,7 @@ def test_low_discrepancy_points_cover_every_batch():
     assert {batch for _, batch in points} == set(range(BATCHES[0], BATCHES[1] + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "seeds"), [("gp", 1), ("cmaes", 9)])
 def test_model_based_strategies_close_in(strategy: str, seeds: int):
     losses = np.array(

@@ -55,6 +55,7 @@ def told(sweep: Sweep, **more: Any) -> tuple[float, ...] | None:
     return trial.learning_rate, trial.batch_sequences, trial.seed, further
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ladder", "qmc", "tpe", "gp", "cmaes"])
 def test_proposals_are_those_of_a_run_on_one_worker(strategy: str, tmp_path: Path) -> None:
     """Also where a range is widened, points are repeated and more is searched."""
@@ -175,6 +176,7 @@ def test_pending_trials_are_counted_until_they_expire(tmp_path: Path) -> None:
     assert len(Results.open(late).to_pandas()) == 1
 
 
+@pytest.mark.slow
 def test_cells_whose_trials_fail_are_given_up(tmp_path: Path) -> None:
     uri = str(tmp_path / "results")
     study = Study.from_dict(space(4))
@@ -201,6 +203,7 @@ def test_cells_whose_trials_fail_are_given_up(tmp_path: Path) -> None:
         assert len(set(again)) == len(again) == 6
 
 
+@pytest.mark.slow
 def test_cells_whose_trials_diverge_end_as_in_a_run_on_one_worker(tmp_path: Path) -> None:
     """Where all diverges, the search keeps to one corner of its range."""
     narrow: dict[str, Any] = {"learning_rate": {"low": 1e-3, "high": 1e-2}}
@@ -234,6 +237,7 @@ with Sweep({space!r}, {uri!r}) as sweep:
 """
 
 
+@pytest.mark.slow
 def test_four_processes_ask_and_tell_sixty_trials(tmp_path: Path) -> None:
     """None handed out twice, no row lost."""
     path, uri = tmp_path / "asked.yaml", str(tmp_path / "results")
@@ -264,6 +268,7 @@ def test_a_setting_called_id_does_not_stand_for_that_of_the_trial(tmp_path: Path
     assert json.loads(done.stdout)["id"].startswith("asked-")
 
 
+@pytest.mark.slow
 def test_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

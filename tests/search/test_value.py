@@ -113,6 +113,7 @@ def test_a_budget_is_spent_on_all_cells_and_the_cheap_ones_come_first() -> None:
     assert list(dict.fromkeys(order)) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_what_cells_get_in_any_case_is_kept_for_them() -> None:
     order = spent([4, 0, 0, 0], [0, 1, 1, 3], [TARGET])
     assert order.count(3) >= 3

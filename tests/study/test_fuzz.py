@@ -178,6 +178,7 @@ def study_or_one_line(path: Path, overrides: list[str]) -> Study | None:
     return study
 
 
+@pytest.mark.slow
 @fuzz
 @given(search_space_files())
 def test_any_file_is_a_study_or_one_clear_line(text: bytes) -> None:
@@ -191,6 +192,7 @@ def test_any_file_is_a_study_or_one_clear_line(text: bytes) -> None:
             assert Path(name).name == name, "leaves the results folder"
 
 
+@pytest.mark.slow
 @fuzz
 @given(st.data())
 def test_any_override_is_a_study_or_one_clear_line(data: st.DataObject) -> None:

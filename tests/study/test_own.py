@@ -220,6 +220,7 @@ def test_scales_of_one_name_keep_their_own_settings(lab: Path) -> None:
     assert targets == {"dense-s-20tpp": None, "moe-s-20tpp": 2.1e6, "moe-s-40tpp": None}
 
 
+@pytest.mark.slow
 def test_a_module_is_counted(lab: Path) -> None:
     training = {"function": "lab:train", "size": "lab_sizes:module"}
     scale = {"name": "s", "settings": {"d": 32}}

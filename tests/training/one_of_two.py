@@ -24,7 +24,7 @@ class Killed(Silent):
     """Dies after some steps, as all workers do when one is lost."""
 
     def report(self, step: int, tokens: int, loss: float) -> None:
-        if step == 11:
+        if step == 7:
             raise KeyboardInterrupt
 
 
@@ -80,7 +80,7 @@ def _run(corpus: Any, rank: int, folder: Path, outcomes: dict[Any, Any]) -> None
         workers = Workers.of_process_group(strategy)
         for architecture in ("dense", "moe"):
             trial = toys.make_spec(
-                architecture, tokens=16 * 8 * 20, recipe={"checkpoint_seconds": 1e-9}
+                architecture, tokens=16 * 8 * 12, recipe={"checkpoint_seconds": 1e-9}
             )
             outcome = train(trial, corpus, workers=workers)
             outcomes[strategy, architecture] = outcome
@@ -92,13 +92,13 @@ def _run(corpus: Any, rank: int, folder: Path, outcomes: dict[Any, Any]) -> None
                 dist.barrier()
             outcomes[strategy, architecture, "resumed"] = train(trial, corpus, **options)
             roomy = {"micro_batch_sequences": 1 + rank}  # as on GPUs of which one is half full
-            accumulating = toys.make_spec(architecture, tokens=16 * 8 * 20, resources=roomy)
+            accumulating = toys.make_spec(architecture, tokens=16 * 8 * 12, resources=roomy)
             outcomes[strategy, architecture, "accumulated"] = train(
                 accumulating, corpus, workers=workers
             )
         recipe = {"schedule": "wsd", "warmup_tokens": 256, "branches": True}
         short, long = (
-            toys.make_spec("moe", tokens=16 * 8 * steps, recipe=recipe) for steps in (10, 20)
+            toys.make_spec("moe", tokens=16 * 8 * steps, recipe=recipe) for steps in (6, 12)
         )
         outcomes[strategy, "longest"] = train(
             long,
@@ -117,7 +117,7 @@ def _run(corpus: Any, rank: int, folder: Path, outcomes: dict[Any, Any]) -> None
     sharded = Workers.of_process_group("fsdp")
     outcomes["stopped"] = stopped_while_writing(sharded, Storage.at(folder / "stopped"))
     outcomes["from ddp to fsdp"] = train(
-        toys.make_spec(tokens=16 * 8 * 20, recipe={"checkpoint_seconds": 1e-9}),
+        toys.make_spec(tokens=16 * 8 * 12, recipe={"checkpoint_seconds": 1e-9}),
         corpus,
         workers=sharded,
         checkpoints=Storage.at(folder / "ddp-dense"),

@@ -78,7 +78,7 @@ def task(rank: int, world_size: int, folder: Path) -> dict[Any, TrialOutcome | d
     for architecture in ("dense", "moe"):
         for precision in ("float32", "bfloat16"):
             trial = toys.make_spec(
-                architecture, tokens=16 * 8 * 20, recipe={"precision": precision}
+                architecture, tokens=16 * 8 * 12, recipe={"precision": precision}
             )
             outcomes[architecture, precision] = train(trial, corpus, workers=workers)
         big = toys.make_spec(

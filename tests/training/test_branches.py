@@ -55,6 +55,7 @@ def whole(corpus, spec):
     return branched(spec, corpus)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "recipe"),
     [("dense", {}), ("moe", {"optimizer": "muon", "ema_tokens": 2000, "decay_shape": "1-sqrt"})],
@@ -70,6 +71,7 @@ def test_each_branch_equals_a_run_of_its_own(corpus, spec, architecture, recipe)
     assert own == [8, 13, 120]  # a fifth of each, and all of the longest
 
 
+@pytest.mark.slow
 def test_with_the_noise_scale_measured_it_equals_within_rounding(corpus, spec):
     found = branched(spec, corpus, recipe={"noise_scale": True})
     for steps, outcome in found.items():
@@ -91,6 +93,7 @@ class DiesAfter(Silent):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reports", [20, 37, 70])
 def test_killed_anywhere_and_resumed(corpus, spec, whole, tmp_path, monkeypatch, reports):
     """On the shared phase, in a branch, after one: rows that stand are not made again."""
@@ -125,6 +128,7 @@ def test_killed_anywhere_and_resumed(corpus, spec, whole, tmp_path, monkeypatch,
     assert sum(o.tokens_trained for o in found.values()) / (16 * 8) == everything
 
 
+@pytest.mark.slow
 def test_a_branch_whose_row_stands_is_left_for_the_run(corpus, spec, whole, tmp_path, monkeypatch):
     """Killed between the row of a branch and the next checkpoint."""
     monkeypatch.setattr(Checkpoints, "writing", False)

@@ -193,6 +193,7 @@ def killed_runs(tmp_path_factory, repo):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["dense", "moe"])
 def test_killed_again_and_again_ends_bit_identical(killed_runs, architecture):
     """Processes ended by SIGKILL at random moments of one run, each going on with it."""

@@ -17,6 +17,7 @@ def test_on_a_gpu(name):
     CHECKS[name](torch.device("cuda", 0))
 
 
+@pytest.mark.slow
 def test_the_same_on_a_cpu(repo):
     """In a process of their own: they count graphs, and make process groups."""
     environment = os.environ | {"PYTHONPATH": str(repo), "CUDA_VISIBLE_DEVICES": ""}

@@ -120,6 +120,7 @@ def fail_above(monkeypatch, sequences: int, error: Exception | None = None) -> l
     return tried
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(corpus, spec, monkeypatch):
     whole = train(spec("moe"), corpus)
     tried = fail_above(monkeypatch, 2)
@@ -196,6 +197,7 @@ def test_the_reporter_hears_and_stops(corpus, spec):
     assert reporter.heard[-1][2] < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["dense", "moe"])
 @pytest.mark.parametrize("die_at", [1, 25])
 def test_killed_and_resumed_is_bit_identical(corpus, spec, tmp_path, architecture, die_at):
@@ -260,6 +262,7 @@ def graphs(monkeypatch):
     compiled.forget()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["dense", "moe"])
 def test_compiled_equals_eager_on_request(corpus, spec, graphs, architecture, precision):
@@ -276,6 +279,7 @@ def test_compiled_equals_eager_on_request(corpus, spec, graphs, architecture, pr
     assert len(graphs) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balance", ["loss", "bias"])
 @pytest.mark.parametrize("architecture", ["dense", "moe"])
 def test_trials_of_a_cell_share_their_graphs(corpus, spec, graphs, architecture, balance):
@@ -301,6 +305,7 @@ def test_trials_of_a_cell_share_their_graphs(corpus, spec, graphs, architecture,
     assert counts[1:] == [counts[0]] * 3
 
 
+@pytest.mark.slow
 def test_more_cells_than_a_process_keeps_graphs_of(corpus, spec, graphs, monkeypatch):
     monkeypatch.setattr(compiled, "MAX_KINDS", 2)
     counts = []
@@ -311,6 +316,7 @@ def test_more_cells_than_a_process_keeps_graphs_of(corpus, spec, graphs, monkeyp
     assert [b - a for a, b in zip([0, *counts], counts, strict=False)] == [6, 6, 6, 0, 6, 6]
 
 
+@pytest.mark.slow
 def test_bfloat16_autocast_takes_the_plain_path_and_learns(corpus, spec):
     full = train(spec("moe"), corpus)
     half = train(spec("moe", recipe={"precision": "bfloat16"}), corpus)

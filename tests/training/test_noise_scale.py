@@ -48,6 +48,7 @@ def measured(corpus, spec):
     return maker, trace, mean @ mean - trace / len(everything)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [BATCH, 2], ids=["halves of a batch", "micro-batches"])
 def test_within_five_per_cent_of_single_sequences(measured, micro):
     maker, trace, grad_sq = measured

@@ -388,6 +388,7 @@ def test_a_command_out_of_memory_or_diverged(script: Path, tmp_path: Path) -> No
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.slow
 def test_a_timeout_kills_all_that_a_command_started(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,6 +434,7 @@ def test_a_command_goes_on_elsewhere_from_what_was_saved_as_it_ran(
     assert storage.read("logs", f"{at.key}.log") == b""
 
 
+@pytest.mark.slow
 def test_nothing_outlives_whoever_started_a_command(script: Path, tmp_path: Path) -> None:
     """The worker is killed with SIGKILL; its command has a child in a session of its own."""
     at = json.dumps(command("hangs"))

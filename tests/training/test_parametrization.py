@@ -41,6 +41,7 @@ def moved(spec, corpus, width: int, layers: int = 2, architecture: str = "dense"
     return torch.stack([(after - before).square().mean().sqrt(), logits.square().mean().sqrt()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "architecture", "widest"),
     [("adamw", "dense", 512), ("adamw", "moe", 512), ("muon", "dense", 256)],

@@ -312,6 +312,7 @@ def test_calibration_keeps_to_the_gpus_that_the_user_chose(monkeypatch):
     assert [calibrate._gpu(k) for k in range(2)] == ["3", "GPU-8932f937"]
 
 
+@pytest.mark.slow
 def test_what_is_timed_is_a_step_and_not_its_compilation(monkeypatch):
     """A compiler that takes half a second a graph; what it makes runs at once."""
 

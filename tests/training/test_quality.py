@@ -38,6 +38,7 @@ class TableCorpus:
         self.train, self.validation = tokens[:-4000], tokens[-4000:]
 
 
+@pytest.mark.slow
 def test_experts_beat_the_dense_twin_at_equal_tokens(spec):
     """Equal active parameters in the experts, equal data, learning rate and batch."""
     corpus: Any = TableCorpus()
@@ -69,6 +70,7 @@ def trained(trial, corpus) -> tuple[loop._Run, dict[str, float]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"balance": "loss"}, {"balance": "bias"}])
 def test_loads_even_out(corpus, spec, settings):
     common = {"experts": 8, "top_k": 1, "router_z_loss": 0.0}
@@ -164,6 +166,7 @@ def test_a_trial_computes_on_the_threads_it_was_given(corpus, spec):
     assert threads.seen == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits address space")
 def test_real_lack_of_memory_halves_the_micro_batch(repo):
     """A process that may grow by less than its batch takes, or than its model, and one that may."""

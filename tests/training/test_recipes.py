@@ -11,6 +11,8 @@ from raysweep.training.loop import train
 from raysweep.training.outcome import Silent
 from raysweep.training.parallel import Workers
 
+pytestmark = pytest.mark.slow
+
 
 class Dies(Silent):
     def report(self, step: int, tokens: int, loss: float) -> None:

@@ -75,6 +75,7 @@ def test_the_planted_split_is_recovered(chinchilla: LossModel) -> None:
         assert best.estimate("loss").covers(float(truth[0]))
 
 
+@pytest.mark.slow
 def test_intervals_that_leave_out_budgets_hold_the_planted_exponent() -> None:
     """Six noisy studies of six budgets, each tilted by an error that its runs share."""
     inside = []

@@ -84,6 +84,7 @@ def ladder_of(params: float) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_all_that_charges_a_run_charges_the_same(tiny) -> None:
     """Split, serving and recommend to the digit; beyond the cells near the FLOPs of a true shape,
     and in the end those of 6 N D."""
@@ -131,6 +132,7 @@ def test_without_experts_or_law_there_is_a_reason_and_no_number(planted_study) -
         dense.serve(1e20, Serving(find_gpu("H100"), 3.0))
 
 
+@pytest.mark.slow
 def test_parabolas_need_budgets_and_tell_their_bias(shared_data) -> None:
     (held,) = fit(read_isoflop(shared_data / "isoflop_marin_comma.csv")).allocation.values()
     assert held.parabolas is not None

@@ -447,6 +447,7 @@ def yun_cells(yun: dict[str, float]) -> LossData:
     return LossData.of(columns, LOSS_LAWS["yun"].predict(yun, inputs))
 
 
+@pytest.mark.slow
 def test_yuns_law_comes_back_from_the_cells_of_its_search_space(
     yun: dict[str, float], yun_cells: LossData
 ) -> None:
@@ -462,6 +463,7 @@ def test_yuns_law_comes_back_from_the_cells_of_its_search_space(
         LossCurve.of(model, "clark")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 4])
 def test_the_true_law_serves_though_losses_are_noisy(yun_cells: LossData, seed: int) -> None:
     """With .2 % of noise the wrong law's error is some 1.2 times the true one's: enough over 65

@@ -56,6 +56,7 @@ def ladder(noise: float = 0.001, seed: int = 0) -> LossData:
     return LossData.of(columns, loss)
 
 
+@pytest.mark.slow
 def test_intervals_of_new_runs_cover_one_two_and_three_levels_ahead() -> None:
     """Twelve planted studies with a misfit, of which the top three budgets are held out."""
     inside = np.zeros(3)
@@ -87,6 +88,7 @@ def test_budgets_ahead_are_predicted_better_than_by_the_law_alone(shared_data) -
         assert ((low <= held.loss) & (held.loss <= high)).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_expected_losses_cover_the_truth_where_the_law_is_true() -> None:
     inside = []
     for seed in range(6):

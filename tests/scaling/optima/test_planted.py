@@ -67,6 +67,7 @@ def test_the_bias_of_the_shape_is_the_slope_of_half_the_ln_determinant() -> None
         assert bias[i] == pytest.approx(slope / (2 * step), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_wide_ladder_is_found_without_its_own_law() -> None:
     study = plant_wide(0)
     surface, settled = search(study, 3, prior=literature_prior(["openeurollm"]))
@@ -77,6 +78,7 @@ def test_a_wide_ladder_is_found_without_its_own_law() -> None:
     assert sum(held(surface, study.exponents)) >= 3
 
 
+@pytest.mark.slow
 def test_groups_share_a_valley_and_lie_in_their_intervals() -> None:
     studies = [plant_groups(seed, groups=5) for seed in range(2)]
     surfaces = [search(study, 3, first=3)[0] for study in studies]

@@ -96,6 +96,7 @@ def test_a_diverged_trial_bounds_the_searched_range(cell_trials):
     assert read(trials, "argmin").status == "interior"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["quadratic", "model"])
 def test_the_covariance_matches_the_scatter_of_repeated_studies(cell_trials, way):
     optima = [read(cell_trials(n=30, noise=0.002, seed=s, reach=1.0), way) for s in range(30)]
