@@ -544,7 +544,7 @@ def _serve(config: dict[str, Any]) -> None:
     from torch import distributed
 
     host, rank = config["host"], train.get_context().get_world_rank()
-    connection: _Connection | None = None
+    connection: Connection | None = None
     done, node, whole = -1, ray.get_runtime_context().get_node_id(), True
     proven: bool | None = False
     """Whether the function has worked in a process group that was made anew; None where it is to be
@@ -559,7 +559,7 @@ def _serve(config: dict[str, Any]) -> None:
             continue
         number, job = given
         if job.corpus is None and connection is None:
-            connection = _Connection()
+            connection = Connection()
         outcome = None
         try:
             outcome = _train(host, number, job)
@@ -587,7 +587,7 @@ def _serve(config: dict[str, Any]) -> None:
             connection.drop()
 
 
-class _Connection:
+class Connection:
     """The process group that a user's function finds: workers can leave it and make another."""
 
     def __init__(self) -> None:
