@@ -1,4 +1,4 @@
-"""One of two workers of a function that ends its process group while its model lives, a dozen times;
+"""One of two workers of a function that ends its process group while its model lives, twelve times;
 started by test_connection.py."""
 
 import faulthandler
