@@ -187,12 +187,12 @@ def test_a_group_lives_through_trials_of_every_end(
     assert sorted(worker_pids()) == pids, "none began anew"
 
     # A worker is killed: the trial goes on from its checkpoint.
-    long = fitting(seed=2, tokens=16 * 8 * 1500, recipe={"checkpoint_seconds": 0.2})
-    lost = Heard(at=700, then=lambda: os.kill(pids[1], signal.SIGKILL))
+    long = fitting(seed=2, tokens=16 * 8 * 600, recipe={"checkpoint_seconds": 0.1})
+    lost = Heard(at=300, then=lambda: os.kill(pids[1], signal.SIGKILL))
     outcome = train_in_group(host, job(long, elsewhere, results), lost)
     assert outcome.status == "finished"
     again = [b for a, b in zip(lost.steps, lost.steps[1:], strict=False) if b < a]
-    assert all(step > 100 for step in again), "from a checkpoint, not from the start"
+    assert all(step > 50 for step in again), "from a checkpoint, not from the start"
     other = Storage.at(tmp_path / "other")
     upload(text, other)
     assert outcome.loss == train_in_group(host, job(long, elsewhere, other), Heard()).loss
@@ -278,7 +278,7 @@ def test_a_group_whose_node_is_about_to_go_begins_anew_where_it_was(
 
     results = Storage.at(tmp_path / "results")
     upload(text, results)
-    trial = fitting(seed=6, tokens=16 * 8 * 3000, recipe={"checkpoint_seconds": 600})
+    trial = fitting(seed=6, tokens=16 * 8 * 1000, recipe={"checkpoint_seconds": 600})
     host = group("moves")
     before: list[int] = []
 
@@ -286,7 +286,7 @@ def test_a_group_whose_node_is_about_to_go_begins_anew_where_it_was(
         before.extend(worker_pids())
         host.leave.remote()
 
-    heard = Heard(at=1000, then=leave)
+    heard = Heard(at=300, then=leave)
     assert train_in_group(host, job(trial, text, results), heard).status == "finished"
     assert len(before) == 2
     assert not set(worker_pids()) & set(before)
