@@ -22,10 +22,10 @@ demo: $(STAMP)
 # a Ray on busy cores does not start in time.
 test: check browser working waiting
 
-# The tests that wait for Ray or a browser more than they work, two at a time, those of one cluster
-# one after the other.
+# The tests that wait for Ray or a browser more than they work: two files at a time, since those of
+# a file share a cluster.
 waiting: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "(ray or browser) and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "(ray or browser) and not gpu"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

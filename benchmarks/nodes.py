@@ -387,7 +387,7 @@ def _is_free(port: int) -> bool:
 
 
 _first = 20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_own_ports = itertools.cycle(range(_first + os.getpid() % 1000, _first + 1000))
+_own_ports = itertools.cycle(_first + (os.getpid() + k) % 1000 for k in range(1000))
 
 
 def listens(port: int) -> bool:

@@ -13,7 +13,7 @@ from raysweep.results import Results
 from raysweep.study import Study
 from raysweep.training.single import train_one
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("jobs")]
+pytestmark = pytest.mark.ray
 
 REPO = Path(__file__).resolve().parents[2]
 SMOKE = str(REPO / "search_spaces/smoke.yaml")

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.nodes import TRAIN_WORKER, in_trial
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("group_nodes")]
+pytestmark = pytest.mark.ray
 
 TWO = {"workers": 2, "cpus_per_worker": 1}
 

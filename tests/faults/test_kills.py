@@ -17,7 +17,7 @@ from raysweep.search.runtime import cluster_nodes, ray_runtime
 from raysweep.study import Study
 from raysweep.training.single import train_one
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("nodes")]
+pytestmark = pytest.mark.ray
 
 OUTCOME = ("loss", "loss_se", "train_loss", "step", "tokens_seen", "noise_trace", "noise_grad_sq")
 

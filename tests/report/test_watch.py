@@ -290,7 +290,6 @@ def titled(browser: str, page: Path, profile: Path) -> Any:
 
 
 @pytest.mark.browser
-@pytest.mark.xdist_group("browser")
 def test_open_page_loads_the_newer_one_and_keeps_ones_place(
     browser: str, ladder: tuple[Any, Path], tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from raysweep.search.cells import CRASHES_ALLOWED
 from raysweep.search.run import run
 from raysweep.study import Study
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("losses")]
+pytestmark = pytest.mark.ray
 
 PROGRESS = "raysweep.search.progress.Progress.refresh"
 

@@ -18,7 +18,7 @@ from raysweep.results import Results
 from raysweep.search.run import run
 from raysweep.study import Study
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("own")]
+pytestmark = pytest.mark.ray
 
 CODE = """
     import json, math, os, pathlib, time

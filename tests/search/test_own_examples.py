@@ -10,7 +10,7 @@ import pytest
 
 from raysweep.results import Results
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("own_examples")]
+pytestmark = pytest.mark.ray
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "search_spaces/own_training"

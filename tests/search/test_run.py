@@ -20,7 +20,7 @@ from raysweep.results import Results
 from raysweep.search.run import run
 from raysweep.study import Study
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("run")]
+pytestmark = pytest.mark.ray
 
 REPO = Path(__file__).resolve().parents[2]
 SPACE = str(REPO / "search_spaces/smoke.yaml")
