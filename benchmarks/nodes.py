@@ -200,7 +200,7 @@ class Cluster:
     def _start(self, options: list[str]) -> Node:
         try:
             return self._start_once(options)
-        except RuntimeError as error:  # two of 200 starts never came up; why is not known
+        except RuntimeError as error:  # another process may have taken one of its ports since
             print(f"{error}\nonce more", file=sys.stderr)
             return self._start_once(options)
 
