@@ -1,4 +1,6 @@
-"""Trials on several workers, in groups kept by Ray Train: the one module that knows Ray here.
+"""Trials on several workers, in groups kept by Ray Train.
+
+This module and `process_group` alone know Ray here.
 
 Workers, their process group and what they have compiled outlive a trial. A `GroupHost` holds one
 long run of Ray Train, whose workers ask it for the next trial; whoever has a trial gives it to
@@ -13,21 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
-import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Literal
 
 import ray
 from ray import train
-from ray.exceptions import GetTimeoutError, RayError
-from ray.train.backend import Backend, BackendConfig
+from ray.exceptions import RayError
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # `TorchTrainer`'s base
 
@@ -39,6 +37,7 @@ from raysweep.study.cells import Resources
 from raysweep.study.spec import TrialSpec
 from raysweep.training.outcome import Reporter, TrialOutcome, WorkerOutOfMemory
 from raysweep.training.own import LOST_PEER, GroupEnded, train_by_function
+from raysweep.training.process_group import Connection, ProcessGroupConfig
 
 FAILURES = 2
 """How often a trial is begun again after an error of its own."""
@@ -53,8 +52,6 @@ POLL_SECONDS = 5.0
 """Workers and listeners ask again after so long without an answer."""
 LEAVE_SECONDS = 15.0
 """What workers get to come out of a trial that failed on one of them."""
-PEER_SECONDS = 1800.0
-"""How long a worker waits for others, in any operation of their process group."""
 CLOSE_SECONDS = 5.0
 ROOM_SECONDS = 600.0
 """How long a group waits for its room before it asks anew."""
@@ -350,87 +347,6 @@ class _AsksForNothing(FixedScalingPolicy):
     def _maybe_send_resource_request(self) -> None: ...
 
 
-class ProcessGroupConfig(BackendConfig):
-    """As Ray's `TorchConfig`, whose import takes PyTorch with it: here only workers import that,
-    and not the processes that start them one after the other."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return ProcessGroupBackend
-
-    @property
-    def train_func_context(self) -> Any:
-        return _on_own_gpu
-
-
-class ProcessGroupBackend(Backend):
-    """Has the workers make a process group: NCCL's on GPUs, else Gloo's."""
-
-    share_cuda_visible_devices = True
-
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Run where the group is started."""
-        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo"
-        place = worker_group.execute_single(0, _meeting_place)
-        workers = range(len(worker_group))
-        ray.get([worker_group.execute_single_async(i, _join, backend, *place) for i in workers])
-
-    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Run where the group is started."""
-        with contextlib.suppress(GetTimeoutError):
-            ray.get(worker_group.execute_async(_leave), timeout=CLOSE_SECONDS)
-
-
-def _meeting_place() -> tuple[str, int]:
-    """In a worker: its node's address, and a port that is free."""
-    address = ray.util.get_node_ip_address()
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.closing(socket.socket(family)) as probe:
-        probe.bind(("", 0))
-        return address, probe.getsockname()[1]
-
-
-def _join(backend: str, address: str, port: int) -> None:
-    """In a worker: meet the others at the first one's address."""
-    from ray.train.torch import get_device
-    from torch import distributed
-
-    context = train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    os.environ |= {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(context.get_local_rank()),
-        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
-        "NODE_RANK": str(context.get_node_rank()),
-        "ACCELERATE_TORCH_DEVICE": str(get_device()),  # for Hugging Face's library
-    }
-    distributed.init_process_group(
-        backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=PEER_SECONDS)
-    )
-
-
-def _leave() -> None:
-    """In a worker: end the process group."""
-    from torch import distributed
-
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _on_own_gpu() -> Iterator[None]:
-    """In a worker: what is put on "cuda" goes to the GPU that Ray gave it."""
-    import torch
-    from ray.train.torch import get_device
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(get_device())
-    yield
-
-
 def find_group(name: str, resources: Resources, *, strict: bool, storage_path: str | None) -> Any:
     """The host of that name; it is started if there is none, and lives as long as whoever started
     it keeps what this returns.
@@ -585,53 +501,6 @@ def _serve(config: dict[str, Any]) -> None:
             whole = False  # the user's function has ended it
         if connection is not None and not whole:
             connection.drop()
-
-
-class Connection:
-    """The process group that a user's function finds: workers can leave it and make another."""
-
-    def __init__(self) -> None:
-        from torch import distributed
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        # The store lives on: another server at the same port could be taken for it.
-        self._store, self._backend = _get_default_store(), distributed.get_backend()
-        self._rank, self._size = distributed.get_rank(), distributed.get_world_size()
-        # Functions of `distributed.nn` have the group that is up when they are imported, as DDP
-        # does, for a default: it would never end.
-        distributed.destroy_process_group()
-        import torch.distributed.nn  # noqa: F401
-
-        self.renew("first")
-
-    def drop(self) -> None:
-        """Leave the group: workers that wait for this one then fail, too (but for NCCL's)."""
-        from torch import distributed
-
-        gc.collect()  # of what failed, models hold on to the group
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-        self._group = None
-
-    def renew(self, name: str) -> None:
-        """Make a new group with all others. Raises where the GPU is of no use any more."""
-        import torch
-        from torch import distributed
-        from torch.distributed.distributed_c10d import PrefixStore
-
-        self.drop()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        distributed.init_process_group(
-            self._backend,
-            store=PrefixStore(name, self._store),
-            rank=self._rank,
-            world_size=self._size,
-        )
-        # Where a function ends the group while its model lives, the model would be the last to let
-        # go of it, and wait with Python's lock for Gloo's threads, which may want that.
-        self._group = distributed.group.WORLD
 
 
 def _train(host: Any, number: int, job: Job) -> TrialOutcome:

@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 from workers import work
 
-from raysweep.training.ray_train import Connection
+from raysweep.training.process_group import Connection
 
 
 def ends_its_group() -> None:
